@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test lint test-gpu bench clean
+
+# One environment for everything; a stamp so that it is made once and again when a requirement changes.
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python demo/walkthrough.py
+
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy
+
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu
+
+bench: venv
+	$(BIN)/python -m indexcache.benchmarks.kernels
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,88 @@
+"""The lightning indexer of DeepSeek Sparse Attention: score every visible key, keep the best `topk` of each query.
+
+Meaning: `lightning_indexer_reference.py`. Source: DeepSeek-V3.2 inference code and report.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .lightning_indexer_reference import lightning_indexer_reference
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+def lightning_indexer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    topk: int,
+    *,
+    scale: float | None = None,
+    query_start: torch.Tensor | int | None = None,
+    key_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Select for each query the `topk` visible keys of largest `sum_h weights[h] * relu(scale * q[h] . k)`.
+
+    A key is visible to query i of batch b when its slot is at most `query_start[b] + i` and `key_mask` allows it.
+
+    Args:
+        q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
+        k: indexer keys of shape `[B, T, D]`: the whole cache, unfilled slots included.
+        weights: head weights of shape `[B, S, H]` (`weights_proj(x) * H**-0.5`), any float dtype.
+        topk: number of keys to select.
+        scale: factor on the dot products. Default: `D**-0.5`.
+        query_start: cache slot of the first query, an int or an integer tensor of shape `[]` or `[B]` (read on its
+            device, never synchronised). Default: `T - S`.
+        key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
+            PyTorch path.
+
+    Returns:
+        int32 of shape `[B, S, min(topk, T)]`: key slots in ascending order, -1 at the end of rows that see fewer
+        keys. Ties go to the smaller slot. No gradient flows.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    _check_shapes(q, k, weights, topk, key_mask)
+    if not isinstance(query_start, torch.Tensor):
+        first = k.shape[1] - q.shape[1] if query_start is None else query_start
+        query_start = torch.full((), first, dtype=torch.int64, device=q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _lightning_indexer(q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_mask)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::lightning_indexer", mutates_args=())
+def _lightning_indexer(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    topk: int,
+    scale: float,
+    query_start: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask)
+
+
+@_lightning_indexer.register_fake
+def _(q, k, weights, topk, scale, query_start, key_mask):
+    return q.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
+
+
+def _check_shapes(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, topk: int, key_mask: torch.Tensor | None
+) -> None:
+    if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
+    if weights.shape != q.shape[:3]:
+        raise ValueError(f"weights must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(weights.shape)}")
+    if topk < 1:
+        raise ValueError(f"topk must be at least 1 (got {topk})")
+    per_key, per_query = (q.shape[0], k.shape[1]), (q.shape[0], q.shape[1], k.shape[1])
+    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in (per_key, per_query)):
+        raise ValueError(
+            f"key_mask must be bool of shape [B, T] = {per_key} (or [B, S, T]), got {key_mask.dtype} of "
+            f"{tuple(key_mask.shape)}"
+        )

@@ -1,0 +1,107 @@
+"""The lightning indexer in PyTorch: what `lightning_indexer` means, on any device, in bounded memory.
+
+Legend: B batch, S queries, T keys, H indexer heads, D indexer head width, K selected keys.
+"""
+
+from __future__ import annotations
+
+import torch
+
+# Largest score block [B, chunk, H, T] in bytes; queries are taken in chunks that fit.
+SCORE_BLOCK_BYTES = 128 * 2**20
+
+
+def lightning_indexer_reference(
+    q_BSHD: torch.Tensor,
+    k_BTD: torch.Tensor,
+    weights_BSH: torch.Tensor,
+    topk: int,
+    scale: float,
+    query_start: torch.Tensor,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Arguments and result as `lightning_indexer`; scores in fp32, or in fp64 for fp64 inputs."""
+    B, S, H, _ = q_BSHD.shape
+    T = k_BTD.shape[1]
+    indices = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q_BSHD.device)
+    if indices.numel() == 0:
+        return indices
+    starts = query_start.expand(B)
+    # Keys behind the last query of a chunk are invisible to all of it; reading the start is free on the CPU only.
+    last_start = int(starts.max()) if starts.device.type == "cpu" else None
+    chunk = max(1, SCORE_BLOCK_BYTES // (B * H * T * 4))
+    for first in range(0, S, chunk):
+        rows = slice(first, min(first + chunk, S))
+        end = T if last_start is None else max(1, min(T, last_start + rows.stop))
+        scores = indexer_scores(q_BSHD[:, rows], k_BTD[:, :end], weights_BSH[:, rows], scale)
+        seen = visible_keys(starts + rows.start, rows.stop - rows.start, end, _rows_of(key_mask, rows, end))
+        selected = select_topk(scores.masked_fill_(~seen, float("-inf")), indices.shape[-1])
+        indices[:, rows, : selected.shape[-1]] = selected
+        indices[:, rows, selected.shape[-1] :] = -1
+    return indices
+
+
+def indexer_scores(q_BSHD: torch.Tensor, k_BTD: torch.Tensor, weights_BSH: torch.Tensor, scale: float) -> torch.Tensor:
+    """`sum_h weights[s,h] * relu(scale * q[s,h] . k[t])`, `[B, S, T]` (DeepSeek-V3.2 report, equation 1)."""
+    dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
+    B, S, H, D = q_BSHD.shape
+    dots = q_BSHD.to(dtype).reshape(B, S * H, D) @ k_BTD.to(dtype).transpose(1, 2)
+    dots = dots.mul_(scale).relu_().view(B, S, H, -1) if not dots.requires_grad else (dots * scale).relu()
+    dots = dots.view(B, S, H, -1)
+    return (weights_BSH.to(dtype).unsqueeze(-2) @ dots).squeeze(-2)
+
+
+def visible_keys(
+    query_start: torch.Tensor, num_queries: int, num_keys: int, key_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Which keys each query may see: `[B, S, T]` bool, key slot at most the query's slot and allowed by `key_mask`.
+
+    Args:
+        query_start: `[B]` or `[]`, the cache slot of the first query.
+        num_queries: S.
+        num_keys: T.
+        key_mask: `[B, T]` or `[B, S, T]` bool, or None.
+    """
+    device = query_start.device
+    slots = query_start.reshape(-1, 1, 1) + torch.arange(num_queries, device=device)[:, None]
+    seen = torch.arange(num_keys, device=device) <= slots
+    if key_mask is not None:
+        seen = seen & (key_mask if key_mask.dim() == 3 else key_mask.unsqueeze(1))
+    return seen
+
+
+def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
+    """The `topk` best of each row, ascending by index; ties go to the smaller index, missing ones are -1 at the end.
+
+    Args:
+        scores: `[..., T]`, minus infinity where a key may not be selected.
+        topk: K.
+
+    Returns:
+        `[..., min(K, T)]` int32.
+    """
+    T = scores.shape[-1]
+    k = min(topk, T)
+    values, order = scores.topk(min(k + 1, T), dim=-1)
+    kth = values[..., k - 1 : k]
+    tied = (values[..., k:] == kth).any(-1) & (kth > float("-inf")).squeeze(-1)
+    values, order = values[..., :k], order[..., :k]
+    if tied.any():
+        order[tied] = _smallest_indices_at_ties(scores[tied], kth[tied], k)
+        values[tied] = kth[tied]
+    order = order.masked_fill(values == float("-inf"), T).sort(dim=-1).values
+    return order.masked_fill(order == T, -1).to(torch.int32)
+
+
+def _smallest_indices_at_ties(scores: torch.Tensor, kth: torch.Tensor, k: int) -> torch.Tensor:
+    """`[R, k]` indices of rows `[R, T]` whose k-th best score occurs more often than there is room for."""
+    above, level = scores > kth, scores == kth
+    room = k - above.sum(-1, keepdim=True)
+    chosen = above | (level & (level.cumsum(-1) <= room))
+    return chosen.nonzero()[:, 1].view(-1, k)
+
+
+def _rows_of(key_mask: torch.Tensor | None, rows: slice, end: int) -> torch.Tensor | None:
+    if key_mask is None:
+        return None
+    return key_mask[:, :end] if key_mask.dim() == 2 else key_mask[:, rows, :end]
