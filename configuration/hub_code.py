@@ -1,0 +1,123 @@
+"""The code that travels with a saved checkpoint, so that it loads with `trust_remote_code=True` and nothing installed.
+
+transformers' loader takes single files that import only their siblings. The package keeps its shipped code in three
+folders (`configuration`, `kernels`, `modeling_indexcache`), so saving flattens it: every file that the model imports,
+side by side, with each relative import of one of those folders turned into an import of a sibling. A copy that was
+loaded from a checkpoint is flat already and writes itself out again, byte for byte, so a model loaded from the Hub
+saves and pushes as one from the installed package does.
+
+Contract for the shipped classes: `IndexCacheConfig.save_pretrained` sets `auto_map = dict(AUTO_MAP)` and calls
+`write_hub_code(save_directory)` before its parent. transformers saves the config in the middle of saving a model,
+after it has noted which files were there and before it uploads the new ones, so that one call serves
+`config.save_pretrained`, `model.save_pretrained` (with `push_to_hub=True` too) and `model.push_to_hub`. A model may
+call it as well; the second call writes the same bytes.
+
+Rules for shipped files: unique file names; relative imports only among themselves and only as
+"from .file import name" (or "from ..folder.file import name"); triton and other optional packages inside `try:`.
+`conversion/bundle.py` checks them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_indexcache.IndexCacheConfig",
+    "AutoModel": "modeling_indexcache.IndexCacheModel",
+    "AutoModelForCausalLM": "modeling_indexcache.IndexCacheForCausalLM",
+}
+SHIPPED_FOLDERS = ("configuration", "kernels", "modeling_indexcache")
+# Where the walk over imports starts. transformers caches a local checkpoint's config apart from its model, so a copy
+# of this file beside the config alone knows only the config's own files; the model's are saved by the model's copy.
+ENTRY_MODULES = ("modeling_indexcache", "configuration_indexcache")
+
+_LICENCE = "SPDX-License-Identifier: Apache-2.0"
+_RELATIVE_IMPORT = re.compile(r"^([ \t]*from[ \t]+)(\.+)([\w.]*)([ \t]+import\b)", re.MULTILINE)
+
+
+def write_hub_code(folder: str | os.PathLike[str]) -> list[Path]:
+    """Write the model's own source code, flat, into `folder`.
+
+    Each file is replaced in one step and depends on the package's version and source alone.
+
+    Args:
+        folder: the checkpoint's folder, made when absent.
+
+    Returns:
+        The files written, by name.
+
+    Raises:
+        ValueError: a shipped file has another's name, or imports what does not ship.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, text in hub_code().items():
+        target, partial = folder / name, folder / f".{name}.{os.getpid()}.partial"
+        try:
+            partial.write_bytes(text.encode())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        written.append(target)
+    return written
+
+
+def hub_code() -> dict[str, str]:
+    """The model's source files as they are shipped: file name -> text, sorted by name."""
+    here = Path(__file__).resolve().parent
+    in_package = all((here.parent / folder).is_dir() for folder in SHIPPED_FOLDERS) and here.name in SHIPPED_FOLDERS
+    folders = [here.parent / folder for folder in SHIPPED_FOLDERS] if in_package else [here]
+    header = f"# IndexCache for Transformers {_package_version()}. {_LICENCE}\n" if in_package else ""
+
+    sources = _sources_by_module(folders)
+    queue = [module for module in ENTRY_MODULES if module in sources]
+    shipped: dict[str, str] = {}
+    while queue:
+        module = queue.pop()
+        if module in shipped:
+            continue
+        source = sources[module]
+        text = source.read_text(encoding="utf-8")
+        needed = [_imported_module(source, match, folders) for match in _RELATIVE_IMPORT.finditer(text)]
+        shipped[module] = header + _RELATIVE_IMPORT.sub(_import_of_sibling, text)
+        queue += needed
+    return {f"{module}.py": shipped[module] for module in sorted(shipped)}
+
+
+def _package_version() -> str:
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
+
+
+def _sources_by_module(folders: list[Path]) -> dict[str, Path]:
+    sources: dict[str, Path] = {}
+    for folder in folders:
+        for path in sorted(folder.glob("*.py")):
+            if path.stem in sources:
+                raise ValueError(
+                    f"{path} and {sources[path.stem]} would both be saved as {path.name}: rename one of them"
+                )
+            sources[path.stem] = path
+    return sources
+
+
+def _imported_module(source: Path, match: re.Match[str], folders: list[Path]) -> str:
+    """The module that a relative import in `source` names, checked to be one that ships."""
+    _, dots, dotted, _ = match.groups()
+    *parents, module = dotted.split(".")
+    target = source.parents[len(dots) - 1].joinpath(*parents, f"{module}.py")
+    if not module or target.parent not in folders or not target.is_file():
+        line = source.read_text(encoding="utf-8").count("\n", 0, match.start()) + 1
+        raise ValueError(
+            f"{source}:{line}: '{match.group().strip()}' names no file that ships with a checkpoint: import names "
+            f"from one file of {', '.join(SHIPPED_FOLDERS)}"
+        )
+    return module
+
+
+def _import_of_sibling(match: re.Match[str]) -> str:
+    keyword, _, dotted, rest = match.groups()
+    return f"{keyword}.{dotted.rpartition('.')[2]}{rest}"
