@@ -1,0 +1,83 @@
+"""Which keys a query may see, kept as two small tensors instead of an `[S, T]` mask.
+
+Legend: B batch, S queries, T key slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.cache_utils import Cache
+
+from ..kernels.lightning_indexer_reference import visible_keys
+
+
+@dataclass(frozen=True)
+class KeyVisibility:
+    """A key is visible when its slot is at most the query's slot and `key_mask` allows it.
+
+    Attributes:
+        query_start: int64 tensor `[]`, the cache slot of the first query.
+        key_mask: bool `[B, T]` (False: padding), `[B, S, T]` for a mask of each query's own, or None.
+    """
+
+    query_start: torch.Tensor
+    key_mask: torch.Tensor | None
+
+    @classmethod
+    def of(
+        cls, attention_mask: torch.Tensor | dict | None, cache: Cache | None, num_queries: int, device: torch.device
+    ) -> KeyVisibility:
+        """Read what `forward` was given.
+
+        Args:
+            attention_mask: `[B, >= past + S]` (1 or True: a token), a prepared 4-D mask `[B, 1, S, T]` (bool, or
+                additive with 0 where visible), or a dict of such by layer type, as `generate` prepares.
+            cache: the cache before this forward, or None.
+            num_queries: S.
+            device: where the hidden states are.
+        """
+        past = 0 if cache is None else cache.get_seq_length()
+        # A copy: static caches count on in place, layer by layer.
+        query_start = torch.as_tensor(past, dtype=torch.int64, device=device).clone()
+        if isinstance(attention_mask, dict):
+            attention_mask = next(iter(attention_mask.values()), None)
+        if attention_mask is None:
+            return cls(query_start, None)
+        if attention_mask.dim() == 4:
+            seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+            return cls(query_start, seen)
+        if attention_mask.dim() != 2:
+            raise ValueError(
+                "attention_mask must be [batch, tokens], or [batch, 1, queries, keys], "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        key_mask = attention_mask.to(torch.bool)
+        # One look (a synchronisation on a GPU) a prefill saves every layer the mask; decoding never waits for it.
+        if not torch.compiler.is_compiling() and (device.type == "cpu" or num_queries > 1) and bool(key_mask.all()):
+            return cls(query_start, None)
+        return cls(query_start, key_mask)
+
+    def for_keys(self, num_keys: int) -> KeyVisibility:
+        """The same, with `key_mask` cut or filled up to `num_keys` slots (later slots are hidden by causality)."""
+        if self.key_mask is None or self.key_mask.shape[-1] == num_keys:
+            return self
+        missing = num_keys - self.key_mask.shape[-1]
+        fitted = self.key_mask[..., :num_keys] if missing < 0 else F.pad(self.key_mask, (0, missing), value=True)
+        return KeyVisibility(self.query_start, fitted)
+
+    def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
+        """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
+        mask = self.key_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, first:last]
+        return visible_keys(self.query_start + first, last - first, num_keys, mask)
+
+    def every_index(self, num_queries: int, num_keys: int, batch: int) -> torch.Tensor:
+        """The selection when nothing need be left out: int32 `[B, S, T]`, visible slots ascending, then -1."""
+        seen = self.rows(0, num_queries, num_keys).expand(batch, -1, -1)
+        slots = torch.arange(num_keys, device=seen.device).expand_as(seen)
+        ordered = slots.masked_fill(~seen, num_keys).sort(dim=-1).values
+        return ordered.masked_fill(ordered == num_keys, -1).to(torch.int32)

@@ -1,0 +1,649 @@
+"""IndexCache models: DeepSeek Sparse Attention whose shared layers reuse a full layer's selection of keys.
+
+Attention, experts and model stand in one file because transformers reads its source to learn what it supports.
+
+Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R RoPE width, K selected keys.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.generation import GenerationMixin
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..configuration.share_pattern import SharePattern
+from ..kernels.lightning_indexer import lightning_indexer
+from ..kernels.sparse_mla import sparse_mla
+from .expert_router import IndexCacheTopkRouter
+from .key_visibility import KeyVisibility
+from .latent_cache import append_index_keys, append_latents
+from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
+from .rotary_embedding import IndexCacheRotaryEmbedding, rotate, yarn_softmax_factor
+
+# On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
+register_checkpoint_conversion_mapping(
+    IndexCacheConfig.model_type, get_checkpoint_conversion_mapping("glm_moe_dsa"), overwrite=True
+)
+
+TRITON_ATTENTION = "triton"
+# Backends of transformers that take no mask of selected keys.
+UNSUPPORTED_ATTENTION = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+# Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
+ATTENTION_BLOCK_BYTES = 128 * 2**20
+
+
+def triton_unavailable_reason() -> str | None:
+    """Why the Triton kernels cannot run on this machine, or None when they can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this device has {torch.cuda.get_device_capability()}"
+    return None
+
+
+class IndexCacheRMSNorm(nn.Module):
+    """RMSNorm, its statistics in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., size]` to the same."""
+        wide = x.float() if x.dtype != torch.float64 else x
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+class IndexCacheIndexer(nn.Module):
+    """The lightning indexer of a full layer: scores all earlier tokens and selects `index_topk` for each query."""
+
+    def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
+        self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
+        self.index_topk = config.index_topk
+        self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.index_k_norm_eps)
+        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        q_resid: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        visibility: KeyVisibility,
+        past_key_values: Cache | None = None,
+        return_all: bool = False,
+    ) -> torch.Tensor | None:
+        """Select keys, and cache the new tokens' index keys.
+
+        Args:
+            hidden_states: `[B, S, hidden_size]`, normed.
+            q_resid: the query latent `[B, S, q_lora_rank]`.
+            position_embeddings: `(cos, sin)`, each `[B, S, R]`.
+            visibility: which keys each query may see.
+            past_key_values: the cache, updated in place.
+            return_all: list the selection even when it is everything.
+
+        Returns:
+            int32 `[B, S, min(index_topk, T)]`, or None when no query can have more than `index_topk` keys: dense
+            attention is exact then.
+        """
+        batch, num_queries = hidden_states.shape[:2]
+        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings)
+        keys = append_index_keys(past_key_values, k, self.layer_idx)
+        num_keys = keys.shape[1]
+        if num_keys <= self.index_topk:
+            return visibility.every_index(num_queries, num_keys, batch) if return_all else None
+        q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
+        q = self._turn(q, position_embeddings)
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float() * self.n_heads**-0.5
+        seen = visibility.for_keys(num_keys)
+        return lightning_indexer(
+            q, keys, weights, self.index_topk, query_start=seen.query_start, key_mask=seen.key_mask
+        )
+
+    def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
+        return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention that returns its weights.
+
+    `query [B, H, S, D]`, `key [B, H, T, D]`, `value [B, H, T, V]`, bool `attention_mask [B, 1, S, T]` to
+    `[B, S, H, V]` and weights `[B, H, S, T]`.
+    """
+    scores = (query @ key.transpose(2, 3)) * scaling
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class IndexCacheAttention(nn.Module):
+    """Multi-head latent attention over the keys that this layer's indexer, or an earlier one, selected."""
+
+    def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.num_key_value_groups = 1
+        self.is_causal = True
+        self.kv_lora_rank, self.v_head_dim = config.kv_lora_rank, config.v_head_dim
+        self.nope_dim, self.rope_dim, self.head_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.qk_head_dim,
+        )
+        num_heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = IndexCacheRMSNorm(config.q_lora_rank, config.mla_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, num_heads * self.head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope_dim, bias=bias)
+        self.kv_a_layernorm = IndexCacheRMSNorm(self.kv_lora_rank, config.mla_norm_eps)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.nope_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden, bias=bias)
+        self.scaling = self.head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
+        has_indexer = config.index_topk is not None and config.share_pattern.is_full(layer_idx)
+        self.indexer = IndexCacheIndexer(config, layer_idx) if has_indexer else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        visibility: KeyVisibility,
+        past_key_values: Cache | None = None,
+        topk_indices: torch.Tensor | None = None,
+        run_indexer: bool = True,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `[B, S, hidden_size]`, normed.
+            position_embeddings: `(cos, sin)`, each `[B, S, R]`.
+            visibility: which keys each query may see.
+            past_key_values: the cache, updated in place.
+            topk_indices: the selection to reuse, int32 `[B, S, K]`; None for all visible keys.
+            run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
+            **kwargs: `output_attentions`, `output_topk_indices`.
+
+        Returns:
+            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
+            `output_attentions` only), and the selection that was used.
+        """
+        batch, num_queries = hidden_states.shape[:2]
+        q_resid = None
+        if self.config.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
+            q = self.q_b_proj(q_resid)
+        q_nope, q_rope = q.view(batch, num_queries, -1, self.head_dim).split([self.nope_dim, self.rope_dim], dim=-1)
+        q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
+        latents = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)  # [B, S, C + R]
+
+        if self.indexer is not None and run_indexer:
+            topk_indices = self.indexer(
+                hidden_states,
+                q_resid,
+                position_embeddings,
+                visibility,
+                past_key_values=past_key_values,
+                return_all=bool(kwargs.get("output_topk_indices")),
+            )
+        latents = append_latents(past_key_values, latents, self.layer_idx)
+        weights = None
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
+            want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
+            out, weights = self._attend_expanded(
+                q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
+            )
+        else:
+            out = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+        return self.o_proj(out.flatten(2)), weights, topk_indices
+
+    def _attend_selected(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
+    ) -> torch.Tensor:
+        """Absorbed form on the selected latents alone: `[B, S, H, V]`, cost S x K."""
+        to_latent, to_value = self._absorbed_weights()
+        batch, num_queries, heads, _ = q_nope.shape
+        row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
+        outs = []
+        for first, last in _chunks(num_queries, row_bytes):
+            q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
+            q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
+            selected = topk_indices[:, first:last]
+            out, _ = sparse_mla(q_absorbed, latents, selected, scale=self.scaling, value_dim=self.kv_lora_rank)
+            outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+
+    def _attend_expanded(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latents: torch.Tensor,
+        visibility: KeyVisibility,
+        topk_indices: torch.Tensor | None,
+        dropout: float,
+        want_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked attention on expanded heads: exact and dense, `[B, S, H, V]`, cost S x T."""
+        batch, num_queries, heads, _ = q_nope.shape
+        num_keys = latents.shape[1]
+        latent, k_rope = latents.split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        expanded = self.kv_b_proj(latent).view(batch, num_keys, heads, -1).transpose(1, 2)
+        k_nope, value = expanded.split([self.nope_dim, self.v_head_dim], dim=-1)
+        key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
+        query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        seen = visibility.for_keys(num_keys)
+        implementation = self.config._attn_implementation
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            "sdpa" if implementation == TRITON_ATTENTION else implementation, eager_attention_forward
+        )
+        outs, weights = [], []
+        for first, last in _chunks(num_queries, batch * heads * num_keys * 4):
+            mask = seen.rows(first, last, num_keys)
+            if topk_indices is not None:
+                mask = mask & _selected(topk_indices[:, first:last], num_keys)
+            mask = mask.unsqueeze(1).expand(batch, -1, -1, -1)
+            out, weight = attend(
+                self, query[:, :, first:last], key, value, mask, scaling=self.scaling, dropout=dropout
+            )
+            outs.append(out)
+            if want_weights and weight is not None:
+                weights.append(weight)
+        return torch.cat(outs, dim=1), torch.cat(weights, dim=2) if weights else None
+
+    def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
+        module = self.kv_b_proj
+        if type(module) is nn.Linear and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
+            weight = module.weight
+        else:
+            # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
+            like = module.weight
+            dtype = like.dtype if like.dtype.itemsize > 1 else self.kv_a_layernorm.weight.dtype
+            device = self.kv_a_layernorm.weight.device
+            weight = module(torch.eye(self.kv_lora_rank, dtype=dtype, device=device)).transpose(0, 1)
+        by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
+        to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
+        return to_latent, to_value
+
+
+def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
+    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
+    slots = topk_indices.long()
+    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
+
+
+def _chunks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose temporaries stay within `ATTENTION_BLOCK_BYTES`."""
+    step = max(1, ATTENTION_BLOCK_BYTES // max(1, row_bytes))
+    return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
+
+
+class IndexCacheMLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: IndexCacheConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., hidden_size]` to the same."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@use_experts_implementation
+class IndexCacheExperts(nn.Module):
+    """The routed experts' weights, stacked."""
+
+    def __init__(self, config: IndexCacheConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[tokens, hidden_size]` through each token's experts, one expert at a time."""
+        out = torch.zeros_like(hidden_states)
+        # Under expert parallelism ids of num_experts mark tokens of other ranks; they match no expert here.
+        for expert in top_k_index.unique().tolist():
+            if not 0 <= expert < self.num_experts:
+                continue
+            token, position = torch.where(top_k_index == expert)
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out.index_add_(0, token, (expert_out * top_k_weights[token, position, None]).to(out.dtype))
+        return out
+
+
+class IndexCacheMoE(nn.Module):
+    """Routed and shared experts."""
+
+    def __init__(self, config: IndexCacheConfig) -> None:
+        super().__init__()
+        self.gate = IndexCacheTopkRouter(config)
+        self.experts = IndexCacheExperts(config)
+        shared = config.shared_experts_intermediate_size or config.moe_intermediate_size * config.n_shared_experts
+        self.shared_experts = IndexCacheMLP(config, shared)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, S, hidden_size]` to the same."""
+        tokens = x.view(-1, x.shape[-1])
+        _, weights, experts = self.gate(tokens)
+        return self.experts(tokens, experts, weights).view_as(x) + self.shared_experts(x)
+
+
+class IndexCacheDecoderLayer(GradientCheckpointingLayer):
+    """Attention and feed-forward, each behind a norm and a residual."""
+
+    def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = IndexCacheAttention(config, layer_idx)
+        sparse = config.mlp_layer_types[layer_idx] == "sparse"
+        self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
+        self.input_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
+        attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+
+
+class IndexCachePreTrainedModel(PreTrainedModel):
+    """Loading, saving and capabilities of IndexCache models."""
+
+    config: IndexCacheConfig
+    config_class = IndexCacheConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["IndexCacheDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = False
+    _supports_sdpa = True
+    _supports_flex_attn = False
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": IndexCacheDecoderLayer,
+        "attentions": IndexCacheAttention,
+        "router_logits": OutputRecorder(IndexCacheTopkRouter, index=0),
+        "topk_indices": OutputRecorder(IndexCacheIndexer, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules = ["indexer.weights_proj"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As `PreTrainedModel.from_pretrained`; any config field, such as `index_share_pattern`, may be given too.
+
+        Raises:
+            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = {int(key.split("layers.")[1].split(".")[0]) for key in info["missing_keys"] if ".indexer." in key}
+        if missing:
+            raise ValueError(
+                f"index_share_pattern {model.config.index_share_pattern!r} makes layers {sorted(missing)} full, but "
+                f"{pretrained_model_name_or_path} has no indexer weights for them: mark them 'S', or convert again "
+                "from the DSA checkpoint with a pattern that keeps them"
+            )
+        return (model, info) if want_info else model
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Resolve `attn_implementation`: `eager`, `sdpa` or `triton`; None is the best that this machine runs."""
+        if requested_attention in (None, TRITON_ATTENTION):
+            reason = triton_unavailable_reason()
+            if reason is None:
+                return TRITON_ATTENTION
+            if requested_attention == TRITON_ATTENTION:
+                raise ValueError(f'attn_implementation="triton" cannot run here: {reason}. Use "sdpa"')
+            return super().get_correct_attn_implementation("sdpa", is_init_check)
+        if requested_attention not in ("eager", "sdpa") and requested_attention in UNSUPPORTED_ATTENTION:
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} cannot follow a selection of keys: "
+                'use "triton" (CUDA), "sdpa" or "eager"'
+            )
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IndexCacheTopkRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, IndexCacheExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+
+class IndexCacheModel(IndexCachePreTrainedModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: IndexCacheConfig) -> None:
+        super().__init__(config)
+        num_layers = config.num_hidden_layers
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))
+        self.norm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = IndexCacheRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self._running_pattern = config.share_pattern
+        own_layers = "|".join(map(str, range(num_layers)))
+        shared = "|".join(str(i) for i, layer in enumerate(self.layers) if layer.self_attn.indexer is None)
+        # Multi-token-prediction layers stand behind the last one; shared layers of an all-full file are surplus.
+        self._keys_to_ignore_on_load_unexpected = [rf"layers\.(?!(?:{own_layers})\.)\d+\."]
+        if shared:
+            self._keys_to_ignore_on_load_unexpected.append(rf"layers\.(?:{shared})\.self_attn\.indexer\.")
+        self.post_init()
+
+    def set_index_share_pattern(self, pattern: str | SharePattern) -> None:
+        """Run with another pattern from the next forward on; weights stay (search and analysis use this).
+
+        Caches made before are of no use after. `config.index_share_pattern` does not change.
+
+        Raises:
+            ValueError: when a full layer of `pattern` has no indexer in this model.
+        """
+        pattern = SharePattern.parse(pattern, self.config.num_hidden_layers)
+        without = [layer for layer in pattern.full_layers if self.layers[layer].self_attn.indexer is None]
+        if without:
+            raise ValueError(f"pattern {pattern} makes layers {without} full, but they have no indexer in this model")
+        self._running_pattern = pattern
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> IndexCacheModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
+            position_ids: `[B, S]`.
+            past_key_values: a cache made with this model's config.
+            inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
+            use_cache: make a cache when none is given.
+            **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
+                `output_topk_indices`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        num_queries, device = hidden_states.shape[1], hidden_states.device
+        visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
+        if position_ids is None:
+            position_ids = (visibility.query_start + torch.arange(num_queries, device=device)).unsqueeze(0)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+
+        topk_indices = None
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states, topk_indices = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                visibility=visibility,
+                past_key_values=past_key_values,
+                topk_indices=topk_indices,
+                run_indexer=self._running_pattern.is_full(layer_idx),
+                **kwargs,
+            )
+        return IndexCacheModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
+    """The decoder with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: IndexCacheConfig) -> None:
+        super().__init__(config)
+        self.model = IndexCacheModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def set_index_share_pattern(self, pattern: str | SharePattern) -> None:
+        """As `IndexCacheModel.set_index_share_pattern`."""
+        self.model.set_index_share_pattern(pattern)
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: IndexCacheConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """The 2-D mask at a static cache's full length: `generate` would make an `[S, T]` one, huge at long contexts.
+
+        Its shape stays the same from step to step, so that a compiled decoding step is compiled once.
+        """
+        if attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
+            return attention_mask
+        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
+        return F.pad(attention_mask.to(torch.bool), (0, max(0, missing)), value=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> IndexCacheCausalLMOutput:
+        """As `IndexCacheModel.forward`, then logits.
+
+        Args:
+            input_ids: `[B, S]`.
+            attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
+            position_ids: `[B, S]`.
+            past_key_values: a cache made with this model's config.
+            inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
+            labels: `[B, S]`, -100 where no loss is wanted; shifted here.
+            use_cache: make a cache when none is given.
+            logits_to_keep: logits of only so many last positions (0: all), or of the positions listed.
+            **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
+                `output_topk_indices`.
+        """
+        outputs: IndexCacheModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return IndexCacheCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            topk_indices=outputs.topk_indices,
+        )
+
+
+__all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]
