@@ -1,15 +1,14 @@
 """IndexCache for Transformers: DeepSeek Sparse Attention with the indexer's selection shared across layers.
 
 After `import indexcache`, transformers' Auto classes load `model_type = "indexcache"` checkpoints without
-`trust_remote_code`. torch and transformers themselves are imported only when something that needs them is asked for.
+`trust_remote_code`.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -21,8 +20,6 @@ _EXPORTS = {
     "IndexCacheForCausalLM": "modeling_indexcache.modeling_indexcache",
 }
 __all__ = ["__version__", "register_auto_classes", *_EXPORTS]
-
-_AUTO_MODULE = "transformers.models.auto.modeling_auto"
 
 
 def __getattr__(name: str) -> Any:
@@ -43,27 +40,6 @@ def register_auto_classes() -> None:
     AutoModelForCausalLM.register(IndexCacheConfig, IndexCacheForCausalLM, exist_ok=True)
 
 
-class _RegisterAfterAutoModels(importlib.abc.MetaPathFinder):
-    """Calls `register_auto_classes` when transformers' Auto models are first imported, and then steps aside."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _AUTO_MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return spec
-        run_module = spec.loader.exec_module
-
-        def run_and_register(module: Any) -> None:
-            run_module(module)
-            register_auto_classes()
-
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if _AUTO_MODULE in sys.modules:
+# The command line answers `--help` without waiting for torch; its verbs register when they load a model.
+if Path(sys.argv[0] if sys.argv else "").name != "indexcache":
     register_auto_classes()
-else:
-    sys.meta_path.insert(0, _RegisterAfterAutoModels())

@@ -12,11 +12,13 @@ if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
         "run `pip install -U transformers`"
     )
 
+import os  # noqa: E402
 from typing import Any  # noqa: E402
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
+from .hub_code import AUTO_MAP, write_hub_code  # noqa: E402
 from .share_pattern import SharePattern  # noqa: E402
 
 # Every way a config may spell its pattern, besides the canonical first one.
@@ -180,6 +182,16 @@ class IndexCacheConfig(PreTrainedConfig):
             on_file = {name: value for name, value in config_dict.items() if name not in PATTERN_FIELDS}
             config_dict = {**on_file, **override}
         return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As `PreTrainedConfig.save_pretrained`; the model's code goes along, for `trust_remote_code=True`.
+
+        Saving a model saves its config between noting which files are new and uploading them, so this one place
+        serves `save_pretrained` and `push_to_hub` of models too.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        write_hub_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-ready values, with `indexer_types` beside the pattern for other engines."""
