@@ -1,0 +1,113 @@
+"""Language-model loss on fixed windows of tokens, with the tokens that must be recalled from far back told apart."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+# Largest block of fp32 logits in bytes.
+LOGITS_BLOCK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class WindowScores:
+    """What a model scores on a set of windows; losses are means over tokens, in nats.
+
+    Args:
+        loss: over all tokens.
+        text_loss: over the tokens that are not to be recalled.
+        recall_loss: over the tokens to be recalled; None when no such token is marked.
+        recall_accuracy: share of those that the model's first choice gets right; None likewise.
+        tokens: tokens scored.
+        recall_tokens: how many of them are to be recalled.
+    """
+
+    loss: float
+    text_loss: float
+    recall_loss: float | None
+    recall_accuracy: float | None
+    tokens: int
+    recall_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`."""
+        return math.exp(self.loss)
+
+
+@torch.inference_mode()
+def evaluate_windows(
+    model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None = None, batch_size: int = 1
+) -> WindowScores:
+    """Score a causal language model on windows of tokens: token i+1 is predicted from tokens 0 .. i.
+
+    Logits are made from the last hidden states block by block, so that memory does not grow with length times
+    vocabulary.
+
+    Args:
+        model: a causal language model whose logits are its output embedding of its base model's last hidden states,
+            as those of every DSA family are; scored in evaluation mode, and left in the mode it was in.
+        ids: integer tokens of shape `[N, L + 1]`; the last is only predicted.
+        recall_mask: of shape `[N, L + 1]`, nonzero where a token is to be recalled; its first column is not read.
+        batch_size: windows in one forward pass.
+
+    Returns:
+        The means over all windows, summed in fp64.
+
+    Raises:
+        ValueError: shapes that do not fit, or tokens outside the model's vocabulary.
+    """
+    _check(model, ids, recall_mask)
+    head = model.get_output_embeddings()
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros(2, dtype=torch.float64)  # text, recall
+    count = torch.zeros(2, dtype=torch.int64)
+    hits = 0
+    try:
+        for start in range(0, len(ids), batch_size):
+            window = ids[start : start + batch_size].to(model.device, torch.long)
+            hidden = model.base_model(input_ids=window[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+            targets = window[:, 1:].flatten()
+            recalled = torch.zeros_like(targets, dtype=torch.bool)
+            if recall_mask is not None:
+                recalled = recall_mask[start : start + batch_size, 1:].to(targets.device).bool().flatten()
+            rows = max(1, LOGITS_BLOCK_BYTES // (4 * head.weight.shape[0]))
+            for x, target, recall in zip(hidden.split(rows), targets.split(rows), recalled.split(rows), strict=True):
+                logits = head(x.to(head.weight.device)).float().to(target.device)
+                token_loss = F.cross_entropy(logits, target, reduction="none").double()
+                for kind, chosen in enumerate((~recall, recall)):
+                    loss[kind] += token_loss[chosen].sum().cpu()
+                    count[kind] += chosen.sum().cpu()
+                hits += int((logits[recall].argmax(-1) == target[recall]).sum())
+    finally:
+        model.train(was_training)
+    text, recalls = (int(n) for n in count)
+    return WindowScores(
+        loss=float(loss.sum() / count.sum()),
+        text_loss=float(loss[0] / text) if text else math.nan,
+        recall_loss=float(loss[1] / recalls) if recalls else None,
+        recall_accuracy=hits / recalls if recalls else None,
+        tokens=text + recalls,
+        recall_tokens=recalls,
+    )
+
+
+def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None) -> None:
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
+        raise ValueError(
+            f"ids must be integers of shape [N, L + 1] with L at least 1, got {ids.dtype} {tuple(ids.shape)}"
+        )
+    if recall_mask is not None and recall_mask.shape != ids.shape:
+        raise ValueError(f"recall_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(recall_mask.shape)}")
+    vocab = model.get_output_embeddings().weight.shape[0]
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise ValueError(
+            f"ids hold tokens {low} .. {high}, the model knows 0 .. {vocab - 1}: the windows were made with another "
+            "tokenizer"
+        )

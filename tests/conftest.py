@@ -1,0 +1,61 @@
+"""Fixtures for tests that leave this process: a Hub of their own, and a Python without indexcache and triton."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
+WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
+
+
+def _load(path: Path):
+    """Import a file by its path: the tests are no package, and their folder must not shadow other packages."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub test double, served until the test ends."""
+    with _load(Path(__file__).with_name("hub_double.py")).Hub() as server:
+        yield server
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run a script in a Python process of its own; `installed=False` hides indexcache and triton from it.
+
+    Returns the finished process; its failure fails the test unless `check=False`.
+    """
+
+    def run(script, *args, installed=False, hub=None, check=True, token="any", **variables):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+        environment |= {
+            "HF_HOME": str(tmp_path / "hf_home"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "OMP_NUM_THREADS": "1",
+            **({"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub.url}),
+            **({} if token is None else {"HF_TOKEN": token}),
+            **variables,
+        }
+        process = subprocess.run(
+            [sys.executable, "-I", "-c", ("" if installed else WITHOUT_PACKAGES) + script, *map(str, args)],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if check:
+            assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return run
