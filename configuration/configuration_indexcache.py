@@ -226,11 +226,6 @@ class IndexCacheConfig(PreTrainedConfig):
                 "RoPE turns that many of its entries"
             )
 
-    def validate_rope_width(self) -> None:
-        """RoPE pairs entries."""
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(f"qk_rope_head_dim must be even (got {self.qk_rope_head_dim})")
-
     def validate_router(self) -> None:
         """Groups divide the experts and leave enough of them to choose from."""
         if "sparse" not in (self.mlp_layer_types or []) or self.n_group is None:

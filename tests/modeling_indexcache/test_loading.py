@@ -1,0 +1,98 @@
+"""Saved models load as they were, with other patterns where the weights allow, and refuse what cannot be."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from transformers import AutoModel, AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model(index_share_pattern="FFSF").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.arange(2, 42).unsqueeze(0)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_round_trip_keeps_every_weight_and_one_tensor_an_expert_on_disk(saved, ids):
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    original = tiny_model(index_share_pattern="FFSF")
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    torch.testing.assert_close(logits(loaded, ids), logits(original, ids))
+    on_disk = load_file(saved / "model.safetensors")
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in on_disk
+    assert not any(name.startswith("model.layers.2.self_attn.indexer") for name in on_disk)
+
+
+def test_auto_model_has_no_head(saved, ids):
+    with torch.no_grad():
+        assert AutoModel.from_pretrained(saved)(ids).last_hidden_state.shape == (1, 40, 48)
+
+
+def test_more_sharing_than_the_checkpoint_is_allowed(saved, ids):
+    loaded = AutoModelForCausalLM.from_pretrained(saved, index_share_pattern="FSSF")
+    assert loaded.model.layers[1].self_attn.indexer is None
+    original = tiny_model(index_share_pattern="FFSF")
+    original.set_index_share_pattern("FSSF")
+    torch.testing.assert_close(logits(loaded, ids), logits(original, ids))
+
+
+def test_a_full_layer_without_weights_is_refused_by_name(saved):
+    with pytest.raises(ValueError, match=r"'FFFF' makes layers \[2\] full, but .* has no indexer weights"):
+        AutoModelForCausalLM.from_pretrained(saved, index_share_pattern="FFFF")
+
+
+def test_loading_info_is_still_to_be_had(saved):
+    _, info = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    assert not info["missing_keys"]
+
+
+def test_multi_token_prediction_layers_are_ignored(saved, tmp_path):
+    weights = load_file(saved / "model.safetensors")
+    weights["model.layers.4.eh_proj.weight"] = torch.zeros(3, 3)
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["unexpected_keys"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash_attention_2", "cannot follow a selection of keys"),
+        ("flex_attention", "cannot follow a selection of keys"),
+        ("nonsense", "is not supported"),
+    ],
+)
+def test_impossible_backends_say_what_to_use(saved, name, message):
+    with pytest.raises((ValueError, ImportError), match=message):
+        AutoModelForCausalLM.from_pretrained(saved, attn_implementation=name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+def test_triton_without_cuda_says_why_and_what_to_use(saved):
+    with pytest.raises(ValueError, match=r'no CUDA device\. Use "sdpa"'):
+        AutoModelForCausalLM.from_pretrained(saved, attn_implementation="triton")
+    assert AutoModelForCausalLM.from_pretrained(saved).config._attn_implementation == "sdpa"
+
+
+def test_parallel_plans_name_modules_that_exist(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    names = {name for name, _ in model.named_parameters()} | {name for name, _ in model.named_modules()}
+    for plan in (model.config.base_model_tp_plan, model.config.base_model_ep_plan):
+        for pattern in plan:
+            stem = "model." + pattern.replace("*", "1")
+            dense = "model." + pattern.replace("*", "0")
+            assert any(name.startswith((stem, dense)) for name in names), pattern
