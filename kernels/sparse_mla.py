@@ -6,9 +6,18 @@ restricted to the selected keys (DeepSeek-V3.2 report, equation 2).
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
+
 import torch
 
 from .sparse_mla_reference import sparse_mla_reference
+from .sparse_mla_triton import sparse_mla_triton, triton
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+# Heads, selected keys and latent width that the Triton kernels are tested for.
+_MAX_HEADS, _MAX_TOPK, _MAX_WIDTH = 128, 8192, 576
 
 
 def sparse_mla(
@@ -28,6 +37,8 @@ def sparse_mla(
         `out` of shape `[B, S, H, value_dim]` in `q`'s dtype, zero for queries without keys, and `lse` of shape
         `[B, S, H]` in fp32 (natural logarithm; minus infinity for queries without keys).
 
+    On CUDA, bf16 and fp16 run in Triton; everything else, and whatever needs a gradient, in PyTorch.
+
     Raises:
         ValueError: shapes or dtypes that do not fit each other.
     """
@@ -37,4 +48,49 @@ def sparse_mla(
         raise ValueError(f"indices must be int32 [B, S, K], got {indices.dtype} of {tuple(indices.shape)}")
     if not 0 < value_dim <= kv.shape[-1]:
         raise ValueError(f"value_dim must lie in 1 .. {kv.shape[-1]}, the latent width (got {value_dim})")
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
+    if q.is_cuda and not needs_grad:
+        reason = _unsupported(q, kv, indices, value_dim)
+        if reason is None:
+            return _sparse_mla(q.detach(), kv.detach(), indices, scale, value_dim)
+        if not torch.compiler.is_compiling():
+            _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::sparse_mla", mutates_args=())
+def _sparse_mla(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.is_cuda:
+        return sparse_mla_triton(q, kv, indices, scale, value_dim)
+    return sparse_mla_reference(q, kv, indices, scale, value_dim)
+
+
+@_sparse_mla.register_fake
+def _(q, kv, indices, scale, value_dim):
+    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value_dim: int) -> str | None:
+    """Why the Triton kernels cannot take these arguments, or None."""
+    _, _, heads, width = q.shape
+    if triton is None:
+        return "Triton is not installed (pip install triton)"
+    if q.dtype not in (torch.bfloat16, torch.float16) or kv.dtype != q.dtype:
+        return f"the kernels take bfloat16 or float16 for both q and kv, not {q.dtype} and {kv.dtype}"
+    if kv.device != q.device or indices.device != q.device:
+        return f"q, kv and indices are on {q.device}, {kv.device} and {indices.device}"
+    if heads > _MAX_HEADS or indices.shape[-1] > _MAX_TOPK or width > _MAX_WIDTH or value_dim > 512:
+        return (
+            f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
+            f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, 512"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the kernels need compute capability 8.0 or newer"
+    return None
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)

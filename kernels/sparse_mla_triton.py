@@ -1,0 +1,337 @@
+"""Sparse MLA forward in Triton for any GPU: prefill over grouped queries, and decode split over the selected keys.
+
+One program holds `BLOCK_M` rows (heads of one query, or of `GROUP` adjacent queries) and walks one key list in
+blocks of `BLOCK_N`. A row's keys are the raw selection when `GROUP == 1`, or a merged list whose entries carry one
+ownership bit a query (`sparse_mla_union_triton.py`).
+
+Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value width, R = D - V, K selected keys.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+LOG2_E = 1.4426950408889634
+# Queries of one launch: bounds the merged lists (K entries a query) and keeps them in L2 until they are read.
+QUERIES_PER_LAUNCH = 8192
+
+
+class Tile(NamedTuple):
+    """Launch shape of `_sparse_mla_fwd_kernel`."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def sparse_mla_tile(backend: str, arch: int | str, rows: int, width: int) -> Tile:
+    """Default tile for `rows` (heads, or heads of a group of queries) of latents `width` entries wide.
+
+    Bounded by shared memory: the queries and `num_stages` blocks of latents of `2 * width` bytes a row must fit
+    99 KB (sm86, sm89, sm120), 163 KB (sm80) or 227 KB (sm90, sm100); gfx942 has 64 KB.
+    """
+    wide = width > 320
+    if backend == "hip":
+        return Tile(16, 16 if wide else 32, 4, 1)
+    if rows <= 16 or arch not in (80, 90, 100, 103):
+        return Tile(16, 32, 4, 3)
+    if arch == 90 and rows > 32:
+        return Tile(64, 32, 8, 3)
+    return Tile(32, 32, 8, 3)
+
+
+def sparse_mla_triton(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments and results as `kernels.sparse_mla.sparse_mla`; bf16 or fp16, no gradient."""
+    B, S, H, _ = q.shape
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    if kv.stride(-1) != 1:
+        kv = kv.contiguous()
+    indices = indices.contiguous()
+    out = q.new_empty(B, S, H, value_dim)
+    lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    if indices.shape[-1] == 0 or kv.shape[1] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    target = _target(q.device)
+    splits = _decode_splits(B * S, H, indices.shape[-1], _processors(q.device), _tile(target, H, q.shape[-1]))
+    if splits > 1:
+        return _decode(q, kv, indices, scale, out, lse, splits, _tile(target, H, q.shape[-1]))
+    for first in range(0, S, max(1, QUERIES_PER_LAUNCH // B)):
+        rows = slice(first, first + max(1, QUERIES_PER_LAUNCH // B))
+        _prefill(q[:, rows], kv, indices[:, rows], scale, out[:, rows], lse[:, rows], target)
+    return out, lse
+
+
+def _prefill(q, kv, indices, scale, out, lse, target) -> None:
+    B, S, H, D = q.shape
+    group = group_size(H, 64, kv.shape[1]) if target == ("cuda", 90) else 1
+    tile = _tile(target, group * H, D)
+    if group == 1:
+        _launch(q, kv, indices, None, scale, out, lse, tile, group, splits=1)
+        return
+    keys, counts = merge_key_lists(indices, group, kv.shape[1])
+    _launch(q, kv, keys, counts, scale, out, lse, tile, group, splits=1)
+
+
+def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:
+    B, S, H, V = out.shape
+    part_out = torch.empty(splits, B, S, H, V, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
+    _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
+    _sparse_mla_combine_kernel[(B * S * H,)](
+        part_out,
+        part_lse,
+        out,
+        lse,
+        B * S * H,
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        SPLITS=splits,
+        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        num_warps=4,
+    )
+    return out, lse
+
+
+def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits: int) -> None:
+    B, S, H, D = q.shape
+    V = out.shape[-1]
+    head_blocks = 1 if group > 1 else triton.cdiv(H, tile.block_m)
+    lists = triton.cdiv(S, group)
+    split_stride = out.stride(0) if splits > 1 else 0
+    split_lse_stride = lse.stride(0) if splits > 1 else 0
+    _sparse_mla_fwd_kernel[(B * lists * head_blocks, splits)](
+        q,
+        kv,
+        keys,
+        counts,
+        out,
+        lse,
+        scale * LOG2_E,
+        S,
+        lists,
+        keys.shape[-1],
+        *q.stride()[:3],
+        *kv.stride()[:2],
+        *keys.stride()[:2],
+        split_stride,
+        *out.stride()[-4:-1],
+        split_lse_stride,
+        *lse.stride()[-3:-1],
+        H=H,
+        V=V,
+        R=D - V,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_V=max(16, triton.next_power_of_2(V)),
+        BLOCK_R=max(16, triton.next_power_of_2(D - V)),
+        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
+        GROUP=group,
+        OWNER_SHIFT=owner_shift(group),
+        HEAD_BLOCKS=head_blocks,
+        SPLITS=splits,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _decode_splits(queries: int, heads: int, topk: int, processors: int, tile: Tile) -> int:
+    """Splits that give each multiprocessor about two programs, none with less than one block of keys."""
+    programs = queries * triton.cdiv(heads, tile.block_m)
+    if programs >= processors:
+        return 1
+    return max(1, min(triton.cdiv(topk, tile.block_n), 2 * processors // programs))
+
+
+def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
+    return sparse_mla_tile(*target, rows, width)
+
+
+@lru_cache
+def _target(device: torch.device) -> tuple[str, int | str]:
+    if device.type != "cuda":  # Triton's interpreter
+        return "cuda", 80
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return "hip", properties.gcnArchName
+    return "cuda", 10 * properties.major + properties.minor
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+if triton is not None:
+
+    @triton.jit
+    def _sparse_mla_fwd_kernel(
+        q,
+        kv,
+        keys,
+        counts,
+        out,
+        lse,
+        scale_log2,
+        S,
+        lists,
+        K,
+        q_stride_b,
+        q_stride_s,
+        q_stride_h,
+        kv_stride_b,
+        kv_stride_t,
+        keys_stride_b,
+        keys_stride_s,
+        out_stride_split,
+        out_stride_b,
+        out_stride_s,
+        out_stride_h,
+        lse_stride_split,
+        lse_stride_b,
+        lse_stride_s,
+        H: tl.constexpr,
+        V: tl.constexpr,
+        R: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+        BLOCK_R: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        GROUP: tl.constexpr,
+        OWNER_SHIFT: tl.constexpr,
+        HEAD_BLOCKS: tl.constexpr,
+        SPLITS: tl.constexpr,
+    ):
+        # Head blocks of one query are neighbours: the second gather finds the latents in L2.
+        list_id = tl.program_id(0) // HEAD_BLOCKS
+        batch = (list_id // lists).to(tl.int64)
+        list_id = list_id % lists
+        offs_m = tl.program_id(0) % HEAD_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_v = tl.arange(0, BLOCK_V)
+        offs_r = tl.arange(0, BLOCK_R)
+        if GROUP > 1:
+            member, head = offs_m // H, offs_m % H
+        else:
+            member, head = offs_m * 0, offs_m
+        query = list_id * GROUP + member
+        row_mask = (head < H) & (member < GROUP) & (query < S)  # [BM]
+        query = query.to(tl.int64)
+
+        keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
+        if GROUP > 1:
+            count = tl.load(counts + batch * lists + list_id)
+        else:
+            offs_all = tl.arange(0, BLOCK_K)
+            all_keys = tl.load(keys_row + offs_all, mask=offs_all < K, other=-1)
+            count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
+        blocks = tl.cdiv(count, BLOCK_N)
+        first = 0
+        if SPLITS > 1:
+            blocks_per_split = tl.cdiv(blocks, SPLITS)
+            first = tl.program_id(1) * blocks_per_split
+            blocks = tl.minimum(first + blocks_per_split, blocks)
+
+        q_rows = q + batch * q_stride_b + query * q_stride_s + head * q_stride_h
+        v_mask = offs_v < V
+        q_v = tl.load(q_rows[:, None] + offs_v[None, :], mask=row_mask[:, None] & v_mask[None, :], other=0.0)
+        if R > 0:
+            r_mask = offs_r < R
+            q_r = tl.load(q_rows[:, None] + V + offs_r[None, :], mask=row_mask[:, None] & r_mask[None, :], other=0.0)
+        kv_batch = kv + batch * kv_stride_b
+
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+        # The keys of block i + 1 are loaded in iteration i, so that the gather's address is ready a block ahead
+        # and the pipeliner can issue it.
+        offs_k = first * BLOCK_N + offs_n
+        next_key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
+        for block in range(first, blocks):
+            key = next_key
+            offs_k = (block + 1) * BLOCK_N + offs_n
+            next_key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
+            listed = key >= 0
+            slot = key
+            if GROUP > 1:
+                slot = key & ((1 << OWNER_SHIFT) - 1)
+            kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
+            if BLOCK_V == V:
+                c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]
+            else:
+                c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None] & v_mask[None, :], other=0.0)
+            s = tl.dot(q_v, tl.trans(c))  # [BM, BN]
+            if R > 0:
+                if BLOCK_R == R:
+                    k_r = tl.load(kv_rows[:, None] + V + offs_r[None, :], mask=listed[:, None], other=0.0)
+                else:
+                    r_ptr = kv_rows[:, None] + V + offs_r[None, :]
+                    k_r = tl.load(r_ptr, mask=listed[:, None] & r_mask[None, :], other=0.0)
+                s = tl.dot(q_r, tl.trans(k_r), acc=s)
+            if GROUP > 1:
+                owned = ((key[None, :] >> (OWNER_SHIFT + member[:, None])) & 1) != 0
+                s = tl.where(owned & listed[None, :], s * scale_log2, float("-inf"))
+            else:
+                s = tl.where(listed[None, :], s * scale_log2, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(s, 1))
+            reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(s - reference[:, None])
+            alpha = tl.exp2(row_max - reference)
+            row_sum = row_sum * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(c.dtype), c, acc=acc * alpha[:, None])
+            row_max = new_max
+
+        acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
+        row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+        split = tl.program_id(1).to(tl.int64)
+        out_rows = out + split * out_stride_split + batch * out_stride_b + query * out_stride_s + head * out_stride_h
+        out_ptr = out_rows[:, None] + offs_v[None, :]
+        tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & v_mask[None, :])
+        lse_rows = lse + split * lse_stride_split + batch * lse_stride_b + query * lse_stride_s + head
+        tl.store(lse_rows, row_lse, mask=row_mask)
+
+    @triton.jit
+    def _sparse_mla_combine_kernel(
+        part_out,
+        part_lse,
+        out,
+        lse,
+        rows,
+        V: tl.constexpr,
+        BLOCK_V: tl.constexpr,
+        SPLITS: tl.constexpr,
+        BLOCK_SPLITS: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        offs_v = tl.arange(0, BLOCK_V)
+        offs_s = tl.arange(0, BLOCK_SPLITS)
+        lse_ptr = part_lse + offs_s.to(tl.int64) * rows + row
+        lses = tl.load(lse_ptr, mask=offs_s < SPLITS, other=float("-inf"))  # [SPLITS]
+        top = tl.max(lses, 0)
+        reference = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.sum(tl.exp(lses - reference), 0)
+        acc = tl.zeros([BLOCK_V], tl.float32)
+        for split in range(SPLITS):
+            part = split * rows + row
+            weight = tl.exp(tl.load(part_lse + part) - reference)
+            acc += weight * tl.load(part_out + part * V + offs_v, mask=offs_v < V, other=0.0)
+        acc = acc * tl.where(total > 0, 1.0 / total, 0.0)
+        tl.store(out + row * V + offs_v, acc.to(out.dtype.element_ty), mask=offs_v < V)
+        tl.store(lse + row, tl.where(total > 0, reference + tl.log(total), float("-inf")))

@@ -1,0 +1,89 @@
+"""Run by test_sparse_mla_triton.py in a process of its own: compile the default tiles for every architecture."""
+
+import os
+import re
+import subprocess
+import tempfile
+
+import pytest
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from indexcache.kernels import sparse_mla_triton as kernels
+from indexcache.kernels.sparse_mla_union_triton import _merge_key_lists_kernel, owner_shift
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
+POINTERS = {"q": "*bf16", "kv": "*bf16", "keys": "*i32", "counts": "*i32", "out": "*bf16", "lse": "*fp32"}
+
+
+def compile_kernel(function, arch, constants, pointers, **options):
+    """Compile with every pointer and stride divisible by 16, as the production shapes have them."""
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = pointers.get(name, "fp32" if name == "scale_log2" else "i32")
+        if name in pointers or "stride" in name:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+
+
+def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
+    backend = "hip" if isinstance(arch, str) else "cuda"
+    tile = kernels.sparse_mla_tile(backend, arch, group * heads, value_dim + rope_dim)
+    constants = {
+        "H": heads,
+        "V": value_dim,
+        "R": rope_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": triton.next_power_of_2(value_dim),
+        "BLOCK_R": max(16, triton.next_power_of_2(rope_dim)),
+        "BLOCK_K": 2048,
+        "GROUP": group,
+        "OWNER_SHIFT": owner_shift(group),
+        "HEAD_BLOCKS": triton.cdiv(heads, tile.block_m),
+        "SPLITS": splits,
+    }
+    pointers = dict(POINTERS, out="*fp32") if splits > 1 else dict(POINTERS)
+    if group == 1:
+        constants["counts"] = None
+        del pointers["counts"]
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    return compile_kernel(kernels._sparse_mla_fwd_kernel, arch, constants, pointers, **options)
+
+
+def stack_bytes(compiled):
+    """Local memory of a thread, from the compiled code's own resource table."""
+    folder = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [os.path.join(folder, "cuobjdump"), "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+@pytest.mark.parametrize("arch", SHARED_KB)
+def test_default_tiles_fit_the_shared_memory(arch):
+    compiled = compile_forward(arch, heads=20, splits=1)
+    assert compiled.metadata.shared <= SHARED_KB[arch] * 1024
+
+
+@pytest.mark.parametrize(("arch", "heads", "splits"), [(80, 20, 1), (80, 128, 4), (90, 20, 1), (90, 20, 32)])
+def test_default_tiles_do_not_spill_and_prefetch_the_gather(arch, heads, splits):
+    compiled = compile_forward(arch, heads, splits)
+    assert stack_bytes(compiled) == 0
+    # Two blocks of latents in flight, filled by asynchronous 16-byte copies.
+    assert re.search(r"memdesc<2x\d+x512xbf16", compiled.asm["ttgir"])
+    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", compiled.asm["ptx"])
+
+
+def test_key_lists_merge_compiles():
+    constants = {"GROUP": 3, "OWNER_SHIFT": owner_shift(3), "BLOCK_K": 2048}
+    pointers = {"indices": "*i32", "packed": "*i32", "counts": "*i32", "added": "*i16"}
+    assert stack_bytes(compile_kernel(_merge_key_lists_kernel, 90, constants, pointers, num_warps=8)) == 0
