@@ -13,7 +13,7 @@ if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
     )
 
 import os  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import Any, ClassVar  # noqa: E402
 
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
@@ -86,12 +86,12 @@ class IndexCacheConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_pp_plan = {
+    base_model_pp_plan: ClassVar[Any] = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[Any] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -167,7 +167,7 @@ class IndexCacheConfig(PreTrainedConfig):
     @property
     def share_pattern(self) -> SharePattern:
         """The pattern, checked against the number of layers."""
-        return SharePattern.parse(self.index_share_pattern, self.num_hidden_layers)
+        return SharePattern.parse(self.index_share_pattern or "", self.num_hidden_layers)
 
     @property
     def indexer_types(self) -> list[str]:
@@ -183,7 +183,7 @@ class IndexCacheConfig(PreTrainedConfig):
             config_dict = {**on_file, **override}
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As `PreTrainedConfig.save_pretrained`; the model's code goes along, for `trust_remote_code=True`.
 
         Saving a model saves its config between noting which files are new and uploading them, so this one place
@@ -191,7 +191,7 @@ class IndexCacheConfig(PreTrainedConfig):
         """
         self.auto_map = dict(AUTO_MAP)
         write_hub_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-ready values, with `indexer_types` beside the pattern for other engines."""

@@ -31,11 +31,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.sparse_mla import sparse_mla
 from .expert_router import IndexCacheTopkRouter
+from .indexer import IndexCacheIndexer
 from .key_visibility import KeyVisibility
-from .latent_cache import append_index_keys, append_latents
+from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .rotary_embedding import IndexCacheRotaryEmbedding, rotate, yarn_softmax_factor
 
@@ -76,63 +76,6 @@ class IndexCacheRMSNorm(nn.Module):
         wide = x.float() if x.dtype != torch.float64 else x
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * wide.to(x.dtype)
-
-
-class IndexCacheIndexer(nn.Module):
-    """The lightning indexer of a full layer: scores all earlier tokens and selects `index_topk` for each query."""
-
-    def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
-        self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
-        self.index_topk = config.index_topk
-        self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=config.index_k_norm_eps)
-        self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
-
-    @torch.no_grad()
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        visibility: KeyVisibility,
-        past_key_values: Cache | None = None,
-        return_all: bool = False,
-    ) -> torch.Tensor | None:
-        """Select keys, and cache the new tokens' index keys.
-
-        Args:
-            hidden_states: `[B, S, hidden_size]`, normed.
-            q_resid: the query latent `[B, S, q_lora_rank]`.
-            position_embeddings: `(cos, sin)`, each `[B, S, R]`.
-            visibility: which keys each query may see.
-            past_key_values: the cache, updated in place.
-            return_all: list the selection even when it is everything.
-
-        Returns:
-            int32 `[B, S, min(index_topk, T)]`, or None when no query can have more than `index_topk` keys: dense
-            attention is exact then.
-        """
-        batch, num_queries = hidden_states.shape[:2]
-        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings)
-        keys = append_index_keys(past_key_values, k, self.layer_idx)
-        num_keys = keys.shape[1]
-        if num_keys <= self.index_topk:
-            return visibility.every_index(num_queries, num_keys, batch) if return_all else None
-        q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
-        q = self._turn(q, position_embeddings)
-        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float() * self.n_heads**-0.5
-        seen = visibility.for_keys(num_keys)
-        return lightning_indexer(
-            q, keys, weights, self.index_topk, query_start=seen.query_start, key_mask=seen.key_mask
-        )
-
-    def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
-        return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
 
 
 def eager_attention_forward(
@@ -437,9 +380,10 @@ class IndexCachePreTrainedModel(PreTrainedModel):
             ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         missing = {int(key.split("layers.")[1].split(".")[0]) for key in info["missing_keys"] if ".indexer." in key}
         if missing:
             raise ValueError(
@@ -489,7 +433,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         self.gradient_checkpointing = False
         self._running_pattern = config.share_pattern
         own_layers = "|".join(map(str, range(num_layers)))
-        shared = "|".join(str(i) for i, layer in enumerate(self.layers) if layer.self_attn.indexer is None)
+        shared = "|".join(map(str, config.share_pattern.shared_layers))
         # Multi-token-prediction layers stand behind the last one; shared layers of an all-full file are surplus.
         self._keys_to_ignore_on_load_unexpected = [rf"layers\.(?!(?:{own_layers})\.)\d+\."]
         if shared:
@@ -505,7 +449,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             ValueError: when a full layer of `pattern` has no indexer in this model.
         """
         pattern = SharePattern.parse(pattern, self.config.num_hidden_layers)
-        without = [layer for layer in pattern.full_layers if self.layers[layer].self_attn.indexer is None]
+        loaded = self.config.share_pattern
+        without = [layer for layer in pattern.full_layers if not loaded.is_full(layer)]
         if without:
             raise ValueError(f"pattern {pattern} makes layers {without} full, but they have no indexer in this model")
         self._running_pattern = pattern
@@ -542,8 +487,10 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         num_queries, device = hidden_states.shape[1], hidden_states.device
         visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
         if position_ids is None:
-            position_ids = (visibility.query_start + torch.arange(num_queries, device=device)).unsqueeze(0)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+            slots = visibility.query_start + torch.arange(num_queries, device=device)
+            position_embeddings = self.rotary_emb(hidden_states, slots.unsqueeze(0))
+        else:
+            position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
         topk_indices = None
         for layer_idx, layer in enumerate(self.layers):
@@ -564,7 +511,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: IndexCacheConfig) -> None:
@@ -631,7 +578,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
