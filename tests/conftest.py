@@ -47,7 +47,7 @@ def run_python(tmp_path):
             **variables,
         }
         process = subprocess.run(
-            [sys.executable, "-I", "-c", ("" if installed else WITHOUT_PACKAGES) + script, *map(str, args)],
+            [sys.executable, "-I", "-c", ("import sys\n" if installed else WITHOUT_PACKAGES) + script, *map(str, args)],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

@@ -131,7 +131,7 @@ class Hub:
         self.failures.append(Failure(method, path, status, times, skip))
 
     def __enter__(self) -> Hub:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
