@@ -1,0 +1,260 @@
+"""The `indexcache` command line. Exit codes: 0 done, 1 a check or the work failed, 2 bad usage.
+
+Only arguments, calls and printing live here; what takes long to import is imported by the verbs themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+app = typer.Typer(
+    name="indexcache",
+    help="IndexCache for Transformers: share the lightning indexer of DeepSeek Sparse Attention models across layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
+Token = Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")]
+
+
+def main() -> None:
+    """The entry point of the `indexcache` command."""
+    app()
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error for a person, without a traceback, and leave."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    from .conversion.checkpoint import ConversionError
+
+    try:
+        yield
+    except ConversionError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; an unfinished conversion goes on with --resume", 130)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _print(drawing: RenderableType) -> None:
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(drawing)
+
+
+@app.callback(invoke_without_command=True)
+def _about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib import metadata
+
+        typer.echo(metadata.version("indexcache"))
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="DSA or IndexCache checkpoint: a folder, or a Hub id (org/name).")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    pattern: Annotated[str | None, typer.Option(help="One letter a layer: F runs its indexer, S shares.")] = None,
+    pattern_file: Annotated[Path | None, typer.Option(help="JSON that the pattern search wrote.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Evenly spaced full layers: 1/4, 0.25 or a count. Chooses in a pattern file.")
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="auto keeps every byte (fp8 too); others cast and dequantise."),
+    ] = "auto",
+    max_shard_size: Annotated[str | None, typer.Option(help="Re-shard, e.g. 5GB. Default: as the source.")] = None,
+    keep_shared_indexers: Annotated[bool, typer.Option(help="Keep indexer weights of shared layers.")] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy unchanged shards; by default they are linked to the source's files.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted conversion.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Then push to this Hub repository.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a DSA checkpoint into an IndexCache checkpoint.
+
+    Unchanged shards are linked or passed through whole, so that a conversion takes little time and space. A linked
+    shard is the source's own file under a second name: use --copy if the source's files will be edited in place.
+    """
+    if push_to_hub is None and private:
+        _fail("--private belongs to --push-to-hub ID", 2)
+    if dry_run and (resume or push_to_hub):
+        _fail("--dry-run writes nothing: drop --resume and --push-to-hub", 2)
+    with _errors_as_messages():
+        from .conversion.checkpoint import ConversionError, open_source, read_json
+        from .conversion.convert import ConvertOptions, plan_conversion
+        from .conversion.convert import convert as run_conversion
+        from .conversion.drawing import draw_plan, human_bytes, plan_summary
+        from .conversion.hub import push_folder
+        from .conversion.pattern_file import choose_pattern
+
+        opened = open_source(source, revision=revision, token=token)
+        config = read_json(opened, "config.json")
+        try:
+            options = ConvertOptions(
+                choose_pattern(config, pattern, pattern_file, keep),
+                dtype,
+                _file_size(max_shard_size),
+                keep_shared_indexers,
+                copy,
+                resume,
+                overwrite,
+                push_to_hub,
+            )
+        except ConversionError as error:
+            _fail(str(error), 2)
+        plan = plan_conversion(opened, options)
+        if dry_run:
+            _print_json(plan_summary(plan)) if as_json else _print(draw_plan(plan))
+            return
+        with _progress(not as_json, plan.nbytes) as advance:
+            done = run_conversion(
+                opened, output, options, plan=plan, on_shard=lambda shard, how: advance(shard.file, shard.nbytes)
+            )
+        url = push_folder(output, push_to_hub, private=private or None, token=token) if push_to_hub else None
+        if as_json:
+            summary = {**plan_summary(plan), "warnings": list(done.warnings), "how": done.how}
+            _print_json({"output": str(output), **summary, "url": url})
+            return
+        ways = ", ".join(f"{list(done.how.values()).count(way)} {way}" for way in sorted(set(done.how.values())))
+        dropped = human_bytes(sum(info.nbytes for info in plan.dropped))
+        typer.echo(f"{output}: pattern {plan.pattern}, shards: {ways}; {dropped} of indexer weights dropped")
+        for note in done.warnings:
+            typer.echo(f"note: {note}")
+        if url:
+            typer.echo(f"pushed: {url}")
+
+
+def _file_size(size: str | None) -> int | None:
+    from transformers.utils.hub import convert_file_size_to_int
+
+    from .conversion.checkpoint import ConversionError
+
+    if size is None:
+        return None
+    try:
+        found = int(convert_file_size_to_int(size))
+    except ValueError as error:
+        raise ConversionError(f"--max-shard-size {size!r} is no size: write 5GB, 500MB or 2GiB") from error
+    if found < 1:
+        raise ConversionError(f"--max-shard-size must be positive (got {size!r})")
+    return found
+
+
+@contextmanager
+def _progress(wanted: bool, total: int) -> Iterator[Any]:
+    """Yields a function that notes a finished shard; draws a bar on stderr when that is a terminal."""
+    if not wanted or not sys.stderr.isatty():
+        with nullcontext():
+            yield lambda file, nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("shards", total=total)
+        yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)
+
+
+@app.command()
+def verify(
+    source: Annotated[str, typer.Argument(help="The checkpoint that was converted: a folder or Hub id.")],
+    converted: Annotated[str, typer.Argument(help="The IndexCache checkpoint: a folder or Hub id.")],
+    logits: Annotated[bool, typer.Option(help="Also run both models, if they fit in memory.")] = True,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a converted checkpoint holds its source's tensors byte for byte and gives the same logits."""
+    with _errors_as_messages():
+        import dataclasses
+
+        from .conversion.checkpoint import open_source
+        from .conversion.drawing import draw_verification
+        from .conversion.verify import verify as run_verification
+
+        result = run_verification(
+            open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
+        )
+        _print_json({"ok": result.ok, **dataclasses.asdict(result)}) if as_json else _print(draw_verification(result))
+        if not result.ok:
+            raise typer.Exit(1)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token."""
+    with _errors_as_messages():
+        from .conversion.checkpoint import open_source
+        from .conversion.describe import describe
+        from .conversion.drawing import draw_description
+
+        description = describe(open_source(path, revision=revision, token=token))
+        _print_json(description) if as_json else _print(draw_description(description))
+
+
+@app.command()
+def env(as_json: AsJson = False) -> None:
+    """Show the versions and devices that matter for a bug report."""
+    import platform
+    from importlib import metadata
+
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    for name in ("indexcache", "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "triton"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    try:
+        import torch
+
+        found["cuda"] = torch.version.cuda
+        found["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    except ImportError as error:
+        found["torch import"] = str(error)
+    if as_json:
+        _print_json(found)
+        return
+    for name, value in found.items():
+        typer.echo(f"{name:<16} {value if value not in (None, []) else 'none'}")

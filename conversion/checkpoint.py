@@ -1,0 +1,367 @@
+"""Read a safetensors checkpoint by its headers: what tensors it has, where their bytes lie, what is wrong with it.
+
+Nothing here loads a tensor. The file format: 8 bytes of header length (little endian), a JSON header padded with
+spaces, the tensors' bytes without holes (https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+# Bits an element, by the name that safetensors headers use.
+DTYPE_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
+# The same limit as the safetensors library's: a longer header is damage, not data.
+MAX_HEADER_BYTES = 100_000_000
+_MAX_PROBLEMS_SHOWN = 12
+
+
+class ConversionError(ValueError):
+    """Something that the person who runs the conversion can mend; the message says what, where and how."""
+
+    @classmethod
+    def collect(cls, heading: str, problems: Sequence[str]) -> ConversionError:
+        """One error for several problems: the first dozen are listed, the others counted."""
+        shown = [f"  - {problem}" for problem in problems[:_MAX_PROBLEMS_SHOWN]]
+        if len(problems) > len(shown):
+            shown.append(f"  - and {len(problems) - len(shown)} more")
+        return cls("\n".join([heading, *shown]))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as a shard's header describes it; `begin` and `end` are offsets in the file."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """A shard's header: its tensors in the order of their bytes, its `__metadata__`, and its size on disk."""
+
+    file: str
+    size: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] | None
+
+
+class Source(Protocol):
+    """Where a checkpoint is read from: a folder (`FolderSource`) or a Hub repository (`HubSource`)."""
+
+    #: How cards and recipes name it: `org/name`, or the folder's name.
+    id: str
+    #: The Hub commit, where known.
+    revision: str | None
+    #: How errors name it.
+    location: str
+
+    def list_files(self) -> list[str]:
+        """All files, as POSIX paths relative to the checkpoint, sorted."""
+        ...
+
+    def size(self, file: str) -> int:
+        """Bytes of one file; ConversionError when it is absent or lies outside the checkpoint."""
+        ...
+
+    def read_range(self, file: str, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of one file, fewer at its end."""
+        ...
+
+    def local(self, file: str) -> AbstractContextManager[Path]:
+        """The file on this machine while the block lasts."""
+        ...
+
+    def fingerprint(self, file: str) -> list[Any]:
+        """JSON-ready marks that change when the file's content does, found without reading it."""
+        ...
+
+
+class FolderSource:
+    """A checkpoint in a folder, a snapshot in the Hub's cache included. It is never written to."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ConversionError(f"{folder} is no folder: give a checkpoint's folder or a Hub id such as org/name")
+        self.location = str(folder)
+        self.id, self.revision = self.folder.resolve().name, None
+        self._roots = [self.folder.resolve()]
+        # A snapshot in the Hub's cache is made of links into the blobs beside it.
+        snapshots = self.folder.absolute().parent
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            self._roots.append((snapshots.parent / "blobs").resolve())
+            self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
+            self.revision = self.folder.absolute().name
+
+    def path(self, file: str) -> Path:
+        """The real path of a file, checked to lie inside the checkpoint."""
+        check_file_name(file, self.location)
+        path = self.folder / file
+        if not path.is_file():
+            raise ConversionError(f"{self.location}: {file} is missing: fetch it again, or mend what names it")
+        real = path.resolve()
+        if not any(real.is_relative_to(root) for root in self._roots):
+            raise ConversionError(
+                f"{self.location}: {file} is a link to {real}, outside the checkpoint: put the file itself there"
+            )
+        return real
+
+    def list_files(self) -> list[str]:
+        """All files, as POSIX paths relative to the folder, sorted; hidden folders are left out."""
+        found = []
+        for folder, folders, files in os.walk(self.folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [(Path(folder) / name).relative_to(self.folder).as_posix() for name in files]
+        return sorted(found)
+
+    def size(self, file: str) -> int:
+        """Bytes of one file."""
+        return self.path(file).stat().st_size
+
+    def read_range(self, file: str, begin: int, end: int) -> bytes:
+        """Bytes `begin` to `end` of one file."""
+        with open(self.path(file), "rb") as stream:
+            stream.seek(begin)
+            return stream.read(end - begin)
+
+    @contextmanager
+    def local(self, file: str) -> Iterator[Path]:
+        """The file's real path."""
+        yield self.path(file)
+
+    def fingerprint(self, file: str) -> list[Any]:
+        """Path, size and time of last change."""
+        path = self.path(file)
+        status = path.stat()
+        return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def open_source(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Source:
+    """The checkpoint that `source` names: a folder here, else a Hub repository.
+
+    Args:
+        source: a folder, or a Hub id such as `org/name`.
+        revision: branch, tag or commit; for Hub sources alone.
+        token: Hub token; the saved login when `None`.
+
+    Raises:
+        ConversionError: neither a folder nor a repository, or a revision for a folder.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ConversionError(f"a revision ({revision!r}) belongs to a Hub source, and {source} is a folder")
+        return FolderSource(source)
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not Path(source).exists():
+        from .hub_source import HubSource
+
+        return HubSource(str(source), revision=revision, token=token)
+    raise ConversionError(f"{source} is no folder here, nor a Hub id of the form org/name")
+
+
+def check_file_name(file: object, location: str) -> str:
+    """`file` itself when it is a plain relative path that stays inside the checkpoint."""
+    if not isinstance(file, str) or not file or "\\" in file or "\0" in file:
+        raise ConversionError(f"{location}: {file!r} is no file name")
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts:
+        raise ConversionError(f"{location}: {file!r} points outside the checkpoint: name a file inside it")
+    return file
+
+
+def read_json(source: Source, file: str) -> dict[str, Any]:
+    """A JSON object from a small file; ConversionError when it is absent, unreadable or names a key twice."""
+    where = f"{source.location}: {file}"
+    raw = source.read_range(file, 0, source.size(file))
+    try:
+        value = json.loads(raw, object_pairs_hook=_refuse_repeated_keys)
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{where} is not valid JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{where} holds a {type(value).__name__} where a JSON object belongs")
+    return value
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
+
+
+def read_header(source: Source, file: str) -> ShardHeader:
+    """Read and check a shard's header.
+
+    Raises:
+        ConversionError: no safetensors file, a damaged header, offsets that overlap or leave holes, a shape that
+            does not fit its bytes, or a file shorter or longer than its header says.
+    """
+    where, size = f"{source.location}: {file}", source.size(file)
+    start = source.read_range(file, 0, 8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > MAX_HEADER_BYTES:
+        raise ConversionError(f"{where} is no safetensors file (its first 8 bytes are {start.hex()}): fetch it again")
+    if 8 + length > size:
+        raise ConversionError(
+            f"{where} is truncated: its header alone needs {8 + length} bytes and the file has {size}: fetch it again"
+        )
+    try:
+        header = json.loads(source.read_range(file, 8, 8 + length), object_pairs_hook=_refuse_repeated_keys)
+        metadata = header.pop("__metadata__", None)
+        tensors = [_tensor_info(name, file, entry, 8 + length) for name, entry in header.items()]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConversionError(f"{where} has a damaged safetensors header ({error}): fetch it again") from error
+    end = 8 + length
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
+        if tensor.begin != end:
+            raise ConversionError(
+                f"{where} has a damaged safetensors header: {tensor.name} begins at byte {tensor.begin} "
+                f"where {end} was due: fetch it again"
+            )
+        end = tensor.end
+    if end != size:
+        state = "truncated" if size < end else "longer than its header says"
+        raise ConversionError(f"{where} is {state}: {end} bytes were due and the file has {size}: fetch it again")
+    ordered = sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end))
+    return ShardHeader(file, size, {tensor.name: tensor for tensor in ordered}, metadata)
+
+
+def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
+    """One header entry, checked; ValueError for the caller to place."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is no JSON object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has the unknown dtype {dtype!r}")
+    for value in (shape, offsets):
+        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+            raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"{name} has data_offsets {offsets!r}")
+    begin, end = offsets
+    if math.prod(shape) * DTYPE_BITS[dtype] != (end - begin) * 8:
+        raise ValueError(f"{name} has {end - begin} bytes, which {dtype} {shape} does not fill")
+    return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's config and headers. `shards` stand in the order of their names."""
+
+    source: Source
+    config: dict[str, Any]
+    shards: dict[str, ShardHeader]
+    is_sharded: bool
+    files: list[str] = field(repr=False)
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """All tensors, shard by shard, each shard's in the order of their bytes."""
+        return {name: info for shard in self.shards.values() for name, info in shard.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for shard in self.shards.values() for info in shard.tensors.values())
+
+    @property
+    def stray_weights(self) -> list[str]:
+        """Weight files that the checkpoint does not name and conversion leaves behind."""
+        suffixes = (".safetensors", ".bin", ".pt", ".pth")
+        return [file for file in self.files if file.endswith(suffixes) and file not in self.shards]
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Read config, index and every shard's header, and check that they agree.
+
+    Raises:
+        ConversionError: naming the file, the tensor, the value and the mend.
+    """
+    files = source.list_files()
+    config = read_json(source, CONFIG_FILE)
+    if INDEX_FILE in files and SINGLE_FILE in files:
+        raise ConversionError(
+            f"{source.location} holds both {SINGLE_FILE} and {INDEX_FILE}, and loaders differ in which they take: "
+            "remove the stale one"
+        )
+    if INDEX_FILE not in files:
+        if SINGLE_FILE not in files:
+            raise ConversionError(_why_no_weights(source, files))
+        return Checkpoint(source, config, {SINGLE_FILE: read_header(source, SINGLE_FILE)}, False, files)
+    weight_map = read_json(source, INDEX_FILE).get("weight_map")
+    where = f"{source.location}: {INDEX_FILE}"
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConversionError(f"{where} has no weight_map: fetch it again")
+    for name, file in weight_map.items():
+        check_file_name(file, f"{where} (tensor {name})")
+        if "/" in file or not file.endswith(".safetensors"):
+            raise ConversionError(
+                f"{where}: {name} is said to be in {file!r}, which is no .safetensors file beside it"
+            )
+    absent = sorted(set(weight_map.values()) - set(files))
+    if absent:
+        raise ConversionError.collect(
+            f"{where} names shards that are not there: fetch them, or mend the index", absent
+        )
+    shards = {file: read_header(source, file) for file in sorted(set(weight_map.values()))}
+    _check_index(where, weight_map, shards)
+    return Checkpoint(source, config, shards, True, files)
+
+
+def _check_index(where: str, weight_map: dict[str, str], shards: dict[str, ShardHeader]) -> None:
+    """Every tensor lies in exactly the shard that the index names."""
+    problems = [
+        f"{name} is said to be in {file}, which does not hold it"
+        for name, file in weight_map.items()
+        if name not in shards[file].tensors
+    ]
+    home: dict[str, str] = {}
+    for file, shard in shards.items():
+        for name in shard.tensors:
+            if name in home:
+                problems.append(f"{name} is in two shards, {home[name]} and {file}")
+            elif name not in weight_map:
+                problems.append(f"{file} holds {name}, which the index does not name")
+            home.setdefault(name, file)
+    if problems:
+        raise ConversionError.collect(f"{where} and the shards disagree: mend the index or fetch it again", problems)
+
+
+def _why_no_weights(source: Source, files: list[str]) -> str:
+    loose = [file for file in files if file.endswith(".safetensors")]
+    if loose:
+        return (
+            f"{source.location} holds {len(loose)} .safetensors files (the first: {loose[0]}) and no {INDEX_FILE}: "
+            "fetch the index"
+        )
+    if any(file.endswith((".bin", ".pt", ".pth")) for file in files):
+        return f"{source.location} holds pickled weights: save the checkpoint as safetensors first"
+    return f"{source.location} holds neither {SINGLE_FILE} nor {INDEX_FILE}: give a folder with a checkpoint's weights"

@@ -1,0 +1,54 @@
+"""Block-scaled fp8 weights, as DeepSeek and GLM publish them: e4m3 values and one fp32 scale a block."""
+
+from __future__ import annotations
+
+import torch
+
+SCALE_SUFFIX = "_scale_inv"
+
+
+def scale_grid(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, int]:
+    """The shape of the scales of a `[rows, columns]` weight; the last block of each side may be ragged."""
+    rows, columns = shape
+    return -(-rows // block_size[0]), -(-columns // block_size[1])
+
+
+def dequantise_block(
+    weight: torch.Tensor,
+    scale_inv: torch.Tensor,
+    block_size: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Multiply each block by its scale, in fp32, and round once.
+
+    Rows and columns need no multiple of the block: 576 rows (512 + 64, `kv_a_proj_with_mqa`) have 5 rows of scales.
+    Works in slabs of block rows, so that beside the result only a few MB are held in fp32.
+
+    Args:
+        weight: `[rows, columns]`, float8_e4m3fn.
+        scale_inv: `[ceil(rows / block_size[0]), ceil(columns / block_size[1])]`; multiplying by it dequantises,
+            whatever its name says.
+        block_size: rows and columns that share a scale.
+        dtype: of the result.
+
+    Returns:
+        `[rows, columns]` in `dtype`.
+
+    Raises:
+        ValueError: a grid of scales that does not fit the weight.
+    """
+    if weight.dim() != 2 or tuple(scale_inv.shape) != scale_grid(tuple(weight.shape), block_size):
+        raise ValueError(
+            f"scales of shape {tuple(scale_inv.shape)} do not fit a weight of shape {tuple(weight.shape)} "
+            f"in blocks of {block_size[0]} x {block_size[1]}"
+        )
+    rows, columns = weight.shape
+    result = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    slab = max(1, (1 << 21) // max(1, columns * block_size[0])) * block_size[0]
+    for start in range(0, rows, slab):
+        part = weight[start : start + slab].float()  # [slab, columns]
+        scales = scale_inv[start // block_size[0] : -(-(start + len(part)) // block_size[0])].float()
+        scales = scales.repeat_interleave(block_size[0], dim=0)[: len(part)]
+        part *= scales.repeat_interleave(block_size[1], dim=1)[:, :columns]
+        result[start : start + slab] = part.to(dtype)
+    return result

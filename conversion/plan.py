@@ -1,0 +1,349 @@
+"""Plan a conversion on headers alone: every source tensor is kept, dropped, folded into its weight, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..configuration.hub_code import AUTO_MAP
+from ..configuration.share_pattern import SharePattern
+from .checkpoint import DTYPE_BITS, SINGLE_FILE, Checkpoint, ConversionError, TensorInfo
+from .families import (
+    INDEXER,
+    MTP_MARK,
+    ExpectedTensor,
+    convert_config,
+    expected_indexer,
+    expected_tensors,
+    layer_of,
+    load_config,
+    source_pattern,
+)
+from .fp8 import SCALE_SUFFIX, scale_grid
+
+FP8 = "F8_E4M3"
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+SCALE_DTYPES = ("F32", "F8_E8M0")
+CAST_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the output: where its bytes come from, and the dtype it gets (`scale` is read to dequantise)."""
+
+    source: TensorInfo
+    dtype: str
+    scale: TensorInfo | None = None
+    block_size: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name, the same in source and output."""
+        return self.source.name
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes stay as they are."""
+        return self.dtype == self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.source.nbytes * DTYPE_BITS[self.dtype] // DTYPE_BITS[self.source.dtype]
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """A file of the output; `is_whole` when a source shard becomes it byte for byte."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: dict[str, str] | None
+    is_whole: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def source_files(self) -> list[str]:
+        """The source shards that it reads, in order of first use."""
+        return list(dict.fromkeys(tensor.source.file for tensor in self.tensors))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a conversion will do to the weights and the config."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    pattern: SharePattern
+    shards: tuple[OutputShard, ...]
+    dropped: tuple[TensorInfo, ...]
+    folded: tuple[TensorInfo, ...]
+    has_index: bool
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The output's tensors with their files."""
+        return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def vanished_files(self) -> list[str]:
+        """Source shards of which nothing is left under their name."""
+        return sorted(set(self.checkpoint.shards) - {shard.file for shard in self.shards})
+
+
+def build_plan(
+    checkpoint: Checkpoint,
+    pattern: SharePattern | None = None,
+    *,
+    dtype: str = "auto",
+    max_shard_size: int | None = None,
+    keep_shared_indexers: bool = False,
+) -> Plan:
+    """Check a source against its family and lay out the output.
+
+    Args:
+        checkpoint: the source's config and headers.
+        pattern: the pattern to write; the source's own when `None`.
+        dtype: `auto` leaves every byte as it is; `bfloat16`, `float16` or `float32` casts and dequantises.
+        max_shard_size: re-shard to files of at most so many bytes of tensors; the source's sharding when `None`.
+        keep_shared_indexers: keep the indexer weights of shared layers, so that they can run again later.
+
+    Raises:
+        ConversionError: every missing, unknown, wrong-shaped and wrong-typed tensor by name, and every other reason
+            why the source cannot become what is asked for.
+    """
+    location = checkpoint.source.location
+    if dtype not in ("auto", *CAST_DTYPES):
+        raise ConversionError(f"dtype {dtype!r} is not known: choose auto, {', '.join(CAST_DTYPES)}")
+    cast_to = None if dtype == "auto" else dtype
+    fields = convert_config(checkpoint.config, pattern, cast_to, AUTO_MAP, location)
+    config = load_config(fields, location)
+    block_size = fp8_block_size(checkpoint.config, location)
+    tensors = checkpoint.tensors
+    _check_indexers_present(config, tensors, location)
+    problems = _problems(config, tensors, block_size)
+    if problems:
+        raise ConversionError.collect(
+            f"{location} does not hold what its config.json describes ({len(problems)} tensors): "
+            "fetch it again, or mend the config",
+            problems,
+        )
+
+    shared = set() if keep_shared_indexers else set(config.share_pattern.shared_layers)
+    dropped = tuple(info for name, info in tensors.items() if _indexer_layer(name) in shared)
+    gone = {info.name for info in dropped}
+    folded, planned = [], {}
+    for name, info in tensors.items():
+        if name in gone:
+            continue
+        if cast_to and name.endswith(SCALE_SUFFIX):
+            folded.append(info)
+            continue
+        target = _target_dtype(info, CAST_DTYPES[cast_to]) if cast_to else info.dtype
+        scale = tensors.get(name + SCALE_SUFFIX) if target != info.dtype and info.dtype == FP8 else None
+        planned[name] = PlannedTensor(info, target, scale, block_size if scale else None)
+
+    if max_shard_size is None:
+        shards, has_index = _shards_as_in_source(checkpoint, planned), checkpoint.is_sharded
+    else:
+        shards = _shards_of_size(list(planned.values()), max_shard_size)
+        has_index = len(shards) > 1
+    return Plan(
+        checkpoint,
+        fields,
+        config.share_pattern,
+        tuple(shards),
+        dropped,
+        tuple(folded),
+        has_index,
+        tuple(_warnings(checkpoint, config)),
+    )
+
+
+# ---- validation ---------------------------------------------------------------------------------------------------
+
+
+def fp8_block_size(config: dict[str, Any], location: str) -> tuple[int, int] | None:
+    """Rows and columns that share an fp8 scale; `None` for an unquantised source."""
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return None
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if method != "fp8":
+        raise ConversionError(
+            f"{location}: quantization_config has quant_method {method!r}: only block-scaled fp8 and unquantised "
+            "checkpoints can be converted"
+        )
+    size = quantisation.get("weight_block_size", [128, 128])
+    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+        raise ConversionError(
+            f"{location}: quantization_config has weight_block_size {size!r}: it must be two numbers, as [128, 128]"
+        )
+    return size[0], size[1]
+
+
+def _indexer_layer(name: str) -> int | None:
+    """The layer whose indexer a tensor belongs to."""
+    place = layer_of(name)
+    return place[0] if place and place[1].startswith(INDEXER) else None
+
+
+def _check_indexers_present(config: IndexCacheConfig, tensors: Iterable[str], location: str) -> None:
+    present = {_indexer_layer(name) for name in tensors}
+    lacking = [layer for layer in config.share_pattern.full_layers if layer not in present]
+    if len(lacking) == config.num_hidden_layers or not present - {None}:
+        raise ConversionError(f"{location} holds no indexer weights at all: it is no DSA checkpoint")
+    if lacking:
+        named = ", ".join(map(str, lacking))
+        raise ConversionError(
+            f"{location} has no indexer weights in layers {named}, which the pattern {config.index_share_pattern} "
+            f"makes full: make them 'S', or convert from a checkpoint that has them"
+        )
+
+
+def _problems(
+    config: IndexCacheConfig, tensors: dict[str, TensorInfo], block_size: tuple[int, int] | None
+) -> list[str]:
+    """What is missing, unknown or of the wrong shape or dtype, one sentence a tensor."""
+    layers = config.num_hidden_layers
+    expected = expected_tensors(config)
+    for layer in sorted({layer for layer in map(_indexer_layer, tensors) if layer is not None and layer < layers}):
+        expected |= expected_indexer(config, layer)
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    if config.tie_word_embeddings:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    extra_layers = {place[0] for place in map(layer_of, tensors) if place and place[0] >= layers}
+    plain = {layer for layer in extra_layers if f"model.layers.{layer}.{MTP_MARK}" not in tensors}
+    problems += [
+        f"layer {layer} is beyond num_hidden_layers={layers} and no MTP layer (it has no {MTP_MARK})"
+        for layer in sorted(plain)
+    ]
+    for name, info in tensors.items():
+        if name.endswith(SCALE_SUFFIX):
+            problems += _scale_problems(info, tensors.get(name.removesuffix(SCALE_SUFFIX)), block_size)
+            continue
+        place = layer_of(name)
+        if place and place[0] >= layers:
+            quantisable = True
+        elif name not in expected:
+            problems.append(f"{name} ({info.dtype} {list(info.shape)} in {info.file}) is not known to this family")
+            continue
+        else:
+            problems += _shape_problems(info, expected[name])
+            quantisable = expected[name].quantisable
+        problems += _dtype_problems(info, quantisable, tensors, block_size)
+    return problems
+
+
+def _shape_problems(info: TensorInfo, expected: ExpectedTensor) -> list[str]:
+    if info.shape == expected.shape:
+        return []
+    return [f"{info.name} in {info.file} has shape {list(info.shape)}, and the config asks for {list(expected.shape)}"]
+
+
+def _dtype_problems(
+    info: TensorInfo, quantisable: bool, tensors: dict[str, TensorInfo], block_size: tuple[int, int] | None
+) -> list[str]:
+    if info.dtype in FLOAT_DTYPES:
+        return []
+    where = f"{info.name} in {info.file} has dtype {info.dtype}"
+    if info.dtype != FP8 or not quantisable:
+        return [f"{where}, and {' or '.join((*FLOAT_DTYPES, FP8) if quantisable else FLOAT_DTYPES)} is accepted here"]
+    if block_size is None:
+        return [f"{where}, and config.json has no quantization_config: add the one it was published with"]
+    if info.name + SCALE_SUFFIX not in tensors:
+        return [f"{where} without its scales: {info.name + SCALE_SUFFIX} is missing"]
+    return []
+
+
+def _scale_problems(info: TensorInfo, weight: TensorInfo | None, block_size: tuple[int, int] | None) -> list[str]:
+    if weight is None or weight.dtype != FP8 or len(weight.shape) != 2:
+        state = "missing" if weight is None else f"{weight.dtype} {list(weight.shape)}"
+        return [
+            f"{info.name} in {info.file} scales an fp8 matrix, and {info.name.removesuffix(SCALE_SUFFIX)} is {state}"
+        ]
+    problems = []
+    if block_size is not None and info.shape != (grid := scale_grid(weight.shape, block_size)):
+        problems.append(
+            f"{info.name} in {info.file} has shape {list(info.shape)}, and a weight of shape {list(weight.shape)} in "
+            f"blocks of {block_size[0]} x {block_size[1]} needs {list(grid)}"
+        )
+    if info.dtype not in SCALE_DTYPES:
+        problems.append(
+            f"{info.name} in {info.file} has dtype {info.dtype}, and {' or '.join(SCALE_DTYPES)} is needed"
+        )
+    return problems
+
+
+def _warnings(checkpoint: Checkpoint, config: IndexCacheConfig) -> list[str]:
+    warnings = []
+    before = source_pattern(checkpoint.config, checkpoint.source.location)
+    revived = [layer for layer in config.share_pattern.full_layers if not before.is_full(layer)]
+    if revived:
+        warnings.append(
+            f"layers {', '.join(map(str, revived))} are shared in the source and full in the output: "
+            "their indexers may never have been trained to run"
+        )
+    if checkpoint.stray_weights:
+        warnings.append(f"weight files that the checkpoint does not name stay behind: {checkpoint.stray_weights}")
+    return warnings
+
+
+# ---- layout -------------------------------------------------------------------------------------------------------
+
+
+def _target_dtype(info: TensorInfo, target: str) -> str:
+    """The dtype after a cast: transformers keeps the router's bias, and the indexer's head weights in fp16, wider."""
+    if info.dtype == FP8:
+        return target
+    if info.dtype not in FLOAT_DTYPES or info.name.endswith(".e_score_correction_bias"):
+        return info.dtype
+    if target == "F16" and info.name.endswith(f"{INDEXER}weights_proj.weight"):
+        return info.dtype
+    return target
+
+
+def _widest_first(tensors: Iterable[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """The order of bytes in a written shard: each tensor is then aligned to its element's size, without holes."""
+    return tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype]))
+
+
+def _shards_as_in_source(checkpoint: Checkpoint, planned: dict[str, PlannedTensor]) -> list[OutputShard]:
+    shards = []
+    for file, header in checkpoint.shards.items():
+        kept = [planned[name] for name in header.tensors if name in planned]
+        whole = len(kept) == len(header.tensors) and all(tensor.is_copied for tensor in kept)
+        if kept:
+            shards.append(OutputShard(file, tuple(kept) if whole else _widest_first(kept), header.metadata, whole))
+    return shards
+
+
+def _shards_of_size(planned: list[PlannedTensor], max_bytes: int) -> list[OutputShard]:
+    """Tensors in source order, as many to a file as fit; one larger than the limit has a file of its own."""
+    files: list[list[PlannedTensor]] = []
+    filled = 0
+    for tensor in planned:
+        if not files or filled + tensor.nbytes > max_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(tensor)
+        filled += tensor.nbytes
+    metadata = {"format": "pt"}
+    if len(files) == 1:
+        return [OutputShard(SINGLE_FILE, _widest_first(files[0]), metadata, False)]
+    return [
+        OutputShard(f"model-{i:05d}-of-{len(files):05d}.safetensors", _widest_first(tensors), metadata, False)
+        for i, tensors in enumerate(files, start=1)
+    ]
