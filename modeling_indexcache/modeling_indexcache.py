@@ -7,7 +7,6 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.sparse_mla import sparse_mla
+from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .expert_router import IndexCacheTopkRouter
 from .indexer import IndexCacheIndexer
 from .key_visibility import KeyVisibility
@@ -44,23 +44,8 @@ register_checkpoint_conversion_mapping(
     IndexCacheConfig.model_type, get_checkpoint_conversion_mapping("glm_moe_dsa"), overwrite=True
 )
 
-TRITON_ATTENTION = "triton"
-# Backends of transformers that take no mask of selected keys.
-UNSUPPORTED_ATTENTION = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
-
-
-def triton_unavailable_reason() -> str | None:
-    """Why the Triton kernels cannot run on this machine, or None when they can."""
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0 or newer, this device has {torch.cuda.get_device_capability()}"
-    return None
 
 
 class IndexCacheRMSNorm(nn.Module):
@@ -245,17 +230,26 @@ class IndexCacheAttention(nn.Module):
     def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
         module = self.kv_b_proj
-        if type(module) is nn.Linear and not module._forward_pre_hooks and not hasattr(module, "_hf_hook"):
+        if _is_plain_linear(module):
             weight = module.weight
         else:
             # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
-            like = module.weight
-            dtype = like.dtype if like.dtype.itemsize > 1 else self.kv_a_layernorm.weight.dtype
-            device = self.kv_a_layernorm.weight.device
-            weight = module(torch.eye(self.kv_lora_rank, dtype=dtype, device=device)).transpose(0, 1)
+            like = self.kv_a_layernorm.weight
+            weight = module(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).transpose(0, 1)
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module.weight` is, as it stands, the whole of what `module` computes."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and "forward" not in vars(module)
+    )
 
 
 def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
@@ -395,19 +389,10 @@ class IndexCachePreTrainedModel(PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Resolve `attn_implementation`: `eager`, `sdpa` or `triton`; None is the best that this machine runs."""
-        if requested_attention in (None, TRITON_ATTENTION):
-            reason = triton_unavailable_reason()
-            if reason is None:
-                return TRITON_ATTENTION
-            if requested_attention == TRITON_ATTENTION:
-                raise ValueError(f'attn_implementation="triton" cannot run here: {reason}. Use "sdpa"')
-            return super().get_correct_attn_implementation("sdpa", is_init_check)
-        if requested_attention not in ("eager", "sdpa") and requested_attention in UNSUPPORTED_ATTENTION:
-            raise ValueError(
-                f"attn_implementation={requested_attention!r} cannot follow a selection of keys: "
-                'use "triton" (CUDA), "sdpa" or "eager"'
-            )
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        resolved = resolve_attention_backend(requested_attention)
+        if resolved == TRITON_ATTENTION:
+            return resolved
+        return super().get_correct_attn_implementation(resolved, is_init_check)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
