@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration.share_pattern import SharePattern
+from .shard_writer import write_text
 
 TAGS = ("dsa", "sparse-attention", "index-cache", "custom_code")
 # What stays true of a checkpoint whose indexers were shared. Results (`model-index`, `metrics`) do not.
@@ -78,6 +79,18 @@ retrieval from far back suffers; at the same count, a searched pattern loses les
 ```
 
 {base_citation}
+"""
+
+_EXPORT_BODY = """
+# IndexCache checkpoint for {engine}
+
+```
+{drawing}
+```
+
+`F` layers run their lightning indexer, `S` layers reuse the selection of the `F` before them (IndexCache, \
+[arXiv 2603.12201](https://arxiv.org/abs/2603.12201)). The weights are those of the IndexCache checkpoint it was \
+exported from; `config.json` spells the pattern for {engine}.
 """
 
 
@@ -153,20 +166,40 @@ def write_card(
         topk_words=f"{topk:,} tokens" if topk else "`index_topk` tokens",
         base_citation=f"Please cite the base model{f', {base},' if base else ''} as its card asks.",
     )
-    path = Path(output) / "README.md"
-    partial = path.with_name(f".README.md.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}".encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return _write(output, data, text)
+
+
+def write_export_card(
+    output: str | os.PathLike[str], *, source_card: str | None, pattern: SharePattern, engine: str
+) -> Path:
+    """Write `README.md` into a checkpoint exported for another engine.
+
+    Args:
+        output: the exported checkpoint's folder.
+        source_card: text of the IndexCache checkpoint's card; its metadata are kept, `custom_code` apart.
+        pattern: which layers run their indexer.
+        engine: the engine it was exported for.
+
+    Returns:
+        The card's path.
+    """
+    inherited = _metadata(source_card)
+    data = _card_data(inherited, inherited.get("base_model"))
+    data.tags = [tag for tag in data.tags or [] if tag != "custom_code"]
+    text = _EXPORT_BODY.format(engine=engine, drawing=draw_pattern(pattern))
+    return _write(output, data, text)
 
 
 def draw_pattern(pattern: SharePattern) -> str:
     """The pattern under a ruler that counts its layers."""
     ruler = "".join(f"{layer:<10}" for layer in range(0, len(pattern), 10)).rstrip()
     return f"layer    {ruler}\npattern  {pattern}"
+
+
+def _write(output: str | os.PathLike[str], data: ModelCardData, text: str) -> Path:
+    path = Path(output) / "README.md"
+    write_text(path, f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
+    return path
 
 
 def _metadata(source_card: str | None) -> dict[str, Any]:

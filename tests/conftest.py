@@ -1,30 +1,20 @@
 """Fixtures for tests that leave this process: a Hub of their own, and a Python without indexcache and triton."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from hub_double import Hub
 
 # None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
 
 
-def _load(path: Path):
-    """Import a file by its path: the tests are no package, and their folder must not shadow other packages."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def hub():
     """An empty Hub test double, served until the test ends."""
-    with _load(Path(__file__).with_name("hub_double.py")).Hub() as server:
+    with Hub() as server:
         yield server
 
 
@@ -47,7 +37,13 @@ def run_python(tmp_path):
             **variables,
         }
         process = subprocess.run(
-            [sys.executable, "-I", "-c", ("import sys\n" if installed else WITHOUT_PACKAGES) + script, *map(str, args)],
+            [
+                sys.executable,
+                "-I",
+                "-c",
+                ("import sys\n" if installed else WITHOUT_PACKAGES) + script,
+                *map(str, args),
+            ],
             cwd=tmp_path,
             env=environment,
             capture_output=True,

@@ -4,36 +4,12 @@ import ast
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from indexcache import IndexCacheConfig, IndexCacheForCausalLM, SharePattern
+from indexcache import IndexCacheConfig, SharePattern
 from indexcache.configuration.hub_code import AUTO_MAP
 from indexcache.conversion.bundle import check_bundle, write_bundle
-
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "index_n_heads": 2,
-    "index_head_dim": 8,
-    "index_topk": 4,
-    "index_share_pattern": "FSFS",
-    "eos_token_id": None,
-}
 
 # Loads, checks against the weights of the folder it came from, saves again, loads that too.
 LOAD_AND_SAVE_AGAIN = """
@@ -42,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 source, target = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
-ids = torch.arange(12)[None] % 64
+ids = torch.arange(12)[None]
 tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
 assert tokens.shape == (1, 17)
 model.save_pretrained(target)
@@ -58,22 +34,21 @@ print(tokens[0].tolist())
 
 
 @pytest.fixture
-def tiny_model():
-    torch.manual_seed(0)
-    return IndexCacheForCausalLM(IndexCacheConfig(**TINY)).eval()
+def model():
+    return tiny_model(index_share_pattern="FSFS", eos_token_id=None)
 
 
 def code_in(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.py")}
 
 
-def test_installed_model_saves_code_that_loads_saves_and_loads_without_the_package(tiny_model, tmp_path, run_python):
+def test_installed_model_saves_code_that_loads_saves_and_loads_without_the_package(model, tmp_path, run_python):
     first, second = tmp_path / "first", tmp_path / "second"
-    tiny_model.save_pretrained(first)
+    model.save_pretrained(first)
     process = run_python(LOAD_AND_SAVE_AGAIN, first, second)
 
-    ids = torch.arange(12)[None] % 64
-    here = tiny_model.generate(ids, max_new_tokens=5, do_sample=False)
+    ids = torch.arange(12)[None]
+    here = model.generate(ids, max_new_tokens=5, do_sample=False)
     assert process.stdout.splitlines()[-1] == str(here[0].tolist())
     assert code_in(first) == code_in(second)
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
@@ -179,6 +154,6 @@ class TestFlattening:
             self.flatten(package, monkeypatch)
 
 
-def test_pattern_survives_the_round_trip(tiny_model, tmp_path):
-    tiny_model.save_pretrained(tmp_path)
+def test_pattern_survives_the_round_trip(model, tmp_path):
+    model.save_pretrained(tmp_path)
     assert IndexCacheConfig.from_pretrained(tmp_path).share_pattern == SharePattern("FSFS")

@@ -1,0 +1,150 @@
+"""Export an IndexCache checkpoint for another engine: the same weights, the config spelled as that engine reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
+from ..configuration.share_pattern import SharePattern
+from .card import write_export_card
+from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, read_checkpoint, read_json
+from .companion_files import copy_companions
+from .families import INDEXCACHE, family_of, load_config
+from .journal import check_apart
+from .shard_writer import pass_whole, write_json
+
+# Our switches that no source family has: each engine has this value built in, so another cannot be exported.
+_BUILT_IN = (
+    "mla_norm_eps",
+    "index_k_norm_eps",
+    "masked_group_score",
+    "shared_experts_intermediate_size",
+    "rope_interleave",
+)
+_OURS = {
+    *PATTERN_FIELDS,
+    *_BUILT_IN,
+    "indexer_rope_interleave",
+    "indexer_fp8",
+    "layer_types",
+    "source_model_type",
+    "auto_map",
+    "architectures",
+    "model_type",
+}
+
+
+def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str) -> Path:
+    """Write a checkpoint folder that another engine serves with the same weights and the same sharing.
+
+    Weight files are linked where the file system can, else copied; their names on disk are the source family's own,
+    which every engine reads. The pattern is always spelled layer by layer, except for Megatron, which has no such
+    field.
+
+    Args:
+        path: an IndexCache checkpoint of the family `deepseek_v32` or `glm_moe_dsa`.
+        output: the folder to write; absent or empty.
+        to: `vllm`, `sglang`, `trtllm`, `transformers` or `megatron`.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ConversionError: unknown engine, a pattern or switch that it cannot run, a damaged source, or an output that
+            is taken.
+    """
+    output = Path(output)
+    if to not in ENGINES:
+        raise ConversionError(f"{to!r} is no engine that exports are made for: choose one of {', '.join(ENGINES)}")
+    source = FolderSource(path)
+    check_apart(source.folder, output)
+    checkpoint = read_checkpoint(source)
+    fields = _native_fields(checkpoint.config, str(path))
+    pattern = load_config(checkpoint.config, str(path)).share_pattern
+    config = {**fields, **ENGINES[to](fields["model_type"], pattern)}
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConversionError(f"the output {output} exists and is not empty: give another folder")
+    output.mkdir(parents=True, exist_ok=True)
+    copy_companions(source, output)
+    for file in checkpoint.shards:
+        pass_whole(source.path(file), output / file)
+    card = source.folder / "README.md"
+    write_export_card(
+        output, source_card=card.read_text(encoding="utf-8") if card.is_file() else None, pattern=pattern, engine=to
+    )
+    if checkpoint.is_sharded:
+        write_json(output / INDEX_FILE, read_json(source, INDEX_FILE))
+    write_json(output / CONFIG_FILE, config)
+    return output
+
+
+def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
+    """The config as the source family spells it, without the pattern."""
+    if fields.get("model_type") != INDEXCACHE:
+        raise ConversionError(
+            f"{location}: model_type {fields.get('model_type')!r} is no IndexCache checkpoint: convert it first"
+        )
+    family = family_of(fields, location)
+    config = load_config(fields, location)
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(IndexCacheConfig)}
+    built_in = {name: defaults[name] for name in _BUILT_IN}
+    built_in["indexer_rope_interleave"] = family.indexer_rope_interleave
+    for name, value in built_in.items():
+        if getattr(config, name) != value:
+            raise ConversionError(
+                f"{location}: {name}={getattr(config, name)!r} cannot be exported: {family.model_type} has {value!r} "
+                "built in, in every engine"
+            )
+    native = {name: value for name, value in fields.items() if name not in _OURS}
+    # A config that transformers saved leaves out IndexCacheConfig's defaults, and the family may have others.
+    shared = {entry.name for entry in dataclasses.fields(CONFIG_MAPPING[family.model_type])} & set(defaults) - _OURS
+    known = CONFIG_MAPPING[family.model_type].from_dict(dict(native))
+    native |= {name: getattr(config, name) for name in sorted(shared) if getattr(known, name) != getattr(config, name)}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
+    return {"model_type": family.model_type, "architectures": [architecture], **native}
+
+
+def _for_serving(model_type: str, pattern: SharePattern) -> dict[str, Any]:
+    """vLLM, SGLang and TensorRT-LLM read `index_topk_pattern`; others of their forks `indexer_types`."""
+    return pattern.engine_fields()
+
+
+def _for_transformers(model_type: str, pattern: SharePattern) -> dict[str, Any]:
+    if model_type == "deepseek_v32" and pattern.shared_layers:
+        raise ConversionError(
+            f"transformers' own deepseek_v32 runs an indexer in every layer and cannot share (pattern {pattern}): "
+            "load the IndexCache checkpoint itself with trust_remote_code=True, or export an all-F one"
+        )
+    return {"indexer_types": pattern.indexer_types} if model_type == "glm_moe_dsa" else {}
+
+
+def _for_megatron(model_type: str, pattern: SharePattern) -> dict[str, Any]:
+    """Megatron-LM: layer n, counted from 1, is full iff `max(n - max(offset, 1), 0) % freq == 0`.
+
+    For an offset of at least 1 that is the schedule of `SharePattern.from_frequency`.
+    """
+    layers = range(1, len(pattern) + 1)
+    for freq in layers:
+        for offset in layers:
+            if SharePattern.from_frequency(len(pattern), freq, offset) == pattern:
+                return {"dsa_indexer_topk_freq": freq, "dsa_indexer_skip_topk_offset": offset}
+    raise ConversionError(
+        f"Megatron-LM has only a frequency and an offset (leading full layers, then one full layer in so many), and "
+        f"{pattern} is no such schedule: export it for another engine, or convert with an evenly spaced pattern"
+    )
+
+
+ENGINES: dict[str, Callable[[str, SharePattern], dict[str, Any]]] = {
+    "vllm": _for_serving,
+    "sglang": _for_serving,
+    "trtllm": _for_serving,
+    "transformers": _for_transformers,
+    "megatron": _for_megatron,
+}

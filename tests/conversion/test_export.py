@@ -1,0 +1,156 @@
+"""Exports hold the same weights and a config that the engine reads as the same schedule."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoConfig, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+
+from indexcache import IndexCacheForCausalLM, SharePattern
+from indexcache.conversion.checkpoint import ConversionError
+from indexcache.conversion.export import ENGINES, export
+
+# So many indexer heads that no two keys score exactly zero: which of them is selected would be a matter of taste.
+GLM = {"source_model_type": "glm_moe_dsa", "indexer_rope_interleave": True, "index_n_heads": 32}
+DEEPSEEK = {"source_model_type": "deepseek_v32", "index_n_heads": 32}
+SERVING = ("vllm", "sglang", "trtllm")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Saves a tiny IndexCache model with the given pattern and switches."""
+
+    def save(pattern, shard_size="50GB", **changes):
+        folder = tmp_path / "checkpoint"
+        model = tiny_model(num_hidden_layers=len(pattern), index_share_pattern=pattern, **changes)
+        model.save_pretrained(folder, max_shard_size=shard_size)
+        (folder / "tokenizer_config.json").write_text("{}")
+        (folder / "README.md").write_text("---\nlicense: mit\nbase_model: lab/base\ntags: [dsa, custom_code]\n---\n")
+        return folder
+
+    return save
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(60)[None] % 97).logits
+
+
+@pytest.mark.parametrize("pattern", ["FFFF", "FSFS", "FFSSS"])
+def test_transformers_runs_the_glm_export_with_equal_logits(checkpoint, tmp_path, pattern):
+    source = checkpoint(pattern, **GLM)
+    out = export(source, tmp_path / "out", "transformers")
+    assert config_of(out)["indexer_types"] == SharePattern(pattern).indexer_types
+    native, loading = GlmMoeDsaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert torch.allclose(logits(native), logits(IndexCacheForCausalLM.from_pretrained(source)), atol=1e-4)
+
+
+def test_transformers_runs_the_all_full_deepseek_export(checkpoint, tmp_path):
+    source = checkpoint("FFFF", **DEEPSEEK)
+    native = DeepseekV32ForCausalLM.from_pretrained(export(source, tmp_path / "out", "transformers"))
+    assert torch.allclose(logits(native), logits(IndexCacheForCausalLM.from_pretrained(source)), atol=1e-4)
+
+
+def test_transformers_cannot_share_in_deepseek(checkpoint, tmp_path):
+    with pytest.raises(ConversionError, match="deepseek_v32 runs an indexer in every layer and cannot share"):
+        export(checkpoint("FFSS", **DEEPSEEK), tmp_path / "out", "transformers")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", SERVING)
+@pytest.mark.parametrize(
+    ("family", "architecture"), [(GLM, "GlmMoeDsaForCausalLM"), (DEEPSEEK, "DeepseekV32ForCausalLM")]
+)
+def test_serving_engines_get_the_whole_list_under_the_source_architecture(
+    checkpoint, tmp_path, engine, family, architecture
+):
+    config = config_of(export(checkpoint("FSSF", **family), tmp_path / "out", engine))
+    assert config["model_type"] == family["source_model_type"]
+    assert config["architectures"] == [architecture]
+    assert config["index_topk_pattern"] == "FSSF"
+    assert config["indexer_types"] == ["full", "shared", "shared", "full"]
+    assert config["use_index_cache"] is True
+    ours = {"auto_map", "index_share_pattern", "source_model_type", "layer_types", "index_topk_freq", "indexer_fp8"}
+    assert not ours & config.keys()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_setting_survives_for_the_family(checkpoint, tmp_path, engine):
+    """A saved IndexCache config leaves its own defaults out; GLM's defaults are others, so they must be spelled."""
+    source = checkpoint("FFFF", **GLM, routed_scaling_factor=2.5, max_position_embeddings=163840, rms_norm_eps=1e-6)
+    ours = AutoConfig.from_pretrained(source)
+    native = AutoConfig.from_pretrained(export(source, tmp_path / "out", engine))
+    assert native.model_type == "glm_moe_dsa"
+    for name in native.to_dict().keys() & ours.to_dict().keys() - {"model_type", "architectures", "_name_or_path"}:
+        assert getattr(native, name) == getattr(ours, name), name
+
+
+def test_weights_are_the_same_files_and_companions_come_along(checkpoint, tmp_path):
+    source = checkpoint("FSFS", shard_size="100KB", **GLM)
+    out = export(source, tmp_path / "out", "vllm")
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert sorted(path.name for path in out.glob("*.safetensors")) == shards
+    for name in shards:
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+        assert os.stat(out / name).st_nlink > 1 or os.stat(out / name).st_ino != os.stat(source / name).st_ino
+    assert (out / "tokenizer_config.json").exists()
+    assert (out / "generation_config.json").exists()
+    assert not list(out.glob("*.py")), "the engine brings its own code"
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert "base_model: lab/base" in card
+    assert "custom_code" not in card
+
+
+@pytest.mark.parametrize(
+    ("pattern", "freq", "offset"),
+    [("FSSSFSSS", 4, 1), ("FFFSSSFSSSFS", 4, 3), ("FFFF", 1, 1), ("FSSS", 4, 1), ("FFSSS", 4, 2)],
+)
+def test_megatron_gets_the_schedule_that_its_formula_gives(checkpoint, tmp_path, pattern, freq, offset):
+    source = checkpoint(pattern, **DEEPSEEK)
+    config = config_of(export(source, tmp_path / "out", "megatron"))
+    assert (config["dsa_indexer_topk_freq"], config["dsa_indexer_skip_topk_offset"]) == (freq, offset)
+    full = [max(n - max(offset, 1), 0) % freq == 0 for n in range(1, len(pattern) + 1)]
+    assert "".join("F" if is_full else "S" for is_full in full) == pattern
+
+
+def test_megatron_refuses_what_it_cannot_spell(checkpoint, tmp_path):
+    with pytest.raises(ConversionError, match=r"only a frequency and an offset .* FSSFSF is no such schedule"):
+        export(checkpoint("FSSFSF", **DEEPSEEK), tmp_path / "out", "megatron")
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({**GLM, "mla_norm_eps": 1e-5}, "mla_norm_eps=1e-05 cannot be exported: glm_moe_dsa has 1e-06 built in"),
+        ({**GLM, "indexer_rope_interleave": False}, "indexer_rope_interleave=False cannot be exported"),
+        ({"source_model_type": "llama"}, "model_type 'llama' cannot be converted"),
+    ],
+)
+def test_switches_that_no_engine_has_are_refused(checkpoint, tmp_path, changes, complaint):
+    with pytest.raises(ConversionError, match=complaint):
+        export(checkpoint("FSFS", **changes), tmp_path / "out", "vllm")
+
+
+def test_bad_use_is_refused(checkpoint, tmp_path):
+    source = checkpoint("FSFS", **GLM)
+    with pytest.raises(ConversionError, match="choose one of vllm, sglang, trtllm, transformers, megatron"):
+        export(source, tmp_path / "out", "ollama")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/file").touch()
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        export(source, tmp_path / "taken", "vllm")
+    with pytest.raises(ConversionError, match="is the source itself"):
+        export(source, source, "vllm")
+    out = export(source, tmp_path / "out", "vllm")
+    with pytest.raises(ConversionError, match="is no IndexCache checkpoint: convert it first"):
+        export(out, tmp_path / "again", "vllm")
