@@ -12,6 +12,7 @@ import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,25 +87,27 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def measure_ceilings() -> dict[str, float]:
     """What this machine reaches: copy TB/s, bf16 and fp8 matmul TFLOP/s, row gather TB/s from L2 and from HBM."""
-    device = torch.device("cuda")
-    found: dict[str, float] = {}
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found["copy_tbs"] = 2 * source.numel() / median_ms([lambda: target.copy_(source)])["ms"] / 1e9
-    del source, target
-    n = 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    found["bf16_tflops"] = 2 * n**3 / median_ms([lambda: a @ b])["ms"] / 1e9
-    if torch.cuda.get_device_capability() >= (8, 9):
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
-        one = torch.ones((), device=device)
-        fp8 = lambda: torch._scaled_mm(a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        found["fp8_tflops"] = 2 * n**3 / median_ms([fp8])["ms"] / 1e9
-        del a8, b8
-    del a, b
+    found = {"copy_tbs": _copy_tbs(), **_matmul_tflops()}
     for name, rows in (("gather_l2_tbs", 16384), ("gather_hbm_tbs", 200_000)):
         found[name] = _gather_tbs(rows)
     return {key: round(value, 3) for key, value in found.items()}
+
+
+def _copy_tbs(size: int = 2**30) -> float:
+    source = torch.empty(size, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * size / median_ms([partial(target.copy_, source)])["ms"] / 1e9
+
+
+def _matmul_tflops(n: int = 8192) -> dict[str, float]:
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    calls = {"bf16_tflops": partial(torch.matmul, a, b)}
+    if torch.cuda.get_device_capability() >= (8, 9):
+        one = torch.ones((), device="cuda")
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()
+        scaled = partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+        calls["fp8_tflops"] = partial(scaled, a8, b8, scale_a=one, scale_b=one)
+    return {name: 2 * n**3 / median_ms([call])["ms"] / 1e9 for name, call in calls.items()}
 
 
 @triton.jit
@@ -123,7 +126,7 @@ def _gather_tbs(rows: int, width: int = 512, count: int = 2**20) -> float:
     table = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
     index = torch.randint(rows, (count,), device="cuda", dtype=torch.int32)
     out = torch.empty(count // 512, width, device="cuda")
-    call = lambda: _gather_kernel[(count // 512,)](table, index, out, 512, width, 16, num_warps=4)
+    call = partial(_gather_kernel[(count // 512,)], table, index, out, 512, width, 16, num_warps=4)
     return count * width * 2 / median_ms([call])["ms"] / 1e9
 
 
@@ -137,7 +140,7 @@ def run_cases(cases: Sequence[Case], ceilings: dict[str, float]) -> list[dict[st
         if wrong:
             record["wrong"] = wrong
         else:
-            calls = [lambda one=one: case.call(*one) for one in inputs]
+            calls = [partial(case.call, *one) for one in inputs]
             record |= median_ms([captured(call) for call in calls] if case.graph else calls)
             record |= _rates(case, record["ms"], ceilings)
         print(_line(record), flush=True)

@@ -5,12 +5,16 @@ Meaning: `lightning_indexer_reference.py`. Source: DeepSeek-V3.2 inference code 
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from .lightning_indexer_reference import lightning_indexer_reference
+from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
+_warned: set[str] = set()
 
 
 def lightning_indexer(
@@ -63,6 +67,13 @@ def _lightning_indexer(
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
+    if q.is_cuda:
+        reason = unsupported_reason(q, k, topk, scale, key_mask)
+        if reason is None:
+            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask)
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(f"lightning_indexer runs in PyTorch, not in Triton: {reason}", stacklevel=2)
     return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask)
 
 

@@ -1,0 +1,153 @@
+"""Benchmark of the lightning indexer: whole causal layers, chunks and decode steps, each checked against fp64 first.
+
+python -m indexcache.benchmarks.lightning_indexer --output benchmarks/results/lightning_indexer.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..kernels.lightning_indexer import lightning_indexer
+from ..kernels.lightning_indexer_reference import indexer_scores, visible_keys
+from .harness import Case, measure_ceilings, run_cases, write_json
+
+TOPK = 2048
+HEAD_DIM = 128
+
+
+def make_inputs(B: int, S: int, T: int, H: int, D: int = HEAD_DIM, dtype: torch.dtype = torch.bfloat16) -> tuple:
+    """Random q [B, S, H, D], k [B, T, D] and weights [B, S, H] on the GPU."""
+    q = torch.randn(B, S, H, D, device="cuda", dtype=dtype)
+    k = torch.randn(B, T, D, device="cuda", dtype=dtype)
+    weights = torch.randn(B, S, H, device="cuda") * H**-0.5
+    return q, k, weights
+
+
+def wrong_rows(
+    indices: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    rows: list[int],
+    query_start: torch.Tensor | int,
+    key_mask: torch.Tensor | None = None,
+) -> str | None:
+    """What is wrong with the selection of some query rows, judged in fp64; None if nothing is.
+
+    A selected set may differ from the fp64 one only by keys whose scores lie within fp32 rounding of the k-th best.
+    """
+    B, S, H, D = q.shape
+    T, width = k.shape[1], indices.shape[2]
+    starts = torch.as_tensor(query_start, device=q.device).expand(B)
+    for b in range(B):
+        for s in rows:
+            mask = None if key_mask is None else key_mask[b : b + 1]
+            seen = visible_keys(starts[b : b + 1] + s, 1, T, mask)[0, 0]
+            keys = seen.nonzero()[:, 0]
+            got = indices[b, s]
+            chosen = got[got >= 0].long()
+            want = min(width, keys.numel())
+            where = f"batch {b} query {s}"
+            if chosen.numel() != want or (got[:want] < 0).any():
+                return f"{where}: {chosen.numel()} keys selected, not {want}"
+            if (chosen.diff() <= 0).any() or not seen[chosen].all():
+                return f"{where}: keys out of order, repeated or not visible"
+            if want == keys.numel():
+                continue
+            visible = k[b : b + 1, keys].double()
+            scores = indexer_scores(q[b : b + 1, s : s + 1].double(), visible, weights[b : b + 1, s : s + 1], D**-0.5)
+            terms = indexer_scores(
+                q[b : b + 1, s : s + 1].double(), visible, weights[b : b + 1, s : s + 1].abs(), D**-0.5
+            )
+            full = torch.full((T,), float("-inf"), dtype=torch.float64, device=q.device)
+            full[keys] = scores[0, 0]
+            kth = full.topk(want).values[-1]
+            slack = 64 * torch.finfo(torch.float32).eps * terms.max().item()
+            if full[chosen].min() < kth - slack:
+                return f"{where}: selected a score {kth - full[chosen].min():.3g} under the k-th best"
+            outside = full.clone()
+            outside[chosen] = float("-inf")
+            if outside.max() > kth + slack:
+                return f"{where}: missed a score {outside.max() - kth:.3g} above the k-th best"
+    return None
+
+
+def check_case(inputs: tuple, query_start: int) -> str | None:
+    """Check some rows of a case, and that a second run gives the same bits."""
+    q, k, weights = inputs
+    first = lightning_indexer(q, k, weights, TOPK, query_start=query_start)
+    if not torch.equal(first, lightning_indexer(q, k, weights, TOPK, query_start=query_start)):
+        return "two runs differ"
+    S = q.shape[1]
+    rows = sorted({0, S // 3, S // 2, S - 1} | {r for r in (TOPK - 1, TOPK, TOPK + 1) if r < S})
+    return wrong_rows(first, q, k, weights, rows, query_start)
+
+
+def prefill_case(L: int, H: int, S: int | None = None) -> Case:
+    """The last S queries of L tokens; all of them by default."""
+    S = L if S is None else S
+    pairs = S * (L - S) + S * (S + 1) // 2
+    start = L - S
+    return Case(
+        name=f"prefill H={H} S={S} L={L}",
+        make=partial(make_inputs, 1, S, L, H),
+        call=partial(_select, start),
+        check=partial(check_case, query_start=start),
+        flops=2.0 * HEAD_DIM * H * pairs,
+        bytes=2.0 * HEAD_DIM * L + 4.0 * S * TOPK,
+        copies=1,
+        info={"S": S, "L": L, "H": H, "D": HEAD_DIM, "topk": TOPK},
+    )
+
+
+def decode_case(B: int, L: int, H: int, slots: int | None = None) -> Case:
+    """One query a sequence after L tokens, in a cache of `slots` (default L), as a CUDA graph."""
+    slots = L if slots is None else slots
+    return Case(
+        name=f"decode H={H} B={B} L={L}" + (f" of {slots} slots" if slots != L else ""),
+        make=partial(make_inputs, B, 1, slots, H),
+        call=partial(_select, L - 1),
+        check=partial(check_case, query_start=L - 1),
+        bytes=B * (2.0 * HEAD_DIM * L + 4.0 * TOPK),
+        copies=2,
+        graph=True,
+        info={"B": B, "L": L, "H": H, "D": HEAD_DIM, "topk": TOPK},
+    )
+
+
+def _select(query_start: int, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return lightning_indexer(q, k, weights, TOPK, query_start=query_start)
+
+
+def cases() -> list[Case]:
+    """Every case of the group."""
+    prefill = [prefill_case(L, 32) for L in (8192, 32768, 65536, 200_000)]
+    prefill += [prefill_case(L, 64) for L in (32768, 200_000)]
+    chunks = [prefill_case(200_000, 32, S=S) for S in (512, 4096)]
+    decode = [decode_case(B, 200_000, 32) for B in (1, 8, 64)]
+    return prefill + chunks + decode + [decode_case(1, 8192, 32, slots=200_000), decode_case(1, 65536, 32)]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if a case was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write a JSON here")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    ceilings = measure_ceilings()
+    print(ceilings)
+    records = run_cases([case for case in cases() if options.only in case.name], ceilings)
+    if options.output:
+        command = "python -m indexcache.benchmarks.lightning_indexer"
+        write_json(options.output, command, ceilings, records)
+    return int(any("wrong" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
