@@ -1,4 +1,4 @@
-"""Load a DSA checkpoint in its family's own format straight into an IndexCache model, without converting it on disk."""
+"""Load a DSA checkpoint in its own format straight into an IndexCache model, without converting it on disk."""
 
 from __future__ import annotations
 
