@@ -235,6 +235,81 @@ def inspect(
 
 
 @app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample; by default the likeliest token is taken.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    pattern: Annotated[
+        str | None, typer.Option(help="Share pattern to run an IndexCache checkpoint with, in place of its own.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")] = None,
+    revision: Revision = None,
+    token: Token = None,
+) -> None:
+    """Generate text, printed as it comes."""
+    with _errors_as_messages():
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+        from . import register_auto_classes
+
+        register_auto_classes()
+        hub: dict[str, Any] = {"revision": revision, "token": token}
+        override = {} if pattern is None else {"index_share_pattern": pattern}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **hub)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **hub, **override)
+        except ValueError as error:
+            _fail(str(error))
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+        text = sys.stdin.read() if prompt == "-" else prompt
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        set_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
+        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="A finished checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Hub repository, org/name; made when absent.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="For a new repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; made when absent.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Push a finished checkpoint to the Hub. After an interrupted push, run it again."""
+    with _errors_as_messages():
+        from .conversion.hub import push_folder
+
+        url = push_folder(
+            path, repo_id, private=private, revision=revision, token=token, commit_message=commit_message
+        )
+        _print_json({"url": url}) if as_json else typer.echo(f"pushed: {url}")
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[Literal["vllm", "sglang", "trtllm", "transformers", "megatron"], typer.Option(help="The engine.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write the same weights with the config spelled for another engine."""
+    with _errors_as_messages():
+        from .conversion.export import export as run_export
+
+        written = run_export(path, output, to)
+        _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
+
+
+@app.command()
 def env(as_json: AsJson = False) -> None:
     """Show the versions and devices that matter for a bug report."""
     import platform
