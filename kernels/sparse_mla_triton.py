@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
+from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
 
 try:
@@ -79,14 +81,14 @@ def sparse_mla_triton(
 
 
 def _prefill(q, kv, indices, scale, out, lse, target) -> None:
-    B, S, H, D = q.shape
-    group = group_size(H, 64, kv.shape[1]) if target == ("cuda", 90) else 1
-    tile = _tile(target, group * H, D)
-    if group == 1:
-        _launch(q, kv, indices, None, scale, out, lse, tile, group, splits=1)
-        return
-    keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    _launch(q, kv, keys, counts, scale, out, lse, tile, group, splits=1)
+    H, D = q.shape[2:]
+    if target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1]):
+        group, keys, counts = group_size(H, HOPPER_ROWS, kv.shape[1]), indices, None
+        if group > 1:
+            keys, counts = merge_key_lists(indices, group, kv.shape[1])
+        sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+    else:
+        _launch(q, kv, indices, None, scale, out, lse, _tile(target, H, D), group=1, splits=1)
 
 
 def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:

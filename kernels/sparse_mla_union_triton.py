@@ -1,8 +1,8 @@
 """Merge the key lists of adjacent queries, so that a latent that several of them select is gathered once.
 
 A group of G queries gets one list: the union of its members' keys in ascending order, each entry
-`key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end, repeated
-keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
+`key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end,
+repeated keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
 """
 
 from __future__ import annotations
