@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import torch
 
-# Largest score block [B, chunk, H, T] in bytes; queries are taken in chunks that fit.
-SCORE_BLOCK_BYTES = 128 * 2**20
+# Largest score block [B, chunk, T] in bytes; queries are taken in chunks that fit, and small enough that keys behind a
+# whole chunk are often skipped.
+SCORE_BLOCK_BYTES = 64 * 2**20
+MAX_CHUNK = 256
 
 
 def lightning_indexer_reference(
@@ -21,7 +23,7 @@ def lightning_indexer_reference(
     key_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; scores in fp32, or in fp64 for fp64 inputs."""
-    B, S, H, _ = q_BSHD.shape
+    B, S = q_BSHD.shape[:2]
     T = k_BTD.shape[1]
     indices = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q_BSHD.device)
     if indices.numel() == 0:
@@ -29,7 +31,7 @@ def lightning_indexer_reference(
     starts = query_start.expand(B)
     # Keys behind the last query of a chunk are invisible to all of it; reading the start is free on the CPU only.
     last_start = int(starts.max()) if starts.device.type == "cpu" else None
-    chunk = max(1, SCORE_BLOCK_BYTES // (B * H * T * 4))
+    chunk = min(MAX_CHUNK, max(1, SCORE_BLOCK_BYTES // (B * T * 4)))
     for first in range(0, S, chunk):
         rows = slice(first, min(first + chunk, S))
         end = T if last_start is None else max(1, min(T, last_start + rows.stop))
@@ -42,13 +44,17 @@ def lightning_indexer_reference(
 
 
 def indexer_scores(q_BSHD: torch.Tensor, k_BTD: torch.Tensor, weights_BSH: torch.Tensor, scale: float) -> torch.Tensor:
-    """`sum_h weights[s,h] * relu(scale * q[s,h] . k[t])`, `[B, S, T]` (DeepSeek-V3.2 report, equation 1)."""
+    """`sum_h weights[s,h] * relu(scale * q[s,h] . k[t])`, `[B, S, T]` (DeepSeek-V3.2 report, equation 1).
+
+    One head at a time, so that no `[S, H, T]` tensor is made.
+    """
     dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
-    B, S, H, D = q_BSHD.shape
-    dots = q_BSHD.to(dtype).reshape(B, S * H, D) @ k_BTD.to(dtype).transpose(1, 2)
-    dots = dots.mul_(scale).relu_().view(B, S, H, -1) if not dots.requires_grad else (dots * scale).relu()
-    dots = dots.view(B, S, H, -1)
-    return (weights_BSH.to(dtype).unsqueeze(-2) @ dots).squeeze(-2)
+    q_HBSD, k_BDT = q_BSHD.to(dtype).permute(2, 0, 1, 3), k_BTD.to(dtype).transpose(1, 2)
+    weights_HBS1 = (weights_BSH.to(dtype) * scale).permute(2, 0, 1).unsqueeze(-1)
+    scores = torch.zeros((), dtype=dtype, device=q_BSHD.device)
+    for q_BSD, weight_BS1 in zip(q_HBSD, weights_HBS1):
+        scores = torch.addcmul(scores, (q_BSD @ k_BDT).relu(), weight_BS1)
+    return scores
 
 
 def visible_keys(
