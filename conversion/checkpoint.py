@@ -237,7 +237,7 @@ def read_header(source: Source, file: str) -> ShardHeader:
         header = json.loads(source.read_range(file, 8, 8 + length), object_pairs_hook=_refuse_repeated_keys)
         metadata = header.pop("__metadata__", None)
         tensors = [_tensor_info(name, file, entry, 8 + length) for name, entry in header.items()]
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{where} has a damaged safetensors header ({error}): fetch it again") from error
     end = 8 + length
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
@@ -258,18 +258,23 @@ def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -
     """One header entry, checked; ValueError for the caller to place."""
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is no JSON object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype = entry.get("dtype")
     if dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
-    for value in (shape, offsets):
-        if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
-            raise ValueError(f"{name} has shape {shape!r} and data_offsets {offsets!r}")
+    shape, offsets = _naturals(name, entry, "shape"), _naturals(name, entry, "data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} has data_offsets {offsets!r}")
     begin, end = offsets
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - begin) * 8:
         raise ValueError(f"{name} has {end - begin} bytes, which {dtype} {shape} does not fill")
     return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _naturals(name: str, entry: dict[str, Any], key: str) -> list[int]:
+    value = entry.get(key)
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise ValueError(f"{name} has {key} {value!r}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,12 @@ def convert_config(
         raise ConversionError(f"{location}: config.json has num_hidden_layers={num_layers!r}: it must be a number")
     if "index_topk" in source and source["index_topk"] is None:
         raise ConversionError(f"{location}: config.json has index_topk=null: dense layers have no indexer to share")
-    letters = (pattern or source_pattern(source, location)).letters
+    if pattern is None:
+        pattern = source_pattern(source, location)
+    try:
+        pattern = SharePattern.parse(pattern, num_layers)
+    except ValueError as error:
+        raise ConversionError(f"{location}: {error}") from error
     fields = {name: value for name, value in source.items() if name not in {*PATTERN_FIELDS, *_SOURCE_CODE_FIELDS}}
     fields |= {
         "model_type": INDEXCACHE,
@@ -129,8 +134,8 @@ def convert_config(
         "auto_map": dict(auto_map),
         "source_model_type": family.model_type,
         "indexer_rope_interleave": source.get("indexer_rope_interleave", family.indexer_rope_interleave),
-        "index_share_pattern": letters,
-        "indexer_types": SharePattern.parse(letters, num_layers).indexer_types,
+        "index_share_pattern": pattern.letters,
+        "indexer_types": pattern.indexer_types,
     }
     if dtype is not None:
         fields.pop("torch_dtype", None)

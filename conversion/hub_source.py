@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from .checkpoint import ConversionError, check_file_name
 
 # The HTTP library's own base error comes with HfHubHTTPError: which library that is depends on huggingface_hub.
-_FAILURES = (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError)
+HUB_FAILURES = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError))
 
 
 class HubSource:
@@ -47,7 +47,7 @@ class HubSource:
                 f"{repo_id} is neither a folder here nor a repository on the Hub that this login can read: "
                 "check the name, or give --token"
             ) from error
-        except _FAILURES as error:
+        except HUB_FAILURES as error:
             raise ConversionError(f"{self.location} cannot be reached: {error}") from error
         self.revision: str | None = info.sha
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
@@ -74,7 +74,7 @@ class HubSource:
                 url, headers={**self._headers, "range": f"bytes={begin}-{end - 1}"}, timeout=60
             )
             hf_raise_for_status(response)
-        except _FAILURES as error:
+        except HUB_FAILURES as error:
             raise ConversionError(f"{self.location}: {file} cannot be read: {error}") from error
         body: bytes = response.content
         # A server may ignore the range and send the whole file.
@@ -94,7 +94,7 @@ class HubSource:
     def _download(self, file: str, folder: Path) -> Path:
         try:
             path = hf_hub_download(self.id, file, revision=self.revision, token=self._token, local_dir=folder)
-        except _FAILURES as error:
+        except HUB_FAILURES as error:
             raise ConversionError(f"{self.location}: {file} cannot be downloaded: {error}") from error
         return Path(path)
 

@@ -128,9 +128,9 @@ def build_plan(
     if dtype not in ("auto", *CAST_DTYPES):
         raise ConversionError(f"dtype {dtype!r} is not known: choose auto, {', '.join(CAST_DTYPES)}")
     cast_to = None if dtype == "auto" else dtype
+    block_size = fp8_block_size(checkpoint.config, location)
     fields = convert_config(checkpoint.config, pattern, cast_to, AUTO_MAP, location)
     config = load_config(fields, location)
-    block_size = fp8_block_size(checkpoint.config, location)
     tensors = checkpoint.tensors
     _check_indexers_present(config, tensors, location)
     problems = _problems(config, tensors, block_size)
