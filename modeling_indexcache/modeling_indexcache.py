@@ -33,6 +33,7 @@ from ..configuration.share_pattern import SharePattern
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .expert_router import IndexCacheTopkRouter
+from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
@@ -410,6 +411,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
+        refuse_ragged_dequantisation(config)
         num_layers = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))

@@ -6,6 +6,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from transformers import AutoModel, AutoModelForCausalLM
 
+from indexcache import IndexCacheForCausalLM
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -96,3 +98,15 @@ def test_parallel_plans_name_modules_that_exist(saved):
             stem = "model." + pattern.replace("*", "1")
             dense = "model." + pattern.replace("*", "0")
             assert any(name.startswith((stem, dense)) for name in names), pattern
+
+
+def test_fp8_with_ragged_blocks_is_refused_with_the_mend():
+    """576 rows in blocks of 128: transformers would take 115 rows for a block."""
+    from transformers import FineGrainedFP8Config
+
+    config = tiny_model(kv_lora_rank=32).config
+    config.quantization_config = FineGrainedFP8Config(weight_block_size=(16, 16), dequantize=True)
+    with pytest.raises(ValueError, match=r"kv_a_proj_with_mqa rows = 40.*convert SOURCE OUTPUT --dtype bfloat16"):
+        IndexCacheForCausalLM._from_config(config)
+    config.quantization_config = FineGrainedFP8Config(weight_block_size=(4, 4), dequantize=True)
+    IndexCacheForCausalLM._from_config(config)
