@@ -1,7 +1,7 @@
 """Exact top-k on candidate lists: device functions shared by the lightning indexer's prefill and decode kernels.
 
-A row's *list* holds (score, key) pairs in ascending key order and has room for CAP of them. Every key appended later
-has a larger index, so a later score that only equals the k-th best so far can never be selected: `score > bound`
+A row's *list* holds (score, key) pairs in ascending key order, a score's bits above its key in one int64, and has room
+for CAP of them. Every key appended later has a larger index, so a later score that only equals the k-th best so far can never be selected: `score > bound`
 loses nothing, and a list cut to its `topk` best keeps ties with the smaller index.
 """
 
@@ -40,35 +40,29 @@ if triton is not None:
         return tl.min(tl.where(key >= kth, key, 2147483647))
 
     @triton.jit
-    def append_above(
-        score, seen, keys, bound, count, list_scores, list_keys, CAP: tl.constexpr, WITH_SCORES: tl.constexpr
-    ):
+    def append_above(score, seen, key, bound, count, lists, CAP: tl.constexpr):
         """Append the seen keys whose score is above their row's bound; returns the rows' new counts.
 
-        `score`, `seen` [FK, BQ], `keys` [FK], `bound`, `count` [BQ]; row i of the lists starts at `i * CAP`.
+        `score`, `seen` [BQ, FK], `key` [FK], `bound`, `count` [BQ]; row i of the lists starts at `i * CAP`.
         """
-        keep = seen & (score > bound[None, :])  # [FK, BQ]
-        rank = tl.cumsum(keep.to(tl.int32), 0)
+        keep = seen & (score > bound[:, None])  # [BQ, FK]
+        rank = tl.cumsum(keep.to(tl.int32), 1)
         row = tl.arange(0, bound.shape[0])
-        place = row[None, :] * CAP + count[None, :] + rank - 1
-        tl.store(list_keys + place, tl.broadcast_to(keys[:, None], place.shape), mask=keep)
-        if WITH_SCORES:
-            tl.store(list_scores + place, score, mask=keep)
-        return count + tl.sum(keep.to(tl.int32), 0)
+        place = (row * CAP + count - 1)[:, None] + rank
+        tl.store(lists + place, pair_of(score, key[None, :]), mask=keep)
+        return count + tl.sum(keep.to(tl.int32), 1)
 
     @triton.jit
-    def keep_best(
-        list_scores,
-        list_keys,
-        count,
-        topk,
-        to_scores,
-        to_keys,
-        CAP: tl.constexpr,
-        STEP: tl.constexpr,
-        WITH_SCORES: tl.constexpr,
-    ):
-        """Copy the `topk` best of a list of `count` pairs, in order, to another place or onto itself.
+    def pair_of(score, key):
+        return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key.to(tl.int64)
+
+    @triton.jit
+    def score_of(pair):
+        return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def keep_best(list_pairs, count, topk, out, CAP: tl.constexpr, STEP: tl.constexpr, KEYS_ONLY: tl.constexpr):
+        """Copy the `topk` best of a list of `count` pairs in order: the pairs (onto itself too) or their keys, int32.
 
         Returns the score of the `topk`-th, or minus infinity when nothing had to be dropped.
         """
@@ -76,7 +70,8 @@ if triton is not None:
         room = tl.full((), 0, tl.int32)
         if count > topk:
             entry = tl.arange(0, CAP)
-            key = ordered_int(tl.load(list_scores + entry, mask=entry < count, other=float("-inf")))
+            score = score_of(tl.load(list_pairs + entry, mask=entry < count, other=0))
+            key = tl.where(entry < count, ordered_int(score), -2147483648)
             kth = kth_largest(key, topk)
             room = topk - tl.sum((key > kth).to(tl.int32))
         written = tl.full((), 0, tl.int32)
@@ -84,18 +79,18 @@ if triton is not None:
         for first in tl.range(0, count, STEP, num_stages=1):
             entry = first + tl.arange(0, STEP)
             valid = entry < count
-            score = tl.load(list_scores + entry, mask=valid, other=float("-inf"))
-            index = tl.load(list_keys + entry, mask=valid, other=0)
-            key = ordered_int(score)
+            pair = tl.load(list_pairs + entry, mask=valid, other=0)
+            key = ordered_int(score_of(pair))
             tied = valid & (key == kth)
             tie_rank = ties + tl.cumsum(tied.to(tl.int32), 0)
             keep = valid & ((key > kth) | (tied & (tie_rank <= room)))
             place = written + tl.cumsum(keep.to(tl.int32), 0) - 1
             # The copy may be in place: everything is read before anything is overwritten.
             tl.debug_barrier()
-            tl.store(to_keys + place, index, mask=keep)
-            if WITH_SCORES:
-                tl.store(to_scores + place, score, mask=keep)
+            if KEYS_ONLY:
+                tl.store(out + place, pair.to(tl.int32), mask=keep)
+            else:
+                tl.store(out + place, pair, mask=keep)
             written += tl.sum(keep.to(tl.int32))
             ties += tl.sum(tied.to(tl.int32))
         tl.debug_barrier()
@@ -107,3 +102,6 @@ if triton is not None:
         for first in tl.range(0, width, STEP, num_stages=1):
             entry = first + tl.arange(0, STEP)
             tl.store(out + entry, tl.full([STEP], -1, tl.int32), mask=(entry >= count) & (entry < width))
+
+else:  # Without triton the kernels that call these do not exist either; importing their names must work.
+    ordered_int = float_of_ordered = kth_largest = append_above = keep_best = fill_rest = None
