@@ -76,7 +76,7 @@ def main() -> None:
 
 def indexcache(*arguments: str | Path) -> None:
     """Show a command line and run it in this process."""
-    shown = [str(item.relative_to(HERE.parent)) if isinstance(item, Path) else item for item in arguments]
+    shown = [os.path.relpath(item) if isinstance(item, Path) else item for item in arguments]
     console.print(f"[bold green]$[/] indexcache {shlex.join(shown)}")
     typer.main.get_command(app).main([str(item) for item in arguments], standalone_mode=False)
 

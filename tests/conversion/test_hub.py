@@ -43,6 +43,13 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 model.push_to_hub(sys.argv[2], private=True, max_shard_size="40KB")
 """
 
+PUSH_BY_TRANSFORMERS = """
+from indexcache import IndexCacheForCausalLM
+model = IndexCacheForCausalLM.from_pretrained(sys.argv[1])
+model.push_to_hub("tester/small")
+model.save_pretrained("saved", push_to_hub=True, repo_id="tester/saved")
+"""
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -70,8 +77,8 @@ def push(hub, monkeypatch):
     return push_folder
 
 
-def tree(hub, revision="main"):
-    repo = hub.repos["model", "tester/small"]
+def tree(hub, name="tester/small", revision="main"):
+    repo = hub.repos["model", name]
     return repo.commits[repo.refs[revision]]
 
 
@@ -124,7 +131,7 @@ def _ids(text):
 def test_a_revision_is_a_branch_of_its_own(checkpoint, push, hub, run_python, tmp_path):
     push(checkpoint, "tester/small", revision="quarter")
     assert "config.json" not in tree(hub)
-    assert "config.json" in tree(hub, "quarter")
+    assert "config.json" in tree(hub, revision="quarter")
     options = json.dumps({"revision": "quarter"})
     run_python(PULL_AND_GENERATE, "tester/small", options, tmp_path / "pulled.safetensors", hub=hub)
 
@@ -146,6 +153,14 @@ def test_pushing_twice_sends_no_weights_again(checkpoint, push, hub):
     sent = list(hub.stored)
     push(checkpoint, "tester/small")
     assert hub.stored == sent
+
+
+def test_transformers_own_ways_of_pushing_send_the_code(checkpoint, hub, run_python):
+    run_python(PUSH_BY_TRANSFORMERS, checkpoint, installed=True, hub=hub)
+    code = {path.name: path.read_bytes() for path in checkpoint.glob("*.py")}
+    assert code
+    for name in ("tester/small", "tester/saved"):
+        assert {file: entry.data for file, entry in tree(hub, name).items() if file.endswith(".py")} == code
 
 
 class TestRefusals:
