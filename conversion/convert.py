@@ -246,6 +246,7 @@ def _write_the_rest(
     files = sorted({*names, *shards, "README.md", RECIPE_FILE, CONFIG_FILE, *([INDEX_FILE] if plan.has_index else [])})
     write_json(output / RECIPE_FILE, {**recipe, "shards": shards, "files": files})
     remove_leftovers(output)
+    sync_folder(output)
     if plan.has_index:
         weight_map = dict(sorted(plan.weight_map.items()))
         write_json(output / INDEX_FILE, {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})

@@ -140,7 +140,7 @@ def draw_verification(result: Verification) -> RenderableType:
         lines.append(
             Text(
                 f"logits of {logits['tokens']} tokens: max |difference| {logits['max_abs_difference']:.3g}, "
-                f"KL {logits['mean_kl']:.3g}{weight}"
+                f"at the median token {logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}{weight}"
             )
         )
     elif logits:

@@ -73,8 +73,8 @@ def write_shard(shard: OutputShard, target: Path, shards: OpenShards) -> Written
     return write_blocks(target, content())
 
 
-def write_blocks(target: Path, blocks: Iterable[bytes | memoryview]) -> WrittenFile:
-    """Write blocks under a temporary name, sync, and rename; nothing is left behind after an error."""
+def write_blocks(target: Path, blocks: Iterable[bytes | memoryview], *, durable: bool = True) -> WrittenFile:
+    """Write blocks under a temporary name, sync unless told not to, and rename; an error leaves nothing behind."""
     digest, size = hashlib.sha256(), 0
 
     def fill(partial: Path) -> None:
@@ -84,7 +84,8 @@ def write_blocks(target: Path, blocks: Iterable[bytes | memoryview]) -> WrittenF
                 write_all(stream.fileno(), block)
                 digest.update(block)
                 size += len(block)
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
 
     _publish(target, fill)
     return WrittenFile(size, digest.hexdigest(), "written")
@@ -97,14 +98,14 @@ def write_all(descriptor: int, block: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_text(target: Path, text: str) -> None:
+def write_text(target: Path, text: str, *, durable: bool = True) -> None:
     """Write a small text file."""
-    write_blocks(target, [text.encode()])
+    write_blocks(target, [text.encode()], durable=durable)
 
 
-def write_json(target: Path, value: object) -> None:
+def write_json(target: Path, value: object, *, durable: bool = True) -> None:
     """Write a value as JSON, keys in the order given."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
 def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = False) -> WrittenFile:
@@ -178,7 +179,6 @@ def _publish(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         _remove(partial)
         raise
-    sync_folder(target.parent)
 
 
 def _remove(path: Path) -> None:

@@ -168,6 +168,6 @@ def _compare_logits(before: Checkpoint, after: Checkpoint, pattern: SharePattern
     result.logits["same_pattern"] = pattern_run_by(before) == pattern
     if result.logits["same_pattern"] and result.logits.get("agree") is False:
         result.differences.append(
-            f"the logits differ by up to {result.logits['max_abs_difference']:.3g} "
+            f"the logits differ by {result.logits['median_abs_difference']:.3g} at the median token "
             f"(KL {result.logits['mean_kl']:.3g}), although both run the pattern {pattern}"
         )

@@ -103,6 +103,8 @@ def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
     tensors = {}
     for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator) * 0.1
+        if name.endswith("norm.weight"):
+            value += 1
         if name.endswith(("e_score_correction_bias", "k_norm.weight", "k_norm.bias")):
             tensors[name] = value
         elif fp8 and not any(mark in name for mark in _KEPT_WIDE):
