@@ -24,7 +24,7 @@ _BODY = """
 # {title}
 
 {origin} with **IndexCache** ([arXiv 2603.12201](https://arxiv.org/abs/2603.12201)): {num_full} of its {num_layers} \
-layers keep their lightning indexer, the other {num_shared} reuse the selection of the nearest such layer before them.
+layers run their lightning indexer, the other {num_shared} reuse the selection of the nearest such layer before them.
 
 ## What changed
 
@@ -32,8 +32,8 @@ layers keep their lightning indexer, the other {num_shared} reuse the selection 
 {drawing}
 ```
 
-`F` (full) runs its own indexer{selecting}; `S` (shared) reuses the selection of the `F` before it and has neither \
-indexer weights nor an index-key cache.{saved} Every other tensor is the base model's.
+`F` (full) runs its own indexer{selecting}; `S` (shared) reuses the selection of the `F` before it, and needs neither \
+indexer weights nor an index-key cache.{saved} Every other tensor is the base model's{cast}.
 
 | full layer | serves layers |
 |---|---|
@@ -115,7 +115,7 @@ def write_card(
         source_card: text of the base model's `README.md`; licence, language and tags are taken from its metadata.
         source_id: the base model's Hub id; `None` for a folder.
         pattern: which layers run their indexer.
-        recipe: what made this checkpoint, as JSON values; printed whole.
+        recipe: what made this checkpoint, as JSON values; printed whole. Its `dtype`, when not `auto`, is named.
         repo_id: Hub id under which the checkpoint will be found, for the loading example.
         topk: `index_topk`, the keys that an indexer selects.
         bytes_saved: bytes of indexer weights left out.
@@ -155,6 +155,7 @@ def write_card(
         drawing=draw_pattern(pattern),
         selecting=f", which selects {topk:,} keys for each token" if topk else "",
         saved=f" {bytes_saved:,} bytes of indexer weights are left out." if bytes_saved else "",
+        cast="" if recipe.get("dtype", "auto") == "auto" else f", cast to {recipe['dtype']}",
         groups="\n".join(
             f"| {full} | {', '.join(map(str, served[1:])) or 'itself alone'} |"
             for full, served in pattern.groups.items()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from hub_double import Hub
+from huggingface_hub import constants
 
 # None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
@@ -16,6 +17,15 @@ def hub():
     """An empty Hub test double, served until the test ends."""
     with Hub() as server:
         yield server
+
+
+@pytest.fixture
+def hub_here(hub, monkeypatch):
+    """The double, with this process turned to it; what the environment sets before import is set here."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "any")
+    return hub
 
 
 @pytest.fixture

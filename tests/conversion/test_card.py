@@ -63,6 +63,11 @@ def test_body_draws_the_pattern_and_embeds_the_recipe_whole(tmp_path):
     assert "2603.12201" in text
 
 
+def test_a_cast_is_told(tmp_path):
+    assert "is the base model's." in card_of(tmp_path).text
+    assert "is the base model's, cast to bfloat16." in card_of(tmp_path, recipe={"dtype": "bfloat16"}).text
+
+
 def test_loading_example_is_python_and_names_the_repository(tmp_path):
     code = re.search(r"```python\n(.*?)```", card_of(tmp_path, repo_id="me/mine").text, re.DOTALL)[1]
     compile(code, "card", "exec")

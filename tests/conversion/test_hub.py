@@ -69,11 +69,8 @@ def checkpoint(model, tmp_path):
 
 
 @pytest.fixture
-def push(hub, monkeypatch):
-    """`push_folder` of this process, turned to the double; what the environment sets before import is set here."""
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", "any")
+def push(hub_here):
+    """`push_folder`, to the double."""
     return push_folder
 
 
