@@ -36,7 +36,7 @@ VALUE_DIM, ROPE_DIM = 512, 64
 
 
 def hopper_supports(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> bool:
-    """Whether the kernel takes these tensors: latents of 512 + 64 entries, rows that start at multiples of 16 bytes."""
+    """Whether the kernel takes these tensors: latents of 512 + 64 entries, rows at multiples of 16 bytes."""
     aligned = kv.data_ptr() % 16 == 0 and q.data_ptr() % 16 == 0
     strides = (*kv.stride()[:2], *q.stride()[:3])
     return (
@@ -365,15 +365,14 @@ if gluon is not None:
             acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
             acc = warpgroup_mma(gl.convert_layout(p16, p_layout), lo.index(0 + zero), acc, is_async=True)
 
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            barrier()
+            mbarrier.arrive(empty.index(0), count=1)
             mbarrier.wait(ready.index(1), phase)
-            fence_async_shared()
             right_max = stats.index(1).load(s_rows)
             alpha = gl.exp2(left_max - _finite(right_max))
             row_sum = row_sum * alpha
             row_max = right_max
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            barrier()
-            mbarrier.arrive(empty.index(0), count=1)
             acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
             acc = warpgroup_mma(rope.index(1 + zero), lo.index(1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
@@ -434,7 +433,6 @@ if gluon is not None:
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
             s = _scores(q_lo, q_hi, q_rope, lo, hi, rope, full, 1, phase, zero, s_layout)
             mbarrier.wait(ready.index(0), phase)
-            fence_async_shared()
             left_max = stats.index(0).load(s_rows)
             alpha = gl.exp2(row_max - _finite(left_max))
             acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]

@@ -9,6 +9,7 @@ Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value w
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,8 +26,13 @@ except ImportError:
     triton = None
 
 LOG2_E = 1.4426950408889634
-# Queries of one launch: bounds the merged lists (K entries a query) and keeps them in L2 until they are read.
-QUERIES_PER_LAUNCH = 8192
+# Queries of one launch: bounds the merged lists and their scratch memory (14 bytes a selected key).
+QUERIES_PER_LAUNCH = 4096
+
+
+_hopper_failed = False
+# Compute capabilities whose shared memory holds 64 rows and whose matrix unit takes them from there or from registers.
+GROUPING_ARCHITECTURES = (80, 90)
 
 
 class Tile(NamedTuple):
@@ -49,9 +55,9 @@ def sparse_mla_tile(backend: str, arch: int | str, rows: int, width: int) -> Til
         return Tile(16, 16 if wide else 32, 4, 1)
     if rows <= 16 or arch not in (80, 90, 100, 103):
         return Tile(16, 32, 4, 3)
-    if arch == 90 and rows > 32:
+    if rows > 32 and arch in GROUPING_ARCHITECTURES:
         return Tile(64, 32, 8, 3)
-    return Tile(32, 32, 8, 3)
+    return Tile(32, 64, 8, 2)
 
 
 def sparse_mla_triton(
@@ -71,24 +77,42 @@ def sparse_mla_triton(
     if indices.shape[-1] == 0 or kv.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     target = _target(q.device)
-    splits = _decode_splits(B * S, H, indices.shape[-1], _processors(q.device), _tile(target, H, q.shape[-1]))
+    tile = _tile(target, 1, q.shape[-1])
+    splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, q.device)
     if splits > 1:
-        return _decode(q, kv, indices, scale, out, lse, splits, _tile(target, H, q.shape[-1]))
-    for first in range(0, S, max(1, QUERIES_PER_LAUNCH // B)):
-        rows = slice(first, first + max(1, QUERIES_PER_LAUNCH // B))
+        return _decode(q, kv, indices, scale, out, lse, splits, tile)
+    step = max(1, QUERIES_PER_LAUNCH // B)
+    for first in range(0, S, step):
+        rows = slice(first, first + step)
         _prefill(q[:, rows], kv, indices[:, rows], scale, out[:, rows], lse[:, rows], target)
     return out, lse
 
 
 def _prefill(q, kv, indices, scale, out, lse, target) -> None:
-    H, D = q.shape[2:]
-    if target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1]):
-        group, keys, counts = group_size(H, HOPPER_ROWS, kv.shape[1]), indices, None
-        if group > 1:
-            keys, counts = merge_key_lists(indices, group, kv.shape[1])
-        sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
-    else:
-        _launch(q, kv, indices, None, scale, out, lse, _tile(target, H, D), group=1, splits=1)
+    _, S, H, D = q.shape
+    on_hopper = target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1])
+    group, keys, counts = 1, indices, None
+    if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
+        group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
+    if group > 1:
+        keys, counts = merge_key_lists(indices, group, kv.shape[1])
+    if not (on_hopper and _run_on_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))):
+        _launch(q, kv, keys, counts, scale, out, lse, _tile(target, group * H, D), group, splits=1)
+
+
+def _run_on_hopper(*arguments) -> bool:
+    """Run the Gluon kernel; False, from the first failure on, if this Triton cannot compile it."""
+    global _hopper_failed
+    if _hopper_failed:
+        return False
+    try:
+        sparse_mla_hopper(*arguments)
+    except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
+        # Gluon is an experimental interface of Triton and may change under us.
+        _hopper_failed = True
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        warnings.warn(f"sparse_mla: Triton {triton.__version__} failed on the Hopper kernel ({reason})", stacklevel=2)
+    return not _hopper_failed
 
 
 def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,12 +177,12 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     )
 
 
-def _decode_splits(queries: int, heads: int, topk: int, processors: int, tile: Tile) -> int:
-    """Splits that give each multiprocessor about two programs, none with less than one block of keys."""
-    programs = queries * triton.cdiv(heads, tile.block_m)
-    if programs >= processors:
+def _decode_splits(programs: int, topk: int, block_n: int, device: torch.device) -> int:
+    """Splits that occupy every multiprocessor; 1 (no decode) where three quarters of them have a program anyway."""
+    processors = _processors(device)
+    if 4 * programs > 3 * processors:
         return 1
-    return max(1, min(triton.cdiv(topk, tile.block_n), 2 * processors // programs))
+    return min(32, triton.cdiv(topk, block_n), triton.cdiv(processors, programs))
 
 
 def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:

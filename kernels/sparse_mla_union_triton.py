@@ -16,6 +16,8 @@ except ImportError:
     triton = None
 
 MAX_GROUP = 8
+# Two programs a multiprocessor: the kernel waits for memory most of the time.
+MERGE_WARPS, MERGE_REGISTERS = 16, 64
 
 
 def owner_shift(group: int) -> int:
@@ -23,10 +25,10 @@ def owner_shift(group: int) -> int:
     return 31 - group
 
 
-def group_size(heads: int, rows: int, slots: int) -> int:
-    """Adjacent queries whose heads fill `rows`; 1 where `slots` leaves no room for ownership bits."""
-    group = min(MAX_GROUP, rows // heads) if heads <= rows else 1
-    return group if slots <= 1 << owner_shift(group) else 1
+def group_size(heads: int, rows: int, queries: int, topk: int, slots: int) -> int:
+    """Adjacent queries whose heads fill `rows`; 1 where merged lists of `topk` of `slots` keys would not fit."""
+    group = max(1, min(MAX_GROUP, rows // heads, queries))
+    return group if slots <= 1 << owner_shift(group) and group * topk < 1 << 15 else 1
 
 
 def merge_key_lists(indices: torch.Tensor, group: int, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,25 +46,31 @@ def merge_key_lists(indices: torch.Tensor, group: int, slots: int) -> tuple[torc
     B, S, K = indices.shape
     if not 1 < group <= MAX_GROUP or slots > 1 << owner_shift(group):
         raise ValueError(f"cannot pack {group} owners and {slots} slots into 31 bits")
+    if group * K >= 1 << 15:
+        raise ValueError(f"merged lists are limited to 32767 entries, got {group} queries of {K}")
     lists = triton.cdiv(S, group)
     packed = torch.empty(B, lists, group * K, dtype=torch.int32, device=indices.device)
     counts = torch.empty(B, lists, dtype=torch.int32, device=indices.device)
-    # Exclusive prefix counts of the keys that each member adds to the union, with the total at the end.
-    added = torch.empty(B, lists, group, K + 1, dtype=torch.int16, device=indices.device)
+    # Per member: gaps, and in 16 bits its new keys before each entry, its places and the last member's search results.
+    gaps = torch.zeros(B, lists, group, K + 1, dtype=torch.int32, device=indices.device)
+    scratch = torch.empty(B, lists, group, 3, K + 1, dtype=torch.int16, device=indices.device)
     block_k = triton.next_power_of_2(K)
     _merge_key_lists_kernel[(B * lists,)](
         indices,
         packed,
         counts,
-        added,
+        gaps,
+        scratch,
         S,
         K,
         lists,
+        0,
         *indices.stride()[:2],
         GROUP=group,
         OWNER_SHIFT=owner_shift(group),
         BLOCK_K=block_k,
-        num_warps=min(8, max(1, block_k // 128)),
+        num_warps=MERGE_WARPS if block_k >= 32 * MERGE_WARPS else 1,
+        maxnreg=MERGE_REGISTERS,
     )
     return packed, counts
 
@@ -74,76 +82,99 @@ if triton is not None:
         indices,
         packed,
         counts,
-        added,
+        gaps,
+        scratch,
         S,
         K,
         lists,
+        zero,
         stride_b,
         stride_s,
         GROUP: tl.constexpr,
         OWNER_SHIFT: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
+        # A key is new in the first member that lists it, and is placed behind every new key below it: those of its own
+        # member, of earlier members (found by searching them) and of later ones (which leave a mark in the gap of the
+        # searched member where they belong: 1 if they are new, their ownership bit if they are not).
         list_id = tl.program_id(0).to(tl.int64)
         first = (list_id % lists) * GROUP
+        members = tl.minimum(S - first, GROUP)
         rows = indices + (list_id // lists) * stride_b + first * stride_s
         packed += list_id * GROUP * K
-        added += list_id * GROUP * (K + 1)
-        offs = tl.arange(0, BLOCK_K)
+        gaps += list_id * GROUP * (K + 1)
+        before = scratch + list_id * GROUP * 3 * (K + 1)  # new keys before an entry
+        places = before + GROUP * (K + 1)  # -1 if not new
+        found_at = places + GROUP * (K + 1)
+        # One layout, an entry a thread, for contiguous and gathered accesses alike: `zero` hides the contiguity, for
+        # which the compiler would change the layout through shared memory at every access.
+        offs = tl.arange(0, BLOCK_K) ^ zero
 
         ascending = 1
         for g in tl.static_range(GROUP):
-            length = tl.where(first + g < S, K, 0)  # queries past the end have no keys
-            key = tl.load(rows + g * stride_s + offs, mask=offs < length, other=-1)
-            after = tl.load(rows + g * stride_s + offs + 1, mask=offs + 1 < length, other=-1)
+            key = tl.load(rows + g * stride_s + offs, mask=offs < tl.where(g < members, K, 0), other=-1)
+            after = tl.load(rows + g * stride_s + offs + 1, mask=offs + 1 < tl.where(g < members, K, 0), other=-1)
             wrong = (after >= 0) & ((key < 0) | (after <= key))
             ascending = ascending & (1 - tl.max(wrong.to(tl.int32), 0))
 
         if ascending != 0:
             total = 0
             for g in tl.static_range(GROUP):
-                length = tl.where(first + g < S, K, 0)
-                key = tl.load(rows + g * stride_s + offs, mask=offs < length, other=-1)
+                tl.debug_barrier()
+                key = tl.load(rows + g * stride_s + offs, mask=offs < tl.where(g < members, K, 0), other=-1)
                 new = (key >= 0).to(tl.int32)
+                earlier = tl.zeros([BLOCK_K], tl.int32)
                 for h in tl.static_range(g):
-                    _, found = _lower_bound(rows + h * stride_s, key, tl.where(first + h < S, K, 0), BLOCK_K)
-                    new = new & (1 - found)
+                    # Rows past the last query have no keys to place: search any row instead of theirs.
+                    row = rows + tl.minimum(h, members - 1) * stride_s
+                    at = _lower_bound(row, key, K, BLOCK_K)
+                    found = (tl.load(row + at, mask=(at < K) & (new != 0), other=-1) == key) & (new != 0)
+                    earlier += tl.load(before + h * (K + 1) + at, mask=new != 0, other=0).to(tl.int32)
+                    tl.atomic_add(gaps + h * (K + 1) + at, 1 << (24 + g), mask=found, sem="relaxed")
+                    new = tl.where(found, 0, new)
+                    if h < g - 1:
+                        tl.store(found_at + h * (K + 1) + offs, at.to(tl.int16), mask=offs < K)
+                    else:
+                        tl.atomic_add(gaps + h * (K + 1) + at, 1, mask=new != 0, sem="relaxed")
+                if g > 1:
+                    tl.debug_barrier()
+                for h in tl.static_range(g - 1):
+                    at = tl.load(found_at + h * (K + 1) + offs, mask=new != 0, other=0).to(tl.int32)
+                    tl.atomic_add(gaps + h * (K + 1) + at, 1, mask=new != 0, sem="relaxed")
                 running = tl.cumsum(new, 0)
-                tl.store(added + g * (K + 1) + offs, (running - new).to(tl.int16), mask=offs < K)
-                members = tl.max(running, 0)
-                tl.store(added + g * (K + 1) + K, members.to(tl.int16))
-                total += members
+                tl.store(before + g * (K + 1) + offs, (running - new).to(tl.int16), mask=offs < K)
+                added = tl.max(running, 0)
+                tl.store(before + g * (K + 1) + K, added.to(tl.int16))
+                place = tl.where(new != 0, earlier + running - new, -1)
+                tl.store(places + g * (K + 1) + offs, place.to(tl.int16), mask=offs < K)
+                total += added
             tl.store(counts + list_id, total)
             tl.debug_barrier()
             for g in tl.static_range(GROUP):
-                length = tl.where(first + g < S, K, 0)
-                key = tl.load(rows + g * stride_s + offs, mask=offs < length, other=-1)
-                place = tl.load(added + g * (K + 1) + offs, mask=offs < length, other=0).to(tl.int32)
-                new = tl.load(added + g * (K + 1) + offs + 1, mask=offs < length, other=0).to(tl.int32) > place
-                owners = tl.full([BLOCK_K], 1 << g, tl.int32)
-                for h in tl.static_range(GROUP):
-                    if h != g:
-                        at, found = _lower_bound(rows + h * stride_s, key, tl.where(first + h < S, K, 0), BLOCK_K)
-                        owners += found << h
-                        place += tl.load(added + h * (K + 1) + at, mask=new, other=0).to(tl.int32)
-                tl.store(packed + place, key | (owners << OWNER_SHIFT), mask=new)
+                place = tl.load(places + g * (K + 1) + offs, mask=offs < K, other=-1).to(tl.int32)
+                key = tl.load(rows + g * stride_s + offs, mask=place >= 0, other=-1)
+                # Atomics act in L2: do not read what L1 may hold of a neighbour's line.
+                gap = tl.load(gaps + g * (K + 1) + offs, mask=offs < K, other=0, cache_modifier=".cg")
+                later = tl.cumsum(gap & 0xFFFFFF, 0)
+                owners = ((gap >> 24) & 0xFF) | (1 << g)
+                tl.store(packed + place + later, key | (owners << OWNER_SHIFT), mask=place >= 0)
         else:
             for g in tl.static_range(GROUP):
-                length = tl.where(first + g < S, K, 0)
-                key = tl.load(rows + g * stride_s + offs, mask=offs < length, other=-1)
+                key = tl.load(rows + g * stride_s + offs, mask=offs < tl.where(g < members, K, 0), other=-1)
                 entry = tl.where(key >= 0, key | (1 << (g + OWNER_SHIFT)), -1)
                 tl.store(packed + g * K + offs, entry, mask=offs < K)
             tl.store(counts + list_id, GROUP * K)
 
     @triton.jit
-    def _lower_bound(row, key, length, BLOCK_K: tl.constexpr):
-        # Entries of the ascending `row` below `key` (-1 at its end counts as infinity), and whether `key` is in it.
+    def _lower_bound(row, key, K, BLOCK_K: tl.constexpr):
+        # Entries of the ascending `row` below `key`; as unsigned numbers, the -1 at its end are above every key.
+        key = key.to(tl.uint32, bitcast=True)
         at = tl.zeros([BLOCK_K], tl.int32)
-        step = BLOCK_K
+        step = BLOCK_K // 2
         while step > 0:
             probe = at + step - 1
-            entry = tl.load(row + probe, mask=(probe < length) & (key >= 0), other=-1)
-            at = tl.where((entry >= 0) & (entry < key), at + step, at)
+            entry = tl.load(row + probe, mask=probe < K, other=-1).to(tl.uint32, bitcast=True)
+            at = tl.where(entry < key, at + step, at)
             step = step // 2
-        found = tl.load(row + at, mask=(at < length) & (key >= 0), other=-1) == key
-        return at, (found & (key >= 0)).to(tl.int32)
+        entry = tl.load(row + at, mask=at < K, other=-1).to(tl.uint32, bitcast=True)
+        return tl.where(entry < key, at + 1, at)

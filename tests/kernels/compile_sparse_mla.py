@@ -10,15 +10,17 @@ import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from indexcache.kernels import sparse_mla_triton as kernels
+from indexcache.kernels.sparse_mla_hopper_gluon import _sparse_mla_hopper_kernel
 from indexcache.kernels.sparse_mla_union_triton import _merge_key_lists_kernel, owner_shift
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 POINTERS = {"q": "*bf16", "kv": "*bf16", "keys": "*i32", "counts": "*i32", "out": "*bf16", "lse": "*fp32"}
 
 
-def compile_kernel(function, arch, constants, pointers, **options):
+def compile_kernel(function, arch, constants, pointers, source=ASTSource, **options):
     """Compile with every pointer and stride divisible by 16, as the production shapes have them."""
     signature, attributes = {}, {}
     for position, name in enumerate(function.arg_names):
@@ -29,7 +31,7 @@ def compile_kernel(function, arch, constants, pointers, **options):
         if name in pointers or "stride" in name:
             attributes[(position,)] = [["tt.divisibility", 16]]
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+    return triton.compile(source(function, signature, constants, attributes), target=target, options=options)
 
 
 def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
@@ -74,16 +76,35 @@ def test_default_tiles_fit_the_shared_memory(arch):
     assert compiled.metadata.shared <= SHARED_KB[arch] * 1024
 
 
-@pytest.mark.parametrize(("arch", "heads", "splits"), [(80, 20, 1), (80, 128, 4), (90, 20, 1), (90, 20, 32)])
-def test_default_tiles_do_not_spill_and_prefetch_the_gather(arch, heads, splits):
+@pytest.mark.parametrize(("arch", "heads", "splits"), [(80, 20, 1), (80, 16, 32), (80, 64, 1), (90, 16, 32)])
+def test_default_tiles_do_not_spill_and_copy_asynchronously(arch, heads, splits):
     compiled = compile_forward(arch, heads, splits)
     assert stack_bytes(compiled) == 0
-    # Two blocks of latents in flight, filled by asynchronous 16-byte copies.
-    assert re.search(r"memdesc<2x\d+x512xbf16", compiled.asm["ttgir"])
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", compiled.asm["ptx"])
 
 
-def test_key_lists_merge_compiles():
-    constants = {"GROUP": 3, "OWNER_SHIFT": owner_shift(3), "BLOCK_K": 2048}
-    pointers = {"indices": "*i32", "packed": "*i32", "counts": "*i32", "added": "*i16"}
-    assert stack_bytes(compile_kernel(_merge_key_lists_kernel, 90, constants, pointers, num_warps=8)) == 0
+@pytest.mark.parametrize(("heads", "group"), [(64, 1), (20, 3)])
+def test_the_hopper_kernel_does_not_spill_and_uses_its_instructions(heads, group):
+    constants = {
+        "H": heads,
+        "GROUP": group,
+        "OWNER_SHIFT": owner_shift(group),
+        "HEAD_BLOCKS": 1 if group > 1 else triton.cdiv(heads, 64),
+        "BLOCK_K": triton.next_power_of_2(2048 * group),
+    }
+    pointers = dict(POINTERS)
+    if group == 1:
+        constants["counts"] = None
+        del pointers["counts"]
+    compiled = compile_kernel(_sparse_mla_hopper_kernel, 90, constants, pointers, GluonASTSource, num_warps=4)
+    assert stack_bytes(compiled) == 0
+    assert compiled.metadata.shared <= SHARED_KB[90] * 1024
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n256k16" in ptx and "setmaxnreg" in ptx
+    assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx) and "cp.async.mbarrier.arrive.noinc" in ptx
+
+
+def test_merging_key_lists_compiles(group=3):
+    constants = {"GROUP": group, "OWNER_SHIFT": owner_shift(group), "BLOCK_K": 2048}
+    pointers = {"indices": "*i32", "packed": "*i32", "counts": "*i32", "gaps": "*i32", "scratch": "*i16"}
+    compile_kernel(_merge_key_lists_kernel, 90, constants, pointers, num_warps=16, maxnreg=64)
