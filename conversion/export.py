@@ -30,9 +30,8 @@ _BUILT_IN = (
 )
 _OURS = {
     *PATTERN_FIELDS,
-    *_BUILT_IN,
-    "indexer_rope_interleave",
     "indexer_fp8",
+    "head_dim",
     "layer_types",
     "source_model_type",
     "auto_map",
@@ -103,12 +102,17 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
                 "built in, in every engine"
             )
     native = {name: value for name, value in fields.items() if name not in _OURS}
-    # A config that transformers saved leaves out IndexCacheConfig's defaults, and the family may have others.
-    shared = {entry.name for entry in dataclasses.fields(CONFIG_MAPPING[family.model_type])} & set(defaults) - _OURS
-    known = CONFIG_MAPPING[family.model_type].from_dict(dict(native))
-    native |= {name: getattr(config, name) for name in sorted(shared) if getattr(known, name) != getattr(config, name)}
+    # A config that transformers saved leaves out IndexCacheConfig's defaults; the family and the engines have others.
+    known = {entry.name for entry in dataclasses.fields(CONFIG_MAPPING[family.model_type])} & set(defaults)
+    native |= {name: getattr(config, name) for name in sorted(known - native.keys() - _OURS)}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
-    return {"model_type": family.model_type, "architectures": [architecture], **native}
+    return {
+        "model_type": family.model_type,
+        "architectures": [architecture],
+        **native,
+        # vLLM and others take half-split RoPE in the indexer unless told otherwise.
+        "indexer_rope_interleave": family.indexer_rope_interleave,
+    }
 
 
 def _for_serving(model_type: str, pattern: SharePattern) -> dict[str, Any]:

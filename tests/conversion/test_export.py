@@ -78,6 +78,7 @@ def test_serving_engines_get_the_whole_list_under_the_source_architecture(
     assert config["index_topk_pattern"] == "FSSF"
     assert config["indexer_types"] == ["full", "shared", "shared", "full"]
     assert config["use_index_cache"] is True
+    assert config["indexer_rope_interleave"] is (family is GLM)
     ours = {"auto_map", "index_share_pattern", "source_model_type", "layer_types", "index_topk_freq", "indexer_fp8"}
     assert not ours & config.keys()
 
