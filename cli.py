@@ -9,10 +9,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,15 +51,18 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.checkpoint import ConversionError
+    from .pattern_search.errors import PatternSearchError
 
     try:
         yield
     except ConversionError as error:
         _fail(str(error))
+    except PatternSearchError as error:
+        _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion or search goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -232,6 +238,14 @@ def inspect(
 
         description = describe(open_source(path, revision=revision, token=token))
         _print_json(description) if as_json else _print(draw_description(description))
+
+
+@app.command()
+@wraps(search_verb)
+def search(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `pattern_search/command.py`."""
+    with _errors_as_messages():
+        search_verb(*args, **kwargs)
 
 
 @app.command()

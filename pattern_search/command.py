@@ -1,0 +1,217 @@
+"""The arguments of `indexcache search`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_HOW, _DATA, _RUN = "How to search", "Data", "Where it runs"
+
+
+def search(
+    source: Annotated[str, typer.Argument(help="DSA or IndexCache checkpoint: a folder, or a Hub id (org/name).")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config).",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for patterns.json, journal, pictures and report.")] = Path(
+        "indexcache_search"
+    ),
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Full layers wanted, 1/4, 0.25 or a count; repeat. Default: 1/2 1/4 1/8.")
+    ] = None,
+    tolerance: Annotated[
+        str | None, typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more: 0.5%.")
+    ] = None,
+    algorithm: Annotated[
+        Literal["lazy", "greedy"],
+        typer.Option(help="lazy: few evaluations, refined. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
+    ] = "lazy",
+    objective: Annotated[
+        Literal["kl", "far-kl", "lm"] | None,
+        typer.Option(
+            help="kl: to the source's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
+            "(greedy).",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Pipeline blocks of greedy.", rich_help_panel=_HOW)] = 1,
+    path_rounds: Annotated[
+        int,
+        typer.Option(
+            min=1, max=4, help="Windows that decide lazy's steps: 1/8, 1/4, 1/2, all for 1 to 4.", rich_help_panel=_HOW
+        ),
+    ] = 2,
+    refine: Annotated[
+        int, typer.Option(min=0, help="Moves by which each --keep is refined at most.", rich_help_panel=_HOW)
+    ] = 4,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="uniform, similarity, none; repeat. Default: uniform.")
+    ] = None,
+    curve: Annotated[bool, typer.Option(help="Check every number of full layers on the held-out windows.")] = True,
+    held_out: Annotated[
+        str | None, typer.Option(help="Data for the checks. Default: split off from --data.", rich_help_panel=_DATA)
+    ] = None,
+    seqlen: Annotated[
+        int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=_DATA)
+    ] = None,
+    nsamples: Annotated[
+        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=_DATA)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=_DATA)] = 0,
+    data_split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
+    text_field: Annotated[str, typer.Option(help="Of JSONL and datasets.", rich_help_panel=_DATA)] = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=_RUN)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
+    ] = "auto",
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto, balanced, ...: spread the model.", rich_help_panel=_RUN)
+    ] = None,
+    parallel: Annotated[
+        Literal["windows", "tensor"],
+        typer.Option(help="What the processes of torchrun share.", rich_help_panel=_RUN),
+    ] = "windows",
+    cache_memory: Annotated[
+        str | None,
+        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=_RUN),
+    ] = None,
+    cache_on: Annotated[
+        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=_RUN)
+    ] = "device",
+    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+) -> None:
+    """Search which layers can share their indexer's selection, without training.
+
+    Writes patterns.json, which `convert --pattern-file` takes with `--keep`. Every evaluation is journaled: after an
+    interruption, repeat the command with --resume. Under torchrun or `accelerate launch` the processes share the
+    windows.
+    """
+    from .calibration import Sampling
+    from .monitor import SearchMonitor, TerminalMonitor
+    from .processes import Processes
+    from .run import RunOptions, run_search
+    from .search import DEFAULT_KEEP, SearchOptions
+
+    options = SearchOptions(
+        keep=tuple(keep or DEFAULT_KEEP),
+        tolerance=_share(tolerance),
+        algorithm=algorithm,
+        objective=objective,
+        blocks=blocks,
+        path_rounds=path_rounds,
+        refine_passes=refine,
+        baselines=_baselines(baseline),
+        curve=curve,
+        batch_size=batch_size,
+    )
+    run = RunOptions(
+        data,
+        output,
+        held_out,
+        Sampling(seqlen, nsamples, seed, data_split, text_field),
+        resume,
+        overwrite,
+        dtype,
+        device,
+        device_map,
+        parallel,
+        cache_memory,
+        cache_on,
+        revision,
+        token,
+    )
+    document = run_search(source, run, options, SearchMonitor() if as_json else TerminalMonitor())
+    if not Processes.from_environment(parallel).is_first:
+        return
+    if pictures:
+        _draw(document, output, as_json)
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return
+    from rich.console import Console
+
+    Console(soft_wrap=not sys.stdout.isatty()).print(_summary(document, output))
+
+
+def _share(text: str | None) -> float | None:
+    """`0.5%` or `0.005` as 0.005."""
+    from .errors import PatternSearchError
+
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as error:
+        raise PatternSearchError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
+    if not 0 <= value < 1:
+        raise PatternSearchError(f"--tolerance must lie in 0% .. 100% (got {text})")
+    return value
+
+
+def _baselines(names: list[str] | None) -> tuple[str, ...]:
+    from .errors import PatternSearchError
+
+    wanted = tuple(dict.fromkeys(names or ["uniform"]))
+    if unknown := set(wanted) - {"uniform", "similarity", "none"}:
+        raise PatternSearchError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
+    return tuple(name for name in wanted if name != "none")
+
+
+def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
+    try:
+        from .report import write_report
+    except ImportError:
+        if not as_json:
+            typer.echo("no pictures: pip install matplotlib", err=True)
+        return
+    write_report(document, output)
+
+
+def _summary(document: dict[str, Any], output: Path) -> RenderableType:
+    """The patterns asked for, with their held-out scores beside the start's and the baselines'."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("full layers", "method", "pattern", "held-out loss", "rise", "recall")
+    start = next(entry for entry in document["curve"] if entry["full_layers"] == max(map(int, document["patterns"])))
+    counts = {start["full_layers"], *document["asked_for"], document.get("keep")}
+    for entry in sorted(document["curve"], key=lambda entry: -entry["full_layers"]):
+        if entry["full_layers"] not in counts or "held_out" not in entry:
+            continue
+        scores = entry["held_out"]
+        table.add_row(
+            f"{entry['full_layers']}/{document['num_layers']}",
+            entry["method"],
+            entry["pattern"],
+            f"{scores['loss']:.4f}",
+            f"{scores['loss'] / start['held_out']['loss'] - 1:+.2%}",
+            f"{scores['recall']:.3f}" if "recall" in scores else "",
+        )
+    cost = document["cost"]
+    lines = [
+        f"{cost['search_layer_forwards']:,} layer-forwards to search, {cost['held_out_layer_forwards']:,} to check",
+        f"{output}: patterns.json, and convert --pattern-file {output / 'patterns.json'} --keep "
+        f"{document['asked_for'][-1]} takes it",
+    ]
+    if "keep" in document:
+        lines.insert(0, f"chosen: {document['keep']} full layers, {document['index_share_pattern']}")
+    return Group(table, *map(Text, lines))

@@ -1,0 +1,7 @@
+"""What the person who runs a search can mend."""
+
+from __future__ import annotations
+
+
+class PatternSearchError(ValueError):
+    """Data, source, settings or journal that a search cannot use; the message says what, where and how to mend it."""

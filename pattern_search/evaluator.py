@@ -1,0 +1,230 @@
+"""Score share patterns on fixed windows: each round of windows once, remembered and journaled.
+
+Windows are run in rounds (an eighth of them, another eighth, a quarter, the rest), so that a pattern that costs too
+much is given up after few of them. The split into rounds and batches is the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..configuration.share_pattern import SharePattern
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .far_context import far_context_weights
+from .journal import Journal
+from .layer_engine import LayerEngine
+from .objective import KL, LOSS, RECALL_HITS, RECALL_LOSS, TokenScorer
+from .prefix_cache import PrefixCache
+from .processes import Processes
+from .windows import Windows
+
+OBJECTIVES = ("kl", "far-kl", "lm")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pattern scores.
+
+    Attributes:
+        pattern: its letters.
+        costs: the objective summed over the tokens of each window that was run, fp64.
+        weight: what those sums are divided by, over all windows: tokens, or their weights.
+        complete: all windows were run.
+        scores: sums a window, fp64 `[windows run, 4]`, columns as in `objective`.
+        tokens: tokens a window.
+        recall_tokens: tokens to be recalled in the windows that were run.
+        total_windows: how many windows there are.
+    """
+
+    pattern: str
+    costs: list[float]
+    weight: float
+    complete: bool
+    scores: torch.Tensor
+    tokens: int
+    recall_tokens: int
+    total_windows: int
+
+    @property
+    def cost(self) -> float:
+        """The objective's mean a token; of windows not run, as if they were like the others."""
+        return math.fsum(self.costs) / self.weight * (self.total_windows / len(self.costs))
+
+    @property
+    def least_cost(self) -> float:
+        """A lower bound of `cost` over all windows: those not run may cost nothing."""
+        return math.fsum(self.costs) / self.weight
+
+    @property
+    def kl(self) -> float:
+        """Mean KL a token to the reference, in nats; zero when the objective is `lm`."""
+        return self._mean(KL, self.tokens * len(self.costs))
+
+    @property
+    def loss(self) -> float:
+        """Mean language-model loss a token, in nats."""
+        return self._mean(LOSS, self.tokens * len(self.costs))
+
+    @property
+    def recall(self) -> float | None:
+        """Share of the tokens to be recalled that the first choice gets right; None when none is marked."""
+        return self._mean(RECALL_HITS, self.recall_tokens) if self.recall_tokens else None
+
+    @property
+    def recall_loss(self) -> float | None:
+        """Mean loss of those tokens, in nats."""
+        return self._mean(RECALL_LOSS, self.recall_tokens) if self.recall_tokens else None
+
+    def _mean(self, column: int, count: int) -> float:
+        return math.fsum(self.scores[:, column].tolist()) / count
+
+
+class Evaluator:
+    """Scores patterns on one set of windows.
+
+    Args:
+        name: of the set, in the journal (`calibration`, `held_out`).
+        model: whose indexers decide which layers may be full; its own pattern is the reference of KL.
+        windows: the set.
+        objective: `kl` (to the reference's predictions), `far-kl` (the same, tokens that need far context weighing
+            more) or `lm` (language-model loss, the paper's).
+        batch_size: windows in one forward.
+        cache: where states between layers are kept.
+        reference_bytes: memory for the reference's probabilities.
+        journal: where scores are kept.
+        processes: who shares the work.
+        on_evaluation: called after every round that was run, with its layer-forwards.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: IndexCacheForCausalLM,
+        windows: Windows,
+        *,
+        objective: str = "kl",
+        batch_size: int = 1,
+        cache: PrefixCache | None = None,
+        reference_bytes: int = 2**30,
+        journal: Journal | None = None,
+        processes: Processes | None = None,
+        on_evaluation: Callable[[int], None] = lambda layer_forwards: None,
+    ) -> None:
+        if objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
+        self.name, self.windows, self.objective = name, windows, objective
+        self.reference = model.config.share_pattern
+        self.batches = [windows.select(slice(i, i + batch_size)) for i in range(0, len(windows), batch_size)]
+        self.journal = journal or Journal(None, {})
+        self.processes = processes or Processes()
+        self.engine = LayerEngine(
+            model, [batch.ids[:, :-1] for batch in self.batches], PrefixCache(2**30) if cache is None else cache
+        )
+        self.scorer = TokenScorer(model, self.batches, reference_bytes=reference_bytes)
+        self.rounds = _rounds(len(self.batches))
+        self._on_evaluation = on_evaluation
+        self._far_weight: float | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the model."""
+        return len(self.reference)
+
+    @property
+    def layer_forwards(self) -> int:
+        """Layers run times windows, over all processes and interrupted runs."""
+        return self.journal.layer_forwards(self.name)
+
+    def pin(self, pattern: str) -> None:
+        """Say which pattern the next ones will start like."""
+        self.engine.cache.pin(pattern)
+
+    def evaluate(
+        self,
+        pattern: str,
+        *,
+        stop_above: float = math.inf,
+        give_up: Callable[[Evaluation], bool] | None = None,
+        rounds: int | None = None,
+    ) -> Evaluation:
+        """Score a pattern round by round.
+
+        Args:
+            pattern: its letters.
+            stop_above: leave off once the pattern is certain to cost more than this a token.
+            give_up: asked after every round but the last whether to leave off.
+            rounds: run so many rounds at most.
+        """
+        parts: list[torch.Tensor] = []
+        for number in range(len(self.rounds) if rounds is None else min(rounds, len(self.rounds))):
+            parts.append(self._round(pattern, number))
+            found = self._evaluation(pattern, parts)
+            if found.complete or found.least_cost > stop_above or (give_up is not None and give_up(found)):
+                break
+        return found
+
+    def evaluate_all(self, patterns: Iterable[str]) -> list[Evaluation]:
+        """Score patterns on every window, taking the rounds one after the other: states of a round are kept once."""
+        patterns = list(patterns)
+        for number in range(len(self.rounds)):
+            for pattern in patterns:
+                self._round(pattern, number)
+        return [self.evaluate(pattern) for pattern in patterns]
+
+    # ---- one round ----------------------------------------------------------------------------------------------
+
+    def _round(self, pattern: str, number: int) -> torch.Tensor:
+        known = self.journal.get(self.name, pattern, number)
+        if known is not None:
+            return known
+        SharePattern.parse(pattern, self.num_layers)
+        before = self.engine.layer_forwards
+        batches = self.rounds[number]
+        sizes = [len(self.batches[batch]) for batch in batches]
+        table = torch.zeros(sum(sizes), 4, dtype=torch.float64)
+        for batch in self.processes.mine(batches):
+            self._prepare(batch)
+            first = sum(sizes[: batch - batches.start])
+            scores = self.scorer.score(batch, self.engine.last_hidden(pattern, batch))
+            table[first : first + len(scores)] = scores
+        spent = torch.tensor([self.engine.layer_forwards - before], dtype=torch.float64)
+        table = self.processes.gather(table)
+        layer_forwards = int(self.processes.gather(spent))
+        self.journal.add(self.name, pattern, number, table, layer_forwards)
+        self._on_evaluation(layer_forwards)
+        return table
+
+    def _prepare(self, batch: int) -> None:
+        """Run the reference on a batch, where the objective needs it."""
+        if self.objective == "lm" or self.scorer.has_reference(batch):
+            return
+        hidden = self.engine.last_hidden(self.reference.letters, batch)
+        self.scorer.set_reference(batch, hidden)
+        if self.objective == "far-kl":
+            weights = far_context_weights(self.engine, self.scorer, batch, self.scorer.token_losses(batch, hidden))
+            self.scorer.weights[batch] = weights
+
+    def _evaluation(self, pattern: str, parts: list[torch.Tensor]) -> Evaluation:
+        scores = torch.cat(parts)
+        seen = self.windows.select(slice(0, len(scores)))
+        column = LOSS if self.objective == "lm" else KL
+        return Evaluation(
+            pattern=pattern,
+            costs=scores[:, column].tolist(),
+            weight=float(len(self.windows) * self.windows.seqlen),
+            complete=len(scores) == len(self.windows),
+            scores=scores,
+            tokens=self.windows.seqlen,
+            recall_tokens=seen.recall_tokens,
+            total_windows=len(self.windows),
+        )
+
+
+def _rounds(num_batches: int) -> list[range]:
+    """An eighth of the batches, another eighth, a quarter, and the rest; fewer rounds when there are few batches."""
+    ends = sorted({max(1, num_batches // 8), max(1, num_batches // 4), max(1, num_batches // 2), num_batches})
+    return [range(first, last) for first, last in zip([0, *ends[:-1]], ends)]

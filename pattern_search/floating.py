@@ -1,0 +1,62 @@
+"""Refine a pattern at one number of full layers: bring back a layer that should not have fallen, drop another.
+
+The moves of floating search (Pudil, Novovicova and Kittler 1994) and shifts of single full layers. Greedy search never
+takes a step back; these moves do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..configuration.share_pattern import SharePattern
+from .evaluator import Evaluation, Evaluator
+from .greedy import make_full, removable, share
+from .lazy_greedy import Race
+
+# Returning layers that are tried with every layer to drop; and how far a full layer is shifted.
+RETURNING, SHIFT = 2, 1
+
+
+def refine(
+    evaluator: Evaluator,
+    pattern: str,
+    passes: int = 4,
+    on_move: Callable[[Evaluation, Evaluation], None] = lambda before, after: None,
+) -> Evaluation:
+    """Move full layers while that makes the pattern cheaper.
+
+    Args:
+        evaluator: scores patterns, on all its windows.
+        pattern: where to begin; its number of full layers stays.
+        passes: moves to make at most.
+        on_move: called with the patterns before and after each move.
+
+    Returns:
+        The evaluation of the best pattern found, complete.
+    """
+    best = evaluator.evaluate(pattern)
+    for _ in range(passes):
+        evaluator.pin(best.pattern)
+        race = Race(evaluator, len(evaluator.rounds), leader=best)
+        for candidate in candidates(evaluator, best.pattern):
+            race.run(candidate)
+        if race.leader is None or race.leader.pattern == best.pattern:
+            break
+        on_move(best, race.leader)
+        best = race.leader
+    return best
+
+
+def candidates(evaluator: Evaluator, letters: str) -> list[str]:
+    """Patterns with as many full layers that are worth a look, the most promising first by one round of windows."""
+    pattern = SharePattern(letters)
+    allowed = [layer for layer in pattern.shared_layers if evaluator.reference.is_full(layer)]
+    gains = {layer: evaluator.evaluate(make_full(letters, layer), rounds=1).least_cost for layer in allowed}
+    returning = sorted(gains, key=lambda layer: (gains[layer], layer))[:RETURNING]
+    swaps = {share(make_full(letters, back), layer): None for back in returning for layer in removable(letters)}
+    for layer in removable(letters):
+        for target in range(layer - SHIFT, layer + SHIFT + 1):
+            if target in gains:
+                swaps[share(make_full(letters, target), layer)] = None
+    found = {swap: evaluator.evaluate(swap, rounds=1).least_cost for swap in swaps}
+    return sorted(found, key=lambda swap: found[swap])

@@ -1,0 +1,95 @@
+"""Run the layers of a model under any share pattern, starting from the deepest state that is already known.
+
+The only place that runs and counts layers: one layer over one window is one layer-forward.
+
+Legend: B windows, S tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from ..configuration.share_pattern import FULL
+from ..modeling_indexcache.key_visibility import KeyVisibility
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .prefix_cache import LayerState, PrefixCache
+
+
+class LayerEngine:
+    """A model's layers, run pattern by pattern over fixed batches of windows.
+
+    Layers are called as `IndexCacheModel.forward` calls them, so that a model spread over devices by a device map or
+    by tensor parallelism runs as it always does.
+
+    Args:
+        model: in evaluation mode; its indexers decide which layers may be full.
+        batches: token ids, each `[B, S]`.
+        cache: where states between layers are kept.
+    """
+
+    def __init__(self, model: IndexCacheForCausalLM, batches: list[torch.Tensor], cache: PrefixCache) -> None:
+        self.model, self.batches, self.cache = model.eval(), batches, cache
+        self.num_layers: int = model.config.num_hidden_layers
+        #: Layers run so far, times the windows they ran over.
+        self.layer_forwards = 0
+        self._sized = False
+
+    @torch.inference_mode()
+    def last_hidden(self, letters: str, batch: int) -> torch.Tensor:
+        """The normed hidden states `[B, S, E]` after the last layer of batch number `batch` under `letters`."""
+        ids = self.batches[batch]
+        found = self.cache.longest(batch, letters)
+        if found is None:
+            layer, state = 0, self._embed(ids)
+            self._size_cache(state)
+            self.cache.keep(batch, "", state)
+        else:
+            layer, state = found[0], found[1].to(self._input_device)
+        for behind, reached in enumerate(self._run(state, letters, layer), start=layer + 1):
+            self.layer_forwards += ids.shape[0]
+            if behind < self.num_layers:
+                self.cache.keep(batch, letters[:behind], reached)
+        return self.model.model.norm(reached.hidden)
+
+    @torch.inference_mode()
+    def last_hidden_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """The same for other tokens `[B, S]`, all layers full, nothing cached and nothing counted."""
+        states = self._run(self._embed(ids), self.model.config.share_pattern.letters, 0)
+        return self.model.model.norm(deque(states, maxlen=1)[0].hidden)
+
+    def _embed(self, ids: torch.Tensor) -> LayerState:
+        return LayerState(self.model.model.embed_tokens(ids.to(self._input_device)), None)
+
+    def _run(self, state: LayerState, letters: str, first: int) -> Iterator[LayerState]:
+        """The states behind layers `first` and up."""
+        decoder, device = self.model.model, state.hidden.device
+        num_tokens = state.hidden.shape[1]
+        visibility = KeyVisibility.of(None, None, num_tokens, device)
+        position_embeddings = decoder.rotary_emb(state.hidden, torch.arange(num_tokens, device=device).unsqueeze(0))
+        for layer in range(first, self.num_layers):
+            hidden, topk_indices = decoder.layers[layer](
+                state.hidden,
+                position_embeddings=position_embeddings,
+                visibility=visibility,
+                past_key_values=None,
+                topk_indices=state.topk_indices,
+                run_indexer=letters[layer] == FULL,
+            )
+            state = LayerState(hidden, topk_indices)
+            yield state
+
+    @property
+    def _input_device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def _size_cache(self, embedded: LayerState) -> None:
+        """Fit the cache to the model, from the first batch's state."""
+        if self._sized:
+            return
+        windows, tokens = embedded.hidden.shape[:2]
+        topk = min(self.model.config.index_topk or 0, tokens)
+        self.cache.fit_stride(embedded.hidden.nbytes + 4 * windows * tokens * topk, self.num_layers, len(self.batches))
+        self._sized = True

@@ -1,0 +1,141 @@
+"""The result of a search as one JSON document: what `convert --pattern-file`, `inspect` and the report read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration.share_pattern import FULL
+from .errors import PatternSearchError
+from .evaluator import Evaluation
+from .search import SearchOptions, SearchOutcome, recipe
+from .windows import Windows
+
+FORMAT = "indexcache-patterns/1"
+PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
+
+
+def result_document(
+    outcome: SearchOutcome,
+    options: SearchOptions,
+    calibration: Windows,
+    held_out: Windows,
+    *,
+    source: str,
+    identity: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything about a search as JSON values.
+
+    Args:
+        outcome: what was found.
+        options: how it was searched.
+        calibration: the windows that decided.
+        held_out: the windows that checked.
+        source: the checkpoint, as reports name it.
+        identity: `search_identity`.
+
+    Returns:
+        `patterns` by number of full layers, and `index_share_pattern` where one was chosen (by tolerance, or because
+        one number was asked for): what `convert --pattern-file` reads. `curve`: scores a number of full layers,
+        searched and baselines. `order`: layers in the order in which they fell. `steps`, `recipe`, `source`, `data`,
+        `versions`, `cost`.
+    """
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "num_layers": len(outcome.start),
+        "patterns": {str(count): outcome.patterns[count] for count in sorted(outcome.patterns, reverse=True)},
+    }
+    chosen = outcome.chosen if outcome.chosen is not None else outcome.counts[0] if len(outcome.counts) == 1 else None
+    if chosen is not None:
+        document |= {"index_share_pattern": outcome.patterns[chosen], "keep": chosen}
+    return document | {
+        "asked_for": outcome.counts,
+        "curve": _curve(outcome),
+        "order": [step.layer for step in outcome.steps],
+        "steps": [
+            {
+                "layer": step.layer,
+                "full_layers": step.pattern.count(FULL),
+                "pattern": step.pattern,
+                "cost": step.cost,
+                "candidates": {str(layer): cost for layer, cost in step.candidates.items()},
+            }
+            for step in outcome.steps
+        ],
+        "recipe": recipe(options),
+        "source": {"name": source, "sha256": identity["model_sha256"], "pattern": outcome.start},
+        "data": {
+            name: {
+                "origin": windows.origin,
+                "windows": len(windows),
+                "seqlen": windows.seqlen,
+                "recall_tokens": windows.recall_tokens,
+                "sha256": windows.sha256(),
+            }
+            for name, windows in (("calibration", calibration), ("held_out", held_out))
+        },
+        "versions": {
+            **{name: metadata.version(name) for name in ("indexcache", "torch", "transformers")},
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+            "dtype": identity["dtype"],
+            "attention": identity["attention"],
+        },
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cost": outcome.cost,
+    }
+
+
+def write_result(document: dict[str, Any], folder: Path) -> Path:
+    """Write `patterns.json` to `folder`, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PATTERNS_FILE
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The document that a search wrote.
+
+    Raises:
+        PatternSearchError: unreadable, or of another format.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PatternSearchError(f"{path} is no readable result of a search: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PatternSearchError(f"{path} is no result of a search: its format is not {FORMAT!r}")
+    return document
+
+
+def _curve(outcome: SearchOutcome) -> list[dict[str, Any]]:
+    """One entry a pattern: method, full layers, scores on both sets of windows."""
+    methods = {"search": outcome.patterns, **outcome.baselines}
+    entries = []
+    for method, patterns in methods.items():
+        for count in sorted(patterns, reverse=True):
+            pattern = patterns[count]
+            scored = {"calibration": outcome.calibration, "held_out": outcome.held_out}
+            scores = {name: _scores(known[pattern]) for name, known in scored.items() if pattern in known}
+            if scores:
+                entries.append({"method": method, "full_layers": count, "pattern": pattern, **scores})
+    return entries
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    found: dict[str, Any] = {"loss": evaluation.loss}
+    if evaluation.kl:
+        found["kl"] = evaluation.kl
+    if evaluation.recall is not None:
+        found |= {"recall": evaluation.recall, "recall_loss": evaluation.recall_loss}
+    return found

@@ -1,0 +1,150 @@
+"""Run a search from a checkpoint's name to a folder of results: what `indexcache search` calls."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig
+
+from ..conversion.bundle import AUTO_MAP
+from ..conversion.families import convert_config, load_config
+from ..conversion.load_source import load_source
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .calibration import Sampling, Tokenizer, load_windows, short_window_warning
+from .errors import PatternSearchError
+from .journal import Journal
+from .monitor import SearchMonitor
+from .processes import Processes
+from .result import JOURNAL_FILE, result_document, write_result
+from .search import SearchOptions, search, search_identity
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a search runs and what it reads and writes.
+
+    Attributes:
+        data: calibration data, see `calibration.load_windows`.
+        output: folder for the results and the journal.
+        held_out: data for the checks; split off from `data` when None.
+        sampling: how windows are taken.
+        resume: go on from the journal in `output`.
+        overwrite: forget it.
+        dtype: `auto` (bf16 on CUDA, fp32 elsewhere) or torch's name of one.
+        device: where the model goes; None for the GPU where there is one.
+        device_map: of accelerate (`auto`, ...), in place of `device`.
+        parallel: what several processes share: the windows, or the model (tensor parallelism).
+        cache_memory: for states between layers, such as `8GB`; None for a fourth of what is free.
+        cache_on: `device`, or `host` to keep the states in host memory.
+        revision: of a Hub source.
+        token: for the Hub.
+    """
+
+    data: str
+    output: Path
+    held_out: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    resume: bool = False
+    overwrite: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    parallel: Literal["windows", "tensor"] = "windows"
+    cache_memory: str | None = None
+    cache_on: Literal["device", "host"] = "device"
+    revision: str | None = None
+    token: str | None = None
+
+
+def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: SearchMonitor) -> dict[str, Any]:
+    """Load, search, write `patterns.json`; the result document.
+
+    Raises:
+        PatternSearchError: data, settings or journal that cannot be used.
+        ConversionError: a source that is no DSA checkpoint.
+    """
+    processes = Processes.from_environment(run.parallel)
+    quiet = monitor if processes.is_first else SearchMonitor()
+    fields, _ = PreTrainedConfig.get_config_dict(source, revision=run.revision, token=run.token)
+    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    options.counts(config.share_pattern)
+    tokenizer = _load_tokenizer(source, run)
+    calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
+    warning = short_window_warning(calibration.seqlen, config.index_topk)
+    if warning:
+        quiet.warn(warning)
+    journal_path = run.output / JOURNAL_FILE
+    model = _load_model(source, run, processes)
+    identity = processes.share(search_identity(model, calibration, held_out, options))
+    if processes.is_first:
+        if run.overwrite:
+            journal_path.unlink(missing_ok=True)
+        journal = Journal(journal_path, identity, run.resume)
+    else:
+        journal = Journal(None, identity)
+    journal.adopt(processes.share(journal.records()))
+    quiet.note(
+        f"{source}: {len(calibration)} calibration windows of {calibration.seqlen:,} tokens, {len(held_out)} held out"
+        + (f"; {journal.resumed} evaluations taken from {journal_path}" if journal.resumed else "")
+    )
+    try:
+        with quiet:
+            outcome = search(
+                model,
+                calibration,
+                held_out,
+                options,
+                journal=journal,
+                processes=processes,
+                monitor=quiet,
+                cache_bytes=_cache_bytes(run, model),
+                cache_device=torch.device("cpu") if run.cache_on == "host" else None,
+            )
+    finally:
+        journal.close()
+    name = source if not Path(source).exists() else Path(source).resolve().name
+    document = result_document(outcome, options, calibration, held_out, source=name, identity=identity)
+    if warning:
+        document["warnings"] = [warning]
+    if processes.is_first:
+        write_result(document, run.output)
+    processes.wait()
+    return document
+
+
+def _load_model(source: str, run: RunOptions, processes: Processes) -> IndexCacheForCausalLM:
+    on_cuda = torch.cuda.is_available() and not (run.device or "").startswith("cpu")
+    dtype = (torch.bfloat16 if on_cuda else torch.float32) if run.dtype == "auto" else getattr(torch, run.dtype)
+    arguments: dict[str, Any] = {"dtype": dtype, "revision": run.revision, "token": run.token}
+    if processes.count > 1 and run.parallel == "tensor":
+        return load_source(source, tp_plan="auto", **arguments).eval()
+    if run.device_map:
+        return load_source(source, device_map=run.device_map, **arguments).eval()
+    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
+    return load_source(source, **arguments).to(run.device or local).eval()  # type: ignore[arg-type]
+
+
+def _load_tokenizer(source: str, run: RunOptions) -> Tokenizer | None:
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, revision=run.revision, token=run.token)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer
+
+
+def _cache_bytes(run: RunOptions, model: IndexCacheForCausalLM) -> int:
+    if run.cache_memory is not None:
+        found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", run.cache_memory.strip().lower())
+        if found is None:
+            raise PatternSearchError(f"--cache-memory {run.cache_memory!r} is no size: write 8GB or 500MB")
+        return int(float(found[1]) * _UNITS[found[2]])
+    if model.device.type == "cuda" and run.cache_on == "device":
+        return torch.cuda.mem_get_info(model.device)[0] // 4
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

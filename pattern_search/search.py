@@ -1,0 +1,285 @@
+"""The whole training-free search: patterns for every number of full layers, refined, checked on held-out windows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .errors import PatternSearchError
+from .evaluator import OBJECTIVES, Evaluation, Evaluator
+from .fingerprint import model_sha256
+from .floating import refine
+from .greedy import Step, greedy
+from .journal import Journal
+from .lazy_greedy import lazy_greedy
+from .monitor import SearchMonitor
+from .prefix_cache import PrefixCache
+from .processes import Processes
+from .similarity import output_similarity, similarity_patterns
+from .windows import Windows
+
+DEFAULT_KEEP = ("1/2", "1/4", "1/8")
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How to search.
+
+    Attributes:
+        keep: numbers of full layers that matter most (counts or shares): they are refined and checked.
+        tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
+        algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
+        objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
+        blocks: pipeline blocks of `greedy`.
+        path_rounds: rounds of windows that decide the steps of `lazy`; all decide the refinement.
+        refine_passes: moves at most by which a pattern asked for is refined; 0 for none, always none with `greedy`.
+        baselines: `uniform`, `similarity`, searched or built for comparison.
+        curve: check every number of full layers on the held-out windows, not only those asked for.
+        batch_size: windows in one forward.
+    """
+
+    keep: tuple[str, ...] = DEFAULT_KEEP
+    tolerance: float | None = None
+    algorithm: Literal["lazy", "greedy"] = "lazy"
+    objective: str | None = None
+    blocks: int = 1
+    path_rounds: int = 2
+    refine_passes: int = 4
+    baselines: tuple[str, ...] = ("uniform",)
+    curve: bool = True
+    batch_size: int = 1
+
+    @property
+    def scored_by(self) -> str:
+        """The objective in force."""
+        return self.objective or ("kl" if self.algorithm == "lazy" else "lm")
+
+    def counts(self, start: SharePattern) -> list[int]:
+        """The numbers of full layers asked for, largest first.
+
+        Raises:
+            PatternSearchError: below 1, above what the model has, or no number.
+        """
+        found = set()
+        for keep in self.keep:
+            try:
+                count = count_to_keep(len(start), keep)
+            except ValueError as error:
+                raise PatternSearchError(f"--keep {keep}: {error}") from error
+            if count > start.num_full:
+                raise PatternSearchError(
+                    f"--keep {keep} asks for {count} full layers, and the source has indexers in {start.num_full} only"
+                )
+            found.add(max(count, self.blocks))
+        return sorted(found, reverse=True)
+
+
+@dataclass
+class SearchOutcome:
+    """What a search found; `result.py` writes it.
+
+    Attributes:
+        start: the pattern that it began with.
+        counts: the numbers of full layers asked for.
+        steps: the path, layer by layer.
+        patterns: the best pattern by number of full layers.
+        baselines: patterns by number of full layers, by name of the baseline.
+        calibration: evaluations on the calibration windows, by pattern.
+        held_out: evaluations on the held-out windows, by pattern.
+        chosen: the number of full layers that `tolerance` chose, or None.
+        cost: layer-forwards and evaluations by part, and seconds of this run.
+    """
+
+    start: str
+    counts: list[int]
+    steps: list[Step] = field(default_factory=list)
+    patterns: dict[int, str] = field(default_factory=dict)
+    baselines: dict[str, dict[int, str]] = field(default_factory=dict)
+    calibration: dict[str, Evaluation] = field(default_factory=dict)
+    held_out: dict[str, Evaluation] = field(default_factory=dict)
+    chosen: int | None = None
+    cost: dict[str, Any] = field(default_factory=dict)
+
+
+def search(
+    model: IndexCacheForCausalLM,
+    calibration: Windows,
+    held_out: Windows,
+    options: SearchOptions = SearchOptions(),
+    *,
+    journal: Journal | None = None,
+    processes: Processes | None = None,
+    monitor: SearchMonitor | None = None,
+    cache_bytes: int = 2**31,
+    cache_device: torch.device | None = None,
+) -> SearchOutcome:
+    """Search a model's share patterns without training.
+
+    Args:
+        model: whose pattern the search begins with: all full, or the full layers that a checkpoint has left.
+        calibration: windows that decide.
+        held_out: windows that check, and that `tolerance` is judged on.
+        options: how.
+        journal: evaluations done before, and where new ones go; `search_identity` says what it must belong to.
+        processes: who shares the work.
+        monitor: told how it goes.
+        cache_bytes: memory for states between layers, and as much again at most for the reference's predictions.
+        cache_device: where the states are kept; None leaves them on their layers' devices.
+
+    Raises:
+        PatternSearchError: numbers of full layers that the model cannot have.
+    """
+    start = model.config.share_pattern
+    journal = journal or Journal(None, {})
+    monitor = monitor or SearchMonitor()
+    outcome = SearchOutcome(start.letters, options.counts(start))
+    _check_blocks(options, start)
+    begun = time.monotonic()
+
+    def evaluator(name: str, windows: Windows, objective: str) -> Evaluator:
+        return Evaluator(
+            name,
+            model,
+            windows,
+            objective=objective,
+            batch_size=options.batch_size,
+            journal=journal,
+            cache=PrefixCache(cache_bytes, cache_device),
+            reference_bytes=cache_bytes,
+            processes=processes,
+            on_evaluation=monitor.advance,
+        )
+
+    calibrating = evaluator("calibration", calibration, options.scored_by)
+    _find_path(calibrating, options, outcome, monitor)
+    _refine(calibrating, options, outcome, monitor)
+    if "similarity" in options.baselines:
+        monitor.begin("similarity of attention outputs", 1)
+        outcome.baselines["similarity"] = similarity_patterns(output_similarity(calibrating), start.letters)
+        monitor.step("done")
+    if "uniform" in options.baselines:
+        outcome.baselines["uniform"] = _uniform(start)
+    del calibrating
+    checking = evaluator("held_out", held_out, "lm")
+    _check(checking, options, outcome, monitor)
+    outcome.cost |= {
+        "held_out_layer_forwards": journal.layer_forwards("held_out"),
+        "similarity_layer_forwards": journal.layer_forwards("similarity"),
+        "evaluations": journal.count("calibration"),
+        "evaluations_resumed": journal.resumed,
+        "seconds": round(time.monotonic() - begun, 2),
+    }
+    return outcome
+
+
+def search_identity(
+    model: IndexCacheForCausalLM, calibration: Windows, held_out: Windows, options: SearchOptions
+) -> dict[str, Any]:
+    """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores."""
+    return {
+        "model_sha256": model_sha256(model),
+        "calibration_sha256": calibration.sha256(),
+        "held_out_sha256": held_out.sha256(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "algorithm": options.algorithm,
+        "objective": options.scored_by,
+        "blocks": options.blocks,
+        "batch_size": options.batch_size,
+        "path_rounds": options.path_rounds,
+    }
+
+
+def recipe(options: SearchOptions) -> dict[str, Any]:
+    """The options as JSON values."""
+    return {**asdict(options), "objective": options.scored_by}
+
+
+def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
+    if options.scored_by not in OBJECTIVES:
+        raise PatternSearchError(f"--objective must be one of {', '.join(OBJECTIVES)} (got {options.objective!r})")
+    if not 1 <= options.blocks <= len(start):
+        raise PatternSearchError(
+            f"--blocks must lie in 1 .. {len(start)}, the number of layers (got {options.blocks})"
+        )
+    if options.blocks > 1 and options.algorithm != "greedy":
+        raise PatternSearchError("--blocks belongs to --algorithm greedy")
+
+
+def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+    start, last = outcome.start, min(outcome.counts)
+    if options.tolerance is not None:
+        last = options.blocks
+    monitor.begin("search", start.count(FULL) - last)
+
+    def on_step(step: Step) -> None:
+        outcome.steps.append(step)
+        monitor.step(f"{step.pattern} {step.cost:.4f}")
+
+    if options.algorithm == "greedy":
+        greedy(evaluator, start, last, options.blocks, on_step)
+    else:
+        lazy_greedy(evaluator, start, last, options.path_rounds, on_step)
+    outcome.patterns = {start.count(FULL): start}
+    outcome.patterns |= {step.pattern.count(FULL): step.pattern for step in outcome.steps}
+    outcome.cost["path_layer_forwards"] = evaluator.layer_forwards
+
+
+def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+    """Refine the patterns asked for, and score them on all calibration windows."""
+    refining = options.algorithm == "lazy" and options.refine_passes > 0
+    monitor.begin("refinement" if refining else "calibration loss", len(outcome.counts))
+    for count in outcome.counts:
+        pattern = outcome.patterns[count]
+        if refining and count < outcome.start.count(FULL):
+            found = refine(evaluator, pattern, options.refine_passes)
+        else:
+            found = evaluator.evaluate(pattern)
+        outcome.patterns[count] = found.pattern
+        outcome.calibration[found.pattern] = found
+        monitor.step(f"{count} full: {found.pattern} {found.cost:.4f}")
+    if options.algorithm == "greedy":
+        for pattern in outcome.patterns.values():
+            outcome.calibration[pattern] = evaluator.evaluate(pattern)
+    outcome.cost["search_layer_forwards"] = evaluator.layer_forwards
+    outcome.cost["calibration_windows"] = len(evaluator.windows)
+
+
+def _uniform(start: SharePattern) -> dict[int, str]:
+    """Evenly spaced patterns, as far as the model has the indexers for them."""
+    patterns = {count: SharePattern.uniform(len(start), count) for count in range(1, len(start) + 1)}
+    return {
+        count: pattern.letters
+        for count, pattern in patterns.items()
+        if all(start.is_full(layer) for layer in pattern.full_layers)
+    }
+
+
+def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+    """Score on the held-out windows, and choose by tolerance."""
+    counts = sorted(outcome.patterns, reverse=True) if options.curve else outcome.counts
+    wanted = [outcome.start, *(outcome.patterns[count] for count in counts)]
+    for patterns in outcome.baselines.values():
+        wanted += [patterns[count] for count in counts if count in patterns]
+    # Neighbours in this order begin alike, so that they share states.
+    wanted = sorted(dict.fromkeys(wanted))
+    monitor.begin("held-out checks", len(wanted))
+
+    def check(pattern: str) -> Evaluation:
+        if pattern not in outcome.held_out:
+            outcome.held_out[pattern] = evaluator.evaluate(pattern)
+            monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
+        return outcome.held_out[pattern]
+
+    for pattern in wanted:
+        check(pattern)
+    if options.tolerance is not None:
+        limit = check(outcome.start).loss * (1 + options.tolerance)
+        outcome.chosen = next(
+            count for count in sorted(outcome.patterns) if check(outcome.patterns[count]).loss <= limit
+        )
