@@ -144,7 +144,7 @@ if gluon is not None:
         copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         rows = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, copy))
         query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
-        q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head * q_stride_h
+        q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         half = gl.arange(0, 256, layout=gl.SliceLayout(0, copy))
         tail = gl.arange(0, 64, layout=gl.SliceLayout(0, copy))
         async_load(q_lo.index(0), q_rows[:, None] + half[None, :], mask=row_mask[:, None])

@@ -275,7 +275,7 @@ if triton is not None:
             first = tl.program_id(1) * blocks_per_split
             blocks = tl.minimum(first + blocks_per_split, blocks)
 
-        q_rows = q + batch * q_stride_b + query * q_stride_s + head * q_stride_h
+        q_rows = q + batch * q_stride_b + query * q_stride_s + head.to(tl.int64) * q_stride_h
         v_mask = offs_v < V
         q_v = tl.load(q_rows[:, None] + offs_v[None, :], mask=row_mask[:, None] & v_mask[None, :], other=0.0)
         if R > 0:
