@@ -19,6 +19,7 @@ from .lightning_indexer_select_triton import (
     keep_best,
     kth_largest,
     ordered_int,
+    pair_of,
 )
 
 try:
@@ -75,8 +76,7 @@ def indexer_score_slab(
     passed = torch.empty(slab_rows, T, dtype=torch.int32, device=q.device)
     counts = torch.empty(slab_rows, pieces + 1, dtype=torch.int32, device=q.device)
     guesses = torch.empty(slab_rows, dtype=torch.float32, device=q.device)
-    list_scores = torch.empty(slab_rows, cap, dtype=torch.float32, device=q.device)
-    list_keys = torch.empty(slab_rows, cap, dtype=torch.int32, device=q.device)
+    lists = torch.empty(slab_rows, cap, dtype=torch.int64, device=q.device)
     # Enough programs to fill the device, few enough that a program's queries are read once for many keys.
     tiles = -(-T // config["BK"])
     groups = batches * -(-queries // config["BQ"])
@@ -138,8 +138,7 @@ def indexer_score_slab(
                 passed,
                 counts,
                 guesses,
-                list_scores,
-                list_keys,
+                lists,
                 out_part,
                 *out_part.stride()[:2],
                 s,
@@ -186,6 +185,7 @@ if triton is not None:
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
     ):
+        """Scores of `tiles_each` tiles of keys for BQ rows of the slab, minus infinity where a key is not visible."""
         b = tl.program_id(2).to(tl.int64)
         first_query = tl.program_id(1) * BQ
         row = tl.arange(0, BQ)
@@ -240,6 +240,7 @@ if triton is not None:
         PIECE: tl.constexpr,
         CAP: tl.constexpr,
     ):
+        """The keys of a piece of a row above a guess of the row's k-th best, their number, and the guess."""
         b = tl.program_id(2).to(tl.int64)
         piece = tl.program_id(0)
         query = tl.program_id(1)
@@ -259,7 +260,8 @@ if triton is not None:
                 expected = TOPK.to(tl.float32) * SAMPLE / n.to(tl.float32)
                 rank = (expected + 5.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
                 if rank < SAMPLE:
-                    guess = float_of_ordered(kth_largest(sample, rank))
+                    kth, _ = kth_largest(sample, stratum >= 0, rank, rank // 4)
+                    guess = float_of_ordered(kth)
             key = first + tl.arange(0, PIECE)
             score = tl.load(scores + key, mask=key < n, other=float("-inf"))
             keep = score > guess
@@ -276,8 +278,7 @@ if triton is not None:
         passed,
         counts,
         guesses,
-        list_scores,
-        list_keys,
+        lists,
         out,
         out_stride_b,
         out_stride_s,
@@ -291,6 +292,7 @@ if triton is not None:
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
     ):
+        """The exact selection of a row: among the keys that passed if they suffice, else among all."""
         b = tl.program_id(1).to(tl.int64)
         query = tl.program_id(0)
         n = tl.minimum(tl.load(starts + b).to(tl.int32) + s + query, T - 1) + 1
@@ -298,8 +300,7 @@ if triton is not None:
         scores += slab_row * T
         passed += slab_row * T
         counts += slab_row * (pieces + 1)
-        list_scores += slab_row * CAP
-        list_keys += slab_row * CAP
+        lists += slab_row * CAP
         out += b * out_stride_b + query * out_stride_s
 
         used = tl.cdiv(tl.maximum(n, 0), PIECE)
@@ -327,23 +328,23 @@ if triton is not None:
                     step = step // 2
                 base = tl.load(counts + home - 1, mask=valid & (home > 0), other=0)
                 key = tl.load(passed + home * PIECE + entry - base, mask=valid, other=0)
-                tl.store(list_keys + entry, key, mask=valid)
-                tl.store(list_scores + entry, tl.load(scores + key, mask=valid, other=0.0), mask=valid)
+                score = tl.load(scores + key, mask=valid, other=0.0)
+                tl.store(lists + entry, pair_of(score, key), mask=valid)
             tl.debug_barrier()
         else:
             bound = tl.full([1], float("-inf"), tl.float32)
             counted = tl.zeros([1], tl.int32)
             for first in tl.range(0, n, EPOCH, num_stages=1):
                 key = first + tl.arange(0, EPOCH)
-                score = tl.load(scores + key, mask=key < n, other=float("-inf"))[:, None]
+                score = tl.load(scores + key, mask=key < n, other=float("-inf"))[None, :]
                 seen = score > float("-inf")
-                counted = append_above(score, seen, key, bound, counted, list_scores, list_keys, CAP, True)
+                counted = append_above(score, seen, key, bound, counted, lists, CAP)
                 tl.debug_barrier()
                 held = tl.max(counted)
                 if held > CAP - EPOCH:
-                    kth = keep_best(list_scores, list_keys, held, TOPK, list_scores, list_keys, CAP, 1024, True)
+                    kth, held = keep_best(lists, held, TOPK, TOPK // 8, lists, CAP, 2048, False)
                     bound = tl.full([1], 0.0, tl.float32) + kth
-                    counted = tl.zeros([1], tl.int32) + TOPK
+                    counted = tl.zeros([1], tl.int32) + held
             count = tl.max(counted)
-        keep_best(list_scores, list_keys, count, TOPK, list_scores, out, CAP, 1024, False)
+        keep_best(lists, count, TOPK, 0, out, CAP, 2048, True)
         fill_rest(out, tl.minimum(count, TOPK), TOPK, 1024)

@@ -1,8 +1,8 @@
 """Exact top-k on candidate lists: device functions shared by the lightning indexer's prefill and decode kernels.
 
-A row's *list* holds (score, key) pairs in ascending key order, a score's bits above its key in one int64, and has room
-for CAP of them. Every key appended later has a larger index, so a later score that only equals the k-th best so far can never be selected: `score > bound`
-loses nothing, and a list cut to its `topk` best keeps ties with the smaller index.
+A row's *list* holds (score, key) pairs in ascending key order, a score's bits above its key in one int64, and has
+room for CAP of them. Every key appended later has a larger index, so a later score that only equals the k-th best so
+far can never be selected: `score > bound` loses nothing, and a list cut to its best keeps ties with the smaller index.
 """
 
 from __future__ import annotations
@@ -23,21 +23,40 @@ if triton is not None:
 
     @triton.jit
     def float_of_ordered(key):
+        """The inverse of `ordered_int`."""
         return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def kth_largest(key, topk):
-        """The `topk`-th largest of the int32 tensor `key` (at least `topk` entries), bit by bit from the top."""
-        kth = tl.full((), -2147483648, tl.int32)
-        bit = tl.full((), 31, tl.int32)
-        at_least = topk + 1
-        while (bit >= 0) & (at_least != topk):
+    def bits_set(x):
+        """How many bits of the int32 `x` are set."""
+        x = x.to(tl.uint32, bitcast=True)
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        return ((x * 0x01010101) >> 24).to(tl.int32)
+
+    @triton.jit
+    def kth_largest(key, valid, topk, slack):
+        """A value that at least `topk` of the valid int32 `key` reach, and how many do: at most `topk + slack`.
+
+        Entries that are not valid must hold the least int32. The value is one of `key`, the `topk`-th largest if
+        `slack` is 0. Only ties at it let more reach it. Built bit by bit below the leading bits that all keys share.
+        """
+        high = tl.max(key)
+        low = tl.min(tl.where(valid, key, 2147483647))
+        differ = high ^ low
+        for shift in tl.static_range(5):
+            differ |= (differ >> (1 << shift)) & (0x7FFFFFFF >> ((1 << shift) - 1))
+        kth = tl.where(differ < 0, -2147483648, high & ~differ)
+        bit = bits_set(differ) - 1
+        reach = tl.sum(valid.to(tl.int32))
+        while (bit >= 0) & (reach > topk + slack):
             trial = kth + (tl.full((), 1, tl.int32) << bit)
             count = tl.sum((key >= trial).to(tl.int32))
             kth = tl.where(count >= topk, trial, kth)
-            at_least = tl.where(count >= topk, count, at_least)
+            reach = tl.where(count >= topk, count, reach)
             bit -= 1
-        return tl.min(tl.where(key >= kth, key, 2147483647))
+        return tl.min(tl.where(valid & (key >= kth), key, 2147483647)), reach
 
     @triton.jit
     def append_above(score, seen, key, bound, count, lists, CAP: tl.constexpr):
@@ -54,26 +73,31 @@ if triton is not None:
 
     @triton.jit
     def pair_of(score, key):
+        """An entry of a list: the score's bits above the key."""
         return (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | key.to(tl.int64)
 
     @triton.jit
     def score_of(pair):
+        """The score of a list's entry."""
         return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def keep_best(list_pairs, count, topk, out, CAP: tl.constexpr, STEP: tl.constexpr, KEYS_ONLY: tl.constexpr):
-        """Copy the `topk` best of a list of `count` pairs in order: the pairs (onto itself too) or their keys, int32.
+    def keep_best(list_pairs, count, topk, slack, out, CAP: tl.constexpr, STEP: tl.constexpr, KEYS_ONLY: tl.constexpr):
+        """Copy the `topk` to `topk + slack` best of a list of `count` pairs in order, as pairs or as int32 keys.
 
-        Returns the score of the `topk`-th, or minus infinity when nothing had to be dropped.
+        `out` may be the list itself. Returns a score that none of the others exceeds, minus infinity when nothing had
+        to be dropped, and the number copied.
         """
         kth = tl.full((), -2147483648, tl.int32)
-        room = tl.full((), 0, tl.int32)
+        room = count
         if count > topk:
             entry = tl.arange(0, CAP)
-            score = score_of(tl.load(list_pairs + entry, mask=entry < count, other=0))
-            key = tl.where(entry < count, ordered_int(score), -2147483648)
-            kth = kth_largest(key, topk)
-            room = topk - tl.sum((key > kth).to(tl.int32))
+            valid = entry < count
+            key = ordered_int(score_of(tl.load(list_pairs + entry, mask=valid, other=0)))
+            key = tl.where(valid, key, -2147483648)
+            kth, reach = kth_largest(key, valid, topk, slack)
+            if reach > topk + slack:
+                room = topk - tl.sum((key > kth).to(tl.int32))
         written = tl.full((), 0, tl.int32)
         ties = tl.full((), 0, tl.int32)
         for first in tl.range(0, count, STEP, num_stages=1):
@@ -81,9 +105,12 @@ if triton is not None:
             valid = entry < count
             pair = tl.load(list_pairs + entry, mask=valid, other=0)
             key = ordered_int(score_of(pair))
-            tied = valid & (key == kth)
-            tie_rank = ties + tl.cumsum(tied.to(tl.int32), 0)
-            keep = valid & ((key > kth) | (tied & (tie_rank <= room)))
+            keep = valid & (key >= kth)
+            if room < count:
+                tied = valid & (key == kth)
+                tie_rank = ties + tl.cumsum(tied.to(tl.int32), 0)
+                keep = keep & ((key > kth) | (tie_rank <= room))
+                ties += tl.sum(tied.to(tl.int32))
             place = written + tl.cumsum(keep.to(tl.int32), 0) - 1
             # The copy may be in place: everything is read before anything is overwritten.
             tl.debug_barrier()
@@ -92,9 +119,8 @@ if triton is not None:
             else:
                 tl.store(out + place, pair, mask=keep)
             written += tl.sum(keep.to(tl.int32))
-            ties += tl.sum(tied.to(tl.int32))
         tl.debug_barrier()
-        return tl.where(count > topk, float_of_ordered(kth), float("-inf"))
+        return tl.where(count > topk, float_of_ordered(kth), float("-inf")), written
 
     @triton.jit
     def fill_rest(out, count, width, STEP: tl.constexpr):
@@ -104,4 +130,5 @@ if triton is not None:
             tl.store(out + entry, tl.full([STEP], -1, tl.int32), mask=(entry >= count) & (entry < width))
 
 else:  # Without triton the kernels that call these do not exist either; importing their names must work.
-    ordered_int = float_of_ordered = kth_largest = append_above = keep_best = fill_rest = None
+    ordered_int = float_of_ordered = bits_set = kth_largest = append_above = pair_of = score_of = keep_best = None
+    fill_rest = None

@@ -1,11 +1,11 @@
 """The lightning indexer in Triton: scores and exact top-k of a prefill in one kernel, and the choice of the path.
 
 Prefill: a program owns BQ queries (BQ * heads = 256 columns of a matrix product with the keys as rows) and visits
-their keys in epochs. An epoch is scored into a buffer that stays in L2 by a loop that does nothing but multiply; then
-the scores above each row's bound, a genuine k-th best of that row so far, are appended to the row's list; a list that
-could overflow in the next epoch is cut to its `topk` best, which raises the bound. Bounds are never guesses, so any
-order of scores is selected exactly, at worst with one cut an epoch. Two programs share an SM: one multiplies while the
-other reduces, filters or cuts.
+their keys in epochs. A loop scores an epoch into a buffer that stays in L2 and notes, a bit for each key, the scores
+above the row's bound, which never exceeds the k-th best so far; the keys noted are then appended to the row's list; a
+list that could overflow in the next epoch is cut to little more than its `topk` best, which raises the bound. Bounds
+come from genuine scores, so any order of scores is selected exactly, at worst with one cut an epoch. Two programs
+share an SM: one multiplies while the other reduces, appends or cuts.
 
 Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
 """
@@ -17,7 +17,7 @@ import functools
 import torch
 
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
-from .lightning_indexer_select_triton import append_above, fill_rest, keep_best
+from .lightning_indexer_select_triton import bits_set, fill_rest, keep_best, pair_of
 
 try:
     import triton
@@ -28,7 +28,6 @@ except ImportError:
 # Columns (queries * heads) of a score tile: K is read once for every 256 of them.
 TILE_COLUMNS = 256
 MAX_TOPK = 4096
-EPOCH_KEYS = 2048
 
 
 def unsupported_reason(
@@ -91,23 +90,26 @@ def prefill_config(H: int, D: int, architecture: int) -> dict:
         "HP": heads,
         "DP": width,
         "BK": 64,
-        "STAGES": 2,
+        "STAGES": 3,
+        "PARTS": 2 if columns == TILE_COLUMNS and BQ > 1 else 1,
         "num_warps": 4,
         "programs_per_sm": 2,
     }
 
 
-def list_capacity(topk: int) -> int:
-    """Entries of a row's list: `topk` and an epoch must fit, with slack so that cuts are rare."""
-    return next_power_of_2(max(topk, 512) + EPOCH_KEYS + max(topk, 512) // 2)
+def list_capacity(topk: int, epoch: int) -> int:
+    """Entries of a row's list: `topk` and an epoch of keys must fit, with slack so that cuts are rare."""
+    return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
 
 
 def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) -> None:
     B, S, H, D = q.shape
-    BQ, CAP = config["BQ"], list_capacity(topk)
-    buffer = torch.empty(programs, EPOCH_KEYS, BQ, dtype=torch.float32, device=q.device)
-    list_scores = torch.empty(programs, BQ, CAP, dtype=torch.float32, device=q.device)
-    list_keys = torch.empty(programs, BQ, CAP, dtype=torch.int32, device=q.device)
+    # A bit of an int32 for every tile of an epoch.
+    BQ, EPOCH = config["BQ"], 32 * config["BK"]
+    CAP = list_capacity(topk, EPOCH)
+    buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
+    exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
+    lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
     lightning_indexer_prefill_kernel[(programs,)](
         q,
         k,
@@ -116,8 +118,8 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         mask,
         out,
         buffer,
-        list_scores,
-        list_keys,
+        exchange,
+        lists,
         *q.stride()[:3],
         *k.stride()[:2],
         *weights.stride()[:2],
@@ -132,11 +134,11 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         DP=config["DP"],
         BQ=BQ,
         BK=config["BK"],
-        EPOCH=EPOCH_KEYS,
+        EPOCH=EPOCH,
         CAP=CAP,
-        FK=512,
         HAS_MASK=mask is not None,
         STAGES=config["STAGES"],
+        PARTS=config["PARTS"],
         num_warps=config["num_warps"],
         num_stages=config["STAGES"],
     )
@@ -157,6 +159,94 @@ def _architecture(device: torch.device) -> int:
 
 if triton is not None:
 
+    @triton.jit
+    def load_queries(
+        q,
+        weights,
+        q_stride_s,
+        q_stride_h,
+        w_stride_s,
+        first_query,
+        S,
+        scale,
+        H: tl.constexpr,
+        HP: tl.constexpr,
+        D: tl.constexpr,
+        DP: tl.constexpr,
+        BQ: tl.constexpr,
+    ):
+        """Q of BQ queries, `[DP, BQ * HP]`, and their head weights times `scale`, `[BQ * HP]`; zero where padded."""
+        column = tl.arange(0, BQ * HP)
+        head = column % HP
+        dim = tl.arange(0, DP)
+        query = (first_query + column // HP).to(tl.int64)
+        real = (query < S) & (head < H)
+        rows = q + query * q_stride_s + head * q_stride_h
+        tile = tl.load(rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
+        w = tl.load(weights + query * w_stride_s + head, mask=real, other=0.0)
+        return tl.trans(tile), w.to(tl.float32) * scale
+
+    @triton.jit
+    def weighted_scores(k_tile, q_tile, w, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
+        """`sum_h w[q, h] * relu(k . q[h])` of a tile of keys, `[BK, BQ]`."""
+        dots = tl.dot(k_tile, q_tile)  # [BK, BQ * HP]
+        terms = tl.maximum(dots, 0.0) * w[None, :]
+        return tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)
+
+    @triton.jit
+    def halves(x, BQ: tl.constexpr, PARTS: tl.constexpr):
+        """The first and the second half of `x` [BQ]; twice `x` if the columns are not parted."""
+        if PARTS == 1:
+            parts = (x, x)
+        else:
+            parts = tl.split(tl.trans(tl.reshape(x, [2, BQ // 2])))
+        return parts
+
+    @triton.jit
+    def append_passed(
+        passed, slot, count, first_key, tiles, buffer, exchange, lists, EPOCH: tl.constexpr, CAP: tl.constexpr
+    ):
+        """Append an epoch's keys that passed to the rows' lists, in key order; returns the rows' new counts.
+
+        `passed` [BQ, BK]: bit i of lane l stands for key `first_key + l * tiles + i`, with the score
+        `buffer[q, i * BK + l]`.
+        """
+        BQ: tl.constexpr = passed.shape[0]
+        BK: tl.constexpr = passed.shape[1]
+        row = tl.arange(0, BQ)
+        lane = tl.arange(0, BK)
+        lane_key = first_key + lane * tiles
+        visible = tl.minimum(tl.maximum(slot[:, None] - lane_key[None, :] + 1, 0), tiles)  # [BQ, BK] keys of a lane
+        below = (tl.full(visible.shape, 1, tl.int64) << visible.to(tl.int64)) - 1
+        passed &= below.to(tl.int32)
+        number = bits_set(passed)
+        place = (row * CAP + count)[:, None] + tl.cumsum(number, 1) - number
+        # Through memory into one entry a thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
+        # is 0, unknown to the compiler, which would otherwise load four neighbours at once.
+        spots = row[:, None] * BK + lane[None, :]
+        tl.store(exchange + spots, passed)
+        tl.store(exchange + BK * BQ + spots, place)
+        tl.debug_barrier()
+        entry = tl.arange(0, BK * BQ)
+        passed = tl.load(exchange + (entry ^ (tiles >> 6)))
+        place = tl.load(exchange + BK * BQ + (entry ^ (tiles >> 6)))
+        key = first_key + (entry % BK) * tiles
+        scores = buffer + (entry // BK) * EPOCH + entry % BK
+        # Two bits a turn, so that their gathers are in flight together.
+        for _ in tl.range(0, tl.max(number), 2, num_stages=1):
+            first = passed != 0
+            bit = bits_set((passed & -passed) - 1)
+            rest = passed & (passed - 1)
+            second = rest != 0
+            next_bit = bits_set((rest & -rest) - 1)
+            score = tl.load(scores + bit * BK, mask=first, other=0.0)
+            next_score = tl.load(scores + next_bit * BK, mask=second, other=0.0)
+            tl.store(lists + place, pair_of(score, key + bit), mask=first)
+            tl.store(lists + place + 1, pair_of(next_score, key + next_bit), mask=second)
+            place += 2
+            passed = rest & (rest - 1)
+        return count + tl.sum(number, 1)
+
     @triton.jit(do_not_specialize=["B", "S", "T", "TOPK"])
     def lightning_indexer_prefill_kernel(
         q,
@@ -166,8 +256,8 @@ if triton is not None:
         mask,
         out,
         buffer,
-        list_scores,
-        list_keys,
+        exchange,
+        lists,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -188,20 +278,21 @@ if triton is not None:
         BK: tl.constexpr,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
-        FK: tl.constexpr,
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
+        PARTS: tl.constexpr,
     ):
+        """Scores and selection of whole query blocks, as the head of this file tells; `TOPK` is the width of `out`."""
         program = tl.program_id(0)
         programs = tl.num_programs(0)
         blocks = tl.cdiv(S, BQ) * B
         buffer += program.to(tl.int64) * EPOCH * BQ
-        list_scores += program.to(tl.int64) * BQ * CAP
-        list_keys += program.to(tl.int64) * BQ * CAP
-        column = tl.arange(0, BQ * HP)
-        head = column % HP
+        exchange += program.to(tl.int64) * 2 * BQ * BK
+        lists += program.to(tl.int64) * BQ * CAP
         dim = tl.arange(0, DP)
         row = tl.arange(0, BQ)
+        part_row = tl.arange(0, BQ // PARTS)
+        lane = tl.arange(0, BK)
 
         # Longest rows first, back and forth, so that programs end together.
         for turn in tl.range(0, tl.cdiv(blocks, programs), num_stages=1):
@@ -214,53 +305,90 @@ if triton is not None:
                 slot = tl.where(first_query + row < S, tl.minimum(slot, T - 1), -1)
                 end = tl.max(slot) + 1
 
-                query = (first_query + column // HP).to(tl.int64)
-                real = (query < S) & (head < H)
-                q_rows = q + b * q_stride_b + query * q_stride_s + head * q_stride_h
-                q_tile = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
-                q_tile = tl.trans(q_tile)  # [DP, BQ * HP]
-                w = tl.load(weights + b * w_stride_b + query * w_stride_s + head, mask=real, other=0.0)
-                w = w.to(tl.float32) * scale
+                q_tile, w = load_queries(
+                    q + b * q_stride_b,
+                    weights + b * w_stride_b,
+                    q_stride_s,
+                    q_stride_h,
+                    w_stride_s,
+                    first_query,
+                    S,
+                    scale,
+                    H,
+                    HP,
+                    D,
+                    DP,
+                    BQ // PARTS,
+                )
+                if PARTS == 2:
+                    q_tile1, w1 = load_queries(
+                        q + b * q_stride_b,
+                        weights + b * w_stride_b,
+                        q_stride_s,
+                        q_stride_h,
+                        w_stride_s,
+                        first_query + BQ // 2,
+                        S,
+                        scale,
+                        H,
+                        HP,
+                        D,
+                        DP,
+                        BQ // PARTS,
+                    )
 
                 bound = tl.full([BQ], float("-inf"), tl.float32)
                 count = tl.zeros([BQ], tl.int32)
                 for epoch in tl.range(0, end, EPOCH, num_stages=1):
-                    epoch_end = tl.minimum(epoch + EPOCH, end)
-                    for first in tl.range(epoch, epoch_end, BK, num_stages=STAGES):
-                        # Keys past the end are read at the last slot and never seen by the filter.
-                        key = first + tl.arange(0, BK)
-                        k_tile_start = k + b * k_stride_b + first * k_stride_t.to(tl.int64)
-                        k_rows = k_tile_start + tl.minimum(tl.arange(0, BK), T - 1 - first) * k_stride_t
+                    # Tile i holds keys i, i + tiles, i + 2 * tiles, ...: bit i of a lane's word stands for a key, and
+                    # lanes and bits read in order are keys in order.
+                    tiles = tl.minimum(tl.cdiv(end - epoch, BK), EPOCH // BK)
+                    lane_key = epoch + lane * tiles
+                    passed = tl.zeros([BK, BQ // PARTS], tl.int32)
+                    passed1 = tl.zeros([BK, BQ // PARTS], tl.int32)
+                    bound0, bound1 = halves(bound, BQ, PARTS)
+                    for i in tl.range(0, tiles, num_stages=STAGES):
+                        k_start = k + b * k_stride_b + (epoch + i) * k_stride_t.to(tl.int64)
+                        k_rows = k_start + tl.minimum(lane * tiles, T - 1 - epoch - i) * k_stride_t
                         if D == DP:
                             k_tile = tl.load(k_rows[:, None] + dim[None, :])  # [BK, DP]
                         else:
                             k_tile = tl.load(k_rows[:, None] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
-                        dots = tl.dot(k_tile, q_tile)  # [BK, BQ * HP]
-                        terms = tl.maximum(dots, 0.0) * w[None, :]
-                        score = tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)  # [BK, BQ]
-                        tl.store(buffer + (key - epoch)[:, None] * BQ + row[None, :], score)
+                        spot = buffer + i * BK + lane[:, None] + part_row[None, :] * EPOCH
+                        score = weighted_scores(k_tile, q_tile, w, BK, BQ // PARTS, HP)  # [BK, BQ]
+                        tl.store(spot, score)
+                        passed |= (score > bound0[None, :]).to(tl.int32) << i
+                        if PARTS == 2:
+                            score = weighted_scores(k_tile, q_tile1, w1, BK, BQ // PARTS, HP)
+                            tl.store(spot + BQ // 2 * EPOCH, score)
+                            passed1 |= (score > bound1[None, :]).to(tl.int32) << i
                     tl.debug_barrier()
-                    for first in tl.range(epoch, epoch_end, FK, num_stages=1):
-                        key = first + tl.arange(0, FK)
-                        score = tl.load(buffer + (key - epoch)[:, None] * BQ + row[None, :])  # [FK, BQ]
-                        seen = key[:, None] <= slot[None, :]
-                        if HAS_MASK:
-                            allowed = tl.load(mask + b * T + key, mask=key < T, other=0)
-                            seen &= (allowed != 0)[:, None]
-                        count = append_above(score, seen, key, bound, count, list_scores, list_keys, CAP, True)
+                    allowed = tl.full([BK], -1, tl.int32)
+                    if HAS_MASK:
+                        bit = tl.arange(0, EPOCH // BK)
+                        key = lane_key[:, None] + bit[None, :]
+                        byte = tl.load(mask + b * T + key, mask=(bit < tiles)[None, :] & (key < T), other=0)
+                        allowed = tl.sum((byte != 0).to(tl.int32) << bit[None, :], 1)
+                    if PARTS == 2:
+                        both = tl.trans(tl.join(passed, passed1), 2, 1, 0)  # [2, BQ / 2, BK]
+                        words = tl.reshape(both, [BQ, BK])
+                    else:
+                        words = tl.trans(passed)
+                    count = append_passed(
+                        words & allowed[None, :], slot, count, epoch, tiles, buffer, exchange, lists, EPOCH, CAP
+                    )
                     tl.debug_barrier()
                     if tl.max(count) > CAP - EPOCH:
                         for i in tl.range(0, BQ, num_stages=1):
                             n = tl.sum(tl.where(row == i, count, 0))
                             if n > TOPK:
-                                scores_i, keys_i = list_scores + i * CAP, list_keys + i * CAP
-                                kth = keep_best(scores_i, keys_i, n, TOPK, scores_i, keys_i, CAP, 1024, True)
+                                list_i = lists + i * CAP
+                                kth, kept = keep_best(list_i, n, TOPK, TOPK // 8, list_i, CAP, 2048, False)
                                 bound = tl.where(row == i, kth, bound)
-                                count = tl.where(row == i, TOPK, count)
+                                count = tl.where(row == i, kept, count)
                 for i in tl.range(0, BQ, num_stages=1):
                     if first_query + i < S:
                         n = tl.sum(tl.where(row == i, count, 0))
                         out_i = out + (b * S + first_query + i) * TOPK
-                        scores_i, keys_i = list_scores + i * CAP, list_keys + i * CAP
-                        keep_best(scores_i, keys_i, n, TOPK, scores_i, out_i, CAP, 1024, False)
+                        keep_best(lists + i * CAP, n, TOPK, 0, out_i, CAP, 2048, True)
                         fill_rest(out_i, tl.minimum(n, TOPK), TOPK, 1024)

@@ -1,0 +1,88 @@
+"""The public op and its reference: meaning, edges, errors, and torch.compile."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from indexcache.kernels import lightning_indexer_reference as reference
+from indexcache.kernels.lightning_indexer import lightning_indexer
+
+
+def inputs(B, S, T, H=3, D=16, dtype=torch.float32, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    shapes = (B, S, H, D), (B, T, D), (B, S, H)
+    return [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
+
+
+def by_hand(q, k, weights, topk, starts, key_mask=None):
+    """One query at a time, sorted by (score, index) in Python."""
+    B, S, H, D = q.shape
+    rows = []
+    for b in range(B):
+        for s in range(S):
+            terms = (k[b] @ q[b, s].T * D**-0.5).relu() @ weights[b, s]
+            seen = [t for t in range(min(k.shape[1], starts[b] + s + 1)) if key_mask is None or key_mask[b, t]]
+            best = sorted(sorted(seen, key=lambda t: (-terms[t].item(), t))[:topk])
+            rows.append(best + [-1] * (min(topk, k.shape[1]) - len(best)))
+    return torch.tensor(rows, dtype=torch.int32).view(B, S, -1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 12), st.integers(1, 25), st.booleans(), st.integers(0, 99))
+def test_selects_the_best_visible_keys(B, S, before, topk, masked, seed):
+    T = before + S + 2
+    q, k, weights = (x.double() for x in inputs(B, S, T, seed=seed))
+    starts = [before - b if before >= b else before for b in range(B)]
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) > 0.3 if masked else None
+    got = lightning_indexer(q, k, weights, topk, query_start=torch.tensor(starts), key_mask=mask)
+    assert torch.equal(got, by_hand(q, k, weights, topk, starts, mask))
+
+
+def test_ties_go_to_the_smaller_index():
+    q, k, weights = inputs(1, 4, 12)
+    got = lightning_indexer(q, k[:, :1].expand(1, 12, 16), weights, 5)
+    assert torch.equal(got, torch.arange(5, dtype=torch.int32).expand(1, 4, 5))
+
+
+def test_chunks_of_queries_give_what_the_whole_gives(monkeypatch):
+    q, k, weights = inputs(2, 17, 30)
+    whole = lightning_indexer(q, k, weights, 6)
+    monkeypatch.setattr(reference, "SCORE_BLOCK_BYTES", 2 * 3 * 30 * 4 * 2)
+    assert torch.equal(whole, lightning_indexer(q, k, weights, 6))
+    parts = [
+        lightning_indexer(q[:, i : i + 5], k, weights[:, i : i + 5], 6, query_start=13 + i) for i in (0, 5, 10, 15)
+    ]
+    assert torch.equal(whole, torch.cat(parts, 1))
+
+
+def test_nan_in_slots_no_query_sees_changes_nothing():
+    q, k, weights = inputs(1, 3, 20)
+    want = lightning_indexer(q, k, weights, 4, query_start=7)
+    k[:, 10:] = float("nan")
+    assert torch.equal(want, lightning_indexer(q, k, weights, 4, query_start=7))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": torch.zeros(1, 8, 15)}, "do not fit"),
+        ({"weights": torch.zeros(1, 4, 2)}, "weights must be"),
+        ({"topk": 0}, "topk must be at least 1"),
+        ({"key_mask": torch.ones(1, 7, dtype=torch.bool)}, "key_mask must be bool"),
+        ({"key_mask": torch.ones(1, 8)}, "key_mask must be bool"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    q, k, weights = inputs(1, 4, 8)
+    arguments = {"q": q, "k": k, "weights": weights, "topk": 2} | change
+    with pytest.raises(ValueError, match=message):
+        lightning_indexer(**arguments)
+
+
+def test_compiles_without_graph_breaks():
+    q, k, weights = inputs(2, 3, 20)
+    select = lambda start: lightning_indexer(q, k, weights, 4, query_start=start)
+    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+    start = torch.tensor([5, 17])
+    assert torch.equal(compiled(start), select(start))

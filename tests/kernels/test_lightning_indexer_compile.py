@@ -1,0 +1,87 @@
+"""The lightning indexer's Triton kernels compile for every architecture, without a GPU, within its shared memory."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from indexcache.kernels import lightning_indexer_decode_triton as decode  # noqa: E402
+from indexcache.kernels import lightning_indexer_triton as prefill  # noqa: E402
+
+# Shared memory a program may use, in KB.
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 163),
+    "sm86": (GPUTarget("cuda", 86, 32), 99),
+    "sm89": (GPUTarget("cuda", 89, 32), 99),
+    "sm90": (GPUTarget("cuda", 90, 32), 227),
+    "sm100": (GPUTarget("cuda", 100, 32), 227),
+    "sm120": (GPUTarget("cuda", 120, 32), 99),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64),
+}
+POINTERS = {
+    "q": "*bf16",
+    "k": "*bf16",
+    "weights": "*fp32",
+    "starts": "*i64",
+    "mask": "*u8",
+    "out": "*i32",
+    "buffer": "*fp32",
+    "exchange": "*i32",
+    "lists": "*i64",
+    "scores": "*fp32",
+    "passed": "*i32",
+    "counts": "*i32",
+    "guesses": "*fp32",
+}
+ALIGNED = {"q_stride_b", "q_stride_s", "q_stride_h", "k_stride_b", "k_stride_t"}
+
+
+def compiled(kernel, target, warps, **constants):
+    types = {name: POINTERS.get(name, "fp32" if name == "scale" else "i32") for name in kernel.arg_names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in ALIGNED or (name in POINTERS and name not in constants)
+    }
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3})
+
+
+def prefill_constants(H, D, architecture, topk=2048):
+    config = prefill.prefill_config(H, D, architecture)
+    epoch = 32 * config["BK"]
+    shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch), "HAS_MASK": True}
+    return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_prefill_compiles(name):
+    target, limit = TARGETS[name]
+    architecture = target.arch if target.backend == "cuda" else 0
+    constants, warps = prefill_constants(32, 128, architecture)
+    kernel = compiled(prefill.lightning_indexer_prefill_kernel, target, warps, **constants)
+    assert kernel.metadata.shared <= limit * 1024
+
+
+@pytest.mark.parametrize("name", ["sm90", "sm86", "gfx942"])
+def test_decode_compiles(name):
+    target, limit = TARGETS[name]
+    config = decode.score_config(1, 32, 128)
+    warps = config.pop("num_warps")
+    kernels = (
+        compiled(decode.indexer_scores_kernel, target, warps, H=32, D=128, HAS_MASK=True, **config),
+        compiled(decode.indexer_filter_kernel, target, 4, SAMPLE=decode.SAMPLE, PIECE=decode.PIECE_KEYS, CAP=8192),
+        compiled(decode.indexer_select_kernel, target, 8, PIECES=128, PIECE=decode.PIECE_KEYS, EPOCH=2048, CAP=8192),
+    )
+    assert all(kernel.metadata.shared <= limit * 1024 for kernel in kernels)
+
+
+@pytest.mark.parametrize("H, D", [(1, 64), (7, 96), (64, 256), (64, 128)])
+def test_other_shapes_compile_for_sm90(H, D):
+    target, limit = TARGETS["sm90"]
+    constants, warps = prefill_constants(H, D, 90)
+    kernel = compiled(prefill.lightning_indexer_prefill_kernel, target, warps, **constants)
+    assert kernel.metadata.shared <= limit * 1024

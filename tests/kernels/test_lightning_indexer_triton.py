@@ -1,0 +1,77 @@
+"""The Triton kernels in Triton's interpreter, against the fp64 reference: one process for all cases.
+
+Triton decides when it is imported whether it interprets, so the cases run in a child process. fp16 only: the
+interpreter multiplies bf16 bit patterns as integers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+# name: B, S, T, H, D, topk, first slots, padded and holed, keys' order, path
+CASES = {
+    "whole prefill": (1, 40, 200, 4, 32, 16, [160], False, "random", "prefill"),
+    "split": (1, 40, 200, 4, 32, 16, [160], False, "random", "split"),
+    "odd heads and width, chunk of a batch with holes": (2, 33, 130, 3, 48, 20, [50, 90], True, "random", "prefill"),
+    "split of a batch with holes": (2, 5, 130, 3, 48, 20, [50, 100], True, "random", "split"),
+    "equal scores": (1, 20, 90, 4, 32, 16, [70], False, "equal", "prefill"),
+    "equal scores, split": (1, 20, 90, 4, 32, 16, [70], False, "equal", "split"),
+    "lists are cut": (1, 8, 9000, 2, 32, 100, [8992], False, "random", "prefill"),
+    "every key beats all before it": (1, 8, 9000, 2, 32, 100, [8992], False, "ascending", "prefill"),
+    "guess from a sample": (1, 3, 9000, 2, 32, 100, [8900], False, "random", "split"),
+    "guess fails on equal scores": (1, 2, 9000, 2, 32, 100, [8998], False, "equal", "split"),
+    "one token": (1, 1, 1, 1, 16, 8, [0], False, "random", "split"),
+    "topk is all that is seen": (1, 3, 30, 64, 16, 28, [27], False, "random", "split"),
+    "topk above 2048, a width that pads": (1, 2, 6100, 2, 80, 2100, [6098], False, "random", "split"),
+}
+
+
+def run(B, S, T, H, D, topk, starts, holes, order, path):
+    """None, or what differs between the interpreted kernels and the reference."""
+    from indexcache.kernels import lightning_indexer_triton as kernels
+    from indexcache.kernels.lightning_indexer_reference import lightning_indexer_reference
+
+    draw = torch.Generator().manual_seed(T + H)
+    q = torch.randn(B, S, H, D, generator=draw)
+    k = torch.randn(B, T, D, generator=draw)
+    weights = torch.randn(B, S, H, generator=draw)
+    if order == "equal":
+        k = k[:, :1].expand(B, T, D)
+    if order == "ascending":
+        q, weights, k = q.abs(), weights.abs(), k[:, :1].abs() * torch.linspace(0.01, 1, T)[None, :, None]
+    q, k, starts = q.half(), k.half().contiguous(), torch.tensor(starts)
+    mask = torch.rand(B, T, generator=draw) > 0.3 if holes else None
+    if holes:
+        mask[:, :7] = False
+    want = lightning_indexer_reference(q.double(), k.double(), weights.double(), topk, D**-0.5, starts, mask)
+    for b in range(B):
+        k[b, int(starts[b]) + S :] = float("nan")
+        if holes:
+            k[b, ~mask[b]] = float("nan")
+    kernels._multiprocessors = lambda device: 1 if path == "prefill" else 10**9
+    got = kernels.lightning_indexer_triton(q, k, weights, topk, D**-0.5, starts, mask)
+    different = (got != want).any(-1).nonzero().tolist()
+    return f"rows {different[:5]} of {len(different)} differ" if different else None
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_selects_as_the_reference(outcomes, name):
+    assert outcomes[name] is None
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: run(*case) for name, case in CASES.items()}))
