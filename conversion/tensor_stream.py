@@ -101,7 +101,7 @@ def tensor_blocks(tensor: PlannedTensor, shards: OpenShards) -> Iterator[memoryv
         if not raw:
             continue
         part = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype]).view(stop - start, -1)
-        yield _cast(part, start, scales, tensor).view(torch.uint8).numpy().tobytes()
+        yield _cast(part, start, scales, tensor).view(torch.uint8).numpy().data.cast("B")
 
 
 def _cast(part: torch.Tensor, start: int, scales: torch.Tensor | None, tensor: PlannedTensor) -> torch.Tensor:
