@@ -12,16 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_select_triton import (
-    append_above,
-    fill_rest,
-    float_of_ordered,
-    keep_best,
-    kth_largest,
-    ordered_int,
-    pair_of,
-)
-
 try:
     import triton
     import triton.language as tl
@@ -155,6 +145,15 @@ def indexer_score_slab(
 
 
 if triton is not None:
+    from .lightning_indexer_select_triton import (
+        append_above,
+        fill_rest,
+        float_of_ordered,
+        keep_best,
+        kth_largest,
+        ordered_int,
+        pair_of,
+    )
 
     @triton.jit(do_not_specialize=["s", "S", "T", "tiles_each"])
     def indexer_scores_kernel(

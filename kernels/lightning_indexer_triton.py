@@ -17,7 +17,6 @@ import functools
 import torch
 
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
-from .lightning_indexer_select_triton import bits_set, fill_rest, keep_best, pair_of
 
 try:
     import triton
@@ -158,6 +157,7 @@ def _architecture(device: torch.device) -> int:
 
 
 if triton is not None:
+    from .lightning_indexer_select_triton import bits_set, fill_rest, keep_best, pair_of
 
     @triton.jit
     def load_queries(

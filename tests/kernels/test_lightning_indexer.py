@@ -1,5 +1,8 @@
 """The public op and its reference: meaning, edges, errors, and torch.compile."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 
 from indexcache.kernels import lightning_indexer_reference as reference
 from indexcache.kernels.lightning_indexer import lightning_indexer
+from indexcache.kernels.lightning_indexer_triton import unsupported_reason
 
 
 def inputs(B, S, T, H=3, D=16, dtype=torch.float32, seed=0):
@@ -86,3 +90,36 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
     start = torch.tensor([5, 17])
     assert torch.equal(compiled(start), select(start))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"q": torch.zeros(1, 4, 2, 32)}, "bfloat16 or float16"),
+        ({"q": torch.zeros(1, 4, 65, 32, dtype=torch.half)}, "1 to 64 heads"),
+        ({"q": torch.zeros(1, 4, 2, 512, dtype=torch.half)}, "1 to 64 heads"),
+        ({"topk": 5000}, "topk is at most 4096"),
+        ({"scale": -1.0}, "scale must be positive"),
+        ({"key_mask": torch.ones(1, 4, 8, dtype=torch.bool)}, "key_mask for each query"),
+        ({}, None),
+    ],
+)
+def test_what_triton_cannot_take_has_a_reason(change, reason):
+    pytest.importorskip("triton")
+    half = {"q": torch.zeros(1, 4, 2, 32, dtype=torch.half), "k": torch.zeros(1, 8, 32, dtype=torch.half)}
+    got = unsupported_reason(**(half | {"topk": 2, "scale": 1.0, "key_mask": None} | change))
+    assert got is None if reason is None else reason in got
+
+
+def test_loads_and_runs_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from indexcache.kernels.lightning_indexer import lightning_indexer\n"
+        "from indexcache.kernels.lightning_indexer_triton import unsupported_reason\n"
+        "x = torch.ones(1, 2, 3, 16)\n"
+        "assert lightning_indexer(x, x[:, :, 0], x[..., 0], 1).tolist() == [[[0], [0]]]\n"
+        "assert unsupported_reason(x, x[:, :, 0], 1, 1.0, None) == 'triton is not installed'\n"
+    )
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert child.returncode == 0, child.stderr[-2000:]

@@ -57,7 +57,9 @@ def prefill_constants(H, D, architecture, topk=2048):
     return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("sm80", "sm90") else pytest.mark.slow) for name in TARGETS]
+)
 def test_prefill_compiles(name):
     target, limit = TARGETS[name]
     architecture = target.arch if target.backend == "cuda" else 0
@@ -79,6 +81,7 @@ def test_decode_compiles(name):
     assert all(kernel.metadata.shared <= limit * 1024 for kernel in kernels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("H, D", [(1, 64), (7, 96), (64, 256), (64, 128)])
 def test_other_shapes_compile_for_sm90(H, D):
     target, limit = TARGETS["sm90"]

@@ -1,0 +1,96 @@
+"""The Triton lightning indexer on a GPU: judged in fp64, bit-identical runs, poison, CUDA graphs, torch.compile."""
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def bench():
+    pytest.importorskip("triton")
+    from indexcache.benchmarks import lightning_indexer as bench
+
+    torch.manual_seed(0)
+    return bench
+
+
+def select(*arguments, **options):
+    from indexcache.kernels.lightning_indexer import lightning_indexer
+
+    return lightning_indexer(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "S, T, H, D, topk, start",
+    [
+        (1, 1, 32, 128, 2048, 0),
+        (2047, 2047, 32, 128, 2048, 0),
+        (2048, 2048, 32, 128, 2048, 0),
+        (2049, 2049, 32, 128, 2048, 0),
+        (8192, 8192, 64, 128, 2048, 0),
+        (3000, 8192, 32, 128, 100, 5000),
+        (8, 70000, 32, 128, 2048, 60000),
+        (300, 20000, 20, 64, 4096, 19700),
+        (4096, 6000, 3, 128, 1000, 1000),
+        (65536, 65536, 32, 128, 2048, 0),
+    ],
+)
+def test_equals_fp64_but_for_rounding_and_repeats(bench, S, T, H, D, topk, start):
+    q, k, weights = bench.make_inputs(1, S, T, H, D)
+    k[:, start + S :] = float("nan")
+    got = select(q, k, weights, topk, query_start=start)
+    assert bench.wrong_rows(got, q, k, weights, sorted({0, S // 3, S // 2, S - 1}), start) is None
+    assert all(torch.equal(got, select(q, k, weights, topk, query_start=start)) for _ in range(10))
+
+
+@pytest.mark.parametrize("S", [1, 4096])
+def test_batch_with_padding_holes_and_starts(bench, S):
+    q, k, weights = bench.make_inputs(3, S, 9000, 32)
+    starts = torch.tensor([0, 2000, 4904], device="cuda")
+    mask = torch.rand(3, 9000, device="cuda") > 0.2
+    mask[:, :100] = False
+    k[~mask] = float("nan")
+    got = select(q, k, weights, 2048, query_start=starts, key_mask=mask)
+    assert bench.wrong_rows(got, q, k, weights, sorted({0, S // 2, S - 1}), starts, mask) is None
+
+
+@pytest.mark.parametrize("order", ["equal", "ascending", "descending", "outliers"])
+@pytest.mark.parametrize("S", [1, 8192])
+def test_adversarial_orders(bench, order, S):
+    T = 65536
+    q, k, weights = bench.make_inputs(1, S, T, 32)
+    ramp = torch.linspace(0.01, 1, T, device="cuda")[None, :, None]
+    if order == "equal":
+        k = k[:, :1].expand(1, T, 128).contiguous()
+    elif order == "outliers":
+        k[:, 30000:30500] *= 1000
+    else:
+        q, weights = q.abs(), weights.abs()
+        k = (k[:, :1].abs() * (ramp if order == "ascending" else ramp.flip(1))).bfloat16()
+    got = select(q, k, weights, 2048, query_start=T - S)
+    assert bench.wrong_rows(got, q, k, weights, sorted({0, S // 2, S - 1}), T - S) is None
+    if order == "equal":
+        assert torch.equal(got[0, -1], torch.arange(2048, dtype=torch.int32, device="cuda"))
+
+
+def test_a_captured_graph_follows_the_length_on_the_device(bench):
+    from indexcache.benchmarks.harness import captured
+
+    q, k, weights = bench.make_inputs(2, 1, 20000, 32)
+    start, out = torch.tensor([9000, 100], device="cuda"), torch.empty(2, 1, 2048, dtype=torch.int32, device="cuda")
+    replay = captured(lambda: out.copy_(select(q, k, weights, 2048, query_start=start)))
+    for lengths in ([9000, 100], [19999, 5000]):
+        start.copy_(torch.tensor(lengths))
+        replay()
+        assert torch.equal(out, select(q, k, weights, 2048, query_start=start))
+
+
+def test_compiles_without_graph_breaks(bench):
+    q, k, weights = bench.make_inputs(1, 4, 5000, 32)
+    start = torch.tensor(4000, device="cuda")
+    call = lambda start: select(q, k, weights, 2048, query_start=start)
+    assert torch.equal(torch.compile(call, fullgraph=True)(start), call(start))
