@@ -49,12 +49,18 @@ def search(
     path_rounds: Annotated[
         int,
         typer.Option(
-            min=1, max=4, help="Windows that decide lazy's steps: 1/8, 1/4, 1/2, all for 1 to 4.", rich_help_panel=_HOW
+            min=1,
+            max=5,
+            help="Windows that decide lazy's steps: 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
+            rich_help_panel=_HOW,
         ),
-    ] = 2,
+    ] = 3,
     refine: Annotated[
         int, typer.Option(min=0, help="Moves by which each --keep is refined at most.", rich_help_panel=_HOW)
-    ] = 4,
+    ] = 2,
+    refine_by: Annotated[
+        Literal["lm", "objective"], typer.Option(help="What refinement lowers.", rich_help_panel=_HOW)
+    ] = "lm",
     baseline: Annotated[
         list[str] | None, typer.Option(help="uniform, similarity, none; repeat. Default: uniform.")
     ] = None,
@@ -118,6 +124,7 @@ def search(
         blocks=blocks,
         path_rounds=path_rounds,
         refine_passes=refine,
+        refine_by=refine_by,
         baselines=_baselines(baseline),
         curve=curve,
         batch_size=batch_size,

@@ -1,7 +1,7 @@
 """Score share patterns on fixed windows: each round of windows once, remembered and journaled.
 
-Windows are run in rounds (an eighth of them, another eighth, a quarter, the rest), so that a pattern that costs too
-much is given up after few of them. The split into rounds and batches is the same for any number of processes.
+Windows are run in rounds (a sixteenth of them, then up to an eighth, a quarter, a half, all), so that a pattern that
+costs too much is given up after few of them. Rounds and batches are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ class Evaluator:
         stop_above: float = math.inf,
         give_up: Callable[[Evaluation], bool] | None = None,
         rounds: int | None = None,
+        by_loss: bool = False,
     ) -> Evaluation:
         """Score a pattern round by round.
 
@@ -158,11 +159,12 @@ class Evaluator:
             stop_above: leave off once the pattern is certain to cost more than this a token.
             give_up: asked after every round but the last whether to leave off.
             rounds: run so many rounds at most.
+            by_loss: take language-model loss for the cost, whatever the objective.
         """
         parts: list[torch.Tensor] = []
         for number in range(len(self.rounds) if rounds is None else min(rounds, len(self.rounds))):
             parts.append(self._round(pattern, number))
-            found = self._evaluation(pattern, parts)
+            found = self._evaluation(pattern, parts, by_loss)
             if found.complete or found.least_cost > stop_above or (give_up is not None and give_up(found)):
                 break
         return found
@@ -208,10 +210,10 @@ class Evaluator:
             weights = far_context_weights(self.engine, self.scorer, batch, self.scorer.token_losses(batch, hidden))
             self.scorer.weights[batch] = weights
 
-    def _evaluation(self, pattern: str, parts: list[torch.Tensor]) -> Evaluation:
+    def _evaluation(self, pattern: str, parts: list[torch.Tensor], by_loss: bool) -> Evaluation:
         scores = torch.cat(parts)
         seen = self.windows.select(slice(0, len(scores)))
-        column = LOSS if self.objective == "lm" else KL
+        column = LOSS if by_loss or self.objective == "lm" else KL
         return Evaluation(
             pattern=pattern,
             costs=scores[:, column].tolist(),
@@ -225,6 +227,6 @@ class Evaluator:
 
 
 def _rounds(num_batches: int) -> list[range]:
-    """An eighth of the batches, another eighth, a quarter, and the rest; fewer rounds when there are few batches."""
-    ends = sorted({max(1, num_batches // 8), max(1, num_batches // 4), max(1, num_batches // 2), num_batches})
+    """Batches in rounds that end at a sixteenth of them, an eighth, ... and all; fewer when there are few batches."""
+    ends = sorted({max(1, num_batches // part) for part in (16, 8, 4, 2, 1)})
     return [range(first, last) for first, last in zip([0, *ends[:-1]], ends)]

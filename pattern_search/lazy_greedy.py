@@ -38,11 +38,13 @@ class Race:
         evaluator: scores patterns.
         rounds: of windows to run, at most.
         leader: the best so far.
+        by_loss: judge by language-model loss, whatever the evaluator's objective.
     """
 
     evaluator: Evaluator
     rounds: int
     leader: Evaluation | None = None
+    by_loss: bool = False
 
     def run(self, pattern: str) -> Evaluation:
         """Score a pattern as far as it matters, and make it the leader if it is cheaper."""
@@ -50,6 +52,7 @@ class Race:
         found = self.evaluator.evaluate(
             pattern,
             rounds=self.rounds,
+            by_loss=self.by_loss,
             stop_above=math.inf if leader is None else leader.least_cost,
             give_up=None if leader is None else lambda so_far: trails(so_far.costs, leader.costs),
         )

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from ..conversion.bundle import AUTO_MAP
 from ..conversion.families import convert_config, load_config
 from ..conversion.load_source import load_source
+from ..evaluation.overlap import Overlap, selection_overlap
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .calibration import Sampling, Tokenizer, load_windows, short_window_warning
 from .errors import PatternSearchError
@@ -22,6 +23,7 @@ from .monitor import SearchMonitor
 from .processes import Processes
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
+from .windows import Windows
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -107,16 +109,26 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
                 cache_bytes=_cache_bytes(run, model),
                 cache_device=torch.device("cpu") if run.cache_on == "host" else None,
             )
+        overlap = _overlap(model, calibration)
     finally:
         journal.close()
     name = source if not Path(source).exists() else Path(source).resolve().name
     document = result_document(outcome, options, calibration, held_out, source=name, identity=identity)
+    if overlap is not None:
+        document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
     if warning:
         document["warnings"] = [warning]
     if processes.is_first:
         write_result(document, run.output)
     processes.wait()
     return document
+
+
+def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
+    """Of the selections on the first two windows; None where everything is selected."""
+    if windows.seqlen <= (model.config.index_topk or windows.seqlen):
+        return None
+    return selection_overlap(model, windows.ids[:2, :-1])
 
 
 def _load_model(source: str, run: RunOptions, processes: Processes) -> IndexCacheForCausalLM:

@@ -38,6 +38,7 @@ class SearchOptions:
         blocks: pipeline blocks of `greedy`.
         path_rounds: rounds of windows that decide the steps of `lazy`; all decide the refinement.
         refine_passes: moves at most by which a pattern asked for is refined; 0 for none, always none with `greedy`.
+        refine_by: `lm` or `objective`: what refinement lowers.
         baselines: `uniform`, `similarity`, searched or built for comparison.
         curve: check every number of full layers on the held-out windows, not only those asked for.
         batch_size: windows in one forward.
@@ -48,8 +49,9 @@ class SearchOptions:
     algorithm: Literal["lazy", "greedy"] = "lazy"
     objective: str | None = None
     blocks: int = 1
-    path_rounds: int = 2
-    refine_passes: int = 4
+    path_rounds: int = 3
+    refine_passes: int = 2
+    refine_by: Literal["lm", "objective"] = "lm"
     baselines: tuple[str, ...] = ("uniform",)
     curve: bool = True
     batch_size: int = 1
@@ -237,12 +239,12 @@ def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome
     for count in outcome.counts:
         pattern = outcome.patterns[count]
         if refining and count < outcome.start.count(FULL):
-            found = refine(evaluator, pattern, options.refine_passes)
+            found = refine(evaluator, pattern, options.refine_passes, options.refine_by == "lm")
         else:
             found = evaluator.evaluate(pattern)
         outcome.patterns[count] = found.pattern
         outcome.calibration[found.pattern] = found
-        monitor.step(f"{count} full: {found.pattern} {found.cost:.4f}")
+        monitor.step(f"{count} full: {found.pattern} loss {found.loss:.4f}")
     if options.algorithm == "greedy":
         for pattern in outcome.patterns.values():
             outcome.calibration[pattern] = evaluator.evaluate(pattern)

@@ -1,0 +1,99 @@
+"""How much the layers' selections have in common: |A ∩ B| / k, the paper's figure (arXiv 2603.12201, appendix A).
+
+Legend: B windows, S tokens, Q queries looked at, K selected keys, T keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+# Queries looked at in each window, evenly spaced; and the largest block of membership marks in bytes.
+QUERIES, MARK_BYTES = 512, 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """The overlap of selections, averaged over queries.
+
+    Attributes:
+        layers: the full layers, ascending.
+        matrix: fp64 `[N, N]` on the CPU, entry `[i, j]` = |A_i ∩ A_j| / k; symmetric, 1 on the diagonal.
+        queries: how many queries it averages over.
+    """
+
+    layers: list[int]
+    matrix: torch.Tensor
+    queries: int
+
+    @property
+    def adjacent(self) -> list[float]:
+        """Overlap of each full layer with the next one."""
+        return torch.diagonal(self.matrix, 1).tolist()
+
+
+@torch.inference_mode()
+def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = QUERIES) -> Overlap:
+    """Run windows of tokens through an IndexCache model and compare what its full layers select.
+
+    Only queries that see more than `index_topk` keys count: the others select everything in every layer. Selections
+    of these queries alone are kept, so that memory does not grow with length.
+
+    Args:
+        model: an IndexCache model.
+        ids: integer tokens `[N, S]`, run one window at a time.
+        queries: how many queries a window, evenly spaced.
+
+    Raises:
+        ValueError: windows not longer than `index_topk`, so that every layer selects everything.
+    """
+    topk, num_tokens = model.config.index_topk, ids.shape[1]
+    if topk is None or num_tokens <= topk:
+        raise ValueError(
+            f"windows of {num_tokens} tokens cannot tell selections apart: {topk} keys are selected, so give windows "
+            "several times as long"
+        )
+    rows = torch.linspace(topk, num_tokens - 1, min(queries, num_tokens - topk)).long().unique()
+    layers = model.config.share_pattern.full_layers
+    total = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    for window in ids:
+        found: dict[int, torch.Tensor] = {}
+        hooks = [_recorder(model, layer, rows, found) for layer in layers]
+        try:
+            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook()
+        selections = [found[layer].to(found[layers[0]].device).long() for layer in layers]
+        for i, selection in enumerate(selections):
+            total[i] += _shared_with(selection, selections, num_tokens)
+    return Overlap(layers, total / (len(ids) * len(rows) * topk), len(ids) * len(rows))
+
+
+def _recorder(
+    model: PreTrainedModel, layer: int, rows: torch.Tensor, found: dict[int, torch.Tensor]
+) -> Callable[[], None]:
+    """Keep the selection of some queries when the layer's indexer runs; returns what takes the hook away."""
+    indexer: Any = model.base_model.layers[layer].self_attn.indexer
+
+    def record(module: Any, args: Any, output: torch.Tensor) -> None:
+        found[layer] = output[0, rows.to(output.device)]
+
+    remove: Callable[[], None] = indexer.register_forward_hook(record).remove
+    return remove
+
+
+def _shared_with(selection: torch.Tensor, others: list[torch.Tensor], num_keys: int) -> torch.Tensor:
+    """How many keys `selection [Q, K]` shares with each of the others, summed over queries: fp64, on the CPU."""
+    counts = torch.zeros(len(others), dtype=torch.float64)
+    step = max(1, MARK_BYTES // num_keys)
+    for first in range(0, len(selection), step):
+        part = selection[first : first + step]
+        marks = torch.zeros(len(part), num_keys, dtype=torch.bool, device=part.device).scatter_(1, part, True)
+        for j, other in enumerate(others):
+            counts[j] += int(marks.gather(1, other[first : first + step]).sum())
+    return counts

@@ -1,0 +1,112 @@
+"""Pictures of a search: scores by number of full layers, which layers fell when, overlap of selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+_INK, _FULL, _SHARED, _FELL = "#1b1f24", "#1f5fa8", "#e9edf2", "#d1622b"
+_STYLES = {
+    "search": {"color": _FULL, "marker": "o", "linewidth": 2.0, "zorder": 3},
+    "uniform": {"color": "#9a9fa6", "marker": "s", "linewidth": 1.3, "zorder": 2},
+    "similarity": {"color": _FELL, "marker": "^", "linewidth": 1.3, "zorder": 2},
+}
+_LABELS = {"search": "searched", "uniform": "uniform", "similarity": "similarity DP"}
+
+
+def draw_curve(document: dict[str, Any], path: Path) -> None:
+    """Held-out loss, and recall where tokens are marked, against the number of full layers."""
+    lines = curve_lines(document["curve"])
+    has_recall = any("recall" in scores for points in lines.values() for _, scores in points)
+    figure, axes = plt.subplots(1, 1 + has_recall, figsize=(5.4 * (1 + has_recall), 3.9), squeeze=False)
+    for axis, value, label in zip(axes[0], ("loss", "recall"), ("held-out loss (nats a token)", "recall")):
+        for method, points in lines.items():
+            style: dict[str, Any] = {**_STYLES[method], "label": _LABELS[method], "markersize": 4.5}
+            axis.plot([count for count, _ in points], [scores[value] for _, scores in points], **style)
+        axis.set_xlabel(f"full layers of {document['num_layers']}")
+        axis.set_ylabel(label)
+        axis.invert_xaxis()
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
+        _plain(axis)
+    axes[0][0].set_ylim(*_loss_range(lines))
+    _save(figure, path)
+
+
+def draw_order(document: dict[str, Any], path: Path) -> None:
+    """One row a number of full layers: which layers are full, and in orange the one that fell to get there."""
+    num_layers = document["num_layers"]
+    rows = [{"full_layers": num_layers, "pattern": document["source"]["pattern"], "layer": None}, *document["steps"]]
+    cells = [
+        [2 if layer == row["layer"] else int(letter == "S") for layer, letter in enumerate(row["pattern"])]
+        for row in rows
+    ]
+    figure, axis = plt.subplots(figsize=(1.4 + 0.3 * num_layers, 1.2 + 0.24 * len(rows)))
+    axis.imshow(cells, cmap=ListedColormap([_FULL, _SHARED, _FELL]), vmin=0, vmax=2, aspect="auto")
+    axis.set_xticks(range(num_layers), [str(layer) for layer in range(num_layers)], fontsize=8)
+    axis.set_yticks(range(len(rows)), [str(row["pattern"].count("F")) for row in rows], fontsize=8)
+    axis.set_xticks([layer - 0.5 for layer in range(num_layers + 1)], minor=True)
+    axis.set_yticks([row - 0.5 for row in range(len(rows) + 1)], minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.5)
+    axis.tick_params(which="both", length=0)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("full layers")
+    axis.set_title("blue: full, grey: shared, orange: fell in this step", fontsize=9, loc="left", color=_INK)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    _save(figure, path)
+
+
+def draw_overlap(layers: list[int], matrix: list[list[float]], path: Path) -> None:
+    """The overlap heatmap."""
+    size = 3.4 + 0.09 * len(layers)
+    figure, axis = plt.subplots(figsize=(size + 0.8, size))
+    image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
+    every = max(1, len(layers) // 16)
+    axis.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
+    axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
+    axis.set_xlabel("layer")
+    axis.set_ylabel("layer")
+    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="|A ∩ B| / k")
+    _save(figure, path)
+
+
+def curve_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, float]]]]:
+    """Held-out scores by method, as points ordered by full layers."""
+    lines: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for entry in sorted(curve, key=lambda entry: entry["full_layers"]):
+        if "held_out" in entry:
+            lines.setdefault(entry["method"], []).append((entry["full_layers"], entry["held_out"]))
+    return {method: lines[method] for method in _STYLES if method in lines}
+
+
+def _loss_range(lines: dict[str, list[tuple[int, dict[str, float]]]]) -> tuple[float, float]:
+    """From the least loss to a little over the searched patterns' greatest: the baselines may leave the picture."""
+    everything = [scores["loss"] for points in lines.values() for _, scores in points]
+    low = min(everything)
+    searched = [scores["loss"] for _, scores in lines.get("search", [])] or everything
+    high = min(max(everything), max(searched) + 0.35 * (max(searched) - low) + 1e-6)
+    margin = 0.05 * (high - low) + 1e-6
+    return low - margin, high + margin
+
+
+def _plain(axis: Axes) -> None:
+    axis.grid(color="#e3e6ea", linewidth=0.8)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)

@@ -1,0 +1,124 @@
+"""Killed anywhere and gone on with: the same result, and nothing evaluated twice."""
+
+import json
+
+import pytest
+import torch
+from search_models import model, windows
+
+from indexcache.pattern_search.errors import PatternSearchError
+from indexcache.pattern_search.journal import Journal
+from indexcache.pattern_search.layer_engine import LayerEngine
+from indexcache.pattern_search.result import result_document
+from indexcache.pattern_search.search import SearchOptions, search, search_identity
+
+OPTIONS = SearchOptions(keep=("1/2", "1/4"), tolerance=0.01, baselines=("uniform", "similarity"))
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model(5, seed=4)
+
+
+def run(tiny, path, options=OPTIONS, resume=False, data=None):
+    calibration, held_out = windows(6) if data is None else data, windows(3, seed=9)
+    identity = search_identity(tiny, calibration, held_out, options)
+    journal = Journal(path, identity, resume)
+    try:
+        outcome = search(tiny, calibration, held_out, options, journal=journal)
+    finally:
+        journal.close()
+    document = result_document(outcome, options, calibration, held_out, source="tiny", identity=identity)
+    return {key: value for key, value in document.items() if key != "cost"}, outcome.cost
+
+
+def keys(path):
+    records = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return [(record["windows"], record["pattern"], record["round"]) for record in records]
+
+
+@pytest.mark.parametrize("algorithm", ["lazy", "greedy"])
+def test_killed_at_any_point_and_resumed(tiny, tmp_path, monkeypatch, algorithm):
+    options = SearchOptions(keep=("1/2", "1/4"), algorithm=algorithm, tolerance=0.01, baselines=("similarity",))
+    expected, cost = run(tiny, tmp_path / "whole.jsonl", options)
+    total = len(keys(tmp_path / "whole.jsonl"))
+    assert total > 20
+    plain = LayerEngine.last_hidden
+    for number, kill_after in enumerate(range(1, 60, 9)):
+        path = tmp_path / f"{number}.jsonl"
+        calls = 0
+
+        def dying(engine, letters, batch, limit=kill_after):
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise Killed
+            return plain(engine, letters, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerEngine, "last_hidden", dying)
+            with pytest.raises(Killed):
+                run(tiny, path, options)
+        done = len(keys(path))
+        found, _ = run(tiny, path, options, resume=True)
+        assert found == expected
+        assert len(keys(path)) == len(set(keys(path))) == total, "no evaluation was repeated"
+        assert done < total
+
+
+def test_a_finished_search_resumes_without_running_a_layer(tiny, tmp_path, monkeypatch):
+    expected, cost = run(tiny, tmp_path / "journal.jsonl")
+    monkeypatch.setattr(LayerEngine, "last_hidden", lambda *_: pytest.fail("a layer was run"))
+    found, again = run(tiny, tmp_path / "journal.jsonl", resume=True)
+    assert found == expected
+    assert again["search_layer_forwards"] == cost["search_layer_forwards"] > 0
+
+
+def test_a_half_written_line_is_cut_off(tiny, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    expected, _ = run(tiny, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:12]) + lines[12][: len(lines[12]) // 2])
+    found, _ = run(tiny, path, resume=True)
+    assert found == expected
+    assert len(keys(path)) == len(set(keys(path))) == len(lines) - 1
+
+
+def test_scores_survive_the_file_bit_by_bit(tmp_path):
+    scores = torch.rand(3, 4, dtype=torch.float64) * 1e3
+    journal = Journal(tmp_path / "journal.jsonl", {"a": 1})
+    journal.add("calibration", "FS", 0, scores, 7)
+    journal.close()
+    again = Journal(tmp_path / "journal.jsonl", {"a": 1}, resume=True)
+    assert torch.equal(again.get("calibration", "FS", 0), scores)
+    assert again.layer_forwards("calibration") == 7 and again.resumed == 1
+    assert again.get("held_out", "FS", 0) is None
+
+
+def test_journals_of_other_searches_are_refused(tiny, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    run(tiny, path)
+    with pytest.raises(PatternSearchError, match="holds an earlier search: go on with --resume"):
+        run(tiny, path)
+    for other, options, data, named in (
+        (model(5, seed=5), OPTIONS, None, "model_sha256"),
+        (tiny, OPTIONS, windows(6, seed=1), "calibration_sha256"),
+        (tiny, SearchOptions(objective="lm"), None, "objective: kl there, lm now"),
+    ):
+        with pytest.raises(PatternSearchError, match=f"belongs to another search .*{named}"):
+            run(other, path, options, resume=True, data=data)
+    path.write_text("no journal\n")
+    with pytest.raises(PatternSearchError, match="is damaged"):
+        run(tiny, path, resume=True)
+
+
+def test_other_numbers_of_layers_may_be_asked_for_later(tiny, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    run(tiny, path, SearchOptions(keep=("1/2",)))
+    before = len(keys(path))
+    found, _ = run(tiny, path, SearchOptions(keep=("1/2", "1")), resume=True)
+    assert found["patterns"]["1"] == "FSSSS" and len(keys(path)) == len(set(keys(path))) > before
