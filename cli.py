@@ -226,6 +226,12 @@ def verify(
 @app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    overlap: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Run text or windows: what the selections have in common.")
+    ] = None,
+    overlap_picture: Annotated[Path | None, typer.Option(help="With --overlap: write the heatmap as PNG.")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="With --overlap: tokens a window.")] = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="With --overlap: windows.")] = 4,
     revision: Revision = None,
     token: Token = None,
     as_json: AsJson = False,
@@ -237,7 +243,15 @@ def inspect(
         from .conversion.drawing import draw_description
 
         description = describe(open_source(path, revision=revision, token=token))
+        heatmap = None
+        if overlap is not None:
+            from .pattern_search.measure_overlap import draw_heatmap, measure_overlap
+
+            found = measure_overlap(path, overlap, seqlen, nsamples, overlap_picture, revision=revision, token=token)
+            description["overlap"], heatmap = found, draw_heatmap(found["layers"], found["matrix"])
         _print_json(description) if as_json else _print(draw_description(description))
+        if heatmap is not None and not as_json:
+            _print(heatmap)
 
 
 @app.command()

@@ -78,12 +78,12 @@ def _recorder(
     model: PreTrainedModel, layer: int, rows: torch.Tensor, found: dict[int, torch.Tensor]
 ) -> Callable[[], None]:
     """Keep the selection of some queries when the layer's indexer runs; returns what takes the hook away."""
-    indexer: Any = model.base_model.layers[layer].self_attn.indexer
+    decoder: Any = model.base_model
 
     def record(module: Any, args: Any, output: torch.Tensor) -> None:
         found[layer] = output[0, rows.to(output.device)]
 
-    remove: Callable[[], None] = indexer.register_forward_hook(record).remove
+    remove: Callable[[], None] = decoder.layers[layer].self_attn.indexer.register_forward_hook(record).remove
     return remove
 
 

@@ -58,6 +58,17 @@ class Sampling:
                 raise PatternSearchError(f"--{name} must be at least 1 (got {value})")
 
 
+def load_tokenizer(source: str, *, revision: str | None = None, token: str | None = None) -> Tokenizer | None:
+    """A checkpoint's tokenizer, or None when it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, token=token)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer
+
+
 def load_windows(
     data: str, config: Any, tokenizer: Tokenizer | None, sampling: Sampling, held_out: str | None = None
 ) -> tuple[Windows, Windows]:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..conversion.bundle import AUTO_MAP
 from ..conversion.families import convert_config, load_config
 from ..conversion.load_source import load_source
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .calibration import Sampling, Tokenizer, load_windows, short_window_warning
+from .calibration import Sampling, load_tokenizer, load_windows, short_window_warning
 from .errors import PatternSearchError
 from .journal import Journal
 from .monitor import SearchMonitor
@@ -77,12 +77,12 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
     fields, _ = PreTrainedConfig.get_config_dict(source, revision=run.revision, token=run.token)
     config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
     options.counts(config.share_pattern)
-    tokenizer = _load_tokenizer(source, run)
+    tokenizer = load_tokenizer(source, revision=run.revision, token=run.token)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
         quiet.warn(warning)
-    journal_path = run.output / JOURNAL_FILE
+    journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
     model = _load_model(source, run, processes)
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
@@ -106,7 +106,7 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
                 journal=journal,
                 processes=processes,
                 monitor=quiet,
-                cache_bytes=_cache_bytes(run, model),
+                cache_bytes=_free_bytes(run, model) // 4 if cache_bytes is None else cache_bytes,
                 cache_device=torch.device("cpu") if run.cache_on == "host" else None,
             )
         overlap = _overlap(model, calibration)
@@ -143,20 +143,17 @@ def _load_model(source: str, run: RunOptions, processes: Processes) -> IndexCach
     return load_source(source, **arguments).to(run.device or local).eval()  # type: ignore[arg-type]
 
 
-def _load_tokenizer(source: str, run: RunOptions) -> Tokenizer | None:
-    try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, revision=run.revision, token=run.token)
-    except (OSError, ValueError, KeyError):
+def _bytes(size: str | None) -> int | None:
+    if size is None:
         return None
-    return tokenizer
+    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", size.strip().lower())
+    if found is None:
+        raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _cache_bytes(run: RunOptions, model: IndexCacheForCausalLM) -> int:
-    if run.cache_memory is not None:
-        found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", run.cache_memory.strip().lower())
-        if found is None:
-            raise PatternSearchError(f"--cache-memory {run.cache_memory!r} is no size: write 8GB or 500MB")
-        return int(float(found[1]) * _UNITS[found[2]])
+def _free_bytes(run: RunOptions, model: IndexCacheForCausalLM) -> int:
+    """What is free where the states are kept."""
     if model.device.type == "cuda" and run.cache_on == "device":
-        return torch.cuda.mem_get_info(model.device)[0] // 4
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+        return torch.cuda.mem_get_info(model.device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

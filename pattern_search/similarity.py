@@ -30,13 +30,13 @@ def output_similarity(evaluator: Evaluator) -> torch.Tensor:
     pattern, size = evaluator.reference.letters, evaluator.num_layers
     known = journal.get("similarity", pattern, 0)
     if known is None:
-        total = torch.zeros(size, size, dtype=torch.float64)
         mine = processes.mine(range(len(evaluator.batches)))
+        table = torch.zeros(len(evaluator.batches), size, size, dtype=torch.float64)
         for batch in mine:
-            total += _of_batch(engine, batch) * len(evaluator.batches[batch])
-        windows = torch.tensor([sum(len(evaluator.batches[batch]) for batch in mine)], dtype=torch.float64)
-        known = processes.gather(total) / len(evaluator.windows)
-        forwards = int(processes.gather(windows)) * (size + size * (size - 1) // 2)
+            table[batch] = _of_batch(engine, batch) * len(evaluator.batches[batch])
+        # Each batch's own table is gathered, so that the sum does not depend on how many processes there are.
+        known = processes.gather(table).sum(0) / len(evaluator.windows)
+        forwards = len(evaluator.windows) * (size + size * (size - 1) // 2)
         journal.add("similarity", pattern, 0, known, forwards)
     return known
 

@@ -23,7 +23,10 @@ class Bytes:
         return [min(127, ord(character)) for character in text]
 
 
-def load(data, held_out=None, tokenizer=Bytes(), config=CONFIG, **sampling):
+TOKENIZER = Bytes()
+
+
+def load(data, held_out=None, tokenizer=TOKENIZER, config=CONFIG, **sampling):
     return load_windows(
         str(data), config, tokenizer, Sampling(**sampling), None if held_out is None else str(held_out)
     )

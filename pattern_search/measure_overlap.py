@@ -1,0 +1,84 @@
+"""What `indexcache inspect --overlap` does: a checkpoint and data to the heatmap of its selections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from transformers import PreTrainedConfig
+
+from ..conversion.bundle import AUTO_MAP
+from ..conversion.families import convert_config, load_config
+from ..conversion.load_source import load_source
+from ..evaluation.overlap import selection_overlap
+from .calibration import Sampling, load_tokenizer, load_windows
+from .errors import PatternSearchError
+
+# From no overlap to full: dark to bright.
+_SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
+
+
+def measure_overlap(
+    source: str,
+    data: str,
+    seqlen: int | None,
+    nsamples: int,
+    picture: Path | None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+) -> dict[str, Any]:
+    """Run windows of `data` through `source` and compare what its full layers select.
+
+    Args:
+        source: a DSA or IndexCache checkpoint: a folder or a Hub id.
+        data: as for `indexcache search`.
+        seqlen: tokens a window; by default 32 times top-k.
+        nsamples: windows.
+        picture: where to write the heatmap.
+        revision: of a Hub source.
+        token: for the Hub.
+
+    Returns:
+        `layers`, `matrix` (rows of |A ∩ B| / k), `adjacent`, `queries`.
+
+    Raises:
+        PatternSearchError: data that cannot be used, or windows not longer than top-k.
+    """
+    hub: dict[str, Any] = {"revision": revision, "token": token}
+    fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    sampling = Sampling(seqlen, nsamples)
+    windows, _ = load_windows(data, config, load_tokenizer(source, **hub), sampling)
+    on_cuda = torch.cuda.is_available()
+    model = load_source(source, dtype=torch.bfloat16 if on_cuda else torch.float32, **hub)
+    try:
+        found = selection_overlap(model.to("cuda" if on_cuda else "cpu").eval(), windows.ids[:, :-1])  # type: ignore[arg-type]
+    except ValueError as error:
+        raise PatternSearchError(str(error)) from error
+    matrix = found.matrix.tolist()
+    if picture is not None:
+        try:
+            from .figures import draw_overlap
+        except ImportError as error:
+            raise PatternSearchError(
+                f"--overlap-picture needs matplotlib ({error}): pip install matplotlib"
+            ) from error
+        draw_overlap(found.layers, matrix, picture)
+    return {"layers": found.layers, "matrix": matrix, "adjacent": found.adjacent, "queries": found.queries}
+
+
+def draw_heatmap(layers: list[int], matrix: list[list[float]]) -> Text:
+    """The heatmap in the terminal: two digits a cell, in percent."""
+    text = Text("\n|A ∩ B| / k of the layers' selections, in percent\n\n", style="bold")
+    text.append("     " + "".join(f"{layer:>4}" for layer in layers) + "\n", style="dim")
+    for layer, row in zip(layers, matrix):
+        text.append(f"{layer:>4} ", style="dim")
+        for value in row:
+            shade = _SHADES[min(len(_SHADES) - 1, int(value * len(_SHADES)))]
+            ink = "white" if value < 0.55 else "black"
+            text.append(f"{round(100 * value):>4}", style=f"{ink} on {shade}")
+        text.append("\n")
+    return text
