@@ -1,0 +1,173 @@
+"""What a pattern search costs: layer-forwards by depth on random models, and wall time on a checkpoint.
+
+    python -m indexcache.benchmarks.pattern_search growth
+    python -m indexcache.benchmarks.pattern_search time CHECKPOINT WINDOWS.safetensors --algorithm greedy --keep 1/8
+
+`growth` counts only (tiny random models, any machine). `time` loads a checkpoint, warms up with one pass over the
+windows, and times the search itself: Algorithm 1 (`greedy`) or the default (`lazy`), no held-out checks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..conversion.load_source import load_source
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..pattern_search.calibration import Sampling, load_windows
+from ..pattern_search.evaluator import Evaluator
+from ..pattern_search.floating import refine
+from ..pattern_search.greedy import greedy
+from ..pattern_search.lazy_greedy import lazy_greedy
+from ..pattern_search.prefix_cache import PrefixCache
+from ..pattern_search.windows import Windows
+
+RESULTS = Path(__file__).with_name("results")
+DEPTHS = (8, 12, 16, 24, 32, 47)
+PATH_ROUNDS = 3
+
+
+def random_model(num_layers: int, seed: int = 0) -> IndexCacheForCausalLM:
+    """A tiny model with random weights, fp32, on the CPU."""
+    torch.manual_seed(seed)
+    config = IndexCacheConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=num_layers,
+        num_attention_heads=2, num_key_value_heads=2, n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2,
+        n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=8, first_k_dense_replace=num_layers, index_topk=8, index_n_heads=4, index_head_dim=16,
+        max_position_embeddings=128, initializer_range=0.15, bos_token_id=0, eos_token_id=96, pad_token_id=1,
+    )  # fmt: skip
+    return IndexCacheForCausalLM(config).eval()
+
+
+def growth(depths: list[int], num_windows: int = 16, seqlen: int = 48) -> list[dict[str, Any]]:
+    """Layer-forwards of a whole sweep (all full to one full layer) by depth, a window."""
+    ids = torch.randint(2, 97, (num_windows, seqlen + 1), generator=torch.Generator().manual_seed(0))
+    rows = []
+    for depth in depths:
+        model = random_model(depth)
+        row: dict[str, Any] = {"layers": depth, "windows": num_windows}
+        row["paper"] = depth * (depth - 1) // 2 * depth * num_windows
+        for name, objective, batch in (("greedy, prefixes reused", "lm", num_windows), ("lazy", "kl", 1)):
+            evaluator = Evaluator(
+                "calibration", model, Windows(ids), objective=objective, batch_size=batch, cache=PrefixCache(2**31)
+            )
+            start = "F" * depth
+            if name == "lazy":
+                steps = lazy_greedy(evaluator, start, rounds=PATH_ROUNDS)
+                row["lazy path"] = evaluator.layer_forwards
+                for keep in {depth // 2, depth // 4, depth // 8}:
+                    refine(evaluator, next(step.pattern for step in steps if step.pattern.count("F") == keep))
+                row["lazy path and refinement at 1/2, 1/4, 1/8"] = evaluator.layer_forwards
+            else:
+                greedy(evaluator, start)
+                row[name] = evaluator.layer_forwards
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+@contextmanager
+def clock(record: dict[str, Any], name: str) -> Iterator[None]:
+    """Seconds of a block, the device's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    record[name] = round(time.perf_counter() - begun, 3)
+
+
+def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load, warm up, search; seconds and layer-forwards."""
+    record: dict[str, Any] = {"algorithm": arguments.algorithm, "keep": arguments.keep}
+    on_cuda = torch.cuda.is_available()
+    with clock(record, "load_seconds"):
+        model = load_source(arguments.checkpoint, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        model = model.to("cuda" if on_cuda else "cpu").eval()  # type: ignore[arg-type]
+    windows, _ = load_windows(
+        f"{arguments.windows}:calibration", model.config, None, Sampling(), f"{arguments.windows}:test"
+    )
+    greedily = arguments.algorithm == "greedy"
+    evaluator = Evaluator(
+        "calibration", model, windows, objective="lm" if greedily else "kl", batch_size=arguments.batch_size,
+        cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
+    )  # fmt: skip
+    start = "F" * evaluator.num_layers
+    with clock(record, "warm_up_seconds"):
+        for batch in range(len(evaluator.batches)):
+            evaluator.scorer.score(batch, evaluator.engine.last_hidden(start[:-1] + "S", batch))
+    keep = max(1, round(evaluator.num_layers * arguments.keep))
+    with clock(record, "search_seconds"):
+        if greedily:
+            steps = greedy(evaluator, start, keep)
+            record["patterns"] = [step.pattern for step in steps]
+        else:
+            steps = lazy_greedy(evaluator, start, keep, PATH_ROUNDS)
+            counts = {evaluator.num_layers // 2, evaluator.num_layers // 4, keep}
+            path = {step.pattern.count("F"): step.pattern for step in steps}
+            record["patterns"] = [refine(evaluator, path[count]).pattern for count in sorted(counts, reverse=True)]
+    return record | {
+        "windows": len(windows),
+        "tokens_a_window": windows.seqlen,
+        "batch_size": arguments.batch_size,
+        "layer_forwards": evaluator.layer_forwards,
+        "evaluations": evaluator.journal.count("calibration"),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the numbers were measured on."""
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of a shared machine"
+    )
+    return {
+        "device": f"{device}, {platform.machine()}",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    growing = verbs.add_parser("growth")
+    growing.add_argument("--depths", type=int, nargs="+", default=list(DEPTHS))
+    timing = verbs.add_parser("time")
+    timing.add_argument("checkpoint")
+    timing.add_argument("windows", help="safetensors with calibration_ids and test_ids")
+    timing.add_argument("--algorithm", choices=("greedy", "lazy"), default="greedy")
+    timing.add_argument(
+        "--keep", type=lambda text: float(text) if "/" not in text else 1 / int(text[2:]), default=1 / 8
+    )
+    timing.add_argument("--batch-size", type=int, default=16 if torch.cuda.is_available() else 1)
+    timing.add_argument("--cache-gb", type=int, default=4)
+    for verb in (growing, timing):
+        verb.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.verb == "growth":
+        found: Any = growth(arguments.depths)
+        output = arguments.output or RESULTS / "pattern_search_growth.json"
+    else:
+        found = timed_search(arguments)
+        print(json.dumps(found, indent=1))
+        output = arguments.output or RESULTS / f"pattern_search_{arguments.algorithm}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine(), "result": found}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
