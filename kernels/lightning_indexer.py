@@ -26,6 +26,7 @@ def lightning_indexer(
     scale: float | None = None,
     query_start: torch.Tensor | int | None = None,
     key_mask: torch.Tensor | None = None,
+    allow_triton: bool = True,
 ) -> torch.Tensor:
     """Select for each query the `topk` visible keys of largest `sum_h weights[h] * relu(scale * q[h] . k)`.
 
@@ -41,6 +42,7 @@ def lightning_indexer(
             device, never synchronised). Default: `T - S`.
         key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
             PyTorch path.
+        allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
     Returns:
         int32 of shape `[B, S, min(topk, T)]`: key slots in ascending order, -1 at the end of rows that see fewer
@@ -54,7 +56,8 @@ def lightning_indexer(
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _lightning_indexer(q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_mask)
+    arguments = (q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_mask)
+    return _lightning_indexer(*arguments, allow_triton)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::lightning_indexer", mutates_args=())
@@ -66,8 +69,9 @@ def _lightning_indexer(
     scale: float,
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
+    allow_triton: bool,
 ) -> torch.Tensor:
-    if q.is_cuda:
+    if q.is_cuda and allow_triton:
         reason = unsupported_reason(q, k, topk, scale, key_mask)
         if reason is None:
             return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask)
@@ -78,7 +82,7 @@ def _lightning_indexer(
 
 
 @_lightning_indexer.register_fake
-def _(q, k, weights, topk, scale, query_start, key_mask):
+def _(q, k, weights, topk, scale, query_start, key_mask, allow_triton):
     return q.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 

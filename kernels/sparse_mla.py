@@ -21,7 +21,13 @@ _MAX_HEADS, _MAX_TOPK, _MAX_WIDTH = 128, 8192, 576
 
 
 def sparse_mla(
-    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *, scale: float, value_dim: int
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scale: float,
+    value_dim: int,
+    allow_triton: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`softmax(scale * q . kv[indices]) @ kv[indices, :value_dim]` for every query and head.
 
@@ -32,6 +38,7 @@ def sparse_mla(
             Causality and padding are the caller's business: whatever is listed is read.
         scale: factor on the dot products.
         value_dim: leading entries of a latent that are its value.
+        allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
     Returns:
         `out` of shape `[B, S, H, value_dim]` in `q`'s dtype, zero for queries without keys, and `lse` of shape
@@ -49,7 +56,7 @@ def sparse_mla(
     if not 0 < value_dim <= kv.shape[-1]:
         raise ValueError(f"value_dim must lie in 1 .. {kv.shape[-1]}, the latent width (got {value_dim})")
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
-    if q.is_cuda and not needs_grad:
+    if q.is_cuda and allow_triton and not needs_grad:
         reason = _unsupported(q, kv, indices, value_dim)
         if reason is None:
             return _sparse_mla(q.detach(), kv.detach(), indices, scale, value_dim)

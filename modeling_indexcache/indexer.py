@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.lightning_indexer import lightning_indexer
+from .attention_backends import TRITON_ATTENTION
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
 from .rotary_embedding import rotate
@@ -18,7 +19,7 @@ class IndexCacheIndexer(nn.Module):
 
     def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx = config, layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
         self.index_topk = config.index_topk
@@ -62,7 +63,13 @@ class IndexCacheIndexer(nn.Module):
         weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype)).float() * self.n_heads**-0.5
         seen = visibility.for_keys(num_keys)
         return lightning_indexer(
-            q, keys, weights, self.index_topk, query_start=seen.query_start, key_mask=seen.key_mask
+            q,
+            keys,
+            weights,
+            self.index_topk,
+            query_start=seen.query_start,
+            key_mask=seen.key_mask,
+            allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -186,8 +186,14 @@ class IndexCacheAttention(nn.Module):
         for first, last in _chunks(num_queries, row_bytes):
             q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
             q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
-            selected = topk_indices[:, first:last]
-            out, _ = sparse_mla(q_absorbed, latents, selected, scale=self.scaling, value_dim=self.kv_lora_rank)
+            out, _ = sparse_mla(
+                q_absorbed,
+                latents,
+                topk_indices[:, first:last],
+                scale=self.scaling,
+                value_dim=self.kv_lora_rank,
+                allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
+            )
             outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 

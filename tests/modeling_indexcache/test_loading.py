@@ -1,5 +1,7 @@
 """Saved models load as they were, with other patterns where the weights allow, and refuse what cannot be."""
 
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,3 +112,22 @@ def test_fp8_with_ragged_blocks_is_refused_with_the_mend():
         IndexCacheForCausalLM._from_config(config)
     config.quantization_config = FineGrainedFP8Config(weight_block_size=(4, 4), dequantize=True)
     IndexCacheForCausalLM._from_config(config)
+
+
+@pytest.mark.parametrize(("backend", "allowed"), [("sdpa", False), ("eager", False), ("triton", True)])
+def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, backend, allowed):
+    from indexcache.kernels.lightning_indexer import lightning_indexer
+    from indexcache.kernels.sparse_mla import sparse_mla
+
+    model, seen = tiny_model(), []
+
+    def spy(op):
+        return lambda *args, **kwargs: seen.append(kwargs["allow_triton"]) or op(*args, **kwargs)
+
+    monkeypatch.setattr(
+        sys.modules["indexcache.modeling_indexcache.indexer"], "lightning_indexer", spy(lightning_indexer)
+    )
+    monkeypatch.setattr(sys.modules[type(model).__module__], "sparse_mla", spy(sparse_mla))
+    model.config._attn_implementation_internal = backend
+    logits(model, ids)
+    assert set(seen) == {allowed}
