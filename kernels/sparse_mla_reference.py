@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 # Largest block of gathered latents [B, chunk, K, D] in bytes; queries are taken in chunks that fit.
-GATHER_BLOCK_BYTES = 64 * 2**20
+GATHER_BLOCK_BYTES = 16 * 2**20
 
 
 def sparse_mla_reference(
