@@ -60,7 +60,7 @@ def search(
     ] = 2,
     refine_by: Annotated[
         Literal["lm", "objective"], typer.Option(help="What refinement lowers.", rich_help_panel=_HOW)
-    ] = "lm",
+    ] = "objective",
     baseline: Annotated[
         list[str] | None, typer.Option(help="uniform, similarity, none; repeat. Default: uniform.")
     ] = None,

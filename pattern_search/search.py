@@ -51,7 +51,7 @@ class SearchOptions:
     blocks: int = 1
     path_rounds: int = 3
     refine_passes: int = 2
-    refine_by: Literal["lm", "objective"] = "lm"
+    refine_by: Literal["lm", "objective"] = "objective"
     baselines: tuple[str, ...] = ("uniform",)
     curve: bool = True
     batch_size: int = 1
