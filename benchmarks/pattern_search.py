@@ -78,6 +78,20 @@ def growth(depths: list[int], num_windows: int = 16, seqlen: int = 48) -> list[d
     return rows
 
 
+def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
+    """Layer-forwards a window against depth, both axes logarithmic."""
+    from ..pattern_search.figures import save_plot
+
+    names = {
+        "paper": "Algorithm 1 as published",
+        "greedy, prefixes reused": "greedy, prefixes reused",
+        "lazy path and refinement at 1/2, 1/4, 1/8": "lazy, refined at 1/2, 1/4, 1/8",
+        "lazy path": "lazy, path alone",
+    }
+    lines = {label: [(row["layers"], row[name] / row["windows"]) for row in rows] for name, label in names.items()}
+    save_plot(lines, "layers of the model", "layer-forwards a window", path)
+
+
 @contextmanager
 def clock(record: dict[str, Any], name: str) -> Iterator[None]:
     """Seconds of a block, the device's work included."""
@@ -145,6 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     growing = verbs.add_parser("growth")
+    growing.add_argument("--picture", type=Path)
     growing.add_argument("--depths", type=int, nargs="+", default=list(DEPTHS))
     timing = verbs.add_parser("time")
     timing.add_argument("checkpoint")
@@ -160,6 +175,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.verb == "growth":
         found: Any = growth(arguments.depths)
+        if arguments.picture:
+            draw_growth(found, arguments.picture)
         output = arguments.output or RESULTS / "pattern_search_growth.json"
     else:
         found = timed_search(arguments)

@@ -80,6 +80,26 @@ def draw_overlap(layers: list[int], matrix: list[list[float]], path: Path) -> No
     _save(figure, path)
 
 
+def save_plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str, path: Path) -> None:
+    """Labelled lines of points, both axes logarithmic."""
+    figure, axis = plt.subplots(figsize=(5.6, 3.9))
+    for (label, points), colour in zip(lines.items(), (_INK, "#9a9fa6", _FULL, _FELL)):
+        axis.plot([at for at, _ in points], [value for _, value in points], color=colour, marker="o", markersize=4)
+        axis.annotate(
+            label, points[-1], xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=colour
+        )
+    depths = [at for at, _ in next(iter(lines.values()))]
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xticks(depths, [str(depth) for depth in depths])
+    axis.minorticks_off()
+    axis.set_xlim(depths[0] * 0.92, depths[-1] * 3.0)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    _plain(axis)
+    _save(figure, path)
+
+
 def curve_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, float]]]]:
     """Held-out scores by method, as points ordered by full layers."""
     lines: dict[str, list[tuple[int, dict[str, float]]]] = {}
