@@ -61,6 +61,8 @@ def _errors_as_messages() -> Iterator[None]:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+    except ImportError as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; an unfinished conversion or search goes on with --resume", 130)
 
