@@ -363,3 +363,7 @@ def env(as_json: AsJson = False) -> None:
         return
     for name, value in found.items():
         typer.echo(f"{name:<16} {value if value not in (None, []) else 'none'}")
+
+
+if __name__ == "__main__":
+    main()
