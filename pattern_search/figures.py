@@ -110,11 +110,10 @@ def curve_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict[s
 
 
 def _loss_range(lines: dict[str, list[tuple[int, dict[str, float]]]]) -> tuple[float, float]:
-    """From the least loss to a little over the searched patterns' greatest: the baselines may leave the picture."""
+    """From the least loss to half as much again at most: patterns beyond that are ruined, and leave the picture."""
     everything = [scores["loss"] for points in lines.values() for _, scores in points]
     low = min(everything)
-    searched = [scores["loss"] for _, scores in lines.get("search", [])] or everything
-    high = min(max(everything), max(searched) + 0.35 * (max(searched) - low) + 1e-6)
+    high = min(max(everything), 1.5 * low)
     margin = 0.05 * (high - low) + 1e-6
     return low - margin, high + margin
 
