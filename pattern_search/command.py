@@ -195,10 +195,12 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
 def _summary(document: dict[str, Any], output: Path) -> RenderableType:
     """The patterns asked for, with their held-out scores beside the start's and the baselines'."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("full layers", "method", "pattern", "held-out loss", "rise", "recall")
+    # A pattern cut short is worth nothing: on a narrow terminal it goes over several lines.
+    pattern = Column("pattern", overflow="fold", min_width=min(32, document["num_layers"]))
+    table = Table("full layers", "method", pattern, "held-out loss", "rise", "recall")
     start = next(entry for entry in document["curve"] if entry["full_layers"] == max(map(int, document["patterns"])))
     counts = {start["full_layers"], *document["asked_for"], document.get("keep")}
     for entry in sorted(document["curve"], key=lambda entry: -entry["full_layers"]):
