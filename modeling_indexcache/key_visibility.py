@@ -68,6 +68,15 @@ class KeyVisibility:
         fitted = self.key_mask[..., :num_keys] if missing < 0 else F.pad(self.key_mask, (0, missing), value=True)
         return KeyVisibility(self.query_start, fitted)
 
+    def from_query(self, first: int) -> KeyVisibility:
+        """The same for the queries from number `first` on."""
+        if first == 0:
+            return self
+        mask = self.key_mask
+        return KeyVisibility(
+            self.query_start + first, mask[:, first:] if mask is not None and mask.dim() == 3 else mask
+        )
+
     def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
         """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
         mask = self.key_mask

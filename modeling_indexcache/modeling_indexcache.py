@@ -30,38 +30,40 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..kernels.rms_norm import rms_norm
+from ..kernels.rotary import rotate
+from ..kernels.routed_experts import routed_experts
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .expert_router import IndexCacheTopkRouter
+from .feed_forward import adds_in_place, row_blocks, runs_expert_kernels, shared_linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
+from .inference_attention import attend_streamed, chunks, is_plain_linear, runs_streamed
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
-from .rotary_embedding import IndexCacheRotaryEmbedding, rotate, yarn_softmax_factor
+from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
     IndexCacheConfig.model_type, get_checkpoint_conversion_mapping("glm_moe_dsa"), overwrite=True
 )
 
-# Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
-ATTENTION_BLOCK_BYTES = 128 * 2**20
-
 
 class IndexCacheRMSNorm(nn.Module):
     """RMSNorm, its statistics in fp32."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, config: IndexCacheConfig, size: int, eps: float) -> None:
         super().__init__()
+        self.config = config
         self.weight = nn.Parameter(torch.ones(size))
         self.variance_epsilon = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., size]` to the same."""
-        wide = x.float() if x.dtype != torch.float64 else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
+        return rms_norm(x, self.weight, self.variance_epsilon, allow_triton)
 
 
 def eager_attention_forward(
@@ -106,10 +108,10 @@ class IndexCacheAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = IndexCacheRMSNorm(config.q_lora_rank, config.mla_norm_eps)
+            self.q_a_layernorm = IndexCacheRMSNorm(config, config.q_lora_rank, config.mla_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, num_heads * self.head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope_dim, bias=bias)
-        self.kv_a_layernorm = IndexCacheRMSNorm(self.kv_lora_rank, config.mla_norm_eps)
+        self.kv_a_layernorm = IndexCacheRMSNorm(config, self.kv_lora_rank, config.mla_norm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.nope_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden, bias=bias)
         self.scaling = self.head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
@@ -141,6 +143,19 @@ class IndexCacheAttention(nn.Module):
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
             `output_attentions` only), and the selection that was used.
         """
+        if runs_streamed(self, hidden_states, topk_indices, run_indexer):
+            return_all = bool(kwargs.get("output_topk_indices"))
+            out, topk_indices = attend_streamed(
+                self,
+                hidden_states,
+                position_embeddings,
+                visibility,
+                past_key_values,
+                topk_indices,
+                run_indexer,
+                return_all,
+            )
+            return out, None, topk_indices
         batch, num_queries = hidden_states.shape[:2]
         q_resid = None
         if self.config.q_lora_rank is None:
@@ -183,7 +198,7 @@ class IndexCacheAttention(nn.Module):
         batch, num_queries, heads, _ = q_nope.shape
         row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
         outs = []
-        for first, last in _chunks(num_queries, row_bytes):
+        for first, last in chunks(num_queries, row_bytes):
             q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
             q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
             out, _ = sparse_mla(
@@ -221,7 +236,7 @@ class IndexCacheAttention(nn.Module):
             "sdpa" if implementation == TRITON_ATTENTION else implementation, eager_attention_forward
         )
         outs, weights = [], []
-        for first, last in _chunks(num_queries, batch * heads * num_keys * 4):
+        for first, last in chunks(num_queries, batch * heads * num_keys * 4):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
                 mask = mask & _selected(topk_indices[:, first:last], num_keys)
@@ -237,7 +252,7 @@ class IndexCacheAttention(nn.Module):
     def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
         module = self.kv_b_proj
-        if _is_plain_linear(module):
+        if is_plain_linear(module):
             weight = module.weight
         else:
             # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
@@ -248,28 +263,11 @@ class IndexCacheAttention(nn.Module):
         return to_latent, to_value
 
 
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module.weight` is, as it stands, the whole of what `module` computes."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and "forward" not in vars(module)
-    )
-
-
 def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
     """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
     mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
     slots = topk_indices.long()
     return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
-
-
-def _chunks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose temporaries stay within `ATTENTION_BLOCK_BYTES`."""
-    step = max(1, ATTENTION_BLOCK_BYTES // max(1, row_bytes))
-    return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
 
 
 class IndexCacheMLP(nn.Module):
@@ -282,9 +280,13 @@ class IndexCacheMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden_size]` to the same; added in place to `accumulate` if given."""
+        if accumulate is None:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        for part, target in zip(row_blocks(x, self.gate_proj), row_blocks(accumulate, self.gate_proj)):
+            target += self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
+        return accumulate
 
 
 @use_experts_implementation
@@ -320,16 +322,31 @@ class IndexCacheMoE(nn.Module):
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__()
+        self.config = config
         self.gate = IndexCacheTopkRouter(config)
         self.experts = IndexCacheExperts(config)
         shared = config.shared_experts_intermediate_size or config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = IndexCacheMLP(config, shared)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, hidden_size]` to the same."""
+    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, S, hidden_size]` to the same; added in place to `accumulate` if given."""
         tokens = x.view(-1, x.shape[-1])
         _, weights, experts = self.gate(tokens)
-        return self.experts(tokens, experts, weights).view_as(x) + self.shared_experts(x)
+        if runs_expert_kernels(self, tokens):
+            target = None if accumulate is None else accumulate.view_as(tokens)
+            return routed_experts(
+                tokens,
+                experts,
+                weights,
+                self.experts.gate_up_proj,
+                self.experts.down_proj,
+                shared=tuple(linear.weight for linear in shared_linears(self)),
+                accumulate=target,
+            ).view_as(x)
+        out = self.experts(tokens, experts, weights).view_as(x)
+        if accumulate is None:
+            return out + self.shared_experts(x)
+        return self.shared_experts(x, accumulate.add_(out))
 
 
 class IndexCacheDecoderLayer(GradientCheckpointingLayer):
@@ -340,14 +357,18 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = IndexCacheAttention(config, layer_idx)
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
-        self.input_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
         attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+        del attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if adds_in_place(self.mlp, hidden_states):
+            return self.mlp(normed, accumulate=hidden_states), topk_indices
+        return hidden_states + self.mlp(normed), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -421,7 +442,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         num_layers = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))
-        self.norm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = IndexCacheRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._running_pattern = config.share_pattern
@@ -487,6 +508,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
 
         topk_indices = None
         for layer_idx, layer in enumerate(self.layers):
+            if self._running_pattern.is_full(layer_idx):
+                topk_indices = None  # frees the memory of a selection that nobody reads any more
             hidden_states, topk_indices = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,

@@ -1,0 +1,185 @@
+"""Attention without gradient, streamed: queries, absorbed queries, outputs and their projection exist for one chunk of
+tokens at a time, written where they are needed.
+
+Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R RoPE width, K selected keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from ..kernels.rms_norm import latent_rows
+from ..kernels.rotary import rotate, rotate_into
+from ..kernels.sparse_mla import sparse_mla
+from .attention_backends import TRITON_ATTENTION
+from .key_visibility import KeyVisibility
+from .latent_cache import append_latents
+
+# Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
+ATTENTION_BLOCK_BYTES = 128 * 2**20
+# Chunks of more queries are multiples of this, which is what the sparse kernel launches at once.
+CHUNK_MULTIPLE = 4096
+
+
+def runs_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> bool:
+    """Whether `attend_streamed` serves this forward: no compiled graph, no gradient, no eager attention."""
+    selects = (module.indexer is not None and run_indexer) or isinstance(topk_indices, torch.Tensor)
+    dropout = module.config.attention_dropout if module.training else 0.0
+    return (
+        selects
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and module.config._attn_implementation != "eager"
+        and not dropout
+    )
+
+
+def attend_streamed(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    visibility: KeyVisibility,
+    past_key_values: Cache | None,
+    topk_indices: torch.Tensor | None,
+    run_indexer: bool,
+    return_all: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `IndexCacheAttention.forward` computes, with its arguments: the output and the selection that was used.
+
+    `return_all` lets the indexer list the selection even when it is everything.
+    """
+    config = module.config
+    allow_triton = config._attn_implementation == TRITON_ATTENTION
+    queries_from, q_proj = hidden_states, None
+    if config.q_lora_rank is None:
+        q_proj = module.q_proj
+    else:
+        queries_from, q_proj = module.q_a_layernorm(module.q_a_proj(hidden_states)), module.q_b_proj
+    latents = _latents(module, hidden_states, position_embeddings, allow_triton)
+    if module.indexer is not None and run_indexer:
+        topk_indices = module.indexer(
+            hidden_states,
+            queries_from,
+            position_embeddings,
+            visibility,
+            past_key_values=past_key_values,
+            return_all=return_all,
+        )
+    latents = append_latents(past_key_values, latents, module.layer_idx)
+    if topk_indices is None:
+        return _attend_to_all(module, queries_from, q_proj, position_embeddings, latents, visibility), None
+    return (
+        _attend_to_selected(module, queries_from, q_proj, position_embeddings, latents, topk_indices, allow_triton),
+        topk_indices,
+    )
+
+
+def _latents(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    allow_triton: bool,
+) -> torch.Tensor:
+    """The rows to cache, `[B, S, C + R]`."""
+    kv, norm = module.kv_a_proj_with_mqa(hidden_states), module.kv_a_layernorm
+    interleaved = module.config.rope_interleave
+    if "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+        # Offloaded or watched: its weight may be elsewhere until it is called.
+        latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
+        return torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
+    return latent_rows(kv, norm.weight, norm.variance_epsilon, *position_embeddings, interleaved, allow_triton)
+
+
+def _attend_to_all(
+    module: Any,
+    queries_from: torch.Tensor,
+    q_proj: nn.Module,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    latents: torch.Tensor,
+    visibility: KeyVisibility,
+) -> torch.Tensor:
+    """Dense attention, for sequences no longer than the selection."""
+    batch, num_queries = queries_from.shape[:2]
+    q = q_proj(queries_from).view(batch, num_queries, -1, module.head_dim)
+    rotate_into(
+        q[..., module.nope_dim :],
+        q[..., module.nope_dim :],
+        *position_embeddings,
+        module.config.rope_interleave,
+        module.config._attn_implementation == TRITON_ATTENTION,
+    )
+    q_nope, q_rope = q.split([module.nope_dim, module.rope_dim], dim=-1)
+    out, _ = module._attend_expanded(q_nope, q_rope, latents, visibility, None, 0.0, False)
+    return module.o_proj(out.flatten(2))
+
+
+def _attend_to_selected(
+    module: Any,
+    queries_from: torch.Tensor,
+    q_proj: nn.Module,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    latents: torch.Tensor,
+    topk_indices: torch.Tensor,
+    allow_triton: bool,
+) -> torch.Tensor:
+    """Absorbed form on the selected latents, chunk by chunk of queries."""
+    to_latent, to_value = module._absorbed_weights()
+    to_value = to_value.transpose(1, 2)  # [H, C, V]
+    batch, num_queries = queries_from.shape[:2]
+    heads, rank = to_latent.shape[0], module.kv_lora_rank
+    row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
+    out: torch.Tensor | None = None
+    for first, last in chunks(num_queries, row_bytes):
+        rows = batch * (last - first)
+        q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)
+        absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
+        torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
+        rotate_into(
+            absorbed.view(batch, -1, *absorbed.shape[1:])[..., rank:],
+            q.view(batch, -1, *q.shape[1:])[..., module.nope_dim :],
+            *(angles[:, first:last] for angles in position_embeddings),
+            module.config.rope_interleave,
+            allow_triton,
+        )
+        latent_out, _ = sparse_mla(
+            absorbed.view(batch, last - first, heads, -1),
+            latents,
+            topk_indices[:, first:last],
+            scale=module.scaling,
+            value_dim=rank,
+            allow_triton=allow_triton,
+        )
+        values = q.new_empty(rows, heads, module.v_head_dim)
+        torch.bmm(latent_out.view(rows, heads, rank).transpose(0, 1), to_value, out=values.transpose(0, 1))
+        projected = module.o_proj(values.view(batch, last - first, -1))
+        if last - first == num_queries:
+            return projected
+        if out is None:
+            out = projected.new_empty(batch, num_queries, projected.shape[-1])
+        out[:, first:last] = projected
+    assert out is not None
+    return out
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module.weight` is, as it stands, the whole of what `module` computes, but for a bias."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and "forward" not in vars(module)
+    )
+
+
+def chunks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose temporaries stay within `ATTENTION_BLOCK_BYTES`."""
+    step = max(1, ATTENTION_BLOCK_BYTES // max(1, row_bytes))
+    if step > CHUNK_MULTIPLE:
+        step -= step % CHUNK_MULTIPLE
+    return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
