@@ -71,7 +71,7 @@ class IndexCacheIndexer(nn.Module):
         for first in range(0, num_queries, step):
             rows = slice(first, first + step)
             angles = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
-            seen = visibility.from_query(first)
+            seen = visibility.of_queries(first, first + step)
             chosen[:, rows] = self._select(hidden_states[:, rows], q_resid[:, rows], angles, keys, seen)
         return chosen
 

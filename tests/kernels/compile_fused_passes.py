@@ -78,7 +78,11 @@ def compile_case(name, arch):
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
 
 
-@pytest.mark.parametrize("arch", SHARED_KB, ids=str)
-@pytest.mark.parametrize("name", CASES)
+# Routing alone uses much shared memory; the rest is compiled for one target of each kind.
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [(n, a) for n in CASES for a in SHARED_KB if "experts" in n or a in (80, 90, "gfx942")],
+    ids=str,
+)
 def test_fits_shared_memory(name, arch):
     assert compile_case(name, arch).metadata.shared <= SHARED_KB[arch] * 1024
