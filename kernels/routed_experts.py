@@ -17,9 +17,9 @@ from .routed_experts_triton import combine, experts_vector, gated, gather_rows, 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
 # Up to so many tokens the matrix-vector kernels are faster than sorting and grouping.
-VECTOR_TOKENS = 8
+VECTOR_TOKENS = 6
 # Largest temporaries of a block of tokens in the grouped matmuls, in bytes.
-BLOCK_BYTES = 512 * 2**20
+BLOCK_BYTES = 256 * 2**20
 
 Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -43,7 +43,7 @@ def routed_experts(
         gate_up: `[E, 2 I, D]`, gate above up.
         down: `[E, D, I]`.
         shared: `gate [J, D]`, `up [J, D]`, `down [D, J]` of an expert that every token takes, or None.
-        accumulate: `[T, D]` to add the result to, in place; not inside `torch.compile`.
+        accumulate: contiguous `[T, D]` to add the result to, in place; not inside `torch.compile`.
 
     Returns:
         `[T, D]`: `accumulate` if given. No gradient flows.
@@ -54,7 +54,7 @@ def routed_experts(
     if not _on_triton(x):
         return accumulate.add_(routed_experts_reference(x, experts, weights, gate_up, down, shared))
     if x.shape[0] <= VECTOR_TOKENS:
-        return accumulate.copy_(experts_vector(x, experts, weights, gate_up, down, shared, accumulate))
+        return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
     _grouped(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
     return accumulate
 

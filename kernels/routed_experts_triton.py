@@ -26,6 +26,7 @@ def experts_vector(
     down: torch.Tensor,
     shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     base: torch.Tensor | None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A few tokens through their experts, reading each chosen expert's weights once a token.
 
@@ -37,16 +38,17 @@ def experts_vector(
         down: `[E, D, I]`.
         shared: `gate [J, D]`, `up [J, D]`, `down [D, J]` of the shared expert, or None.
         base: `[T, D]` to add, or None.
+        out: contiguous `[T, D]` to write, may be `base`; made when None.
 
     Returns:
-        `[T, D]`.
+        `[T, D]`: `out`.
     """
     tokens, width = x.shape
     inner, k = down.shape[2], experts.shape[1]
     gate, up, shared_down = shared if shared is not None else (gate_up, gate_up, down)
     shared_inner = gate.shape[0] if shared is not None else 0
     hidden = torch.empty(tokens, k * inner + shared_inner, dtype=x.dtype, device=x.device)
-    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)

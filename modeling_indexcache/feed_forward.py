@@ -7,15 +7,36 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
+from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.routed_experts import unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
-from .inference_attention import is_plain_linear
+from .few_token_linears import is_plain_linear
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
 FEED_FORWARD_BLOCK_BYTES = 256 * 2**20
 # Experts implementations of transformers that the kernels replace; any other was chosen by the user.
 _REPLACED = ("grouped_mm", "batched_mm")
+
+
+class IndexCacheMLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: IndexCacheConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden_size]` to the same; added in place to `accumulate` if given."""
+        if accumulate is None:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        for part, target in zip(row_blocks(x, self.gate_proj), row_blocks(accumulate, self.gate_proj)):
+            target += self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
+        return accumulate
 
 
 def adds_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:

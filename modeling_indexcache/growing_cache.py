@@ -18,7 +18,7 @@ _ATTRIBUTE = "_indexcache_buffers"
 
 
 @dataclass
-class _Buffer:
+class Buffer:
     """Storage of one layer's tensor: `owner` is the layer's id, `filled` the rows handed out."""
 
     rows: torch.Tensor
@@ -41,14 +41,14 @@ def append_rows(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
     if old is None or old.numel() == 0:
         setattr(layer, name, new)
         return new
-    buffers = vars(layer).setdefault(_ATTRIBUTE, {})
-    buffer = buffers.get(name)
     length, total = old.shape[-2], old.shape[-2] + new.shape[-2]
-    if not _continues(buffer, layer, old, total):
+    buffer = buffer_of(layer, name, old, total)
+    if buffer is None:
         room = max(LEAST_ROOM, length // 8)
         rows = old.new_empty(*old.shape[:-2], total + room, old.shape[-1])
         rows[..., :length, :] = old
-        buffer = buffers[name] = _Buffer(rows, id(layer), length)
+        buffer = Buffer(rows, id(layer), length)
+        vars(layer).setdefault(_ATTRIBUTE, {})[name] = buffer
     buffer.rows[..., length:total, :] = new
     buffer.filled = total
     kept = buffer.rows[..., :total, :]
@@ -56,8 +56,10 @@ def append_rows(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
     return kept
 
 
-def _continues(buffer: _Buffer | None, layer: Any, old: torch.Tensor, total: int) -> bool:
-    return (
+def buffer_of(layer: Any, name: str, old: torch.Tensor, total: int) -> Buffer | None:
+    """The buffer whose first rows are `old`, all of them handed out by this layer, with room for `total`; or None."""
+    buffer = vars(layer).get(_ATTRIBUTE, {}).get(name)
+    if (
         buffer is not None
         and buffer.owner == id(layer)
         and buffer.filled == old.shape[-2]
@@ -68,4 +70,6 @@ def _continues(buffer: _Buffer | None, layer: Any, old: torch.Tensor, total: int
         and old.dtype == buffer.rows.dtype
         and old.shape[:-2] == buffer.rows.shape[:-2]
         and old.shape[-1] == buffer.rows.shape[-1]
-    )
+    ):
+        return buffer
+    return None

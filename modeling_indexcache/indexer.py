@@ -10,6 +10,7 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.rotary import rotate, rotate_into
 from .attention_backends import TRITON_ATTENTION
+from .few_token_linears import linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
 
@@ -58,7 +59,9 @@ class IndexCacheIndexer(nn.Module):
             attention is exact then.
         """
         batch, num_queries = hidden_states.shape[:2]
-        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings)
+        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
+        (k,) = linears(hidden_states, (self.wk,), allow_triton)
+        k = self._turn(self.k_norm(k), position_embeddings)
         keys = append_index_keys(past_key_values, k, self.layer_idx)
         num_keys = keys.shape[1]
         if num_keys <= self.index_topk:
@@ -85,7 +88,8 @@ class IndexCacheIndexer(nn.Module):
     ) -> torch.Tensor:
         """The selection of some queries among `keys [B, T, D_I]`."""
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
-        q = self.wq_b(q_resid).view(*q_resid.shape[:2], self.n_heads, self.head_dim)
+        (q,) = linears(q_resid, (self.wq_b,), allow_triton)
+        q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
         rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
         seen = visibility.for_keys(keys.shape[1])

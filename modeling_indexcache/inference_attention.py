@@ -16,6 +16,7 @@ from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION
+from .few_token_linears import linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
 
@@ -55,12 +56,14 @@ def attend_streamed(
     """
     config = module.config
     allow_triton = config._attn_implementation == TRITON_ATTENTION
-    queries_from, q_proj = hidden_states, None
     if config.q_lora_rank is None:
-        q_proj = module.q_proj
+        queries_from, q_proj = hidden_states, module.q_proj
+        kv = module.kv_a_proj_with_mqa(hidden_states)
     else:
-        queries_from, q_proj = module.q_a_layernorm(module.q_a_proj(hidden_states)), module.q_b_proj
-    latents = _latents(module, hidden_states, position_embeddings, allow_triton)
+        q_a, kv = linears(hidden_states, (module.q_a_proj, module.kv_a_proj_with_mqa), allow_triton)
+        queries_from, q_proj = module.q_a_layernorm(q_a), module.q_b_proj
+        del q_a
+    latents = _latents(module, kv, position_embeddings, allow_triton)
     if module.indexer is not None and run_indexer:
         topk_indices = module.indexer(
             hidden_states,
@@ -80,13 +83,10 @@ def attend_streamed(
 
 
 def _latents(
-    module: Any,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    allow_triton: bool,
+    module: Any, kv: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], allow_triton: bool
 ) -> torch.Tensor:
-    """The rows to cache, `[B, S, C + R]`."""
-    kv, norm = module.kv_a_proj_with_mqa(hidden_states), module.kv_a_layernorm
+    """The rows to cache, `[B, S, C + R]`, of the projected `kv`."""
+    norm = module.kv_a_layernorm
     interleaved = module.config.rope_interleave
     if "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
         # Offloaded or watched: its weight may be elsewhere until it is called.
@@ -136,7 +136,8 @@ def _attend_to_selected(
     out: torch.Tensor | None = None
     for first, last in chunks(num_queries, row_bytes):
         rows = batch * (last - first)
-        q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)
+        (q,) = linears(queries_from[:, first:last], (q_proj,), allow_triton)
+        q = q.view(rows, heads, module.head_dim)
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
         torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
         rotate_into(
@@ -156,7 +157,7 @@ def _attend_to_selected(
         )
         values = q.new_empty(rows, heads, module.v_head_dim)
         torch.bmm(latent_out.view(rows, heads, rank).transpose(0, 1), to_value, out=values.transpose(0, 1))
-        projected = module.o_proj(values.view(batch, last - first, -1))
+        (projected,) = linears(values.view(batch, last - first, -1), (module.o_proj,), allow_triton)
         if last - first == num_queries:
             return projected
         if out is None:
@@ -164,17 +165,6 @@ def _attend_to_selected(
         out[:, first:last] = projected
     assert out is not None
     return out
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module.weight` is, as it stands, the whole of what `module` computes, but for a bias."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and "forward" not in vars(module)
-    )
 
 
 def chunks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:

@@ -30,63 +30,28 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..kernels.rms_norm import rms_norm
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .decode_graph import decode_graph
+from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import adds_in_place, row_blocks, runs_expert_kernels, shared_linears
+from .feed_forward import IndexCacheMLP, adds_in_place, runs_expert_kernels, shared_linears
+from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
-from .inference_attention import attend_streamed, chunks, is_plain_linear, runs_streamed
+from .inference_attention import attend_streamed, chunks, runs_streamed
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
+from .normalization import IndexCacheRMSNorm
 from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
     IndexCacheConfig.model_type, get_checkpoint_conversion_mapping("glm_moe_dsa"), overwrite=True
 )
-
-
-class IndexCacheRMSNorm(nn.Module):
-    """RMSNorm, its statistics in fp32."""
-
-    def __init__(self, config: IndexCacheConfig, size: int, eps: float) -> None:
-        super().__init__()
-        self.config = config
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., size]` to the same."""
-        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
-        return rms_norm(x, self.weight, self.variance_epsilon, allow_triton)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention that returns its weights.
-
-    `query [B, H, S, D]`, `key [B, H, T, D]`, `value [B, H, T, V]`, bool `attention_mask [B, 1, S, T]` to
-    `[B, S, H, V]` and weights `[B, H, S, T]`.
-    """
-    scores = (query @ key.transpose(2, 3)) * scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class IndexCacheAttention(nn.Module):
@@ -157,15 +122,17 @@ class IndexCacheAttention(nn.Module):
             )
             return out, None, topk_indices
         batch, num_queries = hidden_states.shape[:2]
+        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         q_resid = None
         if self.config.q_lora_rank is None:
-            q = self.q_proj(hidden_states)
+            q, kv = linears(hidden_states, (self.q_proj, self.kv_a_proj_with_mqa), allow_triton)
         else:
-            q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
-            q = self.q_b_proj(q_resid)
+            q_a, kv = linears(hidden_states, (self.q_a_proj, self.kv_a_proj_with_mqa), allow_triton)
+            q_resid = self.q_a_layernorm(q_a)
+            (q,) = linears(q_resid, (self.q_b_proj,), allow_triton)
         q_nope, q_rope = q.view(batch, num_queries, -1, self.head_dim).split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        latent, k_rope = kv.split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
         latents = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)  # [B, S, C + R]
 
@@ -188,7 +155,8 @@ class IndexCacheAttention(nn.Module):
             )
         else:
             out = self._attend_selected(q_nope, q_rope, latents, topk_indices)
-        return self.o_proj(out.flatten(2)), weights, topk_indices
+        (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
+        return out, weights, topk_indices
 
     def _attend_selected(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
@@ -268,25 +236,6 @@ def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
     mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
     slots = topk_indices.long()
     return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
-
-
-class IndexCacheMLP(nn.Module):
-    """Gated feed-forward."""
-
-    def __init__(self, config: IndexCacheConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
-        """`[..., hidden_size]` to the same; added in place to `accumulate` if given."""
-        if accumulate is None:
-            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-        for part, target in zip(row_blocks(x, self.gate_proj), row_blocks(accumulate, self.gate_proj)):
-            target += self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
-        return accumulate
 
 
 @use_experts_implementation
@@ -434,7 +383,13 @@ class IndexCachePreTrainedModel(PreTrainedModel):
 
 
 class IndexCacheModel(IndexCachePreTrainedModel):
-    """The decoder without a head."""
+    """The decoder without a head.
+
+    Attributes:
+        decode_graphs: on CUDA, replay decoding steps of dynamic caches as CUDA graphs (`decode_graph.py`).
+    """
+
+    decode_graphs = True
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
@@ -499,16 +454,31 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         num_queries, device = hidden_states.shape[1], hidden_states.device
-        visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
-        if position_ids is None:
-            slots = visibility.query_start + torch.arange(num_queries, device=device)
-            position_embeddings = self.rotary_emb(hidden_states, slots.unsqueeze(0))
-        else:
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_out = decode_graph(
+            self, self._run_layers, hidden_states, attention_mask, position_ids, past_key_values, kwargs
+        )
+        if hidden_out is None:
+            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
+            hidden_out = self._run_layers(hidden_states, position_ids, visibility, past_key_values, **kwargs)
+        return IndexCacheModelOutput(last_hidden_state=hidden_out, past_key_values=past_key_values)
 
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        visibility: KeyVisibility,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """All layers and the last norm, `[B, S, hidden_size]` to the same."""
+        if position_ids is None:
+            slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            position_ids = slots.unsqueeze(0)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
         for layer_idx, layer in enumerate(self.layers):
-            if self._running_pattern.is_full(layer_idx):
+            run_indexer = self._running_pattern.is_full(layer_idx)
+            if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
             hidden_states, topk_indices = layer(
                 hidden_states,
@@ -516,10 +486,10 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 visibility=visibility,
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
-                run_indexer=self._running_pattern.is_full(layer_idx),
+                run_indexer=run_indexer,
                 **kwargs,
             )
-        return IndexCacheModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return self.norm(hidden_states)
 
 
 class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):

@@ -5,12 +5,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from indexcache.kernels import expert_topk_triton, rms_norm_triton, rotary_triton, routed_experts_triton
+from indexcache.kernels import (
+    expert_topk_triton,
+    rms_norm_triton,
+    rotary_triton,
+    routed_experts_triton,
+    vector_linear_triton,
+)
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 POINTERS = {
     **dict.fromkeys(("x", "out", "weight", "cos", "sin", "gate_up", "gate", "up", "hidden", "down"), "*bf16"),
     **dict.fromkeys(("shared_down", "base", "routed", "shared"), "*bf16"),
+    **dict.fromkeys(("weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "order", "place"), "*i64"),
 }
@@ -47,6 +54,12 @@ CASES = {
     "down": (
         routed_experts_triton.experts_down_vector_kernel,
         dict(D=WIDTH, INNER=INNER, SHARED=INNER, K=4, ROWS=4, COLUMNS=2048, HAS_BASE=True),
+        4,
+        3,
+    ),
+    "linear": (
+        vector_linear_triton.vector_linear_kernel,
+        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048),
         4,
         3,
     ),

@@ -15,6 +15,8 @@ from indexcache.kernels.rotary import rotate
 from indexcache.kernels.rotary_triton import rotate_into_triton
 from indexcache.kernels.routed_experts import routed_experts_reference
 from indexcache.kernels.routed_experts_triton import experts_vector
+from indexcache.kernels.vector_linear import vector_linear_reference
+from indexcache.kernels.vector_linear_triton import vector_linear_triton
 
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
 DTYPE = torch.float16
@@ -146,3 +148,11 @@ def test_experts_of_many_tokens_in_blocks(monkeypatch, block_bytes, shared_inner
     out = base.clone()
     routed_experts._grouped(*arguments, shared, out, out)
     assert_as_exact_as(out, plain, exact)
+
+
+@pytest.mark.parametrize(("tokens", "width", "sizes"), [(1, 48, [7]), (2, 200, [5, 64, 3]), (1, 3000, [9, 4, 2, 17])])
+def test_linear_layers_side_by_side(tokens, width, sizes):
+    x = torch.randn(tokens, width, dtype=DTYPE)
+    weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
+    exact = vector_linear_reference(x.double(), [weight.double() for weight in weights])
+    assert_as_exact_as(vector_linear_triton(x, weights), vector_linear_reference(x, weights), exact)
