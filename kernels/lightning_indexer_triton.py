@@ -56,6 +56,7 @@ def lightning_indexer_triton(
     scale: float,
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None."""
     B, S, H, D = q.shape
@@ -66,12 +67,13 @@ def lightning_indexer_triton(
     q, k, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, weights))
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+    first_keys = None if key_start is None else key_start.contiguous()
     config = prefill_config(H, D, _architecture(q.device))
     programs = _multiprocessors(q.device) * config["programs_per_sm"]
     if B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, mask, out, _multiprocessors(q.device))
+        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, _multiprocessors(q.device))
     else:
-        _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs)
+        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, programs)
     return out
 
 
@@ -101,7 +103,7 @@ def list_capacity(topk: int, epoch: int) -> int:
     return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
 
 
-def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) -> None:
+def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, programs) -> None:
     B, S, H, D = q.shape
     # A bit of an int32 for every tile of an epoch.
     BQ, EPOCH = config["BQ"], 32 * config["BK"]
@@ -114,6 +116,7 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         k,
         weights,
         starts,
+        first_keys,
         mask,
         out,
         buffer,
@@ -135,6 +138,7 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         BK=config["BK"],
         EPOCH=EPOCH,
         CAP=CAP,
+        HAS_FIRST=first_keys is not None,
         HAS_MASK=mask is not None,
         STAGES=config["STAGES"],
         PARTS=config["PARTS"],
@@ -204,7 +208,18 @@ if triton is not None:
 
     @triton.jit
     def append_passed(
-        passed, slot, count, first_key, tiles, buffer, exchange, lists, EPOCH: tl.constexpr, CAP: tl.constexpr
+        passed,
+        first_slot,
+        slot,
+        count,
+        first_key,
+        tiles,
+        buffer,
+        exchange,
+        lists,
+        EPOCH: tl.constexpr,
+        CAP: tl.constexpr,
+        HAS_FIRST: tl.constexpr,
     ):
         """Append an epoch's keys that passed to the rows' lists, in key order; returns the rows' new counts.
 
@@ -219,6 +234,9 @@ if triton is not None:
         visible = tl.minimum(tl.maximum(slot[:, None] - lane_key[None, :] + 1, 0), tiles)  # [BQ, BK] keys of a lane
         below = (tl.full(visible.shape, 1, tl.int64) << visible.to(tl.int64)) - 1
         passed &= below.to(tl.int32)
+        if HAS_FIRST:
+            hidden = tl.minimum(tl.maximum(first_slot[:, None] - lane_key[None, :], 0), tiles)
+            passed &= ~((tl.full(hidden.shape, 1, tl.int64) << hidden.to(tl.int64)) - 1).to(tl.int32)
         number = bits_set(passed)
         place = (row * CAP + count)[:, None] + tl.cumsum(number, 1) - number
         # Through memory into one entry a thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
@@ -253,6 +271,7 @@ if triton is not None:
         k,
         weights,
         starts,
+        first_keys,
         mask,
         out,
         buffer,
@@ -278,6 +297,7 @@ if triton is not None:
         BK: tl.constexpr,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
+        HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
@@ -304,6 +324,12 @@ if triton is not None:
                 slot = start + first_query + row  # [BQ]
                 slot = tl.where(first_query + row < S, tl.minimum(slot, T - 1), -1)
                 end = tl.max(slot) + 1
+                first_slot = tl.zeros([BQ], tl.int32)
+                if HAS_FIRST:
+                    real = first_query + row < S
+                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=2147483647)
+                    first_slot = tl.maximum(first_slot, 0)
+                begin = tl.min(first_slot)
 
                 q_tile, w = load_queries(
                     q + b * q_stride_b,
@@ -339,7 +365,7 @@ if triton is not None:
 
                 bound = tl.full([BQ], float("-inf"), tl.float32)
                 count = tl.zeros([BQ], tl.int32)
-                for epoch in tl.range(0, end, EPOCH, num_stages=1):
+                for epoch in tl.range(begin, end, EPOCH, num_stages=1):
                     # Tile i holds keys i, i + tiles, i + 2 * tiles, ...: bit i of a lane's word stands for a key, and
                     # lanes and bits read in order are keys in order.
                     tiles = tl.minimum(tl.cdiv(end - epoch, BK), EPOCH // BK)
@@ -375,7 +401,18 @@ if triton is not None:
                     else:
                         words = tl.trans(passed)
                     count = append_passed(
-                        words & allowed[None, :], slot, count, epoch, tiles, buffer, exchange, lists, EPOCH, CAP
+                        words & allowed[None, :],
+                        first_slot,
+                        slot,
+                        count,
+                        epoch,
+                        tiles,
+                        buffer,
+                        exchange,
+                        lists,
+                        EPOCH,
+                        CAP,
+                        HAS_FIRST,
                     )
                     tl.debug_barrier()
                     if tl.max(count) > CAP - EPOCH:
