@@ -27,6 +27,7 @@ POINTERS = {
     "starts": "*i64",
     "first_keys": "*i32",
     "mask": "*u8",
+    "redo": "*i32",
     "out": "*i32",
     "buffer": "*fp32",
     "exchange": "*i32",
@@ -55,7 +56,7 @@ def prefill_constants(H, D, architecture, topk=2048):
     config = prefill.prefill_config(H, D, architecture)
     epoch = 32 * config["BK"]
     shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch)}
-    shapes |= {"HAS_FIRST": True, "HAS_MASK": True}
+    shapes |= {"HAS_FIRST": True, "HAS_MASK": True, "HAS_REDO": True}
     return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
 
 
