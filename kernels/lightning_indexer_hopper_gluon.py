@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import torch
 
+from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp
+
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
@@ -43,7 +45,9 @@ CHECK_TILES = 16
 SAMPLE_STRIDE = 32
 # Lists of fewer than this many keys need no guess.
 LIST_KEYS = 6144
-SAMPLE_LIST_KEYS = 2048
+SAMPLE_LIST_KEYS = 4096
+# Entries behind a list's scores and keys: what is known of it (a multiple of 4 keeps rows aligned).
+LIST_EXTRA = 16
 # Below this top-k a list holds so many times its keys that cuts are rare without a guess.
 LEAST_GUESSED_TOPK = 1024
 
@@ -112,8 +116,8 @@ def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, l
     T = k.shape[1]
     BQ = COLUMNS // H
     capacity = SAMPLE_LIST_KEYS if sampling else LIST_KEYS
-    list_scores = torch.empty(programs, 2, BQ, capacity, dtype=torch.float32, device=q.device)
-    list_keys = torch.empty(programs, 2, BQ, capacity, dtype=torch.int32, device=q.device)
+    # Of this block and the one before, for each row: bits of fp32 scores, keys, then their number and the first bound.
+    lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
     element = gl.float16 if q.dtype == torch.float16 else gl.bfloat16
     q_rows, k_rows = q.view(B * S * H, D), k.as_strided((B * T, D), (k.stride(1), 1))
     q_block, k_block = [COLUMNS, D], [TILE_KEYS, D]
@@ -129,8 +133,7 @@ def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, l
         guesses,
         out,
         redo,
-        list_scores,
-        list_keys,
+        lists,
         B,
         S,
         T,
@@ -153,25 +156,16 @@ def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, l
 
 
 if gluon is not None:
+    # The weights of a thread's columns (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
+    WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64], [128]]))
 
     @gluon.jit
-    def _add(a, b):
-        return a + b
-
-    @gluon.jit
-    def _ordered(x):
-        """int32 that sorts like the fp32 `x`; -0.0 and 0.0 are equal."""
-        bits = gl.where(x == 0.0, 0.0, x).to(gl.int32, bitcast=True)
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-    @gluon.jit
-    def _block_of(
-        turn, starts, first_keys, B, S, last_slot, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr
-    ):
+    def _block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
         """Batch, first query (negative: no block), first key and number of tiles of a program's block at a turn.
 
         Longest rows first, back and forth, so that programs end together.
         """
+        turns, B, S, T, last_slot = sizes
         program = gl.program_id(0)
         programs = gl.num_programs(0)
         block = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
@@ -214,7 +208,7 @@ if gluon is not None:
             mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
             load_tile(q_desc, [first_row * H, 0], q_full.index(parity), q_tiles.index(parity))
             w = gl.load(weights + first_row.to(gl.int64) * H + column, mask=first_query + column // H < S, other=0.0)
-            w_tiles.index(parity).store(w)
+            w_tiles.index(parity).store(w * 0.5)
             barrier()
             mbarrier.arrive(q_full.index(parity), count=1)
 
@@ -225,16 +219,9 @@ if gluon is not None:
         k_full,
         starts,
         first_keys,
+        sizes,
         tile,
-        turn,
-        done,
-        row,
-        tiles,
-        turns,
-        B,
-        S,
-        T,
-        last_slot,
+        place,
         BQ: gl.constexpr,
         STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
@@ -242,12 +229,14 @@ if gluon is not None:
     ):
         """Start to copy the program's tile number `tile`, sought from a block on; returns the block it is in.
 
-        A block is its turn, the tiles `done` before it, its first `row` of keys and its number of tiles.
+        Such a `place` is the block's turn, the tiles before it, its first row of keys and its number of tiles.
         """
+        turns, B, S, T, last_slot = sizes
+        turn, done, row, tiles = place
         while (tile - done >= tiles) & (turn < turns):
             done += tiles
             turn += 1
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             row = b * T + begin
         if turn < turns:
             stage = tile % STAGES
@@ -256,25 +245,48 @@ if gluon is not None:
         return turn, done, row, tiles
 
     @gluon.jit
+    def _from_lane(x, DISTANCE: gl.constexpr):
+        """What the lane with one bit of its number flipped, the one worth DISTANCE (1 or 2), holds."""
+        if DISTANCE == 2:
+            got = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
+            )
+        else:
+            got = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
+            )
+        return got
+
+    @gluon.jit
+    def _halve(x, LANE_BIT: gl.constexpr):
+        """Sum `x` [64, N, 4] over a bit of its last axis, the four lanes of a quad, and halve the work of each lane.
+
+        The lanes whose bit is set keep the second half of the middle axis, the others the first: `[64, N / 2, 4]`.
+        """
+        N: gl.constexpr = x.shape[1]
+        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, N // 2, 4]), (0, 2, 3, 1)))
+        lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, first.type.layout)))
+        upper = ((lane & LANE_BIT) != 0)[None, None, :]
+        return gl.where(upper, second, first) + _from_lane(gl.where(upper, first, second), LANE_BIT)
+
+    @gluon.jit
+    def _sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
+        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ]`, each score in one thread."""
+        # Of 8 neighbouring columns a lane holds two and the others of its quad the rest.
+        by_lane = gl.permute(gl.reshape(terms, [64, BQ, H // 8, 4, 2]), (0, 1, 3, 2, 4))
+        parts = gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)  # [64, BQ, 4]
+        parts = _halve(_halve(parts, 2), 1)  # [64, BQ / 4, 4]
+        return gl.reshape(gl.permute(parts, (0, 2, 1)), [64, BQ])
+
+    @gluon.jit
     def _score_group(
         group: gl.constexpr,
         k_desc,
         starts,
         first_keys,
-        q_tiles,
-        w_tiles,
-        k_tiles,
-        slots,
-        q_full,
-        k_full,
-        slot_full,
-        slot_empty,
-        my_turn,
-        turns,
-        B,
-        S,
-        T,
-        last_slot,
+        buffers,
+        bars,
+        sizes,
         H: gl.constexpr,
         BQ: gl.constexpr,
         STRIDE: gl.constexpr,
@@ -283,39 +295,22 @@ if gluon is not None:
         SLOTS: gl.constexpr,
     ):
         acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, 16])
+        turns, B, S, T, last_slot = sizes
+        q_tiles, w_tiles, k_tiles, slots = buffers
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # The next tile to load, and the block it is in.
         ahead = gl.full((), 0, gl.int32) + group
-        b, first_query, begin, tiles_there = _block_of(0, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST)
-        turn_there = gl.full((), 0, gl.int32)
-        done_there = gl.full((), 0, gl.int32)
-        row_there = b * T + begin
+        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
         for _ in gl.static_range(STAGES // 2):
-            turn_there, done_there, row_there, tiles_there = _load_keys(
-                k_desc,
-                k_tiles,
-                k_full,
-                starts,
-                first_keys,
-                ahead,
-                turn_there,
-                done_there,
-                row_there,
-                tiles_there,
-                turns,
-                B,
-                S,
-                T,
-                last_slot,
-                BQ,
-                STRIDE,
-                HAS_FIRST,
-                STAGES,
+            place = _load_keys(
+                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
             )
             ahead += 2
         done = gl.full((), 0, gl.int32)
         mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             if first_query >= 0:
                 parity = turn & 1
                 mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
@@ -325,144 +320,32 @@ if gluon is not None:
                     mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
                     mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
                     acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
-                    acc = warpgroup_mma(
-                        k_tiles.index(stage), q_tiles.index(parity).permute((1, 0)), acc, use_acc=False, is_async=True
-                    )
+                    k_tile = k_tiles.index(stage)
+                    q_tile = q_tiles.index(parity).permute((1, 0))
+                    acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
                     mbarrier.arrive(my_turn.index(1 - group), count=1)
                     mine += 1
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
-                    terms = gl.maximum(acc, 0.0) * w[None, :]
-                    score = gl.sum(gl.reshape(terms, [64, BQ, H]), 2)  # [64, BQ]
+                    # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
+                    terms = (acc + gl.abs(acc)) * w[None, :]
+                    score = _sum_over_heads(terms, BQ, H)  # [64, BQ]
                     mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
                     slots.index(slot).permute((1, 0)).store(score)
                     barrier()
                     mbarrier.arrive(slot_full.index(slot), count=1)
                     # The tile's stage is free again: the next but one of this group's tiles goes there.
-                    turn_there, done_there, row_there, tiles_there = _load_keys(
-                        k_desc,
-                        k_tiles,
-                        k_full,
-                        starts,
-                        first_keys,
-                        ahead,
-                        turn_there,
-                        done_there,
-                        row_there,
-                        tiles_there,
-                        turns,
-                        B,
-                        S,
-                        T,
-                        last_slot,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        STAGES,
+                    place = _load_keys(
+                        k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
                     )
                     ahead += 2
             done += tiles
 
     @gluon.jit
-    def _kth_largest(scores, n, topk, slack, STEP: gl.constexpr, layout: gl.constexpr):
-        """Of n > topk scores in memory: a value (ordered int) that `topk` to `topk + slack` reach, and how many do.
-
-        Only ties at it let more reach it. Built bit by bit below the leading bits that all scores share.
-        """
-        offset = gl.arange(0, STEP, layout=layout)
-        high = gl.full([STEP], -2147483648, gl.int32, layout)
-        low = gl.full([STEP], 2147483647, gl.int32, layout)
-        for first in range(0, n, STEP):
-            valid = first + offset < n
-            key = _ordered(gl.load(scores + first + offset, mask=valid, other=0.0))
-            high = gl.where(valid, gl.maximum(high, key), high)
-            low = gl.where(valid, gl.minimum(low, key), low)
-        top = gl.max(high, 0)
-        least = gl.min(low, 0)
-        differ = top ^ least
-        for shift in gl.static_range(5):
-            differ |= (differ >> (1 << shift)) & (0x7FFFFFFF >> ((1 << shift) - 1))
-        kth = gl.where(differ < 0, -2147483648, top & ~differ)
-        bit = gl.where(differ < 0, -2147483648, differ - (differ >> 1))
-        reach = n
-        while (bit != 0) & (reach > topk + slack):
-            # Adding the sign bit wraps to 0, the least ordered int that is not negative.
-            trial = kth + bit
-            number = gl.zeros([STEP], gl.int32, layout)
-            for first in range(0, n, STEP):
-                valid = first + offset < n
-                key = _ordered(gl.load(scores + first + offset, mask=valid, other=float("-inf")))
-                number += (valid & (key >= trial)).to(gl.int32)
-            count = gl.sum(number, 0)
-            kth = gl.where(count >= topk, trial, kth)
-            reach = gl.where(count >= topk, count, reach)
-            bit = (bit >> 1) & 0x7FFFFFFF
-        return gl.maximum(kth, least), reach
-
-    @gluon.jit
-    def _float_of(key):
-        return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
-
-    @gluon.jit
-    def _keep_best(
-        scores,
-        keys,
-        n,
-        topk,
-        slack,
-        out,
-        IN_PLACE: gl.constexpr,
-        layout: gl.constexpr,
-    ):
-        """Copy the keys of the `topk` to `topk + slack` best of n in order, to `out` or, with scores, in place.
-
-        Returns a score that none of those left out exceeds, minus infinity when none is, and the number copied.
-        """
-        STEP: gl.constexpr = 1024
-        offset = gl.arange(0, STEP, layout=layout)
-        kth = gl.full((), -2147483648, gl.int32)
-        room = n
-        if n > topk:
-            kth, reach = _kth_largest(scores, n, topk, slack, STEP, layout)
-            if reach > topk + slack:
-                above = gl.zeros([STEP], gl.int32, layout)
-                for first in range(0, n, STEP):
-                    valid = first + offset < n
-                    key = _ordered(gl.load(scores + first + offset, mask=valid, other=float("-inf")))
-                    above += (valid & (key > kth)).to(gl.int32)
-                room = topk - gl.sum(above, 0)
-        written = gl.full((), 0, gl.int32)
-        ties = gl.full((), 0, gl.int32)
-        for first in range(0, n, STEP):
-            valid = first + offset < n
-            score = gl.load(scores + first + offset, mask=valid, other=float("-inf"))
-            entry = gl.load(keys + first + offset, mask=valid, other=0)
-            key = _ordered(score)
-            keep = valid & (key >= kth)
-            if room < n:
-                tied = valid & (key == kth)
-                tie_rank = ties + gl.associative_scan(tied.to(gl.int32), 0, _add)
-                keep = keep & ((key > kth) | (tie_rank <= room))
-                ties += gl.sum(tied.to(gl.int32), 0)
-            place = written + gl.associative_scan(keep.to(gl.int32), 0, _add) - 1
-            if IN_PLACE:
-                # Everything is read before anything is overwritten.
-                barrier()
-                gl.store(scores + place, score, mask=keep)
-                gl.store(keys + place, entry, mask=keep)
-            else:
-                gl.store(out + place, entry, mask=keep)
-            written += gl.sum(keep.to(gl.int32), 0)
-        if IN_PLACE:
-            barrier()
-        return gl.where(n > topk, _float_of(kth), float("-inf")), written
-
-    @gluon.jit
-    def _finish_row(
-        scores,
-        keys,
-        n,
-        row_guess,
+    def _write_row(
+        list_i,
+        kth,
+        room,
         topk,
         width,
         guesses,
@@ -471,23 +354,21 @@ if gluon is not None:
         row,
         HAS_GUESS: gl.constexpr,
         SAMPLING: gl.constexpr,
+        CAPACITY: gl.constexpr,
         layout: gl.constexpr,
     ):
         """Write a row's selection, or its guess."""
+        n = gl.load(list_i + 2 * CAPACITY)
         if SAMPLING:
-            guess = gl.full((), float("-inf"), gl.float32)
-            if n > topk:
-                kth, _ = _kth_largest(scores, n, topk, topk // 16, 1024, layout)
-                guess = _float_of(kth)
-            gl.store(guesses + row, guess)
+            gl.store(guesses + row, gl.where(n > topk, float_of_ordered(kth), float("-inf")))
         else:
             out += row * width
-            _, written = _keep_best(scores, keys, n, topk, 0, out, False, layout)
+            written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
             offset = gl.arange(0, 1024, layout=layout)
             for first in range(written // 1024 * 1024, width, 1024):
                 entry = first + offset
                 gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
-            if HAS_GUESS and (n < topk) & (row_guess > float("-inf")):
+            if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
                 gl.store(redo + row, 1)
 
     @gluon.jit
@@ -500,19 +381,10 @@ if gluon is not None:
         guesses,
         out,
         redo,
-        list_scores,
-        list_keys,
-        q_tiles,
-        w_tiles,
-        slots,
-        q_full,
-        slot_full,
-        slot_empty,
-        turns,
-        B,
-        S,
-        T,
-        last_slot,
+        lists,
+        buffers,
+        bars,
+        sizes,
         topk,
         width,
         H: gl.constexpr,
@@ -526,125 +398,132 @@ if gluon is not None:
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
     ):
-        lanes: gl.constexpr = 2 if BQ >= 8 else 1
-        tile: gl.constexpr = gl.BlockedLayout([1, 2 * lanes], [lanes, 32 // lanes], [4, 1], [1, 0])
+        turns, B, S, T, last_slot = sizes
+        q_tiles, w_tiles, k_tiles, slots = buffers
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        # A warp's lanes are 32 neighbouring keys of one query.
+        tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        rows: gl.constexpr = gl.SliceLayout(1, tile)
         line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        row = gl.arange(0, BQ, layout=gl.SliceLayout(1, tile))
-        lane = gl.arange(0, 64, layout=gl.SliceLayout(0, tile))
-        program = gl.program_id(0).to(gl.int64)
-        list_scores += program * (2 * BQ * CAPACITY)
-        list_keys += program * (2 * BQ * CAPACITY)
-        done = 0
+        row = gl.arange(0, BQ, layout=rows)
+        lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
+        ROW: gl.constexpr = 2 * CAPACITY + 16
+        lists += gl.program_id(0).to(gl.int64) * (2 * BQ * ROW)
+        # Tiles between two rows of the block before that are finished.
+        PERIOD: gl.constexpr = 4 if SAMPLING else 8
+        # A guess need not be the very score of its rank.
+        slack = topk // 8 if SAMPLING else topk * 0
+        done = gl.full((), 0, gl.int32)
+        kth = gl.full((), 0, gl.int32)
+        room = gl.full((), 0, gl.int32)
         # The block before, whose rows are finished while this one's first tiles are scored.
-        pending = BQ
-        pending_row = gl.full((), 0, gl.int64)
-        pending_rows = 0
-        pending_lists = 0
-        pending_count = gl.zeros([BQ], gl.int32, gl.SliceLayout(1, tile))
-        pending_guess = gl.zeros([BQ], gl.float32, gl.SliceLayout(1, tile))
-        b, first_query, begin, tiles = _block_of(0, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST)
+        pending = gl.full((), 0, gl.int32)
+        pending_rows = gl.full((), 0, gl.int32)
+        pending_first = gl.full((), 0, gl.int64)
+        pending_lists = lists
+        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
         _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
         # One turn more than there are blocks, to finish the last.
         for turn in range(turns + 1):
             # All tiles of the block before last are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = _block_of(
-                turn + 1, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST
-            )
+            b, first_query, begin, tiles = _block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, B, S, last_slot, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             first_row = b.to(gl.int64) * S + first_query
-            lists = (turn & 1) * (BQ * CAPACITY)
+            block_lists = lists + (turn & 1) * (BQ * ROW)
             real = (first_query + row < S) & (first_query >= 0)
-            start = gl.load(starts + b).to(gl.int32)
-            slot = gl.minimum(start + first_query + row, last_slot) // STRIDE
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
             slot = gl.where(real, slot, -1)  # [BQ]
-            first_slot = gl.zeros([BQ], gl.int32, gl.SliceLayout(1, tile))
+            first_slot = gl.zeros([BQ], gl.int32, rows)
             if HAS_FIRST:
                 first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
                 first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
-            bound = gl.full([BQ], float("-inf"), gl.float32, gl.SliceLayout(1, tile))
+            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             if HAS_GUESS:
                 guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
                 bound = gl.where(slot - first_slot >= CAPACITY, guess, bound)
-            first_bound = bound
-            count = gl.zeros([BQ], gl.int32, gl.SliceLayout(1, tile))
+            row_lists = block_lists + row * ROW  # [BQ]
+            gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
+            count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(tiles):
                 at = (done + t) % SLOTS
-                key = begin + t * 64 + lane  # [64]
                 mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
-                score = slots.index(at).load(tile)  # [BQ, 64]
-                barrier()
+                score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
+                score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
                 mbarrier.arrive(slot_empty.index(at), count=1)
-                keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-                if HAS_FIRST:
-                    keep = keep & (key[None, :] >= first_slot[:, None])
-                if HAS_MASK:
-                    allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
-                    keep = keep & (allowed != 0)[None, :]
-                number = keep.to(gl.int32)
-                rank = gl.associative_scan(number, 1, _add)
-                place = lists + (row * CAPACITY + count - 1)[:, None] + rank
-                gl.store(list_scores + place, score, mask=keep)
-                gl.store(list_keys + place, key[None, :] + gl.zeros_like(rank), mask=keep)
-                count += gl.sum(number, 1)
+                for side in gl.static_range(2):
+                    score = score_left if side == 0 else score_right
+                    key = begin + t * 64 + side * 32 + lane  # [32]
+                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+                    if HAS_FIRST:
+                        keep = keep & (key[None, :] >= first_slot[:, None])
+                    if HAS_MASK:
+                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+                        keep = keep & (allowed != 0)[None, :]
+                    rank, number = rank_in_warp(keep)
+                    place = row_lists[:, None] + (count + rank)
+                    gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
+                    gl.store(place + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
+                    count += number
                 if t % CHECK == CHECK - 1:  # noqa: SIM102
-                    if gl.max(count, 0) > CAPACITY - CHECK * 64:
+                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
                         barrier()
+                        counts = gl.max(count, 1)
                         for i in range(BQ):
-                            n = gl.sum(gl.where(row == i, count, 0), 0)
+                            n = gl.sum(gl.where(row == i, counts, 0), 0)
                             if n > topk:
-                                at_i = lists + i * CAPACITY
-                                kth, kept = _keep_best(
-                                    list_scores + at_i, list_keys + at_i, n, topk, topk // 8, out, True, line
-                                )
-                                bound = gl.where(row == i, kth, bound)
-                                count = gl.where(row == i, kept, count)
-                if (t % 8 == 7) & (pending < pending_rows):
-                    n = gl.sum(gl.where(row == pending, pending_count, 0), 0)
-                    row_guess = gl.max(gl.where(row == pending, pending_guess, float("-inf")), 0)
-                    at_i = pending_lists + pending * CAPACITY
-                    _finish_row(
-                        list_scores + at_i,
-                        list_keys + at_i,
-                        n,
-                        row_guess,
+                                list_i = block_lists + i * ROW
+                                cut, cut_room = bound_of_list(list_i, n, topk, topk // 8, CAPACITY, line)
+                                kept = copy_best(list_i, n, cut, cut_room, out, True, CAPACITY, line)
+                                bound = gl.where(row == i, float_of_ordered(cut), bound)
+                                counts = gl.where(row == i, kept, counts)
+                        count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
+                # Halfway between, so that neither half delays the scores for long.
+                if (t % PERIOD == PERIOD // 2 - 1) & (pending < pending_rows):
+                    list_i = pending_lists + pending * ROW
+                    kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
+                if (t % PERIOD == PERIOD - 1) & (pending < pending_rows):
+                    _write_row(
+                        pending_lists + pending * ROW,
+                        kth,
+                        room,
                         topk,
                         width,
                         guesses,
                         redo,
                         out,
-                        pending_row + pending,
+                        pending_first + pending,
                         HAS_GUESS,
                         SAMPLING,
+                        CAPACITY,
                         line,
                     )
                     pending += 1
             barrier()
             for i in range(pending, pending_rows):
-                n = gl.sum(gl.where(row == i, pending_count, 0), 0)
-                row_guess = gl.max(gl.where(row == i, pending_guess, float("-inf")), 0)
-                at_i = pending_lists + i * CAPACITY
-                _finish_row(
-                    list_scores + at_i,
-                    list_keys + at_i,
-                    n,
-                    row_guess,
+                list_i = pending_lists + i * ROW
+                kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
+                _write_row(
+                    list_i,
+                    kth,
+                    room,
                     topk,
                     width,
                     guesses,
                     redo,
                     out,
-                    pending_row + i,
+                    pending_first + i,
                     HAS_GUESS,
                     SAMPLING,
+                    CAPACITY,
                     line,
                 )
-            pending = 0
+            gl.store(row_lists + 2 * CAPACITY, gl.max(count, 1))
+            barrier()
+            pending = gl.full((), 0, gl.int32)
             pending_rows = gl.where(first_query >= 0, gl.minimum(BQ, S - first_query), 0)
-            pending_row = first_row
-            pending_lists = lists
-            pending_count = count
-            pending_guess = first_bound
+            pending_first = first_row
+            pending_lists = block_lists
             done += tiles
 
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
@@ -658,8 +537,7 @@ if gluon is not None:
         guesses,
         out,
         redo,
-        list_scores,
-        list_keys,
+        lists,
         B,
         S,
         T,
@@ -682,7 +560,7 @@ if gluon is not None:
         D: gl.constexpr = k_desc.block_type.shape[1]
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
-        w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
         slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -700,7 +578,9 @@ if gluon is not None:
             mbarrier.init(slot_empty.index(i), count=1)
         barrier()
         blocks = (S + BQ - 1) // BQ * B
-        turns = (blocks + gl.num_programs(0) - 1) // gl.num_programs(0)
+        sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
+        buffers = (q_tiles, w_tiles, k_tiles, slots)
+        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
         gl.warp_specialize(
             [
                 (
@@ -714,19 +594,10 @@ if gluon is not None:
                         guesses,
                         out,
                         redo,
-                        list_scores,
-                        list_keys,
-                        q_tiles,
-                        w_tiles,
-                        slots,
-                        q_full,
-                        slot_full,
-                        slot_empty,
-                        turns,
-                        B,
-                        S,
-                        T,
-                        last_slot,
+                        lists,
+                        buffers,
+                        bars,
+                        sizes,
                         topk,
                         width,
                         H,
@@ -748,20 +619,9 @@ if gluon is not None:
                         k_desc,
                         starts,
                         first_keys,
-                        q_tiles,
-                        w_tiles,
-                        k_tiles,
-                        slots,
-                        q_full,
-                        k_full,
-                        slot_full,
-                        slot_empty,
-                        my_turn,
-                        turns,
-                        B,
-                        S,
-                        T,
-                        last_slot,
+                        buffers,
+                        bars,
+                        sizes,
                         H,
                         BQ,
                         STRIDE,
@@ -777,20 +637,9 @@ if gluon is not None:
                         k_desc,
                         starts,
                         first_keys,
-                        q_tiles,
-                        w_tiles,
-                        k_tiles,
-                        slots,
-                        q_full,
-                        k_full,
-                        slot_full,
-                        slot_empty,
-                        my_turn,
-                        turns,
-                        B,
-                        S,
-                        T,
-                        last_slot,
+                        buffers,
+                        bars,
+                        sizes,
                         H,
                         BQ,
                         STRIDE,
@@ -801,5 +650,5 @@ if gluon is not None:
                 ),
             ],
             [4, 4],
-            [200, 200],
+            [168, 168],
         )
