@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..kernels.absorbed_vector import absorb_queries, expand_values, takes_absorbed_vector
 from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION
-from .few_token_linears import linears
+from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
 
@@ -27,16 +28,25 @@ CHUNK_MULTIPLE = 4096
 
 
 def runs_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> bool:
-    """Whether `attend_streamed` serves this forward: no compiled graph, no gradient, no eager attention."""
+    """Whether `attend_streamed` serves this forward: no gradient, no eager attention, few tokens when compiled."""
     selects = (module.indexer is not None and run_indexer) or isinstance(topk_indices, torch.Tensor)
     dropout = module.config.attention_dropout if module.training else 0.0
     return (
         selects
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
+        and (not torch.compiler.is_compiling() or _runs_vectors(module, hidden_states))
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and module.config._attn_implementation != "eager"
         and not dropout
+    )
+
+
+def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether the kernels for one or two tokens serve, none of which writes into a view."""
+    return (
+        module.config._attn_implementation == TRITON_ATTENTION
+        and is_plain_linear(module.kv_b_proj)
+        and takes_absorbed_vector(hidden_states, module.kv_b_proj.weight)
     )
 
 
@@ -129,15 +139,19 @@ def _attend_to_selected(
 ) -> torch.Tensor:
     """Absorbed form on the selected latents, chunk by chunk of queries."""
     to_latent, to_value = module._absorbed_weights()
-    to_value = to_value.transpose(1, 2)  # [H, C, V]
     batch, num_queries = queries_from.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
+    if allow_triton and takes_absorbed_vector(queries_from, to_latent, to_value):
+        (q,) = linears(queries_from, (q_proj,), allow_triton)
+        q = q.view(batch, num_queries, heads, module.head_dim)
+        absorbed = absorb_queries(q, to_latent, *position_embeddings, module.config.rope_interleave)
+        few_out, _ = sparse_mla(absorbed, latents, topk_indices, scale=module.scaling, value_dim=rank)
+        return linears(expand_values(few_out, to_value).flatten(2), (module.o_proj,), allow_triton)[0]
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
     out: torch.Tensor | None = None
     for first, last in chunks(num_queries, row_bytes):
         rows = batch * (last - first)
-        (q,) = linears(queries_from[:, first:last], (q_proj,), allow_triton)
-        q = q.view(rows, heads, module.head_dim)
+        q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
         torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
         rotate_into(
@@ -156,8 +170,9 @@ def _attend_to_selected(
             allow_triton=allow_triton,
         )
         values = q.new_empty(rows, heads, module.v_head_dim)
-        torch.bmm(latent_out.view(rows, heads, rank).transpose(0, 1), to_value, out=values.transpose(0, 1))
-        (projected,) = linears(values.view(batch, last - first, -1), (module.o_proj,), allow_triton)
+        latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)
+        torch.bmm(latent_out, to_value.transpose(1, 2), out=values.transpose(0, 1))
+        projected = module.o_proj(values.view(batch, last - first, -1))
         if last - first == num_queries:
             return projected
         if out is None:

@@ -20,7 +20,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
@@ -34,7 +34,7 @@ from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
-from .decode_graph import decode_graph
+from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
 from .feed_forward import IndexCacheMLP, adds_in_place, runs_expert_kernels, shared_linears
@@ -510,6 +510,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
     def set_index_share_pattern(self, pattern: str | SharePattern) -> None:
         """As `IndexCacheModel.set_index_share_pattern`."""
         self.model.set_index_share_pattern(pattern)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What `generate` calls at each step with a static cache: CUDA graphs of our own unless asked to compile."""
+        if compile_config is None and graphs_serve(self.model):
+            return self.__call__
+        return super().get_compiled_call(compile_config)
 
     @staticmethod
     def create_masks_for_generate(

@@ -30,8 +30,9 @@ def replays(monkeypatch):
     """Every recording made, and the number of its replays."""
     made = []
 
-    def record(run, device):
+    def record(run, rewind, device):
         out, count = run().clone(), [0]
+        rewind()
 
         def replay():
             count[0] += 1
@@ -124,17 +125,19 @@ def test_another_pattern_or_backend_is_never_replayed(model, replays, ids):
         assert replays == [[2]]
         full.set_attn_implementation("eager")
         steps(full, cache, ids[:, 25:27])
+        assert replays == [[2]]
         full.set_attn_implementation("sdpa")
         full.set_index_share_pattern("FSFS")
-        steps(full, cache, ids[:, 27:28])
-    assert replays == [[2]]
+        steps(full, cache, ids[:, 27:30])
+    assert replays == [[2], [3]]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"cache_implementation": "static"},
         {"num_beams": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"use_cache": False},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"prompt_lookup_num_tokens": 2},
     ],
@@ -158,24 +161,60 @@ def test_hooks_are_never_skipped_but_for_idle_ones_of_transformers(model, replay
     assert len(seen) == 24
 
 
-def test_short_contexts_and_static_caches_are_left_alone(model, replays, ids):
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_caches_are_recorded_as_they_are(model, replays, ids, options, padded):
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask)
+    got = greedy(model, ids, attention_mask=mask, cache_implementation="static", **options)
+    assert torch.equal(got, expected)
+    assert replays == [[21]]
+
+
+def test_a_static_cache_may_be_reset_and_filled_again(model, replays, ids):
+    cache = StaticCache(config=model.config, max_cache_len=31)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for first in (20, 24):
+            cache.reset()
+            model(ids[:, :first], past_key_values=cache)
+            got = steps(model, cache, ids[:, first:])
+            torch.testing.assert_close(torch.cat(got, dim=1), expected[:, first:], atol=1e-5, rtol=1e-5)
+    assert replays == [[8 + 6]]
+    assert cache.get_seq_length() == 30
+
+
+def test_short_contexts_are_left_alone(model, replays, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids[:, :2], past_key_values=cache)
     steps(model, cache, ids[:, 2:11])
-    assert replays == []
-    static = StaticCache(config=model.config, max_cache_len=40)
-    steps(model, static, ids)
+    steps(model, StaticCache(config=model.config, max_cache_len=12), ids[:, :11])
     assert replays == []
 
 
-def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkeypatch):
-    def record(run, device):
+def test_generate_compiles_static_decoding_only_when_asked_to(model):
+    from transformers.generation import CompileConfig
+
+    def is_plain(call):
+        return getattr(call, "__func__", None) is type(model).__call__
+
+    assert is_plain(model.get_compiled_call(None))
+    assert not is_plain(model.get_compiled_call(CompileConfig(backend="eager")))
+    model.model.decode_graphs = False
+    assert not is_plain(model.get_compiled_call(None))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkeypatch, cache):
+    def record(run, rewind, device):
         run()
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decode_graph, "record", record)
     with pytest.warns(UserWarning, match="a CUDA graph could not be made: operation not permitted") as caught:
-        tokens = greedy(model, ids)
+        tokens = greedy(model, ids, cache_implementation=cache)
     assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
     assert torch.equal(tokens, without_graphs(model, ids))
