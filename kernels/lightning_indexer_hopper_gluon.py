@@ -39,7 +39,8 @@ except (ImportError, AttributeError):
 COLUMNS = 256
 TILE_KEYS = 64
 KEY_STAGES = 4
-SCORE_SLOTS = 8
+# Score tiles between the groups and the selector, of 64 keys and BQ queries in fp32: 32 KB.
+SCORE_SLOT_QUERIES = 128
 # Tiles between two looks at the lists' lengths.
 CHECK_TILES = 16
 SAMPLE_STRIDE = 32
@@ -79,7 +80,7 @@ def guess_rank(topk: int) -> int:
     return int(expected + 5.5 * expected**0.5 + 4)
 
 
-def lightning_indexer_hopper(q, k, weights, topk, starts, first_keys, mask, out, programs) -> torch.Tensor:
+def lightning_indexer_hopper(q, k, k_scale, weights, topk, starts, first_keys, mask, out, programs) -> torch.Tensor:
     """Fill `out`; returns `redo` int32 `[B, S]`, 1 for rows whose guess was too high: their selection is not right.
 
     `weights`: fp32 `[B, S, H]`, contiguous, times the scale; the rest as in `lightning_indexer_triton`.
@@ -90,11 +91,13 @@ def lightning_indexer_hopper(q, k, weights, topk, starts, first_keys, mask, out,
     if topk >= LEAST_GUESSED_TOPK and k.shape[1] > LIST_KEYS:
         guesses = torch.empty(B, S, dtype=torch.float32, device=q.device)
         sample = k[:, ::SAMPLE_STRIDE].contiguous()
+        sample_scale = None if k_scale is None else k_scale[:, ::SAMPLE_STRIDE].contiguous()
         sample_mask = None if mask is None else mask[:, ::SAMPLE_STRIDE].contiguous()
         last = k.shape[1] - 1
         _launch(
             q,
             sample,
+            sample_scale,
             weights,
             guess_rank(topk),
             starts,
@@ -107,18 +110,22 @@ def lightning_indexer_hopper(q, k, weights, topk, starts, first_keys, mask, out,
             programs,
             True,
         )
-    _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, k.shape[1] - 1, programs, False)
+    _launch(
+        q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, k.shape[1] - 1, programs, False
+    )
     return redo
 
 
-def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, last_slot, programs, sampling) -> None:
+def _launch(
+    q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, last_slot, programs, sampling
+) -> None:
     B, S, H, D = q.shape
     T = k.shape[1]
     BQ = COLUMNS // H
     capacity = SAMPLE_LIST_KEYS if sampling else LIST_KEYS
     # Of this block and the one before, for each row: bits of fp32 scores, keys, then their number and the first bound.
     lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
-    element = gl.float16 if q.dtype == torch.float16 else gl.bfloat16
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}.get(q.dtype, gl.float8e4nv)
     q_rows, k_rows = q.view(B * S * H, D), k.as_strided((B * T, D), (k.stride(1), 1))
     q_block, k_block = [COLUMNS, D], [TILE_KEYS, D]
     q_desc = TensorDescriptor.from_tensor(q_rows, q_block, gl.NVMMASharedLayout.get_default_for(q_block, element))
@@ -126,6 +133,7 @@ def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, l
     lightning_indexer_hopper_kernel[(programs,)](
         q_desc,
         k_desc,
+        k_scale,
         weights,
         starts,
         first_keys,
@@ -146,10 +154,11 @@ def _launch(q, k, weights, topk, starts, first_keys, mask, out, redo, guesses, l
         STRIDE=SAMPLE_STRIDE if sampling else 1,
         HAS_FIRST=first_keys is not None,
         HAS_MASK=mask is not None,
+        HAS_SCALE=k_scale is not None,
         HAS_GUESS=guesses is not None and not sampling,
         SAMPLING=sampling,
         STAGES=KEY_STAGES,
-        SLOTS=SCORE_SLOTS,
+        SLOTS=SCORE_SLOT_QUERIES // max(BQ, 8),
         CHECK=CHECK_TILES,
         num_warps=4,
     )
@@ -294,7 +303,8 @@ if gluon is not None:
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
     ):
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, 16])
+        depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
+        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
         q_full, k_full, slot_full, slot_empty, my_turn = bars
@@ -375,6 +385,7 @@ if gluon is not None:
     def _select_group(
         q_desc,
         weights,
+        k_scale,
         starts,
         first_keys,
         mask,
@@ -393,6 +404,7 @@ if gluon is not None:
         STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
+        HAS_SCALE: gl.constexpr,
         HAS_GUESS: gl.constexpr,
         SAMPLING: gl.constexpr,
         SLOTS: gl.constexpr,
@@ -445,12 +457,23 @@ if gluon is not None:
             row_lists = block_lists + row * ROW  # [BQ]
             gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
             count = gl.zeros([BQ, 32], gl.int32, tile)
+            if HAS_SCALE:
+                # A tile ahead, so that the loop does not wait for them.
+                k_scale_b = k_scale + b.to(gl.int64) * T
+                scale_left = gl.load(k_scale_b + begin + lane, mask=begin + lane < T, other=0.0)
+                scale_right = gl.load(k_scale_b + begin + 32 + lane, mask=begin + 32 + lane < T, other=0.0)
             for t in range(tiles):
                 at = (done + t) % SLOTS
                 mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
                 score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
                 score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
                 mbarrier.arrive(slot_empty.index(at), count=1)
+                if HAS_SCALE:
+                    score_left *= scale_left[None, :]
+                    score_right *= scale_right[None, :]
+                    ahead = begin + (t + 1) * 64 + lane
+                    scale_left = gl.load(k_scale_b + ahead, mask=ahead < T, other=0.0)
+                    scale_right = gl.load(k_scale_b + ahead + 32, mask=ahead + 32 < T, other=0.0)
                 for side in gl.static_range(2):
                     score = score_left if side == 0 else score_right
                     key = begin + t * 64 + side * 32 + lane  # [32]
@@ -530,6 +553,7 @@ if gluon is not None:
     def lightning_indexer_hopper_kernel(
         q_desc,
         k_desc,
+        k_scale,
         weights,
         starts,
         first_keys,
@@ -550,6 +574,7 @@ if gluon is not None:
         STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
+        HAS_SCALE: gl.constexpr,
         HAS_GUESS: gl.constexpr,
         SAMPLING: gl.constexpr,
         STAGES: gl.constexpr,
@@ -588,6 +613,7 @@ if gluon is not None:
                     (
                         q_desc,
                         weights,
+                        k_scale,
                         starts,
                         first_keys,
                         mask,
@@ -606,6 +632,7 @@ if gluon is not None:
                         STRIDE,
                         HAS_FIRST,
                         HAS_MASK,
+                        HAS_SCALE,
                         HAS_GUESS,
                         SAMPLING,
                         SLOTS,
@@ -650,5 +677,5 @@ if gluon is not None:
                 ),
             ],
             [4, 4],
-            [168, 168],
+            [160, 160],
         )

@@ -100,6 +100,7 @@ class IndexCacheIndexer(nn.Module):
             self.index_topk,
             query_start=seen.query_start,
             key_mask=seen.key_mask,
+            fp8=self.config.indexer_fp8,
             allow_triton=allow_triton,
         )
 
