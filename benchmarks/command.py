@@ -39,9 +39,9 @@ def bench(
         Literal["drift", "random"],
         typer.Option(help="drift: neighbours select alike, as in trained models.", rich_help_panel=_WHAT),
     ] = "drift",
-    decode: Annotated[
+    cache: Annotated[
         list[str] | None,
-        typer.Option(help="Ways of generate(): static, dynamic, none; repeat.", rich_help_panel=_WHAT),
+        typer.Option(help="Caches of generate(): static, dynamic; repeat. Default: static.", rich_help_panel=_WHAT),
     ] = None,
     decode_steps: Annotated[int, typer.Option(min=4, help="Tokens timed.", rich_help_panel=_WHAT)] = 32,
     batch_size: Annotated[
@@ -55,7 +55,7 @@ def bench(
     peer_length: Annotated[
         list[int] | None, typer.Option(help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Prefills; the median counts.", rich_help_panel=_WHAT)] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls; the best counts.", rich_help_panel=_WHAT)] = 2,
     output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and page.")] = Path(
         "indexcache_bench"
     ),
@@ -81,9 +81,9 @@ def bench(
     from .speed_run import BenchOptions, run_bench
 
     kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
-    ways = tuple(dict.fromkeys(decode or ["static"]))
-    if unknown := set(ways) - {"static", "dynamic", "none"}:
-        raise BenchError(f"--decode must be static, dynamic or none (got {', '.join(sorted(unknown))})")
+    ways = tuple(dict.fromkeys(cache or ["static"]))
+    if unknown := set(ways) - {"static", "dynamic"}:
+        raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
     if source is not None and (shape or experts or layers):
         raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
     lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"])
@@ -95,7 +95,7 @@ def bench(
         lengths=lengths,
         patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"]))),
         input=input,
-        decode=tuple(way for way in ways if way != "none"),
+        ways=ways,
         decode_steps=decode_steps,
         batch_sizes=tuple(batch_size or ()),
         parts=parts,

@@ -39,13 +39,16 @@ _INK = "#1b1f24"
 
 
 def speed_ups(document: dict[str, Any], kind: str) -> dict[str, list[tuple[int, float]]]:
-    """By pattern, `(tokens, times as fast as the first pattern)`, in order of tokens; ours alone."""
-    value = "seconds" if kind == "prefill" else "tokens_per_second"
+    """By pattern, `(tokens, times as fast as the first pattern)`, in order of tokens; ours alone.
+
+    `kind` is prefill, decode or full cache. Of several ways or batch sizes the fastest counts.
+    """
     base, *others = document["patterns"]
+    value = "prefill_seconds" if kind == "prefill" else "tokens_per_second"
     found: dict[tuple[str, int], float] = {}
     for row in document["rows"]:
-        if row["kind"] == kind and row["model"] == "indexcache" and value in row:
-            # Of several ways or batch sizes the fastest counts.
+        of_kind = row["kind"] == ("full cache" if kind == "full cache" else "generate")
+        if of_kind and row["model"] == "indexcache" and value in row:
             speed = 1 / row[value] if kind == "prefill" else row[value]
             key = row["pattern"], row["tokens"]
             found[key] = max(found.get(key, 0.0), speed)

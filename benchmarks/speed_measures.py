@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,42 +27,6 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-@torch.no_grad()
-def measure_prefill(model: Any, inputs: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
-    """A one-shot prefill into a dynamic cache.
-
-    Returns:
-        `seconds` (median) and all of them, and on CUDA in GiB: `weights`, `cache` (latents and index keys) and
-        `above`, the peak beyond those and the input.
-    """
-    device = model.device
-    small = {name: tensor[:, : min(tensor.shape[1], 4096)] for name, tensor in inputs.items()}
-    model(**small, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
-    found: dict[str, Any] = {}
-    before = 0
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    times = []
-    for _ in range(repeats):
-        cache = DynamicCache(config=model.config)
-        call = partial(model, **inputs, past_key_values=cache, logits_to_keep=1)
-        seconds, _ = timed(call, device)
-        times.append(seconds)
-        held = cache_bytes(cache)
-        del cache, call
-    found |= {"seconds": statistics.median(times), "all_seconds": times, "cache_gib": held / GIB}
-    if device.type == "cuda":
-        given = sum(t.numel() * t.element_size() for t in inputs.values())
-        found |= {
-            "weights_gib": (before - given) / GIB,
-            "peak_gib": (torch.cuda.max_memory_allocated(device) - given) / GIB,
-            "above_gib": (torch.cuda.max_memory_allocated(device) - before - held) / GIB,
-        }
-    return found
-
-
 def cache_bytes(cache: Any) -> int:
     """Bytes of latents (or keys and values) and index keys."""
     tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, getattr(layer, "indexer_keys", None))]
@@ -72,48 +34,83 @@ def cache_bytes(cache: Any) -> int:
 
 
 class _Clock(LogitsProcessor):
-    """Notes when each step's logits were asked for; it does not wait for the device."""
+    """Notes when each step's logits were asked for; it waits for the device at the first, the end of the prefill."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """The scores unchanged."""
+        if not self.times:
+            synchronize(self.device)
         self.times.append(time.perf_counter())
         return scores
 
 
-def measure_decode(model: Any, inputs: dict[str, torch.Tensor], way: str, steps: int) -> dict[str, Any]:
-    """Tokens a second of `model.generate` after a prompt, batch 1, greedy.
+def measure_generate(
+    model: Any, inputs: dict[str, torch.Tensor], way: str, steps: int, repeats: int
+) -> dict[str, Any]:
+    """`model.generate` after a prompt, batch 1, greedy: prefill and decoding.
 
     Args:
         model: ours or transformers'.
         inputs: of one sequence.
-        way: `static` (`cache_implementation="static"`: compiled on CUDA) or `dynamic` (what `generate` does unasked).
-        steps: tokens to time, after as many as the first half of them to warm up (compilation included).
+        way: `static` (`cache_implementation="static"`) or `dynamic` (what `generate` does unasked).
+        steps: tokens to time, after 8 to warm up (recording or compilation included).
+        repeats: calls; the first prefill of a kind compiles kernels.
 
     Returns:
-        `tokens_per_second` of the later steps, and `first_step_seconds`, compilation and capture included.
+        `prefill_seconds`, from the call to the first token's logits, and `tokens_per_second` of decoding, the best
+        call's each, with all calls'; `warm_up_seconds` of the first 8 tokens; on CUDA in GiB the `cache`, the peak of
+        everything but the input, and what that is above the cache and the weights.
     """
-    clock = _Clock()
-    options: dict[str, Any] = {"cache_implementation": "static"} if way == "static" else {}
-    warm = max(4, steps // 2)
-    model.generate(
-        **inputs,
-        max_new_tokens=warm + steps,
-        min_new_tokens=warm + steps,
-        do_sample=False,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([clock]),
-        **options,
-    )
-    synchronize(model.device)
-    end = time.perf_counter()
+    device = model.device
+    given = sum(t.numel() * t.element_size() for t in inputs.values())
+    prefills, speeds, found = [], [], {}
+    for _ in range(repeats):
+        clock = _Clock(device)
+        before = _start_peak(device)
+        start = time.perf_counter()
+        out = model.generate(
+            **inputs,
+            max_new_tokens=8 + steps,
+            min_new_tokens=8 + steps,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([clock]),
+            return_dict_in_generate=True,
+            **({"cache_implementation": "static"} if way == "static" else {}),
+        )
+        synchronize(device)
+        end = time.perf_counter()
+        prefills.append(clock.times[0] - start)
+        speeds.append(steps / (end - clock.times[7]))
+        held = cache_bytes(out.past_key_values)
+        found = {"warm_up_seconds": clock.times[7] - clock.times[0], "cache_gib": held / GIB, "steps": steps}
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            found |= {
+                "weights_gib": (before - given) / GIB,
+                "peak_gib": (peak - given) / GIB,
+                "above_gib": (peak - before - held) / GIB,
+            }
+        del out
     return {
-        "tokens_per_second": steps / (end - clock.times[warm - 1]),
-        "first_step_seconds": clock.times[1] - clock.times[0],
-        "steps": steps,
+        "prefill_seconds": min(prefills),
+        "tokens_per_second": max(speeds),
+        "all_prefill_seconds": prefills,
+        "all_tokens_per_second": speeds,
+        **found,
     }
+
+
+def _start_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 @torch.no_grad()

@@ -19,9 +19,8 @@ from transformers import DynamicCache
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
-    measure_decode,
     measure_full_cache_decode,
-    measure_prefill,
+    measure_generate,
     neighbour_overlap,
 )
 from .speed_models import checkpoint_model, inputs_of, patterns_of, peer_model, random_model
@@ -43,12 +42,12 @@ class BenchOptions:
         lengths: context lengths of prefill and decode.
         patterns: see `speed_models.patterns_of`; the first is what others are compared with.
         input: `drift` or `random`.
-        decode: ways of `generate`: `static`, `dynamic`.
+        ways: caches of `generate`: `static`, `dynamic`.
         decode_steps: tokens timed.
         batch_sizes: sequences in a full static cache, for decode throughput; 0: as many as fit.
         parts: break the time down.
         peer_lengths: lengths at which transformers' own model runs beside ours.
-        repeats: prefills of which the median counts.
+        repeats: calls of `generate`, of which the best counts.
     """
 
     source: str | None = None
@@ -58,12 +57,12 @@ class BenchOptions:
     lengths: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
     input: str = "drift"
-    decode: tuple[str, ...] = ("static",)
+    ways: tuple[str, ...] = ("static",)
     decode_steps: int = 32
     batch_sizes: tuple[int, ...] = ()
     parts: bool = True
     peer_lengths: tuple[int, ...] = ()
-    repeats: int = 3
+    repeats: int = 2
     device: str | None = None
     dtype: str = "auto"
     revision: str | None = None
@@ -72,7 +71,7 @@ class BenchOptions:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: `kind` prefill, decode, full cache, parts or overlap."""
+    """One measurement: `kind` generate, full cache, parts or overlap."""
 
     kind: str
     model: str
@@ -187,29 +186,26 @@ class _Bench:
         self.inputs: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def plan(self) -> Iterator[Row]:
-        """Rows in order: what needs least first; static decoding longest first, because `generate` keeps its cache."""
+        """Rows in order: kernels are compiled at the shortest length, and a cut-off loses what matters least."""
         options, names = self.options, list(self.patterns)
         lengths = sorted(set(options.lengths))
-        for tokens in lengths:
-            for name in names:
-                yield Row("prefill", OURS, tokens, name)
-            yield Row("overlap", OURS, tokens, names[-1])
+        for way in options.ways:
+            for tokens in lengths:
+                for name in names:
+                    yield Row("generate", OURS, tokens, name, way)
         if options.parts:
             for name in names:
                 yield Row("parts", OURS, lengths[-1], name, "prefill")
                 yield Row("parts", OURS, lengths[-1], name, "decode")
-        for way in options.decode:
-            for name in names:
-                for tokens in reversed(lengths):
-                    yield Row("decode", OURS, tokens, name, way)
+        for tokens in lengths:
+            yield Row("overlap", OURS, tokens, names[-1])
         for tokens in lengths:
             for batch in options.batch_sizes:
                 for name in names:
                     yield Row("full cache", OURS, tokens, name, "", batch)
         for name in names:
             for tokens in sorted(set(options.peer_lengths)):
-                yield Row("prefill", PEER, tokens, name)
-                yield Row("decode", PEER, tokens, name, "dynamic")
+                yield Row("generate", PEER, tokens, name, "dynamic")
 
     def measure(self, row: Row) -> None:
         """Measure a row unless the journal has it. Out of memory is a result."""
@@ -241,10 +237,8 @@ class _Bench:
             found = measure_full_cache_decode(model, row.tokens, batch, options.decode_steps)
             return {**found, "batch": batch}
         inputs = self._inputs(row.tokens)
-        if row.kind == "prefill":
-            return measure_prefill(model, inputs, options.repeats)
-        if row.kind == "decode":
-            return measure_decode(model, inputs, row.way, options.decode_steps)
+        if row.kind == "generate":
+            return measure_generate(model, inputs, row.way, options.decode_steps, options.repeats)
         if row.kind == "overlap":
             return {"layers": neighbour_overlap(model, inputs)}
         return {"milliseconds": self._parts(model, inputs, row.way)}

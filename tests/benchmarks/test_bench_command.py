@@ -22,7 +22,7 @@ def bench(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench")
-    ways = ("--decode", "static", "--decode", "dynamic", "--batch-size", 2, "--peer", "--pattern", "all full")
+    ways = ("--cache", "static", "--cache", "dynamic", "--batch-size", 2, "--peer", "--pattern", "all full")
     command = (*SMALL, *ways, "--pattern", "FSSS", "--output", output, "--json")
     finished = bench(*command)
     assert finished.exit_code == 0, finished.output
@@ -36,16 +36,14 @@ def test_every_row_is_measured_and_written(run):
     seen = {(row["kind"], row["model"], row["tokens"], row["pattern"], row["way"]) for row in document["rows"]}
     for pattern in document["patterns"]:
         for tokens in (96, 160):
-            assert ("prefill", "indexcache", tokens, pattern, "") in seen
             assert ("full cache", "indexcache", tokens, pattern, "") in seen
             for way in ("static", "dynamic"):
-                assert ("decode", "indexcache", tokens, pattern, way) in seen
-        assert ("prefill", "transformers", 96, pattern, "") in seen
-        assert ("decode", "transformers", 96, pattern, "dynamic") in seen
+                assert ("generate", "indexcache", tokens, pattern, way) in seen
+        assert ("generate", "transformers", 96, pattern, "dynamic") in seen
     for row in document["rows"]:
-        if row["kind"] == "prefill":
-            assert row["seconds"] > 0
-        if row["kind"] in ("decode", "full cache"):
+        if row["kind"] == "generate":
+            assert row["prefill_seconds"] > 0
+        if row["kind"] in ("generate", "full cache"):
             assert row["tokens_per_second"] > 0
         if row["kind"] == "overlap":
             assert all(0 < share <= 1 for share in row["layers"])
@@ -58,12 +56,12 @@ def test_memory_of_the_cache_is_latents_and_index_keys_of_full_layers(run):
     held = {
         (row["pattern"], row["tokens"]): row["cache_gib"] * 2**30
         for row in document["rows"]
-        if row["kind"] == "prefill" and row["model"] == "indexcache"
+        if row["kind"] == "generate" and row["model"] == "indexcache" and row["way"] == "dynamic"
     }
     latent, key = 48 + 16, 32
     for tokens in (96, 160):
-        assert round(held["all full", tokens]) == tokens * 4 * (4 * latent + 4 * key)
-        assert round(held["FSSS", tokens]) == tokens * 4 * (4 * latent + 1 * key)
+        assert round(held["all full", tokens]) == (tokens + 11) * 4 * (4 * latent + 4 * key)
+        assert round(held["FSSS", tokens]) == (tokens + 11) * 4 * (4 * latent + 1 * key)
 
 
 def test_parts_add_up_and_sharing_takes_indexer_time_away(run):
@@ -98,7 +96,7 @@ def test_resume_measures_only_what_is_missing(run, monkeypatch):
 def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):
     finished = bench(DEMO, "--length", 80, "--decode-steps", 4, "--repeats", 1, "--no-parts", "--output", tmp_path)
     assert finished.exit_code == 0, finished.output
-    assert "Prefill, seconds" in finished.output
+    assert "Prefill, seconds to the first token" in finished.output
     assert json.loads((tmp_path / "bench.json").read_text())["patterns"] == {"own": "F" * 12}
 
 
@@ -107,7 +105,7 @@ def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):
     [
         (("--shape", "tiny", "--length", 4), "--length 4 must lie in 16 .. 1048576"),
         (("--shape", "tiny", "--length", 64, "--pattern", "SFFFFFFF"), "'SFFFFFFF'"),
-        (("--shape", "tiny", "--decode", "quick"), "--decode must be static, dynamic or none (got quick)"),
+        (("--shape", "tiny", "--cache", "quick"), "--cache must be static or dynamic (got quick)"),
         ((DEMO, "--shape", "tiny"), "leave out the checkpoint"),
         ((DEMO, "--length", 64, "--peer"), "--peer runs transformers' glm_moe_dsa, and"),
     ],
@@ -120,7 +118,7 @@ def test_bad_arguments_are_named(tmp_path, arguments, message):
 
 def test_speed_ups_compare_with_the_first_pattern_and_take_the_fastest_way():
     rows = [
-        {"kind": "decode", "model": "indexcache", "tokens": 10, "pattern": p, "way": w, "tokens_per_second": s}
+        {"kind": "generate", "model": "indexcache", "tokens": 10, "pattern": p, "way": w, "tokens_per_second": s}
         for p, w, s in (("all full", "static", 10.0), ("1/4", "static", 15.0), ("1/4", "dynamic", 5.0))
     ]
     document = {"patterns": {"all full": "FF", "1/4": "FS"}, "rows": rows}

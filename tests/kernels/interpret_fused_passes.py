@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from indexcache.kernels import routed_experts
+from indexcache.kernels.absorbed_vector import absorb_queries_reference
+from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.expert_topk import expert_topk_reference
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
 from indexcache.kernels.rms_norm import latent_rows, rms_norm
@@ -156,3 +158,21 @@ def test_linear_layers_side_by_side(tokens, width, sizes):
     weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
     exact = vector_linear_reference(x.double(), [weight.double() for weight in weights])
     assert_as_exact_as(vector_linear_triton(x, weights), vector_linear_reference(x, weights), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_absorbed_queries_and_expanded_values_of_a_few_tokens(shape, interleaved):
+    batch, queries, heads, nope, rope, rank, value = shape
+    q = torch.randn(batch, queries, heads, nope + rope, dtype=DTYPE)
+    by_head = torch.randn(heads, nope + value, rank, dtype=DTYPE) / rank**0.5
+    to_latent, to_value = by_head.split([nope, value], dim=1)
+    for turns in (angles(1, queries, rope), angles(batch, queries, rope)):
+        wide = [t.double() for t in (q, to_latent, *turns)]
+        plain = absorb_queries_reference(q, to_latent, *turns, interleaved)
+        got = absorb_queries_triton(q, to_latent, *turns, interleaved)
+        assert_as_exact_as(got, plain, absorb_queries_reference(*wide, interleaved))
+    latent_out = torch.randn(batch, queries, heads, rank, dtype=DTYPE)
+    exact = torch.einsum("bshc,hvc->bshv", latent_out.double(), to_value.double())
+    plain = torch.einsum("bshc,hvc->bshv", latent_out, to_value)
+    assert_as_exact_as(expand_values_triton(latent_out, to_value), plain, exact)
