@@ -36,9 +36,12 @@ def bench(
         typer.Option(help="'all full', 1/4, own, or letters; repeat. The first is compared with. The paper's for 47."),
     ] = None,
     input: Annotated[
-        Literal["drift", "random"],
-        typer.Option(help="drift: neighbours select alike, as in trained models.", rich_help_panel=_WHAT),
-    ] = "drift",
+        Literal["drift", "random"] | None,
+        typer.Option(
+            help="drift: neighbours select alike, as in trained models. Default; random tokens for a checkpoint.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     cache: Annotated[
         list[str] | None,
         typer.Option(help="Caches of generate(): static, dynamic; repeat. Default: static.", rich_help_panel=_WHAT),
@@ -94,7 +97,7 @@ def bench(
         layers=layers,
         lengths=lengths,
         patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"]))),
-        input=input,
+        input=input or ("random" if source else "drift"),
         ways=ways,
         decode_steps=decode_steps,
         batch_sizes=tuple(batch_size or ()),

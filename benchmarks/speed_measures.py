@@ -48,32 +48,29 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def measure_generate(
-    model: Any, inputs: dict[str, torch.Tensor], way: str, steps: int, repeats: int
-) -> dict[str, Any]:
+def measure_generate(model: Any, ids: torch.Tensor, way: str, steps: int, repeats: int) -> dict[str, Any]:
     """`model.generate` after a prompt, batch 1, greedy: prefill and decoding.
 
     Args:
         model: ours or transformers'.
-        inputs: of one sequence.
+        ids: token ids `[1, tokens]`.
         way: `static` (`cache_implementation="static"`) or `dynamic` (what `generate` does unasked).
         steps: tokens to time, after 8 to warm up (recording or compilation included).
         repeats: calls; the first prefill of a kind compiles kernels.
 
     Returns:
         `prefill_seconds`, from the call to the first token's logits, and `tokens_per_second` of decoding, the best
-        call's each, with all calls'; `warm_up_seconds` of the first 8 tokens; on CUDA in GiB the `cache`, the peak of
-        everything but the input, and what that is above the cache and the weights.
+        call's each, with all calls'; `warm_up_seconds` of the first 8 tokens; on CUDA in GiB the `cache`, the peak,
+        and what that is above the cache and the weights.
     """
     device = model.device
-    given = sum(t.numel() * t.element_size() for t in inputs.values())
     prefills, speeds, found = [], [], {}
     for _ in range(repeats):
         clock = _Clock(device)
         before = _start_peak(device)
         start = time.perf_counter()
         out = model.generate(
-            **inputs,
+            ids,
             max_new_tokens=8 + steps,
             min_new_tokens=8 + steps,
             do_sample=False,
@@ -91,8 +88,8 @@ def measure_generate(
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
             found |= {
-                "weights_gib": (before - given) / GIB,
-                "peak_gib": (peak - given) / GIB,
+                "weights_gib": before / GIB,
+                "peak_gib": peak / GIB,
                 "above_gib": (peak - before - held) / GIB,
             }
         del out
@@ -160,17 +157,16 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def neighbour_overlap(model: Any, inputs: dict[str, torch.Tensor], rows: int = 256) -> list[float]:
+def neighbour_overlap(model: Any, ids: torch.Tensor, rows: int = 256) -> list[float]:
     """For each full layer, the mean share of a query's selection that the query before it selected too.
 
     Of the last `rows` queries; empty when the input is no longer than the selection.
     """
-    name, tensor = next(iter(inputs.items()))
-    length = tensor.shape[1]
+    length = ids.shape[1]
     rows = min(rows, length // 2)
     cache = DynamicCache(config=model.config)
-    model(**{name: tensor[:, :-rows]}, past_key_values=cache, logits_to_keep=1)
-    out = model(**{name: tensor[:, -rows:]}, past_key_values=cache, logits_to_keep=1, output_topk_indices=True)
+    model(ids[:, :-rows], past_key_values=cache, logits_to_keep=1)
+    out = model(ids[:, -rows:], past_key_values=cache, logits_to_keep=1, output_topk_indices=True)
     shares = []
     for indices in out.topk_indices or ():
         chosen = torch.zeros(rows, length + 1, dtype=torch.bool, device=indices.device)

@@ -78,7 +78,7 @@ SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
 def random_model(
     shape: str, experts: int | None, device: torch.device, dtype: torch.dtype, layers: int | None = None
 ) -> IndexCacheForCausalLM:
-    """A shape with random weights and every indexer, made on the device.
+    """A shape with random weights, drifting embeddings and every indexer, made on the device.
 
     Args:
         shape: a key of `SHAPES`.
@@ -94,7 +94,9 @@ def random_model(
         fields["num_hidden_layers"] = layers
     torch.manual_seed(0)
     with torch.device(device):
-        return IndexCacheForCausalLM._from_config(IndexCacheConfig(**fields), dtype=dtype).eval()
+        model = IndexCacheForCausalLM._from_config(IndexCacheConfig(**fields), dtype=dtype).eval()
+    drift_embeddings(model)
+    return model
 
 
 def checkpoint_model(
@@ -120,7 +122,9 @@ def peer_model(model: IndexCacheForCausalLM, pattern: str, device: torch.device)
     config = GlmMoeDsaConfig(**{**fields, "indexer_types": SharePattern(pattern).indexer_types})
     torch.manual_seed(0)
     with torch.device(device):
-        return GlmMoeDsaForCausalLM._from_config(config, dtype=model.dtype).eval()
+        peer = GlmMoeDsaForCausalLM._from_config(config, dtype=model.dtype).eval()
+    drift_embeddings(peer)
+    return peer
 
 
 def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, str]:
@@ -157,32 +161,33 @@ def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, st
     return found
 
 
-def drifting_embeddings(model: Any, length: int, step: float = 0.03) -> torch.Tensor:
-    """`[1, length, hidden_size]`: token embeddings' size, each a small step away from the one before.
+@torch.no_grad()
+def drift_embeddings(model: Any, step: float = 0.01) -> None:
+    """Make the token embeddings a slow walk: token i + 1 differs from token i by a small random step.
 
-    Neighbouring queries then select similar keys, as in trained models; random tokens select almost at random.
+    Queries of consecutive token ids then select similar keys, as neighbours in trained models do; random tokens
+    select almost at random.
     """
-    generator = torch.Generator(device=model.device).manual_seed(1)
-    width = model.config.hidden_size
-    noise = torch.randn(length, width, device=model.device, generator=generator)
+    table = model.get_input_embeddings().weight
+    generator = torch.Generator(device=table.device).manual_seed(1)
+    noise = torch.randn(table.shape, device=table.device, generator=generator)
+    scale = table.float().std()
     keep = (1 - step**2) ** 0.5
     block = 64
     state = noise[0]
-    powers = keep ** torch.arange(1, block + 1, device=model.device, dtype=torch.float32)
+    powers = keep ** torch.arange(1, block + 1, device=table.device, dtype=torch.float32)
     decay = (powers[:, None] / powers[None, :]).tril() * step
-    for first in range(0, length, block):
-        part = noise[first : first + block]
+    for part in noise.split(block):
         n = part.shape[0]
         part[:] = powers[:n, None] * state + decay[:n, :n] @ part
         state = part[n - 1].clone()
-    noise *= model.get_input_embeddings().weight.float().std()
-    return noise.to(model.dtype).unsqueeze(0)
+    table.copy_(noise * scale)
 
 
-def inputs_of(model: Any, length: int, kind: str) -> dict[str, torch.Tensor]:
-    """`inputs_embeds` that drift, or random `input_ids`, `[1, length, ...]`."""
+def prompt(model: Any, length: int, kind: str) -> torch.Tensor:
+    """Token ids `[1, length]`: consecutive ones (`drift`) or random ones."""
+    vocabulary = model.config.vocab_size
     if kind == "drift":
-        return {"inputs_embeds": drifting_embeddings(model, length)}
+        return (torch.arange(length, device=model.device) % vocabulary).unsqueeze(0)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(2, model.config.vocab_size, (1, length), generator=generator)
-    return {"input_ids": ids.to(model.device)}
+    return torch.randint(2, vocabulary, (1, length), generator=generator).to(model.device)

@@ -23,7 +23,7 @@ from .speed_measures import (
     measure_generate,
     neighbour_overlap,
 )
-from .speed_models import checkpoint_model, inputs_of, patterns_of, peer_model, random_model
+from .speed_models import checkpoint_model, patterns_of, peer_model, prompt, random_model
 from .speed_parts import breakdown
 
 JOURNAL_FILE, RESULT_FILE = "journal.jsonl", "bench.json"
@@ -174,7 +174,7 @@ def run_bench(
 
 
 class _Bench:
-    """Runs rows, keeping the model, its peer and the last input between them."""
+    """Runs rows, keeping the model and its peer between them."""
 
     def __init__(
         self, options: BenchOptions, journal: Journal, progress: Progress, model: Any, patterns: dict
@@ -183,7 +183,6 @@ class _Bench:
         self.model: Any = model
         self.shape = model
         self.peer: tuple[str, Any] | None = None
-        self.inputs: tuple[int, dict[str, torch.Tensor]] | None = None
 
     def plan(self) -> Iterator[Row]:
         """Rows in order: kernels are compiled at the shortest length, and a cut-off loses what matters least."""
@@ -225,7 +224,7 @@ class _Bench:
 
     def close(self) -> None:
         """Let go of the models."""
-        self.model = self.peer = self.inputs = None
+        self.model = self.peer = None
 
     def _measure(self, row: Row) -> dict[str, Any]:
         options = self.options
@@ -236,25 +235,25 @@ class _Bench:
                 return {"out_of_memory": "not one sequence fits beside the weights"}
             found = measure_full_cache_decode(model, row.tokens, batch, options.decode_steps)
             return {**found, "batch": batch}
-        inputs = self._inputs(row.tokens)
+        ids = prompt(model, row.tokens, options.input)
         if row.kind == "generate":
-            return measure_generate(model, inputs, row.way, options.decode_steps, options.repeats)
+            return measure_generate(model, ids, row.way, options.decode_steps, options.repeats)
         if row.kind == "overlap":
-            return {"layers": neighbour_overlap(model, inputs)}
-        return {"milliseconds": self._parts(model, inputs, row.way)}
+            return {"layers": neighbour_overlap(model, ids)}
+        return {"milliseconds": self._parts(model, ids, row.way)}
 
     @torch.no_grad()
-    def _parts(self, model: Any, inputs: dict[str, torch.Tensor], way: str) -> dict[str, float]:
+    def _parts(self, model: Any, ids: torch.Tensor, way: str) -> dict[str, float]:
         cache = DynamicCache(config=model.config)
 
         def prefill() -> None:
-            model(**inputs, past_key_values=cache, logits_to_keep=1)
+            model(ids, past_key_values=cache, logits_to_keep=1)
 
         if way == "prefill":
             return breakdown(prefill, model.device)
         prefill()
         token = torch.full((1, 1), 7, device=model.device)
-        for _ in range(2):
+        for _ in range(6):
             model(token, past_key_values=cache)
         return breakdown(lambda: model(token, past_key_values=cache), model.device)
 
@@ -276,13 +275,6 @@ class _Bench:
     def device(self) -> torch.device:
         """Where to measure."""
         return torch.device(self.options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def _inputs(self, tokens: int) -> dict[str, torch.Tensor]:
-        if self.inputs is None or self.inputs[0] != tokens:
-            self.inputs = None
-            source = self.peer[1] if self.peer is not None else self.model
-            self.inputs = (tokens, inputs_of(source, tokens, self.options.input))
-        return self.inputs[1]
 
 
 def _largest_batch(model: Any, tokens: int) -> int:
@@ -310,6 +302,8 @@ def _check_lengths(options: BenchOptions, model: Any) -> None:
         for tokens in lengths:
             if not 16 <= tokens <= longest:
                 raise BenchError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
+    if options.source is not None and options.input == "drift":
+        raise BenchError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
     if not options.lengths:
         raise BenchError("--length: give at least one context length")
     family = model.config.source_model_type

@@ -39,14 +39,15 @@ class IndexCacheMLP(nn.Module):
         return accumulate
 
 
-def adds_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a feed-forward may add to the residual in place: nobody differentiates, traces or wraps it."""
+def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether a module's work may happen in place: nobody differentiates, traces, watches or wraps it."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and "forward" not in vars(module)
         and not module._forward_hooks
+        and not module._forward_pre_hooks
     )
 
 

@@ -59,10 +59,12 @@ def attend_streamed(
     topk_indices: torch.Tensor | None,
     run_indexer: bool,
     return_all: bool,
+    overwrite_input: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `IndexCacheAttention.forward` computes, with its arguments: the output and the selection that was used.
 
-    `return_all` lets the indexer list the selection even when it is everything.
+    `return_all` lets the indexer list the selection even when it is everything, `overwrite_input` lets the output
+    take the memory of `hidden_states`.
     """
     config = module.config
     allow_triton = config._attn_implementation == TRITON_ATTENTION
@@ -74,6 +76,7 @@ def attend_streamed(
         queries_from, q_proj = module.q_a_layernorm(q_a), module.q_b_proj
         del q_a
     latents = _latents(module, kv, position_embeddings, allow_triton)
+    del kv
     if module.indexer is not None and run_indexer:
         topk_indices = module.indexer(
             hidden_states,
@@ -86,10 +89,11 @@ def attend_streamed(
     latents = append_latents(past_key_values, latents, module.layer_idx)
     if topk_indices is None:
         return _attend_to_all(module, queries_from, q_proj, position_embeddings, latents, visibility), None
-    return (
-        _attend_to_selected(module, queries_from, q_proj, position_embeddings, latents, topk_indices, allow_triton),
-        topk_indices,
+    out = hidden_states if overwrite_input else None
+    out = _attend_to_selected(
+        module, queries_from, q_proj, position_embeddings, latents, topk_indices, allow_triton, out
     )
+    return out, topk_indices
 
 
 def _latents(
@@ -136,8 +140,9 @@ def _attend_to_selected(
     latents: torch.Tensor,
     topk_indices: torch.Tensor,
     allow_triton: bool,
+    out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Absorbed form on the selected latents, chunk by chunk of queries."""
+    """Absorbed form on the selected latents, chunk by chunk of queries, written to `out` if given."""
     to_latent, to_value = module._absorbed_weights()
     batch, num_queries = queries_from.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
@@ -148,7 +153,6 @@ def _attend_to_selected(
         few_out, _ = sparse_mla(absorbed, latents, topk_indices, scale=module.scaling, value_dim=rank)
         return linears(expand_values(few_out, to_value).flatten(2), (module.o_proj,), allow_triton)[0]
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-    out: torch.Tensor | None = None
     for first, last in chunks(num_queries, row_bytes):
         rows = batch * (last - first)
         q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)

@@ -37,7 +37,7 @@ from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import IndexCacheMLP, adds_in_place, runs_expert_kernels, shared_linears
+from .feed_forward import IndexCacheMLP, runs_expert_kernels, shared_linears, works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
@@ -102,7 +102,8 @@ class IndexCacheAttention(nn.Module):
             past_key_values: the cache, updated in place.
             topk_indices: the selection to reuse, int32 `[B, S, K]`; None for all visible keys.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`.
+            **kwargs: `output_attentions`, `output_topk_indices`; `overwrite_input` lets the output take the memory of
+                `hidden_states`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
@@ -119,6 +120,7 @@ class IndexCacheAttention(nn.Module):
                 topk_indices,
                 run_indexer,
                 return_all,
+                bool(kwargs.get("overwrite_input")),
             )
             return out, None, topk_indices
         batch, num_queries = hidden_states.shape[:2]
@@ -311,11 +313,17 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
-        attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        # Nobody else reads what the norm makes, so that attention may write where it stood.
+        overwrite = works_in_place(self.self_attn, hidden_states) and works_in_place(
+            self.input_layernorm, hidden_states
+        )
+        attended, _, topk_indices = self.self_attn(
+            self.input_layernorm(hidden_states), overwrite_input=overwrite, **kwargs
+        )
         hidden_states = hidden_states + attended
         del attended
         normed = self.post_attention_layernorm(hidden_states)
-        if adds_in_place(self.mlp, hidden_states):
+        if works_in_place(self.mlp, hidden_states):
             return self.mlp(normed, accumulate=hidden_states), topk_indices
         return hidden_states + self.mlp(normed), topk_indices
 
@@ -459,7 +467,10 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         )
         if hidden_out is None:
             visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
-            hidden_out = self._run_layers(hidden_states, position_ids, visibility, past_key_values, **kwargs)
+            # Handed over, so that the embeddings' memory is free after the first layer.
+            given = [hidden_states]
+            del hidden_states
+            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs)
         return IndexCacheModelOutput(last_hidden_state=hidden_out, past_key_values=past_key_values)
 
     def _run_layers(
@@ -468,7 +479,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         position_ids: torch.Tensor | None,
         visibility: KeyVisibility,
         past_key_values: Cache | None,
-        **kwargs: Any,
+        kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """All layers and the last norm, `[B, S, hidden_size]` to the same."""
         if position_ids is None:
@@ -487,7 +498,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
                 run_indexer=run_indexer,
-                **kwargs,
+                **(kwargs or {}),
             )
         return self.norm(hidden_states)
 
