@@ -78,7 +78,7 @@ SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
 def random_model(
     shape: str, experts: int | None, device: torch.device, dtype: torch.dtype, layers: int | None = None
 ) -> IndexCacheForCausalLM:
-    """A shape with random weights, drifting embeddings and every indexer, made on the device.
+    """A shape with random weights and every indexer, made on the device, see `let_neighbours_agree`.
 
     Args:
         shape: a key of `SHAPES`.
@@ -95,7 +95,7 @@ def random_model(
     torch.manual_seed(0)
     with torch.device(device):
         model = IndexCacheForCausalLM._from_config(IndexCacheConfig(**fields), dtype=dtype).eval()
-    drift_embeddings(model)
+    let_neighbours_agree(model)
     return model
 
 
@@ -123,7 +123,7 @@ def peer_model(model: IndexCacheForCausalLM, pattern: str, device: torch.device)
     torch.manual_seed(0)
     with torch.device(device):
         peer = GlmMoeDsaForCausalLM._from_config(config, dtype=model.dtype).eval()
-    drift_embeddings(peer)
+    let_neighbours_agree(peer)
     return peer
 
 
@@ -162,12 +162,19 @@ def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, st
 
 
 @torch.no_grad()
-def drift_embeddings(model: Any, step: float = 0.01) -> None:
-    """Make the token embeddings a slow walk: token i + 1 differs from token i by a small random step.
+def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float = 0.02) -> None:
+    """Let consecutive token ids select nearly the same keys, as neighbours in trained models do.
 
-    Queries of consecutive token ids then select similar keys, as neighbours in trained models do; random tokens
-    select almost at random.
+    Args:
+        model: with random weights; ours or transformers' glm_moe_dsa.
+        step: the token embeddings become a slow walk, token i + 1 a random step of this relative size from token i.
+        position_weight: weight of the index keys' RoPE entries against the others; random weights give position half
+            of the say, and every step of a query then reorders its keys.
     """
+    for layer in model.model.layers:
+        indexer = getattr(layer.self_attn, "indexer", None)
+        if indexer is not None:
+            indexer.k_norm.weight[: model.config.qk_rope_head_dim] = position_weight
     table = model.get_input_embeddings().weight
     generator = torch.Generator(device=table.device).manual_seed(1)
     noise = torch.randn(table.shape, device=table.device, generator=generator)
