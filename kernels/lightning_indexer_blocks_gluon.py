@@ -1,4 +1,4 @@
-"""Which queries and keys a program of the lightning indexer's Hopper kernel works on, and their copies to shared memory."""
+"""Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory."""
 
 from __future__ import annotations
 
