@@ -105,4 +105,3 @@ def test_the_hopper_kernel_uses_its_instructions(heads, group):
     assert "wgmma.mma_async.sync.aligned.m64n64k16" in ptx
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)
     assert "add.v2.f32" in ptx and not re.search(r"(atom|red)\.global[^;]*\.add\.f32", ptx)
-
