@@ -49,7 +49,7 @@ def compile_kernel(function, arch, constants, source=ASTSource, **options):
 
 def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
     backend = "hip" if isinstance(arch, str) else "cuda"
-    tile = tile or kernels.sparse_mla_backward_tile(backend, arch, group * heads, 576)
+    tile = tile or kernels.sparse_mla_backward_tile((backend, arch), group * heads, 576)
     constants = {
         "H": heads,
         "V": 512,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from indexcache.kernels import indexer_distillation as op
 from indexcache.kernels import indexer_distillation_dense_triton as dense
 from indexcache.kernels import indexer_distillation_teacher_triton as teacher
 from indexcache.kernels import indexer_distillation_triton as kernels
@@ -157,3 +158,34 @@ def test_dense_loss_of_nothing():
     assert kl.shape == (1, 0)
     gradients = dense.dense_kl_backward_triton(kl, *arguments, score_lse, 1.0, 0.2, visible)
     assert all((gradient == 0).all() for gradient in gradients)
+
+
+def op_calls():
+    """Every custom op with small arguments; the first three have gradients in those that are differentiable."""
+    q, k, weights, indices, target = problem(1, 3, 30, 8, 16, 20)
+    inputs = [x.nan_to_num().requires_grad_() for x in (q, k, weights)]
+    _, q_attn, kv, visible = dense_problem(1, 3, 30, 8, 16, 2, True)
+    lse = [teacher.attention_lse_triton(x, y, 0.4, visible) for x, y in zip(q_attn, kv)]
+    return {
+        "scores": (op._selected_index_scores, (*inputs, indices, 0.4)),
+        "kl": (op._indexer_kl, (*inputs, indices, target.nan_to_num(), 0.4)),
+        "attention": (op._selected_attention, (q_attn[0], kv[0], lse[0], indices, 0.4)),
+        "lse": (op._attention_lse, (q_attn[0], kv[0], 0.4, *visible)),
+        "dense": (op._dense_indexer_kl, (*inputs, q_attn, kv, lse, 0.4, 0.4, *visible)),
+    }
+
+
+@pytest.mark.parametrize("name", ["scores", "kl", "attention", "lse", "dense"])
+def test_custom_ops_trace_and_differentiate_as_they_run(name):
+    call, arguments = op_calls()[name]
+    torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    compiled = torch.compile(lambda *x: call(*x), fullgraph=True, backend="aot_eager")
+
+    def value(result):
+        return (result[0] if isinstance(result, tuple) else result).nan_to_num(neginf=0.0)
+
+    eager, traced = value(call(*arguments)), value(compiled(*arguments))
+    assert torch.equal(eager, traced)
+    if name in ("scores", "kl", "dense"):
+        for one, other in zip(*(torch.autograd.grad(x.sum(), arguments[:3]) for x in (eager, traced))):
+            assert torch.equal(one, other) and one.abs().sum() > 0
