@@ -1,0 +1,263 @@
+"""Benchmark of training kernels: sparse MLA backward, the KL kernels, and their share of a layer's training step.
+
+python -m indexcache.benchmarks.distillation --output benchmarks/results/distillation.json
+
+Useful operations of the sparse MLA backward are five products a query, head and selected key:
+`2 * heads * 2048 * (3 * 576 + 2 * 512)` a query. Index sets as in `benchmarks/sparse_mla.py`. The layer is one MoE
+layer of the 30B shape (`benchmarks/long_context.py`) with 16 experts, forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import IndexCacheConfig, IndexCacheForCausalLM
+from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
+from ..kernels.sparse_mla import sparse_mla
+from .harness import Case, measure_ceilings, median_ms, run_cases, write_json
+from .long_context import SHAPE, drifting_embeddings
+from .sparse_mla import SCALE, TOPK, VALUE_DIM, WIDTH, make_inputs, near_indices, random_indices
+
+INDEX_HEADS, INDEX_DIM, HEADS = 32, 128, 20
+Indices = Callable[[int, int], torch.Tensor]
+
+
+def backward_inputs(S: int, T: int, H: int, indices: Indices) -> tuple:
+    """Leaf q and kv, the indices, the results of the forward pass and an upstream gradient."""
+    q, kv, index = make_inputs(1, S, T, H, indices)
+    q.requires_grad_()
+    kv.requires_grad_()
+    out, lse = sparse_mla(q, kv, index, scale=SCALE, value_dim=VALUE_DIM)
+    return q, kv, index, out, lse, torch.randn_like(out)
+
+
+def backward(q, kv, index, out, lse, grad_out) -> tuple[torch.Tensor, ...]:
+    """The function timed: gradients of q and kv."""
+    return torch.autograd.grad(out, (q, kv), grad_out, retain_graph=True)
+
+
+def deterministic_backward(*inputs) -> tuple[torch.Tensor, ...]:
+    """As `backward`, with the latents' gradients added in a fixed order."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return backward(*inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def wrong_gradients(inputs: tuple, run: Callable[..., tuple], rows: int = 16, slots: int = 8) -> str | None:
+    """What is wrong with some queries' and some latents' gradients, judged in fp64 against P and dS in bf16."""
+    q, kv, index, out, lse, grad_out = (x.detach()[0] for x in inputs)
+    grad_q, grad_kv = (x[0] for x in run(*inputs))
+    delta = (grad_out.double() * out.double()).sum(-1)
+
+    def score_gradients(queries: torch.Tensor, keys: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """P and dS `[n, H, K]` of queries and their keys `[n, K, 576]`: exact, and rounded to bf16."""
+        keys = keys.double().transpose(1, 2)
+        p = (q[queries].double() @ keys * SCALE - lse[queries].double().unsqueeze(-1)).exp()
+        dp = grad_out[queries].double() @ keys[:, :VALUE_DIM]
+        ds = p * (dp - delta[queries].unsqueeze(-1)) * SCALE
+        return [(p, ds), (p.bfloat16().double(), ds.bfloat16().double())]
+
+    def of_queries(p: torch.Tensor, ds: torch.Tensor) -> torch.Tensor:
+        return ds @ keys.double()
+
+    def of_slot(p: torch.Tensor, ds: torch.Tensor) -> torch.Tensor:
+        found = (ds.transpose(1, 2) @ q[queries].double()).sum((0, 1))
+        found[:VALUE_DIM] += (p.transpose(1, 2) @ grad_out[queries].double()).sum((0, 1))
+        return found
+
+    queries = torch.randperm(q.shape[0], device="cuda")[:rows]
+    keys = kv[index[queries].long()]
+    checks = [("queries", grad_q[queries], [of_queries(*one) for one in score_gradients(queries, keys)])]
+    for slot in index[queries[0]][:: TOPK // slots].long():
+        queries = (index == slot).any(-1).nonzero().squeeze(-1)
+        both = score_gradients(queries, kv[slot].expand(len(queries), 1, -1))
+        checks.append((f"latent {slot}", grad_kv[slot], [of_slot(*one) for one in both]))
+    for name, ours, (exact, plain) in checks:
+        # Ours is rounded to bf16 at the end as well.
+        error, allowed = (ours - exact).norm() / exact.norm(), 1.5 * (plain.bfloat16() - exact).norm() / exact.norm()
+        if not error <= allowed:
+            return f"gradient of {name}: error {error:.2e} above 1.5x that of bf16 P and dS, {allowed:.2e}"
+    return None
+
+
+def indexer_inputs(S: int, T: int, indices: Indices) -> tuple:
+    """Leaf index queries, keys and head weights, the indices and a target."""
+    draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    q, k, weights = draw(1, S, INDEX_HEADS, INDEX_DIM), draw(1, T, INDEX_DIM), draw(1, S, INDEX_HEADS) * 0.2
+    target = torch.rand(1, S, TOPK, device="cuda") ** 4
+    inputs = [x.requires_grad_() for x in (q, k, weights)]
+    return *inputs, indices(S, T).view(1, S, TOPK), target
+
+
+def kl_step(q, k, weights, index, target) -> tuple[torch.Tensor, ...]:
+    """KL and its gradients."""
+    return torch.autograd.grad(indexer_kl(q, k, weights, index, target).sum(), (q, k, weights))
+
+
+def teacher_inputs(S: int, T: int, H: int, indices: Indices) -> tuple:
+    """Absorbed queries, latents, lse and indices."""
+    q, kv, index = make_inputs(1, S, T, H, indices)
+    return q, kv, sparse_mla(q, kv, index, scale=SCALE, value_dim=VALUE_DIM)[1], index
+
+
+def teacher(q, kv, lse, index) -> torch.Tensor:
+    """Head-mean attention of the selected keys."""
+    return selected_attention(q, kv, lse, index, scale=SCALE)
+
+
+def wrong_teacher(inputs: tuple) -> str | None:
+    """None if every row of probabilities sums to 1."""
+    error = (teacher(*inputs).sum(-1) - 1).abs().max()
+    return None if error < 1e-3 else f"rows sum to 1 with an error of {error:.1e}"
+
+
+def dense_inputs(S: int, layers: int) -> tuple:
+    """Leaf index inputs, and absorbed queries and latents of the served layers."""
+    draw = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    shapes = (1, S, INDEX_HEADS, INDEX_DIM), (1, S, INDEX_DIM), (1, S, INDEX_HEADS)
+    inputs = [(0.3 * draw(*shape)).requires_grad_() for shape in shapes]
+    return *inputs, [draw(1, S, HEADS, WIDTH) for _ in range(layers)], [draw(1, S, WIDTH) for _ in range(layers)]
+
+
+def dense_step(q, k, weights, q_attn, kv) -> tuple[torch.Tensor, ...]:
+    """Dense KL and its gradients, lse of the attention included."""
+    loss = dense_indexer_kl(q, k, weights, q_attn, kv, attn_scale=SCALE).sum()
+    return torch.autograd.grad(loss, (q, k, weights))
+
+
+def cases() -> list[Case]:
+    """Backward by heads, cache length and index set; KL kernels by index set; the dense loss by length."""
+    found = []
+    sets = {"near": near_indices, "rand": random_indices}
+    S = 4096
+    for T, name in ((8192, "rand"), (8192, "near"), (65536, "rand"), (200_000, "near")):
+        for H in (20, 64, 128):
+            for run, label in ((backward, ""), (deterministic_backward, " deterministic")):
+                if label and T != 8192:
+                    continue
+                found.append(
+                    Case(
+                        f"backward{label} S={S} L={T} {name} H={H}",
+                        partial(backward_inputs, S, T, H, sets[name]),
+                        run,
+                        partial(wrong_gradients, run=run),
+                        flops=2.0 * H * TOPK * (3 * WIDTH + 2 * VALUE_DIM) * S,
+                        copies=1,
+                        info={"H": H, "L": T, "indices": name},
+                    )
+                )
+    S = 32768
+    for name, indices in sets.items():
+        index_flops = 2.0 * INDEX_HEADS * INDEX_DIM * TOPK * S
+        found.append(
+            Case(
+                f"indexer KL forward and backward S=L={S} {name}",
+                partial(indexer_inputs, S, S, indices),
+                kl_step,
+                flops=4 * index_flops,
+                copies=1,
+            )
+        )
+        found.append(
+            Case(
+                f"selected attention S=L={S} {name} H={HEADS}",
+                partial(teacher_inputs, S, S, HEADS, indices),
+                teacher,
+                wrong_teacher,
+                flops=2.0 * HEADS * WIDTH * TOPK * S,
+                copies=1,
+            )
+        )
+    for S, layers in ((8192, 1), (32768, 1), (8192, 4)):
+        pairs = S * (S + 1) / 2
+        attention, index = 3 * layers * 2.0 * HEADS * WIDTH, 5 * 2.0 * INDEX_HEADS * INDEX_DIM
+        found.append(
+            Case(
+                f"dense KL forward and backward S={S} served layers={layers}",
+                partial(dense_inputs, S, layers),
+                dense_step,
+                flops=pairs * (attention + index),
+                copies=1,
+            )
+        )
+    return found
+
+
+def layer_share(length: int) -> dict[str, Any]:
+    """A layer's forward and backward beside the KL kernels on that layer's own selection, and the KL's memory."""
+    torch.manual_seed(0)
+    config = IndexCacheConfig(
+        **{**SHAPE, "n_routed_experts": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 1024}
+    )
+    with torch.device("cuda"):
+        model = IndexCacheForCausalLM._from_config(config, dtype=torch.bfloat16).train()
+    embeddings = drifting_embeddings(model, length).requires_grad_()
+    kept: dict[str, torch.Tensor] = {}
+    indexer = model.model.layers[0].self_attn.indexer
+    hook = indexer.register_forward_hook(lambda module, inputs, output: kept.update(indices=output))
+    model.model(inputs_embeds=embeddings, use_cache=False)
+    hook.remove()
+    upstream = torch.randn_like(embeddings)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.backward(upstream)
+
+    found: dict[str, Any] = {"name": f"layer step S={length}", "layer_ms": median_ms([step], budget_ms=2000)["ms"]}
+    model.zero_grad(set_to_none=True)
+    chosen = lambda S, T: kept["indices"][0]
+    q, kv, lse, index = teacher_inputs(length, length, HEADS, chosen)
+    student = indexer_inputs(length, length, chosen)[:3]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found["teacher_ms"] = median_ms([lambda: teacher(q, kv, lse, index)], budget_ms=500)["ms"]
+    target = teacher(q, kv, lse, index)
+    found["kl_ms"] = median_ms([lambda: kl_step(*student, index, target)], budget_ms=500)["ms"]
+    found["kl_peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    extra = found["teacher_ms"] + found["kl_ms"]
+    found["kl_share_of_step"] = extra / (found["layer_ms"] + extra)
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in found.items()}, flush=True)
+    return found
+
+
+def dense_peak(length: int) -> dict[str, Any]:
+    """Peak memory of the dense loss above its inputs, GiB."""
+    inputs = dense_inputs(length, 1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    dense_step(*inputs)
+    found = {"name": f"dense KL memory S={length}", "peak_gib": (torch.cuda.max_memory_allocated() - before) / 2**30}
+    print(found, flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if a case was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="write a JSON here")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 65536], help="tokens of the layer steps")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    ceilings = measure_ceilings()
+    print(ceilings)
+    records = run_cases([case for case in cases() if options.only in case.name], ceilings)
+    for length in options.lengths:
+        records += [layer_share(length), dense_peak(length)]
+        torch.cuda.empty_cache()
+    if options.output:
+        write_json(options.output, "python -m indexcache.benchmarks.distillation", ceilings, records)
+    return int(any("wrong" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
