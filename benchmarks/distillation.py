@@ -27,6 +27,7 @@ from .sparse_mla import SCALE, TOPK, VALUE_DIM, WIDTH, make_inputs, near_indices
 
 INDEX_HEADS, INDEX_DIM, HEADS = 32, 128, 20
 Indices = Callable[[int, int], torch.Tensor]
+INDEX_SETS: dict[str, Indices] = {"near": near_indices, "rand": random_indices}
 
 
 def backward_inputs(S: int, T: int, H: int, indices: Indices) -> tuple:
@@ -98,6 +99,12 @@ def indexer_inputs(S: int, T: int, indices: Indices) -> tuple:
     return *inputs, indices(S, T).view(1, S, TOPK), target
 
 
+def kl(q, k, weights, index, target) -> torch.Tensor:
+    """KL alone, without what its gradient needs."""
+    with torch.no_grad():
+        return indexer_kl(q, k, weights, index, target)
+
+
 def kl_step(q, k, weights, index, target) -> tuple[torch.Tensor, ...]:
     """KL and its gradients."""
     return torch.autograd.grad(indexer_kl(q, k, weights, index, target).sum(), (q, k, weights))
@@ -134,61 +141,51 @@ def dense_step(q, k, weights, q_attn, kv) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(loss, (q, k, weights))
 
 
+def backward_case(T: int, name: str, H: int, deterministic: bool = False, S: int = 4096) -> Case:
+    """Sparse MLA backward of `S` queries over `T` latents."""
+    run = deterministic_backward if deterministic else backward
+    return Case(
+        f"backward{' deterministic' if deterministic else ''} S={S} L={T} {name} H={H}",
+        partial(backward_inputs, S, T, H, INDEX_SETS[name]),
+        run,
+        partial(wrong_gradients, run=run),
+        flops=2.0 * H * TOPK * (3 * WIDTH + 2 * VALUE_DIM) * S,
+        copies=1,
+        info={"H": H, "L": T, "indices": name},
+    )
+
+
+def kl_cases(S: int, name: str) -> list[Case]:
+    """The sparse KL and its teacher over `S` queries and keys."""
+    inputs = partial(indexer_inputs, S, S, INDEX_SETS[name])
+    attention = partial(teacher_inputs, S, S, HEADS, INDEX_SETS[name])
+    flops = 2.0 * TOPK * S
+    return [
+        Case(f"indexer KL S=L={S} {name}", inputs, kl, flops=flops * INDEX_HEADS * INDEX_DIM, copies=1),
+        # Scores forward and again backward, two products for the gradients.
+        Case(f"indexer KL and gradients S=L={S} {name}", inputs, kl_step, flops=4 * flops * INDEX_HEADS * INDEX_DIM),
+        Case(f"selected attention S=L={S} {name}", attention, teacher, wrong_teacher, flops=flops * HEADS * WIDTH),
+    ]
+
+
+def dense_case(S: int, layers: int) -> Case:
+    """The dense KL of a causal sequence: per pair three attention products a served layer and five index products."""
+    attention, index = 3 * layers * 2.0 * HEADS * WIDTH, 5 * 2.0 * INDEX_HEADS * INDEX_DIM
+    flops = S * (S + 1) / 2 * (attention + index)
+    name = f"dense KL and gradients S={S} served layers={layers}"
+    return Case(name, partial(dense_inputs, S, layers), dense_step, flops=flops, copies=1)
+
+
 def cases() -> list[Case]:
     """Backward by heads, cache length and index set; KL kernels by index set; the dense loss by length."""
-    found = []
-    sets = {"near": near_indices, "rand": random_indices}
-    S = 4096
-    for T, name in ((8192, "rand"), (8192, "near"), (65536, "rand"), (200_000, "near")):
-        for H in (20, 64, 128):
-            for run, label in ((backward, ""), (deterministic_backward, " deterministic")):
-                if label and T != 8192:
-                    continue
-                found.append(
-                    Case(
-                        f"backward{label} S={S} L={T} {name} H={H}",
-                        partial(backward_inputs, S, T, H, sets[name]),
-                        run,
-                        partial(wrong_gradients, run=run),
-                        flops=2.0 * H * TOPK * (3 * WIDTH + 2 * VALUE_DIM) * S,
-                        copies=1,
-                        info={"H": H, "L": T, "indices": name},
-                    )
-                )
-    S = 32768
-    for name, indices in sets.items():
-        index_flops = 2.0 * INDEX_HEADS * INDEX_DIM * TOPK * S
-        found.append(
-            Case(
-                f"indexer KL forward and backward S=L={S} {name}",
-                partial(indexer_inputs, S, S, indices),
-                kl_step,
-                flops=4 * index_flops,
-                copies=1,
-            )
-        )
-        found.append(
-            Case(
-                f"selected attention S=L={S} {name} H={HEADS}",
-                partial(teacher_inputs, S, S, HEADS, indices),
-                teacher,
-                wrong_teacher,
-                flops=2.0 * HEADS * WIDTH * TOPK * S,
-                copies=1,
-            )
-        )
-    for S, layers in ((8192, 1), (32768, 1), (8192, 4)):
-        pairs = S * (S + 1) / 2
-        attention, index = 3 * layers * 2.0 * HEADS * WIDTH, 5 * 2.0 * INDEX_HEADS * INDEX_DIM
-        found.append(
-            Case(
-                f"dense KL forward and backward S={S} served layers={layers}",
-                partial(dense_inputs, S, layers),
-                dense_step,
-                flops=pairs * (attention + index),
-                copies=1,
-            )
-        )
+    found = [backward_case(8192, "rand", H) for H in (64, 128, 20)]
+    found += [backward_case(8192, "near", H) for H in (20, 64, 128)]
+    found += kl_cases(32768, "near")
+    found += [dense_case(8192, 1)]
+    found += [backward_case(T, name, H) for T, name in ((65536, "rand"), (200_000, "near")) for H in (20, 64, 128)]
+    found += [backward_case(8192, name, H, deterministic=True) for name in INDEX_SETS for H in (64, 20)]
+    found += kl_cases(32768, "rand")
+    found += [dense_case(32768, 1), dense_case(8192, 4)]
     return found
 
 
@@ -212,7 +209,7 @@ def layer_share(length: int) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         model.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state.backward(upstream)
 
-    found: dict[str, Any] = {"name": f"layer step S={length}", "layer_ms": median_ms([step], budget_ms=2000)["ms"]}
+    found: dict[str, Any] = {"name": f"layer step S={length}", "layer_ms": median_ms([step], budget_ms=1000)["ms"]}
     model.zero_grad(set_to_none=True)
     chosen = lambda S, T: kept["indices"][0]
     q, kv, lse, index = teacher_inputs(length, length, HEADS, chosen)
@@ -244,18 +241,27 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; 1 if a case was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="write a JSON here")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="run the cases whose name contains one of these")
     parser.add_argument("--lengths", type=int, nargs="*", default=[32768, 65536], help="tokens of the layer steps")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    print(ceilings)
-    records = run_cases([case for case in cases() if options.only in case.name], ceilings)
-    for length in options.lengths:
-        records += [layer_share(length), dense_peak(length)]
+    print(ceilings, flush=True)
+    records: list[dict[str, Any]] = []
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        """What is measured is written at once: a run that is cut off loses nothing."""
+        records.extend(found)
         torch.cuda.empty_cache()
-    if options.output:
-        write_json(options.output, "python -m indexcache.benchmarks.distillation", ceilings, records)
+        if options.output:
+            write_json(options.output, "python -m indexcache.benchmarks.distillation", ceilings, records)
+
+    for case in cases():
+        if any(part in case.name for part in options.only):
+            keep(run_cases([case], ceilings))
+    for length in options.lengths:
+        keep([layer_share(length)])
+        keep([dense_peak(length)])
     return int(any("wrong" in record for record in records))
 
 
