@@ -110,6 +110,37 @@ def kl_step(q, k, weights, index, target) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(indexer_kl(q, k, weights, index, target).sum(), (q, k, weights))
 
 
+def wrong_kl(inputs: tuple, rows: int = 16) -> str | None:
+    """What is wrong with the KL and gradients of some queries, judged in fp64."""
+    q, k, weights, index, target = inputs
+    some = torch.randperm(q.shape[1], device="cuda")[:rows]
+    loss = indexer_kl(q, k, weights, index, target)[:, some]
+    exact = [x.detach().double().requires_grad_() for x in (q[:, some], k, weights[:, some])]
+    right = indexer_kl(*exact, index[:, some], target[:, some].double())
+    ours = torch.autograd.grad(loss.sum(), (q, k, weights))
+    return _difference(loss, (ours[0][:, some], ours[1], ours[2][:, some]), right, exact)
+
+
+def wrong_dense_kl(inputs: tuple, rows: int = 16) -> str | None:
+    """What is wrong with the dense KL and gradients of the last queries, judged in fp64."""
+    q, k, weights, q_attn, kv = inputs
+    loss = dense_indexer_kl(*inputs, attn_scale=SCALE)[:, -rows:]
+    exact = [x.detach().double().requires_grad_() for x in (q[:, -rows:], k, weights[:, -rows:])]
+    layers = [x[:, -rows:].double() for x in q_attn], [x.double() for x in kv]
+    right = dense_indexer_kl(*exact, *layers, attn_scale=SCALE)
+    ours = torch.autograd.grad(loss.sum(), (q, k, weights))
+    return _difference(loss, (ours[0][:, -rows:], ours[1], ours[2][:, -rows:]), right, exact)
+
+
+def _difference(loss: torch.Tensor, gradients: tuple, right: torch.Tensor, inputs: list[torch.Tensor]) -> str | None:
+    if not (error := (loss - right).abs().max()) <= 1e-2 * right.mean():
+        return f"KL is off by {error:.1e} of {right.mean():.3f}"
+    for name, one, other in zip(("q", "k", "weights"), gradients, torch.autograd.grad(right.sum(), inputs)):
+        if not (error := (one - other).norm() / other.norm()) <= 1e-2:
+            return f"gradient of {name} is off by {error:.1e}"
+    return None
+
+
 def teacher_inputs(S: int, T: int, H: int, indices: Indices) -> tuple:
     """Absorbed queries, latents, lse and indices."""
     q, kv, index = make_inputs(1, S, T, H, indices)
@@ -163,7 +194,9 @@ def kl_cases(S: int, name: str) -> list[Case]:
     return [
         Case(f"indexer KL S=L={S} {name}", inputs, kl, flops=flops * INDEX_HEADS * INDEX_DIM, copies=1),
         # Scores forward and again backward, two products for the gradients.
-        Case(f"indexer KL and gradients S=L={S} {name}", inputs, kl_step, flops=4 * flops * INDEX_HEADS * INDEX_DIM),
+        Case(
+            f"indexer KL and gradients S=L={S} {name}", inputs, kl_step, wrong_kl, 4 * flops * INDEX_HEADS * INDEX_DIM
+        ),
         Case(f"selected attention S=L={S} {name}", attention, teacher, wrong_teacher, flops=flops * HEADS * WIDTH),
     ]
 
@@ -173,7 +206,7 @@ def dense_case(S: int, layers: int) -> Case:
     attention, index = 3 * layers * 2.0 * HEADS * WIDTH, 5 * 2.0 * INDEX_HEADS * INDEX_DIM
     flops = S * (S + 1) / 2 * (attention + index)
     name = f"dense KL and gradients S={S} served layers={layers}"
-    return Case(name, partial(dense_inputs, S, layers), dense_step, flops=flops, copies=1)
+    return Case(name, partial(dense_inputs, S, layers), dense_step, wrong_dense_kl, flops=flops, copies=1)
 
 
 def cases() -> list[Case]:
