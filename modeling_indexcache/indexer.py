@@ -69,6 +69,7 @@ class IndexCacheIndexer(nn.Module):
             self.index_topk,
             query_start=seen.query_start,
             key_mask=seen.key_mask,
+            fp8=self.config.indexer_fp8,
             allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
 
