@@ -49,7 +49,8 @@ def kernels(arch):
         yield function, {**index, **extra, "BLOCK_Q": tile.block_q, "BLOCK_N": tile.block_n}, tile
 
 
-@pytest.mark.parametrize("arch", SHARED_KB)
+# Of the architectures that share their tiles and their 99 KB with sm86, sm89 and sm120, one is enough.
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, "gfx942"])
 def test_default_tiles_fit_the_shared_memory_and_do_not_spill_much(arch):
     for function, constants, tile in kernels(arch):
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
