@@ -44,7 +44,7 @@ def index_tile(target: tuple[str, int | str], backward: bool) -> SelectedTile:
     if backend == "hip":
         return SelectedTile(64, 4, 1)
     if backward:
-        return SelectedTile(64, 4, 2) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
+        return SelectedTile(64, 4, 3) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
     return SelectedTile(64, 4, 3)
 
 

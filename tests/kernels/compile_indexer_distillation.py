@@ -39,13 +39,9 @@ def kernels(arch):
         (teacher._head_mean_kernel, teacher.target_tile(target, 576), {"ADD": True}),
     ):
         yield function, {**latent, **extra, "BLOCK_Q": tile.block_q, "BLOCK_N": tile.block_n}, tile
-    for name, function in (
-        ("forward", dense._dense_kl_forward_kernel),
-        ("queries", dense._dense_kl_grad_q_kernel),
-        ("keys", dense._dense_kl_grad_k_kernel),
-    ):
-        tile = dense.index_tile(target, 32, name)
-        extra = {} if name == "forward" else {"GRADIENT_SCALE": 1024.0}
+    tile = dense.index_tile(target, 32)
+    for function in (dense._dense_kl_forward_kernel, dense._dense_kl_grad_q_kernel, dense._dense_kl_grad_k_kernel):
+        extra = {"GRADIENT_SCALE": 1024.0} if "GRADIENT_SCALE" in function.arg_names else {}
         yield function, {**index, **extra, "BLOCK_Q": tile.block_q, "BLOCK_N": tile.block_n}, tile
 
 
