@@ -109,20 +109,29 @@ def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"algorithm": arguments.algorithm, "keep": arguments.keep}
     on_cuda = torch.cuda.is_available()
     with clock(record, "load_seconds"):
-        model = load_source(arguments.checkpoint, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        model = load_source(
+            arguments.checkpoint, dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attention
+        )
         model = model.to("cuda" if on_cuda else "cpu").eval()  # type: ignore[arg-type]
+    record |= {"dtype": arguments.dtype, "attention": model.config._attn_implementation}
     windows, _ = load_windows(
         f"{arguments.windows}:calibration", model.config, None, Sampling(), f"{arguments.windows}:test"
     )
     greedily = arguments.algorithm == "greedy"
-    evaluator = Evaluator(
-        "calibration", model, windows, objective="lm" if greedily else "kl", batch_size=arguments.batch_size,
-        cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
-    )  # fmt: skip
+
+    def fresh() -> Evaluator:
+        return Evaluator(
+            "calibration", model, windows, objective="lm" if greedily else "kl", batch_size=arguments.batch_size,
+            cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
+        )  # fmt: skip
+
+    evaluator = fresh()
     start = "F" * evaluator.num_layers
     with clock(record, "warm_up_seconds"):
         for batch in range(len(evaluator.batches)):
             evaluator.scorer.score(batch, evaluator.engine.last_hidden(start[:-1] + "S", batch))
+    # What the warm-up kept would be a head start.
+    evaluator = fresh()
     keep = max(1, round(evaluator.num_layers * arguments.keep))
     with clock(record, "search_seconds"):
         if greedily:
@@ -170,6 +179,8 @@ def main() -> None:
     )
     timing.add_argument("--batch-size", type=int, default=16 if torch.cuda.is_available() else 1)
     timing.add_argument("--cache-gb", type=int, default=4)
+    timing.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    timing.add_argument("--attention", help="triton, sdpa, eager; the best of the machine when not given")
     for verb in (growing, timing):
         verb.add_argument("--output", type=Path)
     arguments = parser.parse_args()
