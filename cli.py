@@ -51,13 +51,13 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.checkpoint import ConversionError
-    from .pattern_search.errors import PatternSearchError
+    from .evaluation.errors import EvaluationError
 
     try:
         yield
     except ConversionError as error:
         _fail(str(error))
-    except PatternSearchError as error:
+    except EvaluationError as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
@@ -247,7 +247,7 @@ def inspect(
         description = describe(open_source(path, revision=revision, token=token))
         heatmap = None
         if overlap is not None:
-            from .pattern_search.measure_overlap import draw_heatmap, measure_overlap
+            from .evaluation.measure_overlap import draw_heatmap, measure_overlap
 
             found = measure_overlap(path, overlap, seqlen, nsamples, overlap_picture, revision=revision, token=token)
             description["overlap"], heatmap = found, draw_heatmap(found["layers"], found["matrix"])

@@ -26,10 +26,11 @@ import torch
 
 from ..configuration.share_pattern import FULL, SHARED
 from ..conversion.load_source import load_source
+from ..evaluation.window_sources import Sampling
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.calibration import Sampling, load_windows
-from ..pattern_search.windows import Windows
+from ..pattern_search.calibration import load_windows
 
 # Sums over tokens: loss, KL to the source's predictions and from them, rises of the loss cut off at 2 and at half a
 # nat either way, squared rises, loss and hits of the tokens to be recalled.

@@ -24,14 +24,15 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..conversion.load_source import load_source
+from ..evaluation.window_sources import Sampling
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.calibration import Sampling, load_windows
+from ..pattern_search.calibration import load_windows
 from ..pattern_search.evaluator import Evaluator
 from ..pattern_search.floating import refine
 from ..pattern_search.greedy import greedy
 from ..pattern_search.lazy_greedy import lazy_greedy
 from ..pattern_search.prefix_cache import PrefixCache
-from ..pattern_search.windows import Windows
 
 RESULTS = Path(__file__).with_name("results")
 DEPTHS = (8, 12, 16, 24, 32, 47)

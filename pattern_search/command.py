@@ -110,8 +110,8 @@ def search(
     interruption, repeat the command with --resume. Under torchrun or `accelerate launch` the processes share the
     windows.
     """
-    from .calibration import Sampling
-    from .monitor import SearchMonitor, TerminalMonitor
+    from ..evaluation.monitor import Monitor, TerminalMonitor
+    from ..evaluation.window_sources import Sampling
     from .processes import Processes
     from .run import RunOptions, run_search
     from .search import DEFAULT_KEEP, SearchOptions
@@ -145,7 +145,7 @@ def search(
         revision,
         token,
     )
-    document = run_search(source, run, options, SearchMonitor() if as_json else TerminalMonitor())
+    document = run_search(source, run, options, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment(parallel).is_first:
         return
     if pictures:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.share_pattern import SharePattern
+from ..evaluation.journal import Journal
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .far_context import far_context_weights
-from .journal import Journal
 from .layer_engine import LayerEngine
 from .objective import KL, LOSS, RECALL_HITS, RECALL_LOSS, TokenScorer
 from .prefix_cache import PrefixCache
 from .processes import Processes
-from .windows import Windows
 
 OBJECTIVES = ("kl", "far-kl", "lm")
 

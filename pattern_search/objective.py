@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .windows import Windows
 
 # Columns of a table of scores: sums over the tokens of a window.
 KL, LOSS, RECALL_LOSS, RECALL_HITS = range(4)

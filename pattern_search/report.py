@@ -7,7 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .figures import draw_curve, draw_order, draw_overlap
+from ..evaluation.figures import draw_overlap
+from .figures import draw_curve, draw_order
 from .result import PATTERNS_FILE, REPORT_FILE
 
 _STYLE = """

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ..configuration.share_pattern import FULL
+from ..evaluation.windows import Windows
 from .errors import PatternSearchError
 from .evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
-from .windows import Windows
 
 FORMAT = "indexcache-patterns/1"
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"

@@ -14,16 +14,17 @@ from transformers import PreTrainedConfig
 from ..conversion.bundle import AUTO_MAP
 from ..conversion.families import convert_config, load_config
 from ..conversion.load_source import load_source
+from ..evaluation.journal import Journal
+from ..evaluation.monitor import Monitor
 from ..evaluation.overlap import Overlap, selection_overlap
+from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .calibration import Sampling, load_tokenizer, load_windows, short_window_warning
+from .calibration import load_windows, short_window_warning
 from .errors import PatternSearchError
-from .journal import Journal
-from .monitor import SearchMonitor
 from .processes import Processes
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
-from .windows import Windows
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -65,7 +66,7 @@ class RunOptions:
     token: str | None = None
 
 
-def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: SearchMonitor) -> dict[str, Any]:
+def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
     """Load, search, write `patterns.json`; the result document.
 
     Raises:
@@ -73,7 +74,7 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
         ConversionError: a source that is no DSA checkpoint.
     """
     processes = Processes.from_environment(run.parallel)
-    quiet = monitor if processes.is_first else SearchMonitor()
+    quiet = monitor if processes.is_first else Monitor()
     fields, _ = PreTrainedConfig.get_config_dict(source, revision=run.revision, token=run.token)
     config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
     options.counts(config.share_pattern)

@@ -9,19 +9,19 @@ from typing import Any, Literal
 import torch
 
 from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
+from ..evaluation.fingerprint import model_sha256
+from ..evaluation.journal import Journal
+from ..evaluation.monitor import Monitor
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import PatternSearchError
 from .evaluator import OBJECTIVES, Evaluation, Evaluator
-from .fingerprint import model_sha256
 from .floating import refine
 from .greedy import Step, greedy
-from .journal import Journal
 from .lazy_greedy import lazy_greedy
-from .monitor import SearchMonitor
 from .prefix_cache import PrefixCache
 from .processes import Processes
 from .similarity import output_similarity, similarity_patterns
-from .windows import Windows
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 
@@ -116,7 +116,7 @@ def search(
     *,
     journal: Journal | None = None,
     processes: Processes | None = None,
-    monitor: SearchMonitor | None = None,
+    monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
     cache_device: torch.device | None = None,
 ) -> SearchOutcome:
@@ -138,7 +138,7 @@ def search(
     """
     start = model.config.share_pattern
     journal = journal or Journal(None, {})
-    monitor = monitor or SearchMonitor()
+    monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)
     begun = time.monotonic()
@@ -213,7 +213,7 @@ def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
         raise PatternSearchError("--blocks belongs to --algorithm greedy")
 
 
-def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     start, last = outcome.start, min(outcome.counts)
     if options.tolerance is not None:
         last = options.blocks
@@ -232,7 +232,7 @@ def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutc
     outcome.cost["path_layer_forwards"] = evaluator.layer_forwards
 
 
-def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Refine the patterns asked for, and score them on all calibration windows."""
     refining = options.algorithm == "lazy" and options.refine_passes > 0
     monitor.begin("refinement" if refining else "calibration loss", len(outcome.counts))
@@ -262,7 +262,7 @@ def _uniform(start: SharePattern) -> dict[int, str]:
     }
 
 
-def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Score on the held-out windows, and choose by tolerance."""
     counts = sorted(outcome.patterns, reverse=True) if options.curve else outcome.counts
     wanted = [outcome.start, *(outcome.patterns[count] for count in counts)]
