@@ -5,14 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.text import Text
-from transformers import PreTrainedConfig
 
-from ..conversion.bundle import AUTO_MAP
-from ..conversion.families import convert_config, load_config
-from ..conversion.load_source import load_source
 from .errors import EvaluationError
+from .loading import Placement, load_model, read_config
 from .overlap import selection_overlap
 from .window_sources import Sampling, default_seqlen, load_tokenizer, read_windows
 
@@ -47,16 +43,13 @@ def measure_overlap(
     Raises:
         EvaluationError: data that cannot be used, or windows not longer than top-k.
     """
-    hub: dict[str, Any] = {"revision": revision, "token": token}
-    fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    placement = Placement(revision=revision, token=token)
+    config = read_config(source, placement)
     sampling = Sampling(seqlen, nsamples)
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
-    windows = read_windows(data, load_tokenizer(source, **hub), sampling, tokens, nsamples)
-    on_cuda = torch.cuda.is_available()
-    model = load_source(source, dtype=torch.bfloat16 if on_cuda else torch.float32, **hub)
+    windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
     try:
-        found = selection_overlap(model.to("cuda" if on_cuda else "cpu").eval(), windows.ids[:, :-1])  # type: ignore[arg-type]
+        found = selection_overlap(load_model(source, placement), windows.ids[:, :-1])
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     matrix = found.matrix.tolist()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
 
-from ..conversion.bundle import AUTO_MAP
-from ..conversion.families import convert_config, load_config
-from ..conversion.load_source import load_source
 from ..evaluation.journal import Journal
+from ..evaluation.loading import Placement, load_model, read_config
 from ..evaluation.monitor import Monitor
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..evaluation.window_sources import Sampling, load_tokenizer
@@ -75,8 +72,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     """
     processes = Processes.from_environment(run.parallel)
     quiet = monitor if processes.is_first else Monitor()
-    fields, _ = PreTrainedConfig.get_config_dict(source, revision=run.revision, token=run.token)
-    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    placement = Placement(run.dtype, run.device, run.device_map, False, run.revision, run.token)
+    config = read_config(source, placement)
     options.counts(config.share_pattern)
     tokenizer = load_tokenizer(source, revision=run.revision, token=run.token)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
@@ -84,7 +81,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     if warning:
         quiet.warn(warning)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
-    model = _load_model(source, run, processes)
+    sharded = processes.count > 1 and run.parallel == "tensor"
+    model = load_model(source, replace(placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
         if run.overwrite:
@@ -130,18 +128,6 @@ def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
     if windows.seqlen <= (model.config.index_topk or windows.seqlen):
         return None
     return selection_overlap(model, windows.ids[:2, :-1])
-
-
-def _load_model(source: str, run: RunOptions, processes: Processes) -> IndexCacheForCausalLM:
-    on_cuda = torch.cuda.is_available() and not (run.device or "").startswith("cpu")
-    dtype = (torch.bfloat16 if on_cuda else torch.float32) if run.dtype == "auto" else getattr(torch, run.dtype)
-    arguments: dict[str, Any] = {"dtype": dtype, "revision": run.revision, "token": run.token}
-    if processes.count > 1 and run.parallel == "tensor":
-        return load_source(source, tp_plan="auto", **arguments).eval()
-    if run.device_map:
-        return load_source(source, device_map=run.device_map, **arguments).eval()
-    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    return load_source(source, **arguments).to(run.device or local).eval()  # type: ignore[arg-type]
 
 
 def _bytes(size: str | None) -> int | None:
