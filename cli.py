@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _errors_as_messages() -> Iterator[None]:
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion or search goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion, search or evaluation goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -262,6 +263,14 @@ def search(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `pattern_search/command.py`."""
     with _errors_as_messages():
         search_verb(*args, **kwargs)
+
+
+@app.command(name="eval")
+@wraps(evaluate_verb)
+def evaluate(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `evaluation/command.py`."""
+    with _errors_as_messages():
+        evaluate_verb(*args, **kwargs)
 
 
 @app.command()

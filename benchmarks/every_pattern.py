@@ -35,8 +35,8 @@ from ..pattern_search.calibration import load_windows
 # Sums over tokens: loss, KL to the source's predictions and from them, rises of the loss cut off at 2 and at half a
 # nat either way, squared rises, loss and hits of the tokens to be recalled.
 COLUMNS = ("loss", "kl", "reverse_kl", "rise_2", "rise_half", "rise_squared", "recall_loss", "recall_hits")
-# Windows in flight at most, and rows of logits at a time.
-BATCH, LOGIT_ROWS = 192, 2**16
+# Windows in one call of a layer, such calls whose states are held between two layers, rows of logits at a time.
+BATCH, POOL, LOGIT_ROWS = 48, 12, 2**16
 
 
 class PrefixTree:
@@ -45,12 +45,13 @@ class PrefixTree:
     Args:
         model: all its indexers loaded.
         windows: what is scored.
-        batch: windows in flight at most.
+        batch: windows in one call of a layer.
     """
 
     def __init__(self, model: IndexCacheForCausalLM, windows: Windows, batch: int = BATCH) -> None:
         self.model, self.windows, self.batch = model.eval(), windows, batch
         self.layer_forwards = 0
+        self.fill = model.device.type == "cuda"
         self._decoder = model.model
         self._head = model.get_output_embeddings().weight.float()
         self._ids = windows.ids.to(model.device)
@@ -90,45 +91,53 @@ class PrefixTree:
             finish(prefixes, self._decoder.norm(hidden))
             return
         following = {pattern[: layer + 1] for pattern in patterns}
-        children: list[tuple[list[str], torch.Tensor, torch.Tensor | None]] = []
+        names: list[str] = []
+        states, picks = [], []
         for letter in (FULL, SHARED):
             chosen = [number for number, prefix in enumerate(prefixes) if prefix + letter in following]
-            if not chosen:
-                continue
-            entering = hidden if len(chosen) == len(prefixes) else hidden[chosen]
-            reused = None
-            if letter == SHARED and selection is not None:
-                reused = (selection if len(chosen) == len(prefixes) else selection[chosen]).flatten(0, 1)
-            out, picked = self._decoder.layers[layer](
-                entering.flatten(0, 1),
-                position_embeddings=self._positions,
-                visibility=self._visibility,
-                past_key_values=None,
-                topk_indices=reused,
-                run_indexer=letter == FULL,
-            )
-            self.layer_forwards += len(chosen) * len(rows)
-            shape = (len(chosen), len(rows))
-            children.append(
-                (
-                    [prefixes[number] + letter for number in chosen],
-                    out.view(*shape, *out.shape[1:]),
-                    None if picked is None else picked.view(*shape, *picked.shape[1:]),
-                )
-            )
+            for first in range(0, len(chosen), self._at_once(rows)):
+                part = chosen[first : first + self._at_once(rows)]
+                reused = selection[part] if letter == SHARED and selection is not None else None
+                out, picked = self._layer(layer, hidden[part], reused, letter == FULL)
+                names += [prefixes[number] + letter for number in part]
+                states.append(out)
+                picks.append(picked)
         del hidden, selection
-        names = [name for part in children for name in part[0]]
-        limit = max(1, self.batch // len(rows))
-        if len(names) <= limit and len(children) == 2:
-            picked = None if children[0][2] is None else torch.cat([part[2] for part in children])  # type: ignore[misc]
-            children = [(names, torch.cat([part[1] for part in children]), picked)]
-        while children:
-            names, states, picked = children.pop()
-            for first in range(0, len(names), limit):
-                part = slice(first, first + limit)
-                wanted = [name for name in patterns if name[: layer + 1] in set(names[part])]
-                chosen_keys = None if picked is None else picked[part]
-                self._descend(names[part], states[part], chosen_keys, wanted, rows, finish)
+        hidden = torch.cat(states)
+        selection = None if picks[0] is None else torch.cat(picks)
+        del states, picks
+        pool = POOL * self._at_once(rows)
+        for first in range(0, len(names), pool):
+            part = slice(first, first + pool)
+            members = set(names[part])
+            wanted = [name for name in patterns if name[: layer + 1] in members]
+            self._descend(
+                names[part], hidden[part], None if selection is None else selection[part], wanted, rows, finish
+            )
+
+    def _at_once(self, rows: list[int]) -> int:
+        """Prefixes that one call of a layer takes."""
+        return max(1, self.batch // len(rows))
+
+    def _layer(self, layer, hidden, selection, run_indexer):
+        """One layer on `hidden [P, W, S, E]`, filled up to the same batch in every call: kernels compile once."""
+        prefixes, windows = hidden.shape[:2]
+        count = prefixes * windows
+        missing = self.batch - count if self.fill else 0
+        flat, reused = _fill(hidden.flatten(0, 1), missing), None
+        if selection is not None:
+            reused = _fill(selection.flatten(0, 1), missing)
+        out, picked = self._decoder.layers[layer](
+            flat,
+            position_embeddings=self._positions,
+            visibility=self._visibility,
+            past_key_values=None,
+            topk_indices=reused,
+            run_indexer=run_indexer,
+        )
+        self.layer_forwards += count
+        out = out[:count].view(prefixes, windows, *out.shape[1:])
+        return out, None if picked is None else picked[:count].view(prefixes, windows, *picked.shape[1:])
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
@@ -168,6 +177,10 @@ class PrefixTree:
                     sums += [loss * recalled, ((log_q.argmax(-1) == targets) & recalled).float()]
                 out[first : first + step, column] = torch.stack([x.double().sum(-1) for x in sums], -1).cpu()
         return list(out)
+
+
+def _fill(x: torch.Tensor, missing: int) -> torch.Tensor:
+    return torch.cat((x, x[:1].expand(missing, *x.shape[1:]))) if missing > 0 else x
 
 
 def patterns_with(num_layers: int, full: int) -> list[str]:
@@ -217,6 +230,7 @@ def every_pattern(
         wanted = [pattern for pattern in also or [] if pattern.count(FULL) == count and pattern not in patterns]
         patterns += wanted
         table = trees["calibration"].score(patterns, list(range(len(calibration))))
+        print(f"{count}: {len(patterns)} on all calibration windows, {_spent(begun, trees)}", flush=True)
         chosen = best(patterns, table, tested) + wanted
         chosen += [p for p in also or [] if p.count(FULL) == count and p not in chosen]
         tested_table = trees["test"].score(chosen, list(range(len(test))))
