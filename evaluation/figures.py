@@ -75,12 +75,13 @@ def draw_retrieval(document: dict[str, Any], labels: list[str], path: Path) -> N
         cell = figure.add_subplot(grid[1 + number // columns, number % columns])
         depths = entry["lengths"][0]["by_depth"]
         values = [[at["by_depth"][row]["accuracy"] for at in entry["lengths"]] for row in range(len(depths))]
-        cell.imshow(values, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        cell.imshow(values, cmap="Blues", vmin=0, vmax=1.15, aspect="auto")
         cell.set_xticks(range(len(entry["lengths"])), [f"{at['length']:,}" for at in entry["lengths"]], fontsize=7)
         cell.set_yticks(range(len(depths)), [f"{depth['depth']:.0%}" for depth in depths], fontsize=7)
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                cell.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=INK)
+                ink = "white" if value > 0.6 else INK
+                cell.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7, color=ink)
         cell.set_title(labels[entry["model"]], fontsize=8, color=INK)
         if number % columns == 0:
             cell.set_ylabel("depth", fontsize=8)
@@ -99,7 +100,13 @@ def _heatmap(figure: Figure, axis: Axes, layers: list[int], matrix: list[list[fl
 
 
 def _line(number: int) -> dict[str, Any]:
-    return {"color": LINES[number % len(LINES)], "marker": "osD^vP"[number % 6], "markersize": 4.5, "linewidth": 1.8}
+    """Thinner from line to line, so that lines that coincide are all seen."""
+    return {
+        "color": LINES[number % len(LINES)],
+        "marker": "osD^vP"[number % 6],
+        "markersize": max(3.0, 7.5 - 1.5 * number),
+        "linewidth": max(1.0, 3.2 - 0.7 * number),
+    }
 
 
 def _legend(axis: Axes, entries: int) -> None:

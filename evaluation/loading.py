@@ -36,8 +36,9 @@ class Placement:
     token: str | None = None
 
 
-def load_model(source: str, placement: Placement = Placement()) -> IndexCacheForCausalLM:
+def load_model(source: str, placement: Placement | None = None) -> IndexCacheForCausalLM:
     """A DSA or IndexCache checkpoint as an IndexCache model in evaluation mode."""
+    placement = placement or Placement()
     on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
     automatic = torch.bfloat16 if on_cuda else torch.float32
     arguments: dict[str, Any] = {
@@ -53,11 +54,12 @@ def load_model(source: str, placement: Placement = Placement()) -> IndexCacheFor
     return load_source(source, **arguments).to(placement.device or local).eval()  # type: ignore[arg-type]
 
 
-def read_config(source: str, placement: Placement = Placement()) -> IndexCacheConfig:
+def read_config(source: str, placement: Placement | None = None) -> IndexCacheConfig:
     """The config of a DSA or IndexCache checkpoint, without its weights.
 
     Raises:
         ConversionError: a source that is no DSA checkpoint.
     """
+    placement = placement or Placement()
     fields, _ = PreTrainedConfig.get_config_dict(source, revision=placement.revision, token=placement.token)
     return load_config(convert_config(fields, None, None, AUTO_MAP, source), source)

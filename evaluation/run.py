@@ -15,6 +15,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def run_evaluation(
     options: EvaluationOptions,
     output: Path,
     *,
-    placement: Placement = Placement(),
+    placement: Placement | None = None,
     resume: bool = False,
     overwrite: bool = False,
     monitor: Monitor | None = None,
@@ -131,7 +132,7 @@ def run_evaluation(
         EvaluationError: data, patterns or settings that cannot be used, before any model is loaded where possible.
         ConversionError: a source that is no DSA checkpoint.
     """
-    monitor = monitor or Monitor()
+    monitor, placement = monitor or Monitor(), placement or Placement()
     begun = time.monotonic()
     configs = [read_config(source, placement) for source in sources]
     inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
@@ -377,7 +378,7 @@ def _bins(seqlen: int) -> list[range]:
     """Even parts of a window."""
     count = min(POSITION_BINS, seqlen)
     ends = [seqlen * i // count for i in range(count + 1)]
-    return [range(first, last) for first, last in zip(ends, ends[1:])]
+    return [range(first, last) for first, last in pairwise(ends)]
 
 
 def _compare(document: dict[str, Any]) -> None:

@@ -54,7 +54,8 @@ def _table(document: dict[str, Any]) -> str:
     entries = [entry for entry in document["curve"] if "held_out" in entry]
     entries.sort(key=lambda entry: (-entry["full_layers"], entry["method"] != "search"))
     asked = {*document["asked_for"], document.get("keep")}
-    rows, marked = [], []
+    rows: list[list[object]] = []
+    marked: list[int] = []
     for entry in entries:
         scores = (entry["held_out"]["loss"], entry["held_out"].get("recall"), entry.get("calibration", {}).get("kl"))
         if entry["full_layers"] in asked and entry["method"] == "search":
