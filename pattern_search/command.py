@@ -204,12 +204,13 @@ def _summary(document: dict[str, Any], output: Path) -> RenderableType:
     start = next(entry for entry in document["curve"] if entry["full_layers"] == max(map(int, document["patterns"])))
     counts = {start["full_layers"], *document["asked_for"], document.get("keep")}
     for entry in sorted(document["curve"], key=lambda entry: -entry["full_layers"]):
-        if entry["full_layers"] not in counts or "held_out" not in entry:
+        is_start = entry["pattern"] == start["pattern"]
+        if entry["full_layers"] not in counts or "held_out" not in entry or (is_start and entry is not start):
             continue
         scores = entry["held_out"]
         table.add_row(
             f"{entry['full_layers']}/{document['num_layers']}",
-            entry["method"],
+            "source" if is_start else entry["method"],
             entry["pattern"],
             f"{scores['loss']:.4f}",
             f"{scores['loss'] / start['held_out']['loss'] - 1:+.2%}",
@@ -218,8 +219,9 @@ def _summary(document: dict[str, Any], output: Path) -> RenderableType:
     cost = document["cost"]
     lines = [
         f"{cost['search_layer_forwards']:,} layer-forwards to search, {cost['held_out_layer_forwards']:,} to check",
-        f"{output}: patterns.json, and convert --pattern-file {output / 'patterns.json'} --keep "
-        f"{document['asked_for'][-1]} takes it",
+        f"{output}: patterns.json" + (", report.html" if (output / "report.html").exists() else ""),
+        f"next: indexcache convert {document['source']['name']} OUTPUT --pattern-file {output / 'patterns.json'}"
+        + ("" if "keep" in document else f" --keep {document['asked_for'][-1]}"),
     ]
     if "keep" in document:
         lines.insert(0, f"chosen: {document['keep']} full layers, {document['index_share_pattern']}")

@@ -51,7 +51,9 @@ def _chosen(document: dict[str, Any]) -> str:
 
 
 def _table(document: dict[str, Any]) -> str:
+    start = document["source"]["pattern"]
     entries = [entry for entry in document["curve"] if "held_out" in entry]
+    entries = [entry for entry in entries if entry["method"] == "search" or entry["pattern"] != start]
     entries.sort(key=lambda entry: (-entry["full_layers"], entry["method"] != "search"))
     asked = {*document["asked_for"], document.get("keep")}
     rows: list[list[object]] = []
@@ -61,7 +63,8 @@ def _table(document: dict[str, Any]) -> str:
         if entry["full_layers"] in asked and entry["method"] == "search":
             marked.append(len(rows))
         numbers = ["" if value is None else f"{value:.4f}" for value in scores]
-        rows.append([entry["full_layers"], entry["method"], entry["pattern"], *numbers])
+        method = "source" if entry["pattern"] == start else entry["method"]
+        rows.append([entry["full_layers"], method, entry["pattern"], *numbers])
     return table(["full layers", "method", "pattern", "held-out loss", "recall", "calibration KL"], rows, marked)
 
 

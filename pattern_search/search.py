@@ -57,6 +57,11 @@ class SearchOptions:
     batch_size: int = 1
 
     @property
+    def refines(self) -> bool:
+        """Whether patterns asked for are refined."""
+        return self.algorithm == "lazy" and self.refine_passes > 0
+
+    @property
     def scored_by(self) -> str:
         """The objective in force."""
         return self.objective or ("kl" if self.algorithm == "lazy" else "lm")
@@ -166,10 +171,13 @@ def search(
         monitor.step("done")
     if "uniform" in options.baselines:
         outcome.baselines["uniform"] = _uniform(start)
-    del calibrating
     checking = evaluator("held_out", held_out, "lm")
     _check(checking, options, outcome, monitor)
+    if options.tolerance is not None:
+        _choose(calibrating, checking, options, outcome, monitor)
     outcome.cost |= {
+        "search_layer_forwards": calibrating.layer_forwards,
+        "calibration_windows": len(calibrating.windows),
         "held_out_layer_forwards": journal.layer_forwards("held_out"),
         "similarity_layer_forwards": journal.layer_forwards("similarity"),
         "evaluations": journal.count("calibration"),
@@ -234,22 +242,24 @@ def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutc
 
 def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Refine the patterns asked for, and score them on all calibration windows."""
-    refining = options.algorithm == "lazy" and options.refine_passes > 0
-    monitor.begin("refinement" if refining else "calibration loss", len(outcome.counts))
+    monitor.begin("refinement" if options.refines else "calibration loss", len(outcome.counts))
     for count in outcome.counts:
         pattern = outcome.patterns[count]
-        if refining and count < outcome.start.count(FULL):
-            found = refine(evaluator, pattern, options.refine_passes, options.refine_by == "lm")
-        else:
-            found = evaluator.evaluate(pattern)
+        found = _refined(evaluator, pattern, options) if count < outcome.start.count(FULL) else None
+        found = found or evaluator.evaluate(pattern)
         outcome.patterns[count] = found.pattern
         outcome.calibration[found.pattern] = found
         monitor.step(f"{count} full: {found.pattern} loss {found.loss:.4f}")
     if options.algorithm == "greedy":
         for pattern in outcome.patterns.values():
             outcome.calibration[pattern] = evaluator.evaluate(pattern)
-    outcome.cost["search_layer_forwards"] = evaluator.layer_forwards
-    outcome.cost["calibration_windows"] = len(evaluator.windows)
+
+
+def _refined(evaluator: Evaluator, pattern: str, options: SearchOptions) -> Evaluation | None:
+    """The pattern refined, or None where nothing is to be refined."""
+    if not options.refines:
+        return None
+    return refine(evaluator, pattern, options.refine_passes, options.refine_by == "lm")
 
 
 def _uniform(start: SharePattern) -> dict[int, str]:
@@ -263,7 +273,7 @@ def _uniform(start: SharePattern) -> dict[int, str]:
 
 
 def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
-    """Score on the held-out windows, and choose by tolerance."""
+    """Score on the held-out windows."""
     counts = sorted(outcome.patterns, reverse=True) if options.curve else outcome.counts
     wanted = [outcome.start, *(outcome.patterns[count] for count in counts)]
     for patterns in outcome.baselines.values():
@@ -272,16 +282,31 @@ def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome,
     wanted = sorted(dict.fromkeys(wanted))
     monitor.begin("held-out checks", len(wanted))
 
-    def check(pattern: str) -> Evaluation:
-        if pattern not in outcome.held_out:
-            outcome.held_out[pattern] = evaluator.evaluate(pattern)
-            monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
-        return outcome.held_out[pattern]
-
     for pattern in wanted:
-        check(pattern)
-    if options.tolerance is not None:
-        limit = check(outcome.start).loss * (1 + options.tolerance)
-        outcome.chosen = next(
-            count for count in sorted(outcome.patterns) if check(outcome.patterns[count]).loss <= limit
-        )
+        outcome.held_out[pattern] = evaluator.evaluate(pattern)
+        monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
+
+
+def _choose(
+    calibrating: Evaluator, checking: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor
+) -> None:
+    """The fewest full layers within the tolerance; patterns around that number, not refined so far, are refined."""
+
+    def loss(pattern: str) -> float:
+        if pattern not in outcome.held_out:
+            outcome.held_out[pattern] = checking.evaluate(pattern)
+        return outcome.held_out[pattern].loss
+
+    limit = loss(outcome.start) * (1 + options.tolerance)  # type: ignore[operator]
+    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if loss(outcome.patterns[n]) <= limit)
+    monitor.begin("tolerance", 1)
+    while count >= max(1, options.blocks) and count < outcome.start.count(FULL):
+        refined = None if count in outcome.counts else _refined(calibrating, outcome.patterns[count], options)
+        if refined is not None and loss(refined.pattern) <= limit:
+            outcome.patterns[count] = refined.pattern
+            outcome.calibration[refined.pattern] = refined
+        if loss(outcome.patterns[count]) > limit:
+            break
+        outcome.chosen = count
+        count -= 1
+    monitor.step(f"{outcome.chosen} full layers within {options.tolerance:.2%}")
