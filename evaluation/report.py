@@ -90,13 +90,21 @@ SECTIONS = {
 }
 
 
+def table_of(document: dict[str, Any], task: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a task's table, without the column of names where there is one name only."""
+    head, rows = SECTIONS[task][1](document)
+    if len({row[0] for row in rows}) > 1:
+        return head, rows
+    return head[1:], [row[1:] for row in rows]
+
+
 def draw_tables(document: dict[str, Any]) -> RenderableType:
     """The tables for a terminal."""
     parts: list[RenderableType] = []
-    for task, (title, make) in SECTIONS.items():
+    for task, (title, _) in SECTIONS.items():
         if task not in document:
             continue
-        head, rows = make(document)
+        head, rows = table_of(document, task)
         columns = [
             Column(name, overflow="fold", min_width=12 if name == "pattern" else None, justify=_side(name))
             for name in head
@@ -125,12 +133,12 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
     }
     labels = [label(document, number) for number in range(len(document["models"]))]
     parts = []
-    for task, (title, make) in SECTIONS.items():
+    for task, (title, _) in SECTIONS.items():
         if task not in document:
             continue
         path = folder / f"{task}.png"
         pictures[task](document, labels, path)
-        parts += [f"<h2>{title}</h2>", table(*make(document)), picture(captions[task], path)]
+        parts += [f"<h2>{title}</h2>", table(*table_of(document, task)), picture(captions[task], path)]
     recipe = {name: value for name, value in document["recipe"].items() if name != "sampling"}
     recipe |= {**document["recipe"]["sampling"], **document["versions"]}
     recipe |= {"date": document["date"], "seconds": document["seconds"]}
