@@ -228,7 +228,9 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    path: Annotated[
+        str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id; or a search's patterns.json.")
+    ],
     overlap: Annotated[
         str | None, typer.Option(metavar="DATA", help="Run text or windows: what the selections have in common.")
     ] = None,
@@ -239,8 +241,17 @@ def inspect(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token."""
+    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token; or a search's result."""
     with _errors_as_messages():
+        if Path(path).is_file():
+            from .pattern_search.drawing import draw_result
+            from .pattern_search.result import read_result
+
+            if overlap is not None or overlap_picture is not None:
+                _fail("--overlap needs a checkpoint, and this is a file of patterns", 2)
+            result = read_result(Path(path))
+            _print_json(result) if as_json else _print(draw_result(result))
+            return
         from .conversion.checkpoint import open_source
         from .conversion.describe import describe
         from .conversion.drawing import draw_description
@@ -335,15 +346,24 @@ def push(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder, or a search's patterns.json.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; for patterns.json the file of config fields.")],
     to: Annotated[Literal["vllm", "sglang", "trtllm", "transformers", "megatron"], typer.Option(help="The engine.")],
+    keep: Annotated[str | None, typer.Option(help="Chooses in patterns.json: 1/4, 0.25 or a count.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the same weights with the config spelled for another engine."""
+    """Write the same weights with the config spelled for another engine; of patterns.json, the config fields alone."""
     with _errors_as_messages():
         from .conversion.export import export as run_export
+        from .conversion.export import export_pattern
 
+        if path.is_file():
+            fields = export_pattern(path, output, to, keep)
+            found = {"output": str(output), "engine": to, "fields": fields}
+            _print_json(found) if as_json else typer.echo(f"{output}: config fields for {to}")
+            return
+        if keep is not None:
+            _fail("--keep chooses in a patterns.json: a checkpoint's own pattern is exported as it is", 2)
         written = run_export(path, output, to)
         _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 _HOW, _DATA, _RUN = "How to search", "Data", "Where it runs"
 
@@ -155,7 +152,14 @@ def search(
         return
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(_summary(document, output))
+    from .drawing import draw_summary
+    from .result import PATTERNS_FILE
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(draw_summary(document))
+    console.print(f"{output}: {PATTERNS_FILE}" + (", report.html" if (output / "report.html").exists() else ""))
+    which = "" if "keep" in document else f" --keep {document['asked_for'][-1]}"
+    console.print(f"next: indexcache convert {source} OUTPUT --pattern-file {output / PATTERNS_FILE}{which}")
 
 
 def _share(text: str | None) -> float | None:
@@ -190,39 +194,3 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
             typer.echo("no pictures: pip install matplotlib", err=True)
         return
     write_report(document, output)
-
-
-def _summary(document: dict[str, Any], output: Path) -> RenderableType:
-    """The patterns asked for, with their held-out scores beside the start's and the baselines'."""
-    from rich.console import Group
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    # A pattern cut short is worth nothing: on a narrow terminal it goes over several lines.
-    pattern = Column("pattern", overflow="fold", min_width=min(32, document["num_layers"]))
-    table = Table("full layers", "method", pattern, "held-out loss", "rise", "recall")
-    start = next(entry for entry in document["curve"] if entry["full_layers"] == max(map(int, document["patterns"])))
-    counts = {start["full_layers"], *document["asked_for"], document.get("keep")}
-    for entry in sorted(document["curve"], key=lambda entry: -entry["full_layers"]):
-        is_start = entry["pattern"] == start["pattern"]
-        if entry["full_layers"] not in counts or "held_out" not in entry or (is_start and entry is not start):
-            continue
-        scores = entry["held_out"]
-        table.add_row(
-            f"{entry['full_layers']}/{document['num_layers']}",
-            "source" if is_start else entry["method"],
-            entry["pattern"],
-            f"{scores['loss']:.4f}",
-            f"{scores['loss'] / start['held_out']['loss'] - 1:+.2%}",
-            f"{scores['recall']:.3f}" if "recall" in scores else "",
-        )
-    cost = document["cost"]
-    lines = [
-        f"{cost['search_layer_forwards']:,} layer-forwards to search, {cost['held_out_layer_forwards']:,} to check",
-        f"{output}: patterns.json" + (", report.html" if (output / "report.html").exists() else ""),
-        f"next: indexcache convert {document['source']['name']} OUTPUT --pattern-file {output / 'patterns.json'}"
-        + ("" if "keep" in document else f" --keep {document['asked_for'][-1]}"),
-    ]
-    if "keep" in document:
-        lines.insert(0, f"chosen: {document['keep']} full layers, {document['index_share_pattern']}")
-    return Group(table, *map(Text, lines))

@@ -30,6 +30,7 @@ def result_document(
     *,
     source: str,
     identity: dict[str, Any],
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """Everything about a search as JSON values.
 
@@ -40,6 +41,7 @@ def result_document(
         held_out: the windows that checked.
         source: the checkpoint, as reports name it.
         identity: `search_identity`.
+        model_type: the family that the checkpoint came from.
 
     Returns:
         `patterns` by number of full layers, and `index_share_pattern` where one was chosen (by tolerance, or because
@@ -70,7 +72,12 @@ def result_document(
             for step in outcome.steps
         ],
         "recipe": recipe(options),
-        "source": {"name": source, "sha256": identity["model_sha256"], "pattern": outcome.start},
+        "source": {
+            "name": source,
+            "model_type": model_type,
+            "sha256": identity["model_sha256"],
+            "pattern": outcome.start,
+        },
         "data": {
             name: {
                 "origin": windows.origin,

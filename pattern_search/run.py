@@ -112,7 +112,15 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     finally:
         journal.close()
     name = source if not Path(source).exists() else Path(source).resolve().name
-    document = result_document(outcome, options, calibration, held_out, source=name, identity=identity)
+    document = result_document(
+        outcome,
+        options,
+        calibration,
+        held_out,
+        source=name,
+        identity=identity,
+        model_type=config.source_model_type,
+    )
     if overlap is not None:
         document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
     if warning:
