@@ -109,7 +109,9 @@ class Journal:
             raise EvaluationError(f"{path} is damaged ({error}): start again with --overwrite") from error
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
-            changes = "; ".join(f"{key}: {identity.get(key)} there, {self.identity.get(key)} now" for key in differing)
+            # Of hashes the beginning is enough.
+            shown = {key: [str(part.get(key))[:24] for part in (identity, self.identity)] for key in differing}
+            changes = "; ".join(f"{key}: {there} there, {now} now" for key, (there, now) in shown.items())
             raise EvaluationError(
                 f"{path} belongs to another {self.work} ({changes}): repeat its command, or give another --output, or "
                 "start again with --overwrite"
