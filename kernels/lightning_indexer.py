@@ -25,12 +25,14 @@ def lightning_indexer(
     *,
     scale: float | None = None,
     query_start: torch.Tensor | int | None = None,
+    key_start: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     allow_triton: bool = True,
 ) -> torch.Tensor:
     """Select for each query the `topk` visible keys of largest `sum_h weights[h] * relu(scale * q[h] . k)`.
 
-    A key is visible to query i of batch b when its slot is at most `query_start[b] + i` and `key_mask` allows it.
+    A key is visible to query i of batch b when its slot lies in `key_start[b, i] .. query_start[b] + i` and `key_mask`
+    allows it.
 
     Args:
         q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
@@ -40,6 +42,8 @@ def lightning_indexer(
         scale: factor on the dot products. Default: `D**-0.5`.
         query_start: cache slot of the first query, an int or an integer tensor of shape `[]` or `[B]` (read on its
             device, never synchronised). Default: `T - S`.
+        key_start: int32 of shape `[B, S]`, the first slot that a query may see (where its document begins in a packed
+            sequence). Default: 0.
         key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
             PyTorch path.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
@@ -51,12 +55,12 @@ def lightning_indexer(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    _check_shapes(q, k, weights, topk, key_mask)
+    _check_shapes(q, k, weights, topk, key_mask, key_start)
     if not isinstance(query_start, torch.Tensor):
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_mask)
+    arguments = (q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_start, key_mask)
     return _lightning_indexer(*arguments, allow_triton)
 
 
@@ -68,26 +72,32 @@ def _lightning_indexer(
     topk: int,
     scale: float,
     query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     allow_triton: bool,
 ) -> torch.Tensor:
     if q.is_cuda and allow_triton:
         reason = unsupported_reason(q, k, topk, scale, key_mask)
         if reason is None:
-            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask)
+            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start)
         if reason not in _warned:
             _warned.add(reason)
             warnings.warn(f"lightning_indexer runs in PyTorch, not in Triton: {reason}", stacklevel=2)
-    return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask)
+    return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask, key_start)
 
 
 @_lightning_indexer.register_fake
-def _(q, k, weights, topk, scale, query_start, key_mask, allow_triton):
+def _(q, k, weights, topk, scale, query_start, key_start, key_mask, allow_triton):
     return q.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 
 def _check_shapes(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, topk: int, key_mask: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    topk: int,
+    key_mask: torch.Tensor | None,
+    key_start: torch.Tensor | None,
 ) -> None:
     if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
@@ -100,4 +110,8 @@ def _check_shapes(
         raise ValueError(
             f"key_mask must be bool of shape [B, T] = {per_key} (or [B, S, T]), got {key_mask.dtype} of "
             f"{tuple(key_mask.shape)}"
+        )
+    if key_start is not None and (key_start.dtype != torch.int32 or key_start.shape != q.shape[:2]):
+        raise ValueError(
+            f"key_start must be int32 [B, S] = {tuple(q.shape[:2])}, got {key_start.dtype} of {tuple(key_start.shape)}"
         )

@@ -48,6 +48,7 @@ def indexer_score_slab(
     topk: int,
     scale: float,
     starts: torch.Tensor,
+    first_keys: torch.Tensor | None,
     mask: torch.Tensor | None,
     out: torch.Tensor,
     multiprocessors: int,
@@ -78,6 +79,7 @@ def indexer_score_slab(
             part = (slice(b, b + nb), slice(s, s + ns))
             q_part, w_part, out_part = q[part], weights[part], out[part]
             k_part, starts_part = k[b : b + nb], starts[b : b + nb]
+            first_part = None if first_keys is None else first_keys[part].contiguous()
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
             indexer_scores_kernel[grid](
@@ -85,6 +87,7 @@ def indexer_score_slab(
                 k_part,
                 w_part,
                 starts_part,
+                first_part,
                 mask_part,
                 scores,
                 *q_part.stride()[:3],
@@ -101,6 +104,7 @@ def indexer_score_slab(
                 DP=config["DP"],
                 BQ=config["BQ"],
                 BK=config["BK"],
+                HAS_FIRST=first_keys is not None,
                 HAS_MASK=mask is not None,
                 STAGES=config["STAGES"],
                 num_warps=config["num_warps"],
@@ -161,6 +165,7 @@ if triton is not None:
         k,
         weights,
         starts,
+        first_keys,
         mask,
         scores,
         q_stride_b,
@@ -181,6 +186,7 @@ if triton is not None:
         DP: tl.constexpr,
         BQ: tl.constexpr,
         BK: tl.constexpr,
+        HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
     ):
@@ -204,6 +210,8 @@ if triton is not None:
             w = tl.load(weights + b * w_stride_b + query * w_stride_s + head, mask=real, other=0.0)
             w = w.to(tl.float32) * scale
             slab_row = b * S + first_query + row
+            if HAS_FIRST:
+                first_slot = tl.load(first_keys + slab_row, mask=first_query + row < S, other=0)
             for first in tl.range(begin, end, BK, num_stages=STAGES):
                 key = first + tl.arange(0, BK)
                 k_tile_start = k + b * k_stride_b + first * k_stride_t.to(tl.int64)
@@ -216,6 +224,8 @@ if triton is not None:
                 terms = tl.maximum(dots, 0.0) * w[None, :]
                 score = tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)  # [BK, BQ]
                 seen = key[:, None] <= slot[None, :]
+                if HAS_FIRST:
+                    seen &= key[:, None] >= first_slot[None, :]
                 if HAS_MASK:
                     allowed = tl.load(mask + b * T + key, mask=key < T, other=0)
                     seen &= (allowed != 0)[:, None]

@@ -21,6 +21,7 @@ def lightning_indexer_reference(
     scale: float,
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_start_BS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; scores in fp32, or in fp64 for fp64 inputs."""
     B, S = q_BSHD.shape[:2]
@@ -36,7 +37,9 @@ def lightning_indexer_reference(
         rows = slice(first, min(first + chunk, S))
         end = T if last_start is None else max(1, min(T, last_start + rows.stop))
         scores = indexer_scores(q_BSHD[:, rows], k_BTD[:, :end], weights_BSH[:, rows], scale)
-        seen = visible_keys(starts + rows.start, rows.stop - rows.start, end, _rows_of(key_mask, rows, end))
+        first_keys = None if key_start_BS is None else key_start_BS[:, rows]
+        mask = _rows_of(key_mask, rows, end)
+        seen = visible_keys(starts + rows.start, rows.stop - rows.start, end, mask, first_keys)
         selected = select_topk(scores.masked_fill_(~seen, float("-inf")), indices.shape[-1])
         indices[:, rows, : selected.shape[-1]] = selected
         indices[:, rows, selected.shape[-1] :] = -1
@@ -58,19 +61,27 @@ def indexer_scores(q_BSHD: torch.Tensor, k_BTD: torch.Tensor, weights_BSH: torch
 
 
 def visible_keys(
-    query_start: torch.Tensor, num_queries: int, num_keys: int, key_mask: torch.Tensor | None
+    query_start: torch.Tensor,
+    num_queries: int,
+    num_keys: int,
+    key_mask: torch.Tensor | None,
+    key_start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which keys each query may see: `[B, S, T]` bool, key slot at most the query's slot and allowed by `key_mask`.
+    """Which keys each query may see: `[B, S, T]` bool, slots `key_start` to the query's own, by `key_mask`.
 
     Args:
         query_start: `[B]` or `[]`, the cache slot of the first query.
         num_queries: S.
         num_keys: T.
         key_mask: `[B, T]` or `[B, S, T]` bool, or None.
+        key_start: `[B, S]`, the first slot that each query may see, or None.
     """
     device = query_start.device
     slots = query_start.reshape(-1, 1, 1) + torch.arange(num_queries, device=device)[:, None]
-    seen = torch.arange(num_keys, device=device) <= slots
+    keys = torch.arange(num_keys, device=device)
+    seen = keys <= slots
+    if key_start is not None:
+        seen = seen & (keys >= key_start.unsqueeze(-1))
     if key_mask is not None:
         seen = seen & (key_mask if key_mask.dim() == 3 else key_mask.unsqueeze(1))
     return seen

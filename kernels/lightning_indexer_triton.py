@@ -17,6 +17,7 @@ import functools
 import torch
 
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
+from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
 try:
     import triton
@@ -56,6 +57,7 @@ def lightning_indexer_triton(
     scale: float,
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
+    key_start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None."""
     B, S, H, D = q.shape
@@ -66,12 +68,20 @@ def lightning_indexer_triton(
     q, k, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, weights))
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
-    config = prefill_config(H, D, _architecture(q.device))
-    programs = _multiprocessors(q.device) * config["programs_per_sm"]
-    if B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, mask, out, _multiprocessors(q.device))
-    else:
-        _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs)
+    first_keys = None if key_start is None else key_start.contiguous()
+    multiprocessors, architecture = _multiprocessors(q.device), _architecture(q.device)
+    config = prefill_config(H, D, architecture)
+    programs = multiprocessors * config["programs_per_sm"]
+    redo = None
+    blocks = B * S * H // TILE_COLUMNS
+    if architecture == 90 and blocks >= multiprocessors and hopper_supports(q, k, topk):
+        scaled = (weights.float() * scale).contiguous()
+        redo = lightning_indexer_hopper(q, k, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors)
+        programs = multiprocessors
+    elif B * -(-S // config["BQ"]) < programs:
+        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
+        return out
+    _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs)
     return out
 
 
@@ -101,7 +111,8 @@ def list_capacity(topk: int, epoch: int) -> int:
     return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
 
 
-def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) -> None:
+def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs) -> None:
+    """All rows, or with `redo` int32 `[B, S]` only the blocks that hold a row marked there."""
     B, S, H, D = q.shape
     # A bit of an int32 for every tile of an epoch.
     BQ, EPOCH = config["BQ"], 32 * config["BK"]
@@ -114,7 +125,9 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         k,
         weights,
         starts,
+        first_keys,
         mask,
+        redo,
         out,
         buffer,
         exchange,
@@ -135,7 +148,9 @@ def _prefill(q, k, weights, topk, scale, starts, mask, out, config, programs) ->
         BK=config["BK"],
         EPOCH=EPOCH,
         CAP=CAP,
+        HAS_FIRST=first_keys is not None,
         HAS_MASK=mask is not None,
+        HAS_REDO=redo is not None,
         STAGES=config["STAGES"],
         PARTS=config["PARTS"],
         num_warps=config["num_warps"],
@@ -204,7 +219,18 @@ if triton is not None:
 
     @triton.jit
     def append_passed(
-        passed, slot, count, first_key, tiles, buffer, exchange, lists, EPOCH: tl.constexpr, CAP: tl.constexpr
+        passed,
+        first_slot,
+        slot,
+        count,
+        first_key,
+        tiles,
+        buffer,
+        exchange,
+        lists,
+        EPOCH: tl.constexpr,
+        CAP: tl.constexpr,
+        HAS_FIRST: tl.constexpr,
     ):
         """Append an epoch's keys that passed to the rows' lists, in key order; returns the rows' new counts.
 
@@ -219,6 +245,9 @@ if triton is not None:
         visible = tl.minimum(tl.maximum(slot[:, None] - lane_key[None, :] + 1, 0), tiles)  # [BQ, BK] keys of a lane
         below = (tl.full(visible.shape, 1, tl.int64) << visible.to(tl.int64)) - 1
         passed &= below.to(tl.int32)
+        if HAS_FIRST:
+            hidden = tl.minimum(tl.maximum(first_slot[:, None] - lane_key[None, :], 0), tiles)
+            passed &= ~((tl.full(hidden.shape, 1, tl.int64) << hidden.to(tl.int64)) - 1).to(tl.int32)
         number = bits_set(passed)
         place = (row * CAP + count)[:, None] + tl.cumsum(number, 1) - number
         # Through memory into one entry a thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
@@ -253,7 +282,9 @@ if triton is not None:
         k,
         weights,
         starts,
+        first_keys,
         mask,
+        redo,
         out,
         buffer,
         exchange,
@@ -278,7 +309,9 @@ if triton is not None:
         BK: tl.constexpr,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
+        HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
+        HAS_REDO: tl.constexpr,
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
     ):
@@ -297,13 +330,23 @@ if triton is not None:
         # Longest rows first, back and forth, so that programs end together.
         for turn in tl.range(0, tl.cdiv(blocks, programs), num_stages=1):
             block = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
-            if block < blocks:
-                b = (block % B).to(tl.int64)
-                first_query = (tl.cdiv(S, BQ) - 1 - block // B) * BQ
+            b = (block % B).to(tl.int64)
+            first_query = (tl.cdiv(S, BQ) - 1 - block // B) * BQ
+            wanted = block < blocks
+            if HAS_REDO:
+                marked = tl.load(redo + b * S + first_query + row, mask=wanted & (first_query + row < S), other=0)
+                wanted = tl.max(marked) > 0
+            if wanted:
                 start = tl.load(starts + b).to(tl.int32)
                 slot = start + first_query + row  # [BQ]
                 slot = tl.where(first_query + row < S, tl.minimum(slot, T - 1), -1)
                 end = tl.max(slot) + 1
+                first_slot = tl.zeros([BQ], tl.int32)
+                if HAS_FIRST:
+                    real = first_query + row < S
+                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=2147483647)
+                    first_slot = tl.maximum(first_slot, 0)
+                begin = tl.min(first_slot)
 
                 q_tile, w = load_queries(
                     q + b * q_stride_b,
@@ -339,7 +382,7 @@ if triton is not None:
 
                 bound = tl.full([BQ], float("-inf"), tl.float32)
                 count = tl.zeros([BQ], tl.int32)
-                for epoch in tl.range(0, end, EPOCH, num_stages=1):
+                for epoch in tl.range(begin, end, EPOCH, num_stages=1):
                     # Tile i holds keys i, i + tiles, i + 2 * tiles, ...: bit i of a lane's word stands for a key, and
                     # lanes and bits read in order are keys in order.
                     tiles = tl.minimum(tl.cdiv(end - epoch, BK), EPOCH // BK)
@@ -375,7 +418,18 @@ if triton is not None:
                     else:
                         words = tl.trans(passed)
                     count = append_passed(
-                        words & allowed[None, :], slot, count, epoch, tiles, buffer, exchange, lists, EPOCH, CAP
+                        words & allowed[None, :],
+                        first_slot,
+                        slot,
+                        count,
+                        epoch,
+                        tiles,
+                        buffer,
+                        exchange,
+                        lists,
+                        EPOCH,
+                        CAP,
+                        HAS_FIRST,
                     )
                     tl.debug_barrier()
                     if tl.max(count) > CAP - EPOCH:

@@ -19,28 +19,41 @@ def inputs(B, S, T, H=3, D=16, dtype=torch.float32, seed=0):
     return [torch.randn(shape, generator=draw).to(dtype) for shape in shapes]
 
 
-def by_hand(q, k, weights, topk, starts, key_mask=None):
+def by_hand(q, k, weights, topk, starts, key_mask=None, key_start=None):
     """One query at a time, sorted by (score, index) in Python."""
     B, S, H, D = q.shape
     rows = []
     for b in range(B):
         for s in range(S):
             terms = (k[b] @ q[b, s].T * D**-0.5).relu() @ weights[b, s]
-            seen = [t for t in range(min(k.shape[1], starts[b] + s + 1)) if key_mask is None or key_mask[b, t]]
+            first = 0 if key_start is None else int(key_start[b, s])
+            last = min(k.shape[1], starts[b] + s + 1)
+            seen = [t for t in range(first, last) if key_mask is None or key_mask[b, t]]
             best = sorted(sorted(seen, key=lambda t: (-terms[t].item(), t))[:topk])
             rows.append(best + [-1] * (min(topk, k.shape[1]) - len(best)))
     return torch.tensor(rows, dtype=torch.int32).view(B, S, -1)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 12), st.integers(1, 25), st.booleans(), st.integers(0, 99))
-def test_selects_the_best_visible_keys(B, S, before, topk, masked, seed):
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(0, 12),
+    st.integers(1, 25),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_selects_the_best_visible_keys(B, S, before, topk, masked, packed, seed):
     T = before + S + 2
     q, k, weights = (x.double() for x in inputs(B, S, T, seed=seed))
     starts = [before - b if before >= b else before for b in range(B)]
-    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) > 0.3 if masked else None
-    got = lightning_indexer(q, k, weights, topk, query_start=torch.tensor(starts), key_mask=mask)
-    assert torch.equal(got, by_hand(q, k, weights, topk, starts, mask))
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.rand(B, T, generator=draw) > 0.3 if masked else None
+    first = torch.randint(0, T, (B, S), generator=draw, dtype=torch.int32) if packed else None
+    options = {"query_start": torch.tensor(starts), "key_mask": mask, "key_start": first}
+    got = lightning_indexer(q, k, weights, topk, **options)
+    assert torch.equal(got, by_hand(q, k, weights, topk, starts, mask, first))
 
 
 def test_ties_go_to_the_smaller_index():
@@ -75,6 +88,8 @@ def test_nan_in_slots_no_query_sees_changes_nothing():
         ({"topk": 0}, "topk must be at least 1"),
         ({"key_mask": torch.ones(1, 7, dtype=torch.bool)}, "key_mask must be bool"),
         ({"key_mask": torch.ones(1, 8)}, "key_mask must be bool"),
+        ({"key_start": torch.ones(1, 4)}, "key_start must be int32"),
+        ({"key_start": torch.ones(1, 3, dtype=torch.int32)}, "key_start must be int32"),
     ],
 )
 def test_errors_name_the_argument(change, message):

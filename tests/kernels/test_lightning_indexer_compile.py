@@ -25,7 +25,9 @@ POINTERS = {
     "k": "*bf16",
     "weights": "*fp32",
     "starts": "*i64",
+    "first_keys": "*i32",
     "mask": "*u8",
+    "redo": "*i32",
     "out": "*i32",
     "buffer": "*fp32",
     "exchange": "*i32",
@@ -53,7 +55,8 @@ def compiled(kernel, target, warps, **constants):
 def prefill_constants(H, D, architecture, topk=2048):
     config = prefill.prefill_config(H, D, architecture)
     epoch = 32 * config["BK"]
-    shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch), "HAS_MASK": True}
+    shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch)}
+    shapes |= {"HAS_FIRST": True, "HAS_MASK": True, "HAS_REDO": True}
     return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
 
 
@@ -74,7 +77,7 @@ def test_decode_compiles(name):
     config = decode.score_config(1, 32, 128)
     warps = config.pop("num_warps")
     kernels = (
-        compiled(decode.indexer_scores_kernel, target, warps, H=32, D=128, HAS_MASK=True, **config),
+        compiled(decode.indexer_scores_kernel, target, warps, H=32, D=128, HAS_FIRST=True, HAS_MASK=True, **config),
         compiled(decode.indexer_filter_kernel, target, 4, SAMPLE=decode.SAMPLE, PIECE=decode.PIECE_KEYS, CAP=8192),
         compiled(decode.indexer_select_kernel, target, 8, PIECES=128, PIECE=decode.PIECE_KEYS, EPOCH=2048, CAP=8192),
     )

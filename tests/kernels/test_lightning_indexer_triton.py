@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-# name: B, S, T, H, D, topk, first slots, padded and holed, keys' order, path
+# name: B, S, T, H, D, topk, first slots, padded and holed (and documents packed), keys' order, path
 CASES = {
     "whole prefill": (1, 40, 200, 4, 32, 16, [160], False, "random", "prefill"),
     "split": (1, 40, 200, 4, 32, 16, [160], False, "random", "split"),
@@ -28,6 +28,9 @@ CASES = {
     "guess fails on equal scores": (1, 2, 9000, 2, 32, 100, [8998], False, "equal", "split"),
     "one token": (1, 1, 1, 1, 16, 8, [0], False, "random", "split"),
     "topk is all that is seen": (1, 3, 30, 64, 16, 28, [27], False, "random", "split"),
+    "packed documents": (2, 40, 200, 4, 32, 16, [150, 160], "packed", "random", "prefill"),
+    "packed documents, holes, split": (2, 5, 190, 4, 32, 16, [150, 160], "packed", "random", "split"),
+    "packed documents, long": (1, 4, 9000, 2, 32, 100, [8996], "packed", "random", "prefill"),
     "topk above 2048, a width that pads": (1, 2, 6100, 2, 80, 2100, [6098], False, "random", "split"),
 }
 
@@ -42,20 +45,25 @@ def run(B, S, T, H, D, topk, starts, holes, order, path):
     k = torch.randn(B, T, D, generator=draw)
     weights = torch.randn(B, S, H, generator=draw)
     if order == "equal":
-        k = k[:, :1].expand(B, T, D)
+        # Small integers: a processor's matrix product may round equal columns differently.
+        q, k = q.round(), k[:, :1].round().expand(B, T, D)
     if order == "ascending":
         q, weights, k = q.abs(), weights.abs(), k[:, :1].abs() * torch.linspace(0.01, 1, T)[None, :, None]
     q, k, starts = q.half(), k.half().contiguous(), torch.tensor(starts)
     mask = torch.rand(B, T, generator=draw) > 0.3 if holes else None
+    first_keys = None
     if holes:
         mask[:, :7] = False
-    want = lightning_indexer_reference(q.double(), k.double(), weights.double(), topk, D**-0.5, starts, mask)
+    if holes == "packed":
+        first_keys = torch.randint(0, T, (B, S), generator=draw, dtype=torch.int32).cummax(1).values
+    wide = (x.double() for x in (q, k, weights))
+    want = lightning_indexer_reference(*wide, topk, D**-0.5, starts, mask, first_keys)
     for b in range(B):
         k[b, int(starts[b]) + S :] = float("nan")
         if holes:
             k[b, ~mask[b]] = float("nan")
     kernels._multiprocessors = lambda device: 1 if path == "prefill" else 10**9
-    got = kernels.lightning_indexer_triton(q, k, weights, topk, D**-0.5, starts, mask)
+    got = kernels.lightning_indexer_triton(q, k, weights, topk, D**-0.5, starts, mask, first_keys)
     different = (got != want).any(-1).nonzero().tolist()
     return f"rows {different[:5]} of {len(different)} differ" if different else None
 
