@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .evaluation.arguments import AsJson, Revision, Token
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
@@ -29,10 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")]
 
 
 def main() -> None:

@@ -9,7 +9,24 @@ from typing import Annotated, Literal
 
 import typer
 
-_DATA, _RETRIEVAL, _RUN = "Data", "Retrieval", "Where it runs"
+from .arguments import (
+    DATA_HELP,
+    DATA_PANEL,
+    RUN_PANEL,
+    AsJson,
+    DataSplit,
+    Device,
+    DeviceMap,
+    Dtype,
+    Overwrite,
+    Pictures,
+    Revision,
+    Seqlen,
+    TextField,
+    Token,
+)
+
+_RETRIEVAL = "Retrieval"
 
 
 def evaluate(
@@ -29,19 +46,18 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config).",
-            rich_help_panel=_DATA,
+            help=DATA_HELP,
+            rich_help_panel=DATA_PANEL,
         ),
     ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=_DATA)
-    ] = None,
+    seqlen: Seqlen = None,
     nsamples: Annotated[
-        int | None, typer.Option(min=1, help="Windows. Default: 16, all of a file of windows.", rich_help_panel=_DATA)
+        int | None,
+        typer.Option(min=1, help="Windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of windows and prompts.", rich_help_panel=_DATA)] = 0,
-    data_split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    text_field: Annotated[str, typer.Option(help="Of JSONL and datasets.", rich_help_panel=_DATA)] = "text",
+    seed: Annotated[int, typer.Option(help="Of windows and prompts.", rich_help_panel=DATA_PANEL)] = 0,
+    data_split: DataSplit = "train",
+    text_field: TextField = "text",
     prompt: Annotated[
         Literal["records", "passkey"],
         typer.Option(
@@ -56,24 +72,19 @@ def evaluate(
     depths: Annotated[int, typer.Option(min=1, help="Depths, start to end.", rich_help_panel=_RETRIEVAL)] = 5,
     samples: Annotated[int, typer.Option(min=1, help="Samples a length.", rich_help_panel=_RETRIEVAL)] = 8,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows or prompts in one forward.", rich_help_panel=_RUN)
+        int, typer.Option(min=1, help="Windows or prompts in one forward.", rich_help_panel=RUN_PANEL)
     ] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the journal, or add to it.", rich_help_panel=_RUN)
+        bool, typer.Option("--resume", help="Go on from the journal, or add to it.", rich_help_panel=RUN_PANEL)
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto, balanced, ...: spread the model.", rich_help_panel=_RUN)
-    ] = None,
-    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    pictures: Pictures = True,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare checkpoints, and patterns of one: loss, retrieval by length and depth, overlap of selections.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import math
 import os
 import platform
@@ -23,6 +22,7 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import EvaluationError
 from .fingerprint import model_sha256
@@ -171,7 +171,7 @@ def run_evaluation(
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
-    _write(document, output)
+    write_json(output / EVALUATION_FILE, document)
     return document
 
 
@@ -419,11 +419,3 @@ def _data(source: str, given: Inputs) -> dict[str, Any]:
         found |= {"origin": windows.origin, "windows": len(windows), "seqlen": windows.seqlen}
         found["sha256"] = windows.sha256()
     return found
-
-
-def _write(document: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / EVALUATION_FILE
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -9,7 +9,24 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-_HOW, _DATA, _RUN = "How to search", "Data", "Where it runs"
+from ..evaluation.arguments import (
+    DATA_HELP,
+    DATA_PANEL,
+    RUN_PANEL,
+    AsJson,
+    DataSplit,
+    Device,
+    DeviceMap,
+    Dtype,
+    Overwrite,
+    Pictures,
+    Revision,
+    Seqlen,
+    TextField,
+    Token,
+)
+
+_HOW = "How to search"
 
 
 def search(
@@ -17,8 +34,8 @@ def search(
     data: Annotated[
         str,
         typer.Option(
-            help="Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config).",
-            rich_help_panel=_DATA,
+            help=DATA_HELP,
+            rich_help_panel=DATA_PANEL,
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for patterns.json, journal, pictures and report.")] = Path(
@@ -63,43 +80,37 @@ def search(
     ] = None,
     curve: Annotated[bool, typer.Option(help="Check every number of full layers on the held-out windows.")] = True,
     held_out: Annotated[
-        str | None, typer.Option(help="Data for the checks. Default: split off from --data.", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(help="Data for checks. Default: split off from --data.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=_DATA)
-    ] = None,
+    seqlen: Seqlen = None,
     nsamples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=_DATA)
+        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=DATA_PANEL)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=_DATA)] = 0,
-    data_split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    text_field: Annotated[str, typer.Option(help="Of JSONL and datasets.", rich_help_panel=_DATA)] = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=_RUN)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto, balanced, ...: spread the model.", rich_help_panel=_RUN)
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
+    data_split: DataSplit = "train",
+    text_field: TextField = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=RUN_PANEL)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from journal.", rich_help_panel=RUN_PANEL)] = False,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
     parallel: Annotated[
         Literal["windows", "tensor"],
-        typer.Option(help="What the processes of torchrun share.", rich_help_panel=_RUN),
+        typer.Option(help="What the processes of torchrun share.", rich_help_panel=RUN_PANEL),
     ] = "windows",
     cache_memory: Annotated[
         str | None,
-        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=_RUN),
+        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=RUN_PANEL),
     ] = None,
     cache_on: Annotated[
-        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=_RUN)
+        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=RUN_PANEL)
     ] = "device",
-    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    pictures: Pictures = True,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Search which layers can share their indexer's selection, without training.
 
@@ -107,6 +118,7 @@ def search(
     interruption, repeat the command with --resume. Under torchrun or `accelerate launch` the processes share the
     windows.
     """
+    from ..evaluation.loading import Placement
     from ..evaluation.monitor import Monitor, TerminalMonitor
     from ..evaluation.window_sources import Sampling
     from .processes import Processes
@@ -133,14 +145,10 @@ def search(
         Sampling(seqlen, nsamples, seed, data_split, text_field),
         resume,
         overwrite,
-        dtype,
-        device,
-        device_map,
+        Placement(dtype, device, device_map, False, revision, token),
         parallel,
         cache_memory,
         cache_on,
-        revision,
-        token,
     )
     document = run_search(source, run, options, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment(parallel).is_first:

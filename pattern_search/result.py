@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..configuration.share_pattern import FULL
+from ..conversion.shard_writer import write_json
 from ..evaluation.windows import Windows
 from .errors import PatternSearchError
 from .evaluator import Evaluation
@@ -104,9 +105,7 @@ def write_result(document: dict[str, Any], folder: Path) -> Path:
     """Write `patterns.json` to `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERNS_FILE
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, document)
     return path
 
 

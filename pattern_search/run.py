@@ -37,14 +37,10 @@ class RunOptions:
         sampling: how windows are taken.
         resume: go on from the journal in `output`.
         overwrite: forget it.
-        dtype: `auto` (bf16 on CUDA, fp32 elsewhere) or torch's name of one.
-        device: where the model goes; None for the GPU where there is one.
-        device_map: of accelerate (`auto`, ...), in place of `device`.
+        placement: where the model goes.
         parallel: what several processes share: the windows, or the model (tensor parallelism).
         cache_memory: for states between layers, such as `8GB`; None for a fourth of what is free.
         cache_on: `device`, or `host` to keep the states in host memory.
-        revision: of a Hub source.
-        token: for the Hub.
     """
 
     data: str
@@ -53,14 +49,10 @@ class RunOptions:
     sampling: Sampling = field(default_factory=Sampling)
     resume: bool = False
     overwrite: bool = False
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
+    placement: Placement = field(default_factory=Placement)
     parallel: Literal["windows", "tensor"] = "windows"
     cache_memory: str | None = None
     cache_on: Literal["device", "host"] = "device"
-    revision: str | None = None
-    token: str | None = None
 
 
 def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
@@ -72,17 +64,16 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     """
     processes = Processes.from_environment(run.parallel)
     quiet = monitor if processes.is_first else Monitor()
-    placement = Placement(run.dtype, run.device, run.device_map, False, run.revision, run.token)
-    config = read_config(source, placement)
+    config = read_config(source, run.placement)
     options.counts(config.share_pattern)
-    tokenizer = load_tokenizer(source, revision=run.revision, token=run.token)
+    tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
         quiet.warn(warning)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
     sharded = processes.count > 1 and run.parallel == "tensor"
-    model = load_model(source, replace(placement, tensor_parallel=sharded))
+    model = load_model(source, replace(run.placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
         if run.overwrite:
