@@ -62,8 +62,9 @@ def growth(depths: list[int], num_windows: int = 16, seqlen: int = 48) -> list[d
         row["paper"] = depth * (depth - 1) // 2 * depth * num_windows
         for name, objective, batch in (("greedy, prefixes reused", "lm", num_windows), ("lazy", "kl", 1)):
             evaluator = Evaluator(
-                "calibration", model, Windows(ids), objective=objective, batch_size=batch, cache=PrefixCache(2**31)
-            )
+                "calibration", model, Windows(ids), objective=objective, teacher="auto", batch_size=batch,
+                cache=PrefixCache(2**31),
+            )  # fmt: skip
             start = "F" * depth
             if name == "lazy":
                 steps = lazy_greedy(evaluator, start, rounds=PATH_ROUNDS)
@@ -122,7 +123,8 @@ def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def fresh() -> Evaluator:
         return Evaluator(
-            "calibration", model, windows, objective="lm" if greedily else "kl", batch_size=arguments.batch_size,
+            "calibration", model, windows, objective="lm" if greedily else "kl", teacher="auto",
+            batch_size=arguments.batch_size,
             cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
         )  # fmt: skip
 

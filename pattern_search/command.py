@@ -54,11 +54,18 @@ def search(
     objective: Annotated[
         Literal["kl", "far-kl", "lm"] | None,
         typer.Option(
-            help="kl: to the source's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
+            help="kl: to a teacher's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
             "(greedy).",
             rich_help_panel=_HOW,
         ),
     ] = None,
+    teacher: Annotated[
+        Literal["auto", "dense", "source"],
+        typer.Option(
+            help="Of kl: dense attention, the source as it is, or the better of them on the first windows.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "auto",
     blocks: Annotated[int, typer.Option(min=1, help="Pipeline blocks of greedy.", rich_help_panel=_HOW)] = 1,
     path_rounds: Annotated[
         int,
@@ -130,6 +137,7 @@ def search(
         tolerance=_share(tolerance),
         algorithm=algorithm,
         objective=objective,
+        teacher=teacher,
         blocks=blocks,
         path_rounds=path_rounds,
         refine_passes=refine,

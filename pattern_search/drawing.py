@@ -49,9 +49,10 @@ def draw_result(document: dict[str, Any]) -> RenderableType:
             style="bold" if int(count) in document["asked_for"] else None,
         )
     data = document["data"]
+    taught = f" to {document['teacher']} attention's predictions" if document.get("teacher") == "dense" else ""
     lines = [
         f"bold: asked for{'; *: chosen' if 'keep' in document else ''}; {document['recipe']['algorithm']}, "
-        f"{document['recipe']['objective']}, {document['cost']['search_layer_forwards']:,} layer-forwards",
+        f"{document['recipe']['objective']}{taught}, {document['cost']['search_layer_forwards']:,} layer-forwards",
         f"calibration {_data(data['calibration'])}; held out {_data(data['held_out'])}; {document['date']}",
     ]
     return Group(table, *map(Text, lines))

@@ -73,6 +73,7 @@ def result_document(
             for step in outcome.steps
         ],
         "recipe": recipe(options),
+        "teacher": outcome.teacher,
         "source": {
             "name": source,
             "model_type": model_type,

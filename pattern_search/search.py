@@ -15,7 +15,7 @@ from ..evaluation.monitor import Monitor
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import PatternSearchError
-from .evaluator import OBJECTIVES, Evaluation, Evaluator
+from .evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .floating import refine
 from .greedy import Step, greedy
 from .lazy_greedy import lazy_greedy
@@ -35,6 +35,8 @@ class SearchOptions:
         tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
         algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
         objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
+        teacher: whose predictions `kl` measures the distance to: `dense` (the model with dense attention), `source`
+            (as it is), or `auto` for the better one.
         blocks: pipeline blocks of `greedy`.
         path_rounds: rounds of windows that decide the steps of `lazy`; all decide the refinement.
         refine_passes: moves at most by which a pattern asked for is refined; 0 for none, always none with `greedy`.
@@ -48,6 +50,7 @@ class SearchOptions:
     tolerance: float | None = None
     algorithm: Literal["lazy", "greedy"] = "lazy"
     objective: str | None = None
+    teacher: str = "auto"
     blocks: int = 1
     path_rounds: int = 3
     refine_passes: int = 2
@@ -98,6 +101,7 @@ class SearchOutcome:
         baselines: patterns by number of full layers, by name of the baseline.
         calibration: evaluations on the calibration windows, by pattern.
         held_out: evaluations on the held-out windows, by pattern.
+        teacher: whose predictions KL was measured to, `dense` or `source`; None without KL.
         chosen: the number of full layers that `tolerance` chose, or None.
         cost: layer-forwards and evaluations by part, and seconds of this run.
     """
@@ -109,6 +113,7 @@ class SearchOutcome:
     baselines: dict[str, dict[int, str]] = field(default_factory=dict)
     calibration: dict[str, Evaluation] = field(default_factory=dict)
     held_out: dict[str, Evaluation] = field(default_factory=dict)
+    teacher: str | None = None
     chosen: int | None = None
     cost: dict[str, Any] = field(default_factory=dict)
 
@@ -154,6 +159,7 @@ def search(
             model,
             windows,
             objective=objective,
+            teacher=options.teacher,
             batch_size=options.batch_size,
             journal=journal,
             cache=PrefixCache(cache_bytes, cache_device),
@@ -165,6 +171,7 @@ def search(
     calibrating = evaluator("calibration", calibration, options.scored_by)
     _find_path(calibrating, options, outcome, monitor)
     _refine(calibrating, options, outcome, monitor)
+    outcome.teacher = None if options.scored_by == "lm" else calibrating.teacher
     if "similarity" in options.baselines:
         monitor.begin("similarity of attention outputs", 1)
         outcome.baselines["similarity"] = similarity_patterns(output_similarity(calibrating), start.letters)
@@ -199,6 +206,7 @@ def search_identity(
         "attention": model.config._attn_implementation,
         "algorithm": options.algorithm,
         "objective": options.scored_by,
+        "teacher": options.teacher,
         "blocks": options.blocks,
         "batch_size": options.batch_size,
         "path_rounds": options.path_rounds,
@@ -213,6 +221,8 @@ def recipe(options: SearchOptions) -> dict[str, Any]:
 def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
     if options.scored_by not in OBJECTIVES:
         raise PatternSearchError(f"--objective must be one of {', '.join(OBJECTIVES)} (got {options.objective!r})")
+    if options.teacher not in TEACHERS:
+        raise PatternSearchError(f"--teacher must be one of {', '.join(TEACHERS)} (got {options.teacher!r})")
     if not 1 <= options.blocks <= len(start):
         raise PatternSearchError(
             f"--blocks must lie in 1 .. {len(start)}, the number of layers (got {options.blocks})"
