@@ -62,7 +62,7 @@ def growth(depths: list[int], num_windows: int = 16, seqlen: int = 48) -> list[d
         row["paper"] = depth * (depth - 1) // 2 * depth * num_windows
         for name, objective, batch in (("greedy, prefixes reused", "lm", num_windows), ("lazy", "kl", 1)):
             evaluator = Evaluator(
-                "calibration", model, Windows(ids), objective=objective, teacher="auto", batch_size=batch,
+                "calibration", model, Windows(ids), objective=objective, batch_size=batch,
                 cache=PrefixCache(2**31),
             )  # fmt: skip
             start = "F" * depth
