@@ -49,7 +49,6 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
-    from .benchmarks.errors import BenchError
     from .conversion.checkpoint import ConversionError
     from .evaluation.errors import EvaluationError
 
@@ -57,14 +56,14 @@ def _errors_as_messages() -> Iterator[None]:
         yield
     except ConversionError as error:
         _fail(str(error))
-    except (EvaluationError, BenchError) as error:
+    except EvaluationError as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; unfinished work (conversion, search, evaluation, benchmark) goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion, search, evaluation or benchmark goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:

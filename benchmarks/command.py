@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..evaluation.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+
 if TYPE_CHECKING:
     from .speed_run import Row
 
-_WHAT, _RUN = "What to measure", "Where it runs"
+_WHAT = "What to measure"
 LENGTHS = {"cuda": (10_000, 60_000, 120_000, 200_000), "cpu": (512, 1024, 2048)}
 
 
@@ -62,17 +64,16 @@ def bench(
     output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and page.")] = Path(
         "indexcache_bench"
     ),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
-    ] = "auto",
-    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=RUN_PANEL)
+    ] = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    pictures: Pictures = True,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure prefill and decode by context length and pattern.
 

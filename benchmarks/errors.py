@@ -1,5 +1,7 @@
-"""What a benchmark refuses."""
+"""What the person who benchmarks can mend."""
+
+from ..evaluation.errors import EvaluationError
 
 
-class BenchError(ValueError):
-    """Arguments that cannot be measured, said for the person who gave them."""
+class BenchError(EvaluationError):
+    """Arguments that cannot be measured; the message says which and why."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..evaluation.journal import Journal
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
@@ -81,43 +81,23 @@ class Row:
     batch: int = 1
 
 
-class Journal:
+class RowJournal(Journal):
     """Rows measured so far, a JSON line each, on disk before the next row begins."""
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        self.path = path
         self.rows: dict[Row, dict[str, Any]] = {}
-        if path.exists() and not overwrite:
-            if not resume:
-                raise BenchError(f"{path} holds an earlier run: go on with --resume, or use --overwrite")
-            self._read(identity)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"identity": identity}) + "\n", encoding="utf-8")
+        if overwrite:
+            path.unlink(missing_ok=True)
+        super().__init__(path, identity, resume, "benchmark")
 
-    def add(self, row: Row, found: dict[str, Any]) -> None:
+    def add_row(self, row: Row, found: dict[str, Any]) -> None:
         """Record a row's result."""
         self.rows[row] = found
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"row": vars(row), "found": found}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._write({"row": vars(row), "found": found})
 
-    def _read(self, identity: dict[str, Any]) -> None:
-        content = self.path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):  # a crash left half a line
-            with self.path.open("r+b") as file:
-                file.truncate(complete)
-        try:
-            first, *lines = [json.loads(line) for line in content[:complete].splitlines()]
-            earlier = first["identity"]
-            self.rows = {Row(**line["row"]): line["found"] for line in lines}
-        except (ValueError, KeyError, TypeError) as error:
-            raise BenchError(f"{self.path} is damaged ({error}): start again with --overwrite") from error
-        if differing := [key for key in identity if earlier.get(key) != identity[key]]:
-            changes = "; ".join(f"{key}: {earlier.get(key)} there, {identity[key]} now" for key in differing)
-            raise BenchError(f"{self.path} belongs to another run ({changes}): use --overwrite or another --output")
+    def adopt(self, records: list[dict[str, Any]]) -> None:
+        """Take over the rows of the file."""
+        self.rows = {Row(**record["row"]): record["found"] for record in records}
 
 
 Progress = Callable[[Row, dict[str, Any], bool], None]
@@ -154,7 +134,7 @@ def run_bench(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    journal = Journal(output / JOURNAL_FILE, identity, resume, overwrite)
+    journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
     if options.source is not None:
         model = checkpoint_model(options.source, device, dtype, options.revision, options.token)
     else:
@@ -177,7 +157,7 @@ class _Bench:
     """Runs rows, keeping the model and its peer between them."""
 
     def __init__(
-        self, options: BenchOptions, journal: Journal, progress: Progress, model: Any, patterns: dict
+        self, options: BenchOptions, journal: RowJournal, progress: Progress, model: Any, patterns: dict
     ) -> None:
         self.options, self.journal, self.progress, self.patterns = options, journal, progress, patterns
         self.model: Any = model
@@ -219,11 +199,12 @@ class _Bench:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         found["took_seconds"] = round(time.perf_counter() - start, 2)
-        self.journal.add(row, found)
+        self.journal.add_row(row, found)
         self.progress(row, found, False)
 
     def close(self) -> None:
-        """Let go of the models."""
+        """Let go of the models and the file."""
+        self.journal.close()
         self.model = self.peer = None
 
     def _measure(self, row: Row) -> dict[str, Any]:
@@ -312,7 +293,7 @@ def _check_lengths(options: BenchOptions, model: Any) -> None:
 
 
 def _document(
-    options: BenchOptions, identity: dict[str, Any], model: Any, patterns: dict[str, str], journal: Journal
+    options: BenchOptions, identity: dict[str, Any], model: Any, patterns: dict[str, str], journal: RowJournal
 ) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     try:

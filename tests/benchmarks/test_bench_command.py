@@ -90,7 +90,7 @@ def test_resume_measures_only_what_is_missing(run, monkeypatch):
     assert "go on with --resume" in refused.output
     other = bench(*command, "--resume", "--input", "random")
     assert other.exit_code == 2
-    assert "belongs to another run (input: drift there, random now)" in " ".join(other.output.split())
+    assert "belongs to another benchmark (input: drift there, random now)" in " ".join(other.output.split())
 
 
 def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):
