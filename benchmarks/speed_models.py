@@ -176,19 +176,23 @@ def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float 
         if indexer is not None:
             indexer.k_norm.weight[: model.config.qk_rope_head_dim] = position_weight
     table = model.get_input_embeddings().weight
-    generator = torch.Generator(device=table.device).manual_seed(1)
-    noise = torch.randn(table.shape, device=table.device, generator=generator)
-    scale = table.float().std()
+    table.copy_(drifting_walk(*table.shape, table.device, step) * table.float().std())
+
+
+def drifting_walk(rows: int, width: int, device: torch.device, step: float = 0.03) -> torch.Tensor:
+    """fp32 `[rows, width]` of unit variance, each row a random step of relative size `step` from the one before."""
+    generator = torch.Generator(device=device).manual_seed(1)
+    walk = torch.randn(rows, width, device=device, generator=generator)
     keep = (1 - step**2) ** 0.5
     block = 64
-    state = noise[0]
-    powers = keep ** torch.arange(1, block + 1, device=table.device, dtype=torch.float32)
+    state = walk[0]
+    powers = keep ** torch.arange(1, block + 1, device=device, dtype=torch.float32)
     decay = (powers[:, None] / powers[None, :]).tril() * step
-    for part in noise.split(block):
+    for part in walk.split(block):
         n = part.shape[0]
         part[:] = powers[:n, None] * state + decay[:n, :n] @ part
         state = part[n - 1].clone()
-    table.copy_(noise * scale)
+    return walk
 
 
 def prompt(model: Any, length: int, kind: str) -> torch.Tensor:
