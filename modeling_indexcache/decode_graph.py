@@ -242,7 +242,8 @@ def decode_graph(
 def graphs_serve(model: Any) -> bool:
     """Whether decoding steps of this decoder can come from graphs, as it stands now."""
     one = model.embed_tokens.weight[:1].detach().unsqueeze(0)
-    return model.decode_graphs and _device_takes_graphs(one) and _capturable(model, one)
+    has_indexers = model.config.index_topk is not None
+    return model.decode_graphs and has_indexers and _device_takes_graphs(one) and _capturable(model, one)
 
 
 def _ordinary(
@@ -254,27 +255,22 @@ def _ordinary(
 ) -> bool:
     """Whether this is a plain decoding step, seen from the outside; cheap, asked at every step."""
     config = model.config
-    if (
-        torch.compiler.is_compiling()
-        or hidden_states.shape[1] != 1
-        or not model.decode_graphs
-        or not _device_takes_graphs(hidden_states)
-        or type(cache) not in (DynamicCache, StaticCache)
-        or cache.offloading
-        or len(cache.layers) != config.num_hidden_layers
-        or model.training
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled(hidden_states.device.type)
-        or config.index_topk is None
-        or (attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2))
-        or any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in _OUTPUTS)
-        or kwargs.get("indexer_training") is not None
-    ):
-        return False
-    # Below this every key is selected and attention is dense.
-    if type(cache) is StaticCache:
-        return cache.get_max_length() > config.index_topk
-    return cache.get_seq_length() >= config.index_topk
+    return (
+        not torch.compiler.is_compiling()
+        and hidden_states.shape[1] == 1
+        and model.decode_graphs
+        and _device_takes_graphs(hidden_states)
+        and type(cache) in (DynamicCache, StaticCache)
+        and not cache.offloading
+        and len(cache.layers) == config.num_hidden_layers
+        and not model.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and config.index_topk is not None
+        and (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2))
+        and not any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in _OUTPUTS)
+        and kwargs.get("indexer_training") is None
+    )
 
 
 def _device_takes_graphs(hidden_states: torch.Tensor) -> bool:

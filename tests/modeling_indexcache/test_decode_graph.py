@@ -186,13 +186,14 @@ def test_a_static_cache_may_be_reset_and_filled_again(model, replays, ids):
     assert cache.get_seq_length() == 30
 
 
-def test_short_contexts_are_left_alone(model, replays, ids):
-    cache = DynamicCache(config=model.config)
+def test_contexts_shorter_than_the_selection(model, replays, ids):
     with torch.no_grad():
-        model(ids[:, :2], past_key_values=cache)
-    steps(model, cache, ids[:, 2:11])
-    steps(model, StaticCache(config=model.config, max_cache_len=12), ids[:, :11])
-    assert replays == []
+        expected = model(ids[:, :11]).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
+        got = steps(model, cache, ids[:, :11])
+        torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-5, rtol=1e-5)
+    assert len(replays) == 2
+    assert all(count[0] for count in replays)
 
 
 def test_generate_compiles_static_decoding_only_when_asked_to(model):
