@@ -1,7 +1,9 @@
-"""Run by test_fused_passes.py in a process of its own, with TRITON_INTERPRET=1.
+"""Run by test_fused_passes.py in a process of its own, with TRITON_INTERPRET=1; on a GPU by its GPU test, without.
 
 Every kernel is compared with its meaning in fp64, and may err twice as much as PyTorch in the same precision does.
 """
+
+import os
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from indexcache.kernels.routed_experts_triton import experts_vector
 from indexcache.kernels.vector_linear import vector_linear_reference
 from indexcache.kernels.vector_linear_triton import vector_linear_triton
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
-DTYPE = torch.float16
+DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
+torch.set_default_device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True)

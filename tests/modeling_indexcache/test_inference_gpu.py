@@ -1,0 +1,74 @@
+"""Inference on a GPU: fused passes and decoding graphs against PyTorch, step by step."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from indexcache.modeling_indexcache.decode_graph import DecodeGraph
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+PATTERN = "FSFS"
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def model(request):
+    """One group of experts is routed by the kernel, two by PyTorch."""
+    model = tiny_model(index_share_pattern=PATTERN, n_group=request.param, index_n_heads=16).to("cuda", torch.bfloat16)
+    model.set_attn_implementation("triton")
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(3)
+    return torch.randint(2, 96, (2, 40), device="cuda")
+
+
+@torch.no_grad()
+def decoded(model, ids, cache, first, graphs):
+    model.model.decode_graphs = graphs
+    model(ids[:, :first], past_key_values=cache)
+    steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(first, ids.shape[1])]
+    model.model.decode_graphs = True
+    return torch.cat(steps, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("first", [4, 24])
+def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
+    def new_cache():
+        return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
+
+    cache = new_cache()
+    got = decoded(model, ids[:batch], cache, first, True)
+    assert isinstance(vars(cache)["_indexcache_decode_graph"], DecodeGraph)
+    expected = decoded(model, ids[:batch], new_cache(), first, False)
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+def test_fused_passes_err_as_pytorch_does(model, ids):
+    with torch.no_grad():
+        fused = model(ids).logits
+        model.set_attn_implementation("sdpa")
+        plain = model(ids).logits
+        exact = model.float()(ids).logits
+    model.to(torch.bfloat16).set_attn_implementation("triton")
+
+    def error(logits):
+        return (logits - exact).pow(2).mean().sqrt()
+
+    assert error(fused) <= 1.5 * error(plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_generate_gives_the_same_tokens_with_and_without_graphs(model, ids, options):
+    def greedy():
+        return model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=1, **options)
+
+    got = greedy()
+    model.model.decode_graphs = False
+    expected = greedy()
+    model.model.decode_graphs = True
+    assert (got == expected).float().mean() > 0.9  # near ties may fall the other way
