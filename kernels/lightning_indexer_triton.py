@@ -58,8 +58,12 @@ def lightning_indexer_triton(
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
     key_start: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None."""
+    """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
+
+    With `k_scale`, fp32 `[B, T]`, q and k are e4m3 and `hopper_takes` them.
+    """
     B, S, H, D = q.shape
     T = k.shape[1]
     out = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q.device)
@@ -73,16 +77,27 @@ def lightning_indexer_triton(
     config = prefill_config(H, D, architecture)
     programs = multiprocessors * config["programs_per_sm"]
     redo = None
-    blocks = B * S * H // TILE_COLUMNS
-    if architecture == 90 and blocks >= multiprocessors and hopper_supports(q, k, topk):
+    if hopper_takes(q, k, topk):
         scaled = (weights.float() * scale).contiguous()
-        redo = lightning_indexer_hopper(q, k, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors)
+        scales = None if k_scale is None else k_scale.contiguous()
+        redo = lightning_indexer_hopper(
+            q, k, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
+        )
+        if k_scale is not None:
+            q, k = q.bfloat16(), k.bfloat16() * k_scale.unsqueeze(-1).bfloat16()
         programs = multiprocessors
     elif B * -(-S // config["BQ"]) < programs:
         indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
         return out
     _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs)
     return out
+
+
+def hopper_takes(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
+    """Whether the Hopper kernel runs for these tensors: it needs a block of queries for every multiprocessor."""
+    blocks = q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS
+    enough = blocks >= _multiprocessors(q.device)
+    return enough and _architecture(q.device) == 90 and hopper_supports(q, k, topk)
 
 
 def prefill_config(H: int, D: int, architecture: int) -> dict:
