@@ -87,7 +87,7 @@ def draw_speed_ups(document: dict[str, Any], path: Path) -> bool:
         axis.axhline(1.0, color=_INK, linewidth=0.8)
         axis.set_title(_TITLES[kind], fontsize=10, loc="left", color=_INK)
         axis.set_xlabel("context (tokens)")
-        ticks = sorted({n for points in lines.values() for n, _ in points})
+        ticks = sorted({row["tokens"] for row in document["rows"]})
         axis.set_xticks(ticks, [_short(n) for n in ticks])
         axis.set_ylim(bottom=min(0.9, *(y for points in lines.values() for _, y in points)))
         _plain(axis)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -178,7 +179,7 @@ def record(
     run: Callable[[], torch.Tensor], rewind: Callable[[], None], device: torch.device
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         run()
@@ -188,6 +189,12 @@ def record(
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         out = run()
     return out, graph.replay
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream a device for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 def decode_graph(

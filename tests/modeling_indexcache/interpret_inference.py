@@ -1,0 +1,91 @@
+"""Run by test_inference_interpreted.py in a process of its own, with TRITON_INTERPRET=1.
+
+A whole model on the fused kernels, which a CPU never runs otherwise: routing, experts, norms, RoPE in place and into
+slices, linear layers and absorbed products of one token. The indexer and sparse attention stay PyTorch.
+"""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from indexcache.kernels import expert_topk, rms_norm, rotary, routed_experts
+from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
+from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.vector_linear_triton import vector_linear_triton
+from indexcache.modeling_indexcache import feed_forward, few_token_linears, inference_attention
+
+# bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
+DTYPE = torch.float16
+
+
+def grouped_mm(a, b, offs):
+    out, first = torch.full((a.shape[0], b.shape[2]), float("nan"), dtype=a.dtype), 0
+    for expert, last in enumerate(offs.tolist()):
+        out[first:last] = a[first:last] @ b[expert]
+        first = last
+    return out
+
+
+def spied(calls, name, function):
+    def call(*args, **kwargs):
+        calls.add(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Let every fused kernel take CPU tensors; the names of those that ran."""
+    ran = set()
+    for module, name, value in (
+        (rms_norm, "runs_triton", lambda *t: True),
+        (rotary, "runs_triton", lambda *t: True),
+        (rms_norm, "rms_norm_triton", spied(ran, "norm", rms_norm.rms_norm_triton)),
+        (rms_norm, "latent_rows_triton", spied(ran, "latents", rms_norm.latent_rows_triton)),
+        (rotary, "rotate_into_triton", spied(ran, "rotate", rotary.rotate_into_triton)),
+        (expert_topk, "_fits", lambda *t: True),
+        (expert_topk, "_expert_topk", spied(ran, "route", expert_topk_triton)),
+        (feed_forward, "unsupported_experts_reason", lambda *t: None),
+        (routed_experts, "_on_triton", lambda x: True),
+        (routed_experts, "_grouped_mm", lambda: grouped_mm),
+        (routed_experts, "experts_vector", spied(ran, "experts of few", routed_experts.experts_vector)),
+        (routed_experts, "combine", spied(ran, "experts of many", routed_experts.combine)),
+        (few_token_linears, "takes_vector_linear", lambda x, *w: x.shape[0] <= 2),
+        (few_token_linears, "vector_linear", spied(ran, "linears", vector_linear_triton)),
+        (inference_attention, "takes_absorbed_vector", lambda q, *w: q.shape[:2].numel() <= 2),
+        (inference_attention, "absorb_queries", spied(ran, "absorb", absorb_queries_triton)),
+        (inference_attention, "expand_values", spied(ran, "values", expand_values_triton)),
+    ):
+        monkeypatch.setattr(module, name, value)
+    return ran
+
+
+def new_cache(model, kind):
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=26 if kind == "static" else 11)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "static, no longer than the selection"])
+def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
+    model = tiny_model(index_share_pattern="FSFS", n_group=1, indexer_rope_interleave=interleaved)
+    tokens = 10 if kind.endswith("selection") else 24
+    ids = torch.randint(2, 96, (1, tokens), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        exact = model(ids).logits
+        model = model.to(DTYPE)
+        plain = model(ids).logits
+        assert not calls
+        model.config._attn_implementation_internal = "triton"
+        fused = model(ids).logits
+        cache = new_cache(model, kind)
+        model(ids[:, :5], past_key_values=cache)
+        steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(5, tokens)]
+    allowed = (plain - exact).abs().max()
+    assert (fused - exact).abs().max() <= 2 * allowed
+    assert (torch.cat(steps, dim=1) - exact[:, 5:]).abs().max() <= 2 * allowed
+    expected = {"norm", "latents", "rotate", "route", "experts of few", "experts of many", "linears"}
+    assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
