@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .benchmarks.command import bench as bench_verb
 from .evaluation.arguments import AsJson, Revision, Token
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
@@ -48,6 +49,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
+    from .benchmarks.errors import BenchError
     from .conversion.checkpoint import ConversionError
     from .evaluation.errors import EvaluationError
 
@@ -55,14 +57,14 @@ def _errors_as_messages() -> Iterator[None]:
         yield
     except ConversionError as error:
         _fail(str(error))
-    except EvaluationError as error:
+    except (EvaluationError, BenchError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion, search or evaluation goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion, search, evaluation or benchmark goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -279,6 +281,14 @@ def evaluate(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `evaluation/command.py`."""
     with _errors_as_messages():
         evaluate_verb(*args, **kwargs)
+
+
+@app.command()
+@wraps(bench_verb)
+def bench(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `benchmarks/command.py`."""
+    with _errors_as_messages():
+        bench_verb(*args, **kwargs)
 
 
 @app.command()

@@ -68,6 +68,13 @@ class KeyVisibility:
         fitted = self.key_mask[..., :num_keys] if missing < 0 else F.pad(self.key_mask, (0, missing), value=True)
         return KeyVisibility(self.query_start, fitted)
 
+    def of_queries(self, first: int, last: int) -> KeyVisibility:
+        """The same for the queries `first` to `last` alone."""
+        mask = self.key_mask
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, first:last]
+        return KeyVisibility(self.query_start + first, mask)
+
     def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
         """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
         mask = self.key_mask
