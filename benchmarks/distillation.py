@@ -4,7 +4,7 @@ python -m indexcache.benchmarks.distillation --output benchmarks/results/distill
 
 Useful operations of the sparse MLA backward are five products a query, head and selected key:
 `2 * heads * 2048 * (3 * 576 + 2 * 512)` a query. Index sets as in `benchmarks/sparse_mla.py`. The layer is one MoE
-layer of the 30B shape (`benchmarks/long_context.py`) with 16 experts, forward and backward.
+layer of the 30B shape (`benchmarks/speed_models.py`) with 16 experts, forward and backward.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .. import IndexCacheConfig, IndexCacheForCausalLM
 from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
 from ..kernels.sparse_mla import sparse_mla
 from .harness import Case, measure_ceilings, median_ms, run_cases, write_json
-from .long_context import SHAPE, drifting_embeddings
 from .sparse_mla import SCALE, TOPK, VALUE_DIM, WIDTH, make_inputs, near_indices, random_indices
+from .speed_models import SHAPE_30B, drift_embeddings
 
 INDEX_HEADS, INDEX_DIM, HEADS = 32, 128, 20
 Indices = Callable[[int, int], torch.Tensor]
@@ -226,11 +226,18 @@ def layer_share(length: int) -> dict[str, Any]:
     """A layer's forward and backward beside the KL kernels on that layer's own selection."""
     torch.manual_seed(0)
     config = IndexCacheConfig(
-        **{**SHAPE, "n_routed_experts": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 1024}
+        **{
+            **SHAPE_30B,
+            "n_routed_experts": 16,
+            "num_hidden_layers": 1,
+            "first_k_dense_replace": 0,
+            "vocab_size": length,
+        }
     )
     with torch.device("cuda"):
         model = IndexCacheForCausalLM._from_config(config, dtype=torch.bfloat16).train()
-    embeddings = drifting_embeddings(model, length).detach().requires_grad_()
+    drift_embeddings(model)
+    embeddings = model.get_input_embeddings().weight.detach().unsqueeze(0).clone().requires_grad_()
     upstream = torch.randn_like(embeddings)
     kept: dict[str, torch.Tensor] = {}
     indexer = model.model.layers[0].self_attn.indexer
