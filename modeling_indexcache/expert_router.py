@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +25,8 @@ class IndexCacheTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts a token]`."""
         config = self.config
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        with _without_autocast(hidden_states):
+            logits = F.linear(hidden_states.float(), self.weight.float())
         scores = logits.sigmoid()
         choice = scores + self.e_score_correction_bias
         if config.n_group is not None:
@@ -38,3 +41,9 @@ class IndexCacheTopkRouter(nn.Module):
         if config.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return logits, weights * config.routed_scaling_factor, experts
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Routing is decided in fp32, whatever the rest is computed in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

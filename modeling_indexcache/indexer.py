@@ -68,9 +68,45 @@ class IndexCacheIndexer(nn.Module):
             weights,
             self.index_topk,
             query_start=seen.query_start,
+            key_start=seen.key_start,
             key_mask=seen.key_mask,
             allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
+
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        q_resid: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For training: queries `[B, S, H, D]`, keys `[B, S, D]` and head weights `[B, S, H]`, differentiable."""
+        batch, num_queries = hidden_states.shape[:2]
+        q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
+        q = self._turn(q, position_embeddings)
+        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings).to(q.dtype)
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype))
+        return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
+
+    @torch.no_grad()
+    def select(
+        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visibility: KeyVisibility
+    ) -> torch.Tensor:
+        """The selection int32 `[B, S, min(index_topk, T)]` for what `project` made, without gradient."""
+        batch, num_queries, num_keys = q.shape[0], q.shape[1], keys.shape[1]
+        seen = visibility.for_keys(num_keys)
+        if num_keys <= self.index_topk:
+            return seen.every_index(num_queries, num_keys, batch)
+        with torch.autocast(q.device.type, enabled=False):
+            return lightning_indexer(
+                q,
+                keys,
+                weights,
+                self.index_topk,
+                query_start=seen.query_start,
+                key_start=seen.key_start,
+                key_mask=seen.key_mask,
+                allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
+            )
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)

@@ -32,10 +32,12 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .causal_lm_loss import causal_lm_loss
 from .expert_router import IndexCacheTopkRouter
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
-from .key_visibility import KeyVisibility
+from .indexer_training import IndexerTrace, IndexerTraining, compare_attention, trace_indexer, training_outputs
+from .key_visibility import KeyVisibility, packed_key_start
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .rotary_embedding import IndexCacheRotaryEmbedding, rotate, yarn_softmax_factor
@@ -122,10 +124,10 @@ class IndexCacheAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         visibility: KeyVisibility,
         past_key_values: Cache | None = None,
-        topk_indices: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | IndexerTrace | None = None,
         run_indexer: bool = True,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | IndexerTrace | None]:
         """Attend.
 
         Args:
@@ -135,11 +137,12 @@ class IndexCacheAttention(nn.Module):
             past_key_values: the cache, updated in place.
             topk_indices: the selection to reuse, int32 `[B, S, K]`; None for all visible keys.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`.
+            **kwargs: `output_attentions`, `output_topk_indices`, `indexer_training`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
-            `output_attentions` only), and the selection that was used.
+            `output_attentions` only), and the selection that was used; with `indexer_training` the trace that holds
+            it, which the next layer takes as its `topk_indices`.
         """
         batch, num_queries = hidden_states.shape[:2]
         q_resid = None
@@ -152,9 +155,19 @@ class IndexCacheAttention(nn.Module):
         q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
-        latents = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)  # [B, S, C + R]
+        # The norm's weight is wider than its input under autocast.
+        latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
-        if self.indexer is not None and run_indexer:
+        training: IndexerTraining | None = kwargs.get("indexer_training")
+        trace = None
+        if training is not None:
+            trace = topk_indices
+            if run_indexer:
+                trace = trace_indexer(
+                    self.indexer, hidden_states, q_resid, position_embeddings, visibility, training
+                )
+            topk_indices = trace.indices if training.stage == "sparse" else None
+        elif self.indexer is not None and run_indexer:
             topk_indices = self.indexer(
                 hidden_states,
                 q_resid,
@@ -164,7 +177,7 @@ class IndexCacheAttention(nn.Module):
                 return_all=bool(kwargs.get("output_topk_indices")),
             )
         latents = append_latents(past_key_values, latents, self.layer_idx)
-        weights = None
+        weights = lse = None
         dropout = self.config.attention_dropout if self.training else 0.0
         if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
             want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -172,21 +185,26 @@ class IndexCacheAttention(nn.Module):
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
-            out = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+            out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+        if trace is not None:
+            trace = compare_attention(
+                self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
+            )
+            return self.o_proj(out.flatten(2)), weights, trace
         return self.o_proj(out.flatten(2)), weights, topk_indices
 
     def _attend_selected(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Absorbed form on the selected latents alone: `[B, S, H, V]`, cost S x K."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Absorbed form on the selected latents alone: `[B, S, H, V]` and lse `[B, S, H]`, cost S x K."""
         to_latent, to_value = self._absorbed_weights()
         batch, num_queries, heads, _ = q_nope.shape
         row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-        outs = []
+        outs, lses = [], []
         for first, last in _chunks(num_queries, row_bytes):
             q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
             q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
-            out, _ = sparse_mla(
+            out, lse = sparse_mla(
                 q_absorbed,
                 latents,
                 topk_indices[:, first:last],
@@ -195,7 +213,8 @@ class IndexCacheAttention(nn.Module):
                 allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
             )
             outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+            lses.append(lse)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=1))
 
     def _attend_expanded(
         self,
@@ -343,7 +362,9 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | IndexerTrace | None]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
         attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
@@ -465,27 +486,37 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         Args:
             input_ids: `[B, S]`.
             attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
-            position_ids: `[B, S]`.
+            position_ids: `[B, S]`. Without a mask and a cache, positions that start anew begin a document that sees
+                nothing before it.
             past_key_values: a cache made with this model's config.
             inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
             use_cache: make a cache when none is given.
             **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
-                `output_topk_indices`.
+                `output_topk_indices`; `cu_seq_lens_q` of packed documents, see `packed_key_start`;
+                `indexer_training`, a stage or an `IndexerTraining`, see `indexer_training.py`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, num_queries = hidden_states.shape[:2]
+        device = hidden_states.device
+        training = IndexerTraining.of(kwargs.pop("indexer_training", None))
+        if training is not None:
+            kwargs["indexer_training"] = self._checked(training, past_key_values)
+            use_cache = False
+        key_start = None
+        if attention_mask is None and past_key_values is None:
+            key_start = packed_key_start(position_ids, kwargs.get("cu_seq_lens_q"), batch, num_queries)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        num_queries, device = hidden_states.shape[1], hidden_states.device
-        visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
+        visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
         if position_ids is None:
             slots = visibility.query_start + torch.arange(num_queries, device=device)
             position_embeddings = self.rotary_emb(hidden_states, slots.unsqueeze(0))
         else:
             position_embeddings = self.rotary_emb(hidden_states, position_ids)
 
-        topk_indices = None
+        topk_indices, traces = None, []
         for layer_idx, layer in enumerate(self.layers):
             hidden_states, topk_indices = layer(
                 hidden_states,
@@ -496,7 +527,19 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 run_indexer=self._running_pattern.is_full(layer_idx),
                 **kwargs,
             )
-        return IndexCacheModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+            if training is not None:
+                traces.append(topk_indices)
+        return IndexCacheModelOutput(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, **training_outputs(traces)
+        )
+
+    def _checked(self, training: IndexerTraining, past_key_values: Cache | None) -> IndexerTraining:
+        """`training` for this model's layers, or ValueError."""
+        if self.config.index_topk is None:
+            raise ValueError("indexer_training needs indexers, and index_topk=None makes every layer dense")
+        if past_key_values is not None:
+            raise ValueError("indexer_training runs whole sequences: drop past_key_values")
+        return training
 
 
 class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
@@ -546,6 +589,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> IndexCacheCausalLMOutput:
         """As `IndexCacheModel.forward`, then logits.
@@ -559,8 +603,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             labels: `[B, S]`, -100 where no loss is wanted; shifted here.
             use_cache: make a cache when none is given.
             logits_to_keep: logits of only so many last positions (0: all), or of the positions listed.
-            **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
-                `output_topk_indices`.
+            skip_logits: return no logits; the loss is then made block by block, for long sequences.
+            **kwargs: as `IndexCacheModel.forward`; `shift_labels`, `num_items_in_batch` for the loss.
         """
         outputs: IndexCacheModelOutput = self.model(
             input_ids=input_ids,
@@ -572,9 +616,13 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states: Any = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        elif labels is not None:
+            given = {name: kwargs.get(name) for name in ("shift_labels", "num_items_in_batch")}
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **given)
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return IndexCacheCausalLMOutput(
             loss=loss,
@@ -584,6 +632,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             topk_indices=outputs.topk_indices,
+            indexer_kl=outputs.indexer_kl,
+            attention_recall=outputs.attention_recall,
         )
 
 

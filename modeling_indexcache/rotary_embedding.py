@@ -68,7 +68,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), half)
     cos, sin = cos[..., :half].view(shape), sin[..., :half].view(shape)
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:

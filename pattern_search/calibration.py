@@ -89,9 +89,9 @@ def load_windows(
     seqlen = sampling.seqlen or min(config.max_position_embeddings, DEFAULT_WINDOW * (config.index_topk or 64))
     samples = sampling.nsamples or DEFAULT_SAMPLES
     spare = 0 if held_out else max(2, samples // HELD_OUT_SHARE)
-    kept = _read(data, tokenizer, sampling, seqlen, samples + spare)
+    kept = read_windows(data, tokenizer, sampling, seqlen, samples + spare)
     if held_out:
-        checks = _read(held_out, tokenizer, replace(sampling, nsamples=None), kept.seqlen, 4 * samples)
+        checks = read_windows(held_out, tokenizer, replace(sampling, nsamples=None), kept.seqlen, 4 * samples)
     else:
         if len(kept) < 2:
             raise PatternSearchError(
@@ -131,24 +131,36 @@ def short_window_warning(seqlen: int, topk: int | None) -> str | None:
 # ---- reading ------------------------------------------------------------------------------------------------------
 
 
-def _read(data: str, tokenizer: Tokenizer | None, sampling: Sampling, seqlen: int, count: int) -> Windows:
+def read_windows(data: str, tokenizer: Tokenizer | None, sampling: Sampling, seqlen: int, count: int) -> Windows:
+    """`count` windows of one source of data, chosen at random; see `load_windows`."""
     path, _, name = data.partition(":")
     if path.endswith(".safetensors"):
-        return _from_tensors(Path(path), name, sampling, count if sampling.nsamples else None)
+        return windows_of_file(Path(path), name, sampling, count if sampling.nsamples else None)
+    documents = documents_of(data, tokenizer, sampling)
+    assert tokenizer is not None
+    return _windows_of(documents, data, tokenizer, sampling, seqlen, count)
+
+
+def documents_of(data: str, tokenizer: Tokenizer | None, sampling: Sampling) -> Iterable[str]:
+    """The texts of a file or dataset, in order, read as they are asked for.
+
+    Raises:
+        PatternSearchError: at once for what is no text, or when no tokenizer can read it; later for what is damaged.
+    """
+    path, _, name = data.partition(":")
     if Path(data).is_dir():
         raise PatternSearchError(f"{data} is a folder: give a text, .jsonl or .safetensors file, or a dataset's name")
     if tokenizer is None:
         raise PatternSearchError(f"{data} is text, and the source has no tokenizer: give windows in .safetensors")
     if Path(data).is_file():
-        documents: Iterable[str] = _from_file(Path(data), sampling)
-    elif data.count("/") <= 1 and not Path(data).suffix:
-        documents = _from_dataset(path, name or None, sampling)
-    else:
-        raise PatternSearchError(f"{data} is no file here and no dataset's name: check the path")
-    return _windows_of(documents, data, tokenizer, sampling, seqlen, count)
+        return _from_file(Path(data), sampling)
+    if data.count("/") <= 1 and not Path(data).suffix:
+        return _from_dataset(path, name or None, sampling)
+    raise PatternSearchError(f"{data} is no file here and no dataset's name: check the path")
 
 
-def _from_tensors(path: Path, name: str, sampling: Sampling, count: int | None) -> Windows:
+def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None) -> Windows:
+    """The windows `NAME_ids` of a safetensors file, all or `count` of them chosen at random."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

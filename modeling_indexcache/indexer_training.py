@@ -1,0 +1,245 @@
+"""Training the indexers: the divergence of each layer's attention from the indexer that serves it.
+
+`forward(..., indexer_training="dense" | "sparse")` adds it to the model's output. A full layer hands its indexer's
+tensors on (`IndexerTrace`), so that every layer it serves can be compared with them. Indexers read detached hidden
+states and attention is a target without gradient: divergences train indexers and nothing else, and as selecting is
+not differentiable, a loss on the logits trains everything but them.
+
+Source: IndexCache (arXiv 2603.12201), section 3.3, equation 1; the two stages: DeepSeek-V3.2 report, section 2.1.
+
+Legend: B batch, S queries, T keys, H attention heads, K selected keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
+from ..kernels.sparse_mla import sparse_mla
+from .attention_backends import TRITON_ATTENTION
+from .key_visibility import KeyVisibility
+
+if TYPE_CHECKING:
+    from torch import nn
+
+STAGES = ("dense", "sparse")
+# Largest block of absorbed queries, or of attention on all keys, in bytes.
+BLOCK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class IndexerTraining:
+    """What to compute.
+
+    Args:
+        stage: `dense`: attention sees every key and the divergence is over all of them (warm-up); `sparse`: over the
+            selected keys, both distributions renormalised.
+        cross_layer: compare the layers that a full layer serves with its indexer too; without, only itself.
+        recall_queries: measure, for so many last queries, which share of attention's mass the selection holds.
+
+    Raises:
+        ValueError: unknown stage.
+    """
+
+    stage: str
+    cross_layer: bool = True
+    recall_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"indexer_training must be {' or '.join(map(repr, STAGES))} (got {self.stage!r})")
+
+    @classmethod
+    def of(cls, value: str | IndexerTraining | None) -> IndexerTraining | None:
+        """A stage's name as what it stands for."""
+        return cls(value) if isinstance(value, str) else value
+
+
+class IndexerTrace(NamedTuple):
+    """What a full layer hands to the layers that it serves, and what each layer adds.
+
+    Attributes:
+        q: the indexer's queries `[B, S, H_I, D_I]`, differentiable in the indexer's weights alone, as are
+        k: its keys `[B, T, D_I]`, and
+        weights: its head weights `[B, S, H_I]`.
+        indices: the selection, int32 `[B, S, K]`; in the dense stage of the last `recall_queries` queries, or None.
+        kl: of the layer that returned this: mean KL over real tokens, fp32 `[]`; None where none was asked for.
+        recall: of the layer that returned this: share of attention's mass, fp32 `[]`, or None.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    weights: torch.Tensor
+    indices: torch.Tensor | None
+    kl: torch.Tensor | None = None
+    recall: torch.Tensor | None = None
+
+
+def trace_indexer(
+    indexer: nn.Module,
+    hidden_states: torch.Tensor,
+    q_resid: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    visibility: KeyVisibility,
+    training: IndexerTraining,
+) -> IndexerTrace:
+    """Run a full layer's indexer with gradients to its weights, and select.
+
+    Args:
+        indexer: an `IndexCacheIndexer`.
+        hidden_states: `[B, S, hidden_size]`, normed; detached here, as is
+        q_resid: the query latent `[B, S, q_lora_rank]`.
+        position_embeddings: `(cos, sin)`, each `[B, S, R]`.
+        visibility: which keys each query may see.
+        training: what to compute.
+    """
+    q, k, weights = indexer.project(hidden_states.detach(), q_resid.detach(), position_embeddings)
+    num_queries = q.shape[1]
+    wanted = num_queries if training.stage == "sparse" else min(training.recall_queries, num_queries)
+    first = num_queries - wanted
+    indices = indexer.select(q[:, first:], k, weights[:, first:], visibility.from_query(first)) if wanted else None
+    return IndexerTrace(q, k, weights, indices)
+
+
+def compare_attention(
+    attention: nn.Module,
+    trace: IndexerTrace,
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    latents: torch.Tensor,
+    visibility: KeyVisibility,
+    training: IndexerTraining,
+    *,
+    is_full: bool,
+    lse: torch.Tensor | None = None,
+) -> IndexerTrace:
+    """`trace` with the divergence of one layer's attention from the indexer that serves it.
+
+    Args:
+        attention: the layer's `IndexCacheAttention`.
+        trace: what its full layer handed on.
+        q_nope: `[B, S, H, nope]`.
+        q_rope: `[B, S, H, R]`.
+        latents: `[B, S, C + R]`.
+        visibility: which keys each query may see.
+        training: what to compute.
+        is_full: whether the layer is the full one itself.
+        lse: log-sum-exp of attention's scores over the selected keys, fp32 `[B, S, H]`; computed here when None.
+    """
+    batch, num_queries, heads, _ = q_nope.shape
+    learns = training.cross_layer or is_full
+    step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
+    latents, parts, recall = latents.detach(), [], None
+    # What the ops compute in fp32 stays fp32 under autocast.
+    with torch.autocast(latents.device.type, enabled=False):
+        for first in range(0, num_queries, step):
+            rows = slice(first, min(first + step, num_queries))
+            queries = _absorb(attention, q_nope[:, rows], q_rope[:, rows])
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                parts.append(_token_kl(attention, trace, queries, latents, visibility, training, rows, lse))
+        if training.recall_queries:
+            first = max(0, num_queries - training.recall_queries)
+            queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
+            recall = _selected_mass(queries, latents, trace.indices, visibility.from_query(first), attention.scaling)
+    return trace._replace(kl=_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall=recall)
+
+
+@torch.no_grad()
+def _absorb(attention: nn.Module, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+    """Queries in the latent space, `[B, S, H, C + R]`."""
+    to_latent, _ = attention._absorbed_weights()
+    return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
+
+
+def _token_kl(
+    attention: nn.Module,
+    trace: IndexerTrace,
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    visibility: KeyVisibility,
+    training: IndexerTraining,
+    rows: slice,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """fp32 `[B, rows]`: KL of the head-averaged attention of some queries to the indexer's softmax."""
+    allow_triton = attention.config._attn_implementation == TRITON_ATTENTION
+    index_q, index_weights = trace.q[:, rows], trace.weights[:, rows]
+    if training.stage == "dense":
+        seen = visibility.from_query(rows.start)
+        return dense_indexer_kl(
+            index_q,
+            trace.k,
+            index_weights,
+            queries,
+            latents,
+            attn_scale=attention.scaling,
+            query_start=seen.query_start,
+            key_start=None if seen.key_start is None else seen.key_start[:, : rows.stop - rows.start],
+            key_mask=seen.key_mask,
+            allow_triton=allow_triton,
+        )
+    assert trace.indices is not None
+    indices = trace.indices[:, rows]
+    with torch.no_grad():
+        if lse is None:
+            known = sparse_mla(
+                queries,
+                latents,
+                indices,
+                scale=attention.scaling,
+                value_dim=attention.kv_lora_rank,
+                allow_triton=allow_triton,
+            )[1]
+        else:
+            known = lse[:, rows]
+        target = selected_attention(
+            queries, latents, known, indices, scale=attention.scaling, allow_triton=allow_triton
+        )
+    return indexer_kl(index_q, trace.k, index_weights, indices, target, allow_triton=allow_triton)
+
+
+def _mean_over_tokens(kl: torch.Tensor, visibility: KeyVisibility) -> torch.Tensor:
+    """The mean of `[B, S]` over queries that are no padding."""
+    mask = visibility.key_mask
+    if mask is None:
+        return kl.mean()
+    real = mask.any(-1) if mask.dim() == 3 else mask[:, : kl.shape[1]]
+    return (kl * real).sum() / real.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _selected_mass(
+    queries: torch.Tensor, latents: torch.Tensor, indices: torch.Tensor, visibility: KeyVisibility, scale: float
+) -> torch.Tensor:
+    """The share of attention's mass on all visible keys that falls on the selected ones, `[]`.
+
+    `queries [B, Q, H, C + R]` are the last of the sequence, and `indices [B, >= Q, K]` end with theirs.
+    """
+    batch, count, heads, _ = queries.shape
+    num_keys = latents.shape[1]
+    indices = indices[:, indices.shape[1] - count :]
+    step = max(1, BLOCK_BYTES // (batch * heads * num_keys * 4))
+    mass, real = [], []
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        seen = visibility.for_keys(num_keys).rows(first, last, num_keys).expand(batch, -1, -1)
+        scores = torch.einsum("bqhd,btd->bhqt", queries[:, first:last].float(), latents.float()) * scale
+        weights = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1).mean(1)
+        chosen = indices[:, first:last].long()
+        mass.append(weights.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0).sum(-1))
+        real.append(seen.any(-1))
+    found, counted = torch.cat(mass, dim=1), torch.cat(real, dim=1)
+    return found[counted].mean()
+
+
+def training_outputs(traces: list[IndexerTrace]) -> dict[str, torch.Tensor]:
+    """What the layers measured, for the model's output: `indexer_kl [layers]`, and `attention_recall [layers]`."""
+    found = {"indexer_kl": [trace.kl for trace in traces], "attention_recall": [trace.recall for trace in traces]}
+    return {
+        name: torch.stack([value.to(values[0].device) for value in values])
+        for name, values in found.items()
+        if values and values[0] is not None
+    }
