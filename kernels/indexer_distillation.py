@@ -1,0 +1,281 @@
+"""Distilling a lightning indexer from attention: index scores and attention of selected keys, and the KL between them.
+
+Meaning: `indexer_distillation_reference.py`. Source: DeepSeek-V3.2 report, equations 1 to 4. Everything here is for
+training: the index score is `I[t,s] = sum_h w[t,h] relu(scale q[t,h] . k[s])`, the indexer's distribution `softmax(I)`
+over a query's keys, the teacher's the mean over heads of the attention probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .indexer_distillation_reference import (
+    attention_lse_reference,
+    dense_indexer_kl_reference,
+    indexer_kl_reference,
+    selected_attention_reference,
+    selected_index_scores_reference,
+)
+
+
+def selected_index_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scale: float | None = None,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """Index scores of the selected keys only: `sum_h weights[h] * relu(scale * q[h] . k[indices])`.
+
+    Args:
+        q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
+        k: indexer keys of shape `[B, T, D]`.
+        weights: head weights of shape `[B, S, H]` (`weights_proj(x) * H**-0.5`), any float dtype.
+        indices: int32 of shape `[B, S, K]`: slots in `k`, -1 where a query has fewer keys (anywhere in the row).
+        scale: factor on the dot products. Default: `D**-0.5`.
+        allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
+
+    Returns:
+        `[B, S, K]` in fp32 (fp64 for fp64 inputs), minus infinity where `indices` is -1. Differentiable in `q`, `k`
+        and `weights`; no gradient passes through the entries that are minus infinity.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other.
+    """
+    _check_indexer(q, k, weights)
+    _check_indices(indices, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return selected_index_scores_reference(q, k, weights, indices, scale)
+
+
+def selected_attention(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    lse: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    scale: float,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """Head-mean attention probability of each selected key: `mean_h exp(scale * q[h] . kv[indices] - lse[h])`.
+
+    With the `lse` that `sparse_mla` returns for the same `indices`, a row sums to 1 (repeated keys count as often as
+    they are listed). With `attention_lse`, it sums to the share of the full attention that the selected keys hold.
+
+    Args:
+        q: absorbed queries of shape `[B, S, H, D]`, as for `sparse_mla`.
+        kv: latents of shape `[B, T, D]`.
+        lse: `[B, S, H]`, natural logarithm; minus infinity for queries without keys.
+        indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys.
+        scale: factor on the dot products.
+        allow_triton: as above.
+
+    Returns:
+        `[B, S, K]` in fp32 (fp64 for fp64 inputs), zero where `indices` is -1. No gradient flows.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other.
+    """
+    _check_attention(q, kv)
+    _check_indices(indices, q)
+    _check_lse(lse, q)
+    return selected_attention_reference(q.detach(), kv.detach(), lse.detach(), indices, scale)
+
+
+def indexer_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    scale: float | None = None,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """`KL(p || softmax(I))` of every query over its selected keys: the sparse-stage loss (report, equation 4).
+
+    `I` are the `selected_index_scores` and `p` is `target` divided by its sum over the selected keys. The cost of
+    several served layers is one call with their averaged target: for the indexer, the mean of the KLs and the KL to
+    the mean differ by a constant (and the mean must be over rows that each sum to 1, as `selected_attention` gives).
+
+    Args:
+        q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
+        k: indexer keys of shape `[B, T, D]`.
+        weights: head weights of shape `[B, S, H]`, any float dtype.
+        indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys.
+        target: non-negative, of shape `[B, S, K]`, any float dtype; entries at -1 are ignored. No gradient flows.
+        scale: factor on the dot products. Default: `D**-0.5`.
+        allow_triton: as above.
+
+    Returns:
+        `[B, S]` in fp32 (fp64 for fp64 inputs), in nats. Differentiable in `q`, `k` and `weights`. Queries without
+        keys, and those whose target is zero on all of them, give 0 and no gradient.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other.
+    """
+    _check_indexer(q, k, weights)
+    _check_indices(indices, q)
+    if target.shape != indices.shape or not target.is_floating_point():
+        raise ValueError(
+            f"target must be floating-point [B, S, K] = {tuple(indices.shape)}, got {target.dtype} of "
+            f"{tuple(target.shape)}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return indexer_kl_reference(q, k, weights, indices, target.detach(), scale)
+
+
+def attention_lse(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    *,
+    scale: float,
+    query_start: torch.Tensor | int | None = None,
+    key_start: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """`log sum exp(scale * q . kv)` of every query and head over all the keys that the query sees.
+
+    What `dense_indexer_kl` computes for itself when no `attn_lse` is given, and what turns `selected_attention` into
+    the recall of the attention mass. Arguments as for `dense_indexer_kl`; no gradient flows.
+
+    Returns:
+        `[B, S, H]` in fp32 (fp64 for fp64 inputs), minus infinity for queries that see nothing.
+    """
+    _check_attention(q, kv)
+    start, key_start, key_mask = _visibility(q, kv.shape[1], query_start, key_start, key_mask)
+    return attention_lse_reference(q.detach(), kv.detach(), scale, start, key_start, key_mask)
+
+
+def dense_indexer_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    q_attn: torch.Tensor | Sequence[torch.Tensor],
+    kv: torch.Tensor | Sequence[torch.Tensor],
+    *,
+    scale: float | None = None,
+    attn_scale: float,
+    attn_lse: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    query_start: torch.Tensor | int | None = None,
+    key_start: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """`KL(p || softmax(I))` of every query over all keys it sees: the dense warm-up loss (report, equation 3).
+
+    `p` is the mean over heads, and over the served layers, of the attention probabilities. It is computed in tiles,
+    forward and again backward; nothing of size `[S, T]` is kept. Several served layers cost one attention pass each
+    and a single index pass: give lists. (The mean of one KL a layer has the same gradient and pays for the index
+    scores once a layer.)
+
+    A key is visible to query i of batch b when its slot is at most `query_start[b] + i`, at least `key_start[b, i]`,
+    and `key_mask` allows it.
+
+    Args:
+        q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
+        k: indexer keys of shape `[B, T, D]`.
+        weights: head weights of shape `[B, S, H]`, any float dtype.
+        q_attn: absorbed attention queries of shape `[B, S, H_attn, D_attn]`, or a list of them, one a served layer.
+        kv: latents of shape `[B, T, D_attn]`, or a list as long as `q_attn`'s.
+        scale: factor on the index dot products. Default: `D**-0.5`.
+        attn_scale: factor on the attention dot products.
+        attn_lse: `[B, S, H_attn]` from `attention_lse` or the attention itself (or a list); computed if not given.
+        query_start: slot of the first query, an int or an integer tensor of shape `[]` or `[B]`. Default: `T - S`.
+        key_start: int32 of shape `[B, S]`, the first slot that a query may see (packed documents). Default: 0.
+        key_mask: bool of shape `[B, T]`, False for padding.
+        allow_triton: as above.
+
+    Returns:
+        `[B, S]` in fp32 (fp64 for fp64 inputs), in nats. Differentiable in `q`, `k` and `weights`. Queries that see
+        no key give 0 and no gradient.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other, lists of different lengths.
+    """
+    _check_indexer(q, k, weights)
+    layers_q, layers_kv = _as_list(q_attn), _as_list(kv)
+    layers_lse = None if attn_lse is None else _as_list(attn_lse)
+    lengths = {len(layers_q), len(layers_kv)} | (set() if layers_lse is None else {len(layers_lse)})
+    if len(lengths) != 1 or not layers_q:
+        raise ValueError(
+            f"q_attn, kv and attn_lse must be lists of one entry a served layer, got {len(layers_q)}, "
+            f"{len(layers_kv)} and {'none' if layers_lse is None else len(layers_lse)}"
+        )
+    for index, (one_q, one_kv) in enumerate(zip(layers_q, layers_kv)):
+        _check_attention(one_q, one_kv)
+        if one_q.shape[:2] != q.shape[:2] or one_kv.shape[:2] != k.shape[:2]:
+            raise ValueError(
+                f"served layer {index}: q_attn {tuple(one_q.shape)} and kv {tuple(one_kv.shape)} must have the batch, "
+                f"queries and keys of q {tuple(q.shape)} and k {tuple(k.shape)}"
+            )
+        if layers_lse is not None:
+            _check_lse(layers_lse[index], one_q)
+    start, key_start, key_mask = _visibility(q, k.shape[1], query_start, key_start, key_mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    layers_q, layers_kv = [x.detach() for x in layers_q], [x.detach() for x in layers_kv]
+    if layers_lse is None:
+        visible = {"query_start": start, "key_start": key_start, "key_mask": key_mask, "allow_triton": allow_triton}
+        layers_lse = [attention_lse(x, y, scale=attn_scale, **visible) for x, y in zip(layers_q, layers_kv)]
+    layers_lse = [x.detach() for x in layers_lse]
+    return dense_indexer_kl_reference(
+        q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask
+    )
+
+
+def _as_list(value: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+def _check_indexer(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
+    if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
+    if weights.shape != q.shape[:3]:
+        raise ValueError(f"weights must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(weights.shape)}")
+
+
+def _check_attention(q: torch.Tensor, kv: torch.Tensor) -> None:
+    if q.dim() != 4 or kv.dim() != 3 or q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1]:
+        raise ValueError(f"q [B, S, H, D] and kv [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(kv.shape)}")
+
+
+def _check_indices(indices: torch.Tensor, q: torch.Tensor) -> None:
+    if indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or indices.dtype != torch.int32:
+        raise ValueError(
+            f"indices must be int32 [B, S, K] of B, S = {tuple(q.shape[:2])}, got {indices.dtype} of "
+            f"{tuple(indices.shape)}"
+        )
+
+
+def _check_lse(lse: torch.Tensor, q: torch.Tensor) -> None:
+    if lse.shape != q.shape[:3]:
+        raise ValueError(f"lse must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+
+
+def _visibility(
+    q: torch.Tensor,
+    num_keys: int,
+    query_start: torch.Tensor | int | None,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    B, S = q.shape[:2]
+    if not isinstance(query_start, torch.Tensor):
+        first = num_keys - S if query_start is None else query_start
+        query_start = torch.full((), first, dtype=torch.int64, device=q.device)
+    if query_start.numel() not in (1, B):
+        raise ValueError(f"query_start must have 1 or B = {B} entries, got shape {tuple(query_start.shape)}")
+    if key_start is not None and (tuple(key_start.shape) != (B, S) or key_start.dtype != torch.int32):
+        raise ValueError(
+            f"key_start must be int32 [B, S] = {(B, S)}, got {key_start.dtype} of {tuple(key_start.shape)}"
+        )
+    if key_mask is not None and (tuple(key_mask.shape) != (B, num_keys) or key_mask.dtype != torch.bool):
+        raise ValueError(
+            f"key_mask must be bool [B, T] = {(B, num_keys)}, got {key_mask.dtype} of {tuple(key_mask.shape)}"
+        )
+    return query_start.reshape(-1).expand(B), key_start, key_mask
