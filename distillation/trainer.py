@@ -57,8 +57,8 @@ def training_arguments(stage: str, recipe: Recipe, output: Path, use_cpu: bool =
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
         # The warm-up's frozen layers leave nothing to run again but the indexers.
-        gradient_checkpointing=recipe.gradient_checkpointing and stage == SPARSE,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=recipe.gradient_checkpointing and stage == SPARSE,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         seed=recipe.seed,
         data_seed=recipe.seed,
         logging_steps=recipe.log_every,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
+from ..kernels.indexer_distillation import attention_lse, dense_indexer_kl, indexer_kl, selected_attention
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION
 from .key_visibility import KeyVisibility
@@ -132,7 +132,8 @@ def compare_attention(
     batch, num_queries, heads, _ = q_nope.shape
     learns = training.cross_layer or is_full
     step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
-    latents, parts, recall = latents.detach(), [], None
+    visibility, latents = visibility.for_keys(latents.shape[1]), latents.detach()
+    parts, recall = [], None
     # What the ops compute in fp32 stays fp32 under autocast.
     with torch.autocast(latents.device.type, enabled=False):
         for first in range(0, num_queries, step):
@@ -143,7 +144,7 @@ def compare_attention(
         if training.recall_queries:
             first = max(0, num_queries - training.recall_queries)
             queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
-            recall = _selected_mass(queries, latents, trace.indices, visibility.from_query(first), attention.scaling)
+            recall = _selected_mass(attention, queries, latents, trace.indices, visibility.from_query(first))
     return trace._replace(kl=_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall=recall)
 
 
@@ -177,7 +178,7 @@ def _token_kl(
             latents,
             attn_scale=attention.scaling,
             query_start=seen.query_start,
-            key_start=None if seen.key_start is None else seen.key_start[:, : rows.stop - rows.start],
+            key_start=None if seen.key_start is None else seen.key_start[:, : queries.shape[1]].contiguous(),
             key_mask=seen.key_mask,
             allow_triton=allow_triton,
         )
@@ -212,27 +213,32 @@ def _mean_over_tokens(kl: torch.Tensor, visibility: KeyVisibility) -> torch.Tens
 
 @torch.no_grad()
 def _selected_mass(
-    queries: torch.Tensor, latents: torch.Tensor, indices: torch.Tensor, visibility: KeyVisibility, scale: float
+    attention: nn.Module,
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    indices: torch.Tensor,
+    visibility: KeyVisibility,
 ) -> torch.Tensor:
     """The share of attention's mass on all visible keys that falls on the selected ones, `[]`.
 
     `queries [B, Q, H, C + R]` are the last of the sequence, and `indices [B, >= Q, K]` end with theirs.
     """
-    batch, count, heads, _ = queries.shape
-    num_keys = latents.shape[1]
-    indices = indices[:, indices.shape[1] - count :]
-    step = max(1, BLOCK_BYTES // (batch * heads * num_keys * 4))
-    mass, real = [], []
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        seen = visibility.for_keys(num_keys).rows(first, last, num_keys).expand(batch, -1, -1)
-        scores = torch.einsum("bqhd,btd->bhqt", queries[:, first:last].float(), latents.float()) * scale
-        weights = scores.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1).mean(1)
-        chosen = indices[:, first:last].long()
-        mass.append(weights.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0).sum(-1))
-        real.append(seen.any(-1))
-    found, counted = torch.cat(mass, dim=1), torch.cat(real, dim=1)
-    return found[counted].mean()
+    options = {
+        "scale": attention.scaling,
+        "allow_triton": attention.config._attn_implementation == TRITON_ATTENTION,
+    }
+    lse = attention_lse(
+        queries,
+        latents,
+        query_start=visibility.query_start,
+        key_start=visibility.key_start,
+        key_mask=visibility.key_mask,
+        **options,
+    )
+    chosen = indices[:, indices.shape[1] - queries.shape[1] :]
+    mass = selected_attention(queries, latents, lse, chosen.contiguous(), **options).sum(-1)
+    real = lse[..., 0] > float("-inf")
+    return (mass * real).sum() / real.sum().clamp(min=1)
 
 
 def training_outputs(traces: list[IndexerTrace]) -> dict[str, torch.Tensor]:
