@@ -398,16 +398,18 @@ class IndexCachePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; any config field, such as `index_share_pattern`, may be given too.
 
+        With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
+
         Raises:
             ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
         """
-        want_info = kwargs.pop("output_loading_info", False)
+        want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         model, info = loaded
         missing = {int(key.split("layers.")[1].split(".")[0]) for key in info["missing_keys"] if ".indexer." in key}
-        if missing:
+        if missing and not new_indexers:
             raise ValueError(
                 f"index_share_pattern {model.config.index_share_pattern!r} makes layers {sorted(missing)} full, but "
                 f"{pretrained_model_name_or_path} has no indexer weights for them: mark them 'S', or convert again "
