@@ -1,7 +1,8 @@
 """Sparse MLA: each query attends, in the latent space, to the keys that the lightning indexer selected for it.
 
 Meaning: `sparse_mla_reference.py`. Source: the absorbed form of Multi-head Latent Attention (DeepSeek-V2, section 2.1)
-restricted to the selected keys (DeepSeek-V3.2 report, equation 2).
+restricted to the selected keys (DeepSeek-V3.2 report, equation 2). The backward pass keeps inputs, output and lse, and
+computes the probabilities again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
 from .sparse_mla_triton import sparse_mla_triton, triton
 
@@ -42,9 +44,12 @@ def sparse_mla(
 
     Returns:
         `out` of shape `[B, S, H, value_dim]` in `q`'s dtype, zero for queries without keys, and `lse` of shape
-        `[B, S, H]` in fp32 (natural logarithm; minus infinity for queries without keys).
+        `[B, S, H]` in fp32 (natural logarithm; minus infinity for queries without keys). Both are differentiable in
+        `q` and `kv`.
 
-    On CUDA, bf16 and fp16 run in Triton; everything else, and whatever needs a gradient, in PyTorch.
+    On CUDA, bf16 and fp16 run in Triton, everything else in PyTorch. The gradient of `kv` is summed in fp32 by
+    atomics, in an order that changes from run to run; under `torch.use_deterministic_algorithms(True)` in a fixed
+    order, which is slower and takes up to 1 GiB of scratch memory.
 
     Raises:
         ValueError: shapes or dtypes that do not fit each other.
@@ -55,11 +60,10 @@ def sparse_mla(
         raise ValueError(f"indices must be int32 [B, S, K], got {indices.dtype} of {tuple(indices.shape)}")
     if not 0 < value_dim <= kv.shape[-1]:
         raise ValueError(f"value_dim must lie in 1 .. {kv.shape[-1]}, the latent width (got {value_dim})")
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad)
-    if q.is_cuda and allow_triton and not needs_grad:
+    if q.is_cuda and allow_triton:
         reason = _unsupported(q, kv, indices, value_dim)
         if reason is None:
-            return _sparse_mla(q.detach(), kv.detach(), indices, scale, value_dim)
+            return _sparse_mla(q, kv, indices, scale, value_dim)
         if not torch.compiler.is_compiling():
             _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
@@ -77,6 +81,47 @@ def _sparse_mla(
 @_sparse_mla.register_fake
 def _(q, kv, indices, scale, value_dim):
     return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::sparse_mla_backward", mutates_args=())
+def _sparse_mla_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.is_cuda:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    with torch.enable_grad():
+        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
+        results = sparse_mla_reference(*inputs, indices, scale, out.shape[-1])
+    return torch.autograd.grad(results, inputs, (grad_out, grad_lse.masked_fill(lse == float("-inf"), 0.0)))
+
+
+@_sparse_mla_backward.register_fake
+def _(grad_out, grad_lse, q, kv, indices, out, lse, scale):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
+        kv, memory_format=torch.contiguous_format
+    )
+
+
+def _keep_for_backward(ctx, inputs, output):
+    q, kv, indices, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, kv, indices, *output)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    q, kv, indices, out, lse = ctx.saved_tensors
+    gradients = _sparse_mla_backward(grad_out, grad_lse, q, kv, indices, out, lse, ctx.scale)
+    return *gradients, None, None, None
+
+
+_sparse_mla.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value_dim: int) -> str | None:

@@ -76,7 +76,7 @@ def sparse_mla_triton(
         return out, lse
     if indices.shape[-1] == 0 or kv.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    target = _target(q.device)
+    target = gpu_target(q.device)
     tile = _tile(target, 1, q.shape[-1])
     splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, q.device)
     if splits > 1:
@@ -190,7 +190,8 @@ def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
 
 
 @lru_cache
-def _target(device: torch.device) -> tuple[str, int | str]:
+def gpu_target(device: torch.device) -> tuple[str, int | str]:
+    """Backend and compute capability (or GCN name) that tiles are chosen for."""
     if device.type != "cuda":  # Triton's interpreter
         return "cuda", 80
     properties = torch.cuda.get_device_properties(device)
