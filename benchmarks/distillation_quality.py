@@ -79,7 +79,15 @@ def run_all(options: argparse.Namespace, wanted: list[tuple[str, int]]) -> list[
         while waiting and len(running) < options.jobs:
             name, seed = waiting.pop(0)
             log = tempfile.TemporaryFile("w+")
-            command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, *sys.argv[1:], "--one", name, str(seed)]
+            command = [
+                sys.executable,
+                "-m",
+                __spec__.name if __spec__ else __name__,
+                *sys.argv[1:],
+                "--one",
+                name,
+                str(seed),
+            ]
             running.append((name, seed, subprocess.Popen(command, stdout=log, stderr=log, env=environment), log))
         time.sleep(0.2)
         for entry in [entry for entry in running if entry[2].poll() is not None]:
@@ -135,6 +143,8 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
                         part.reset_parameters()
     use_all_experts(model)
     model.to(device)
+    if device == "cuda":
+        _take_whole_batches()
     path, _, tensor = options.train.partition(":")
     from indexcache.distillation.data import TrainingWindows
 
@@ -175,6 +185,15 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
         "peak_gib": memory,
     }
     return result
+
+
+def _take_whole_batches() -> None:
+    """Models this small are bound by launches: let what is computed in chunks be computed at once."""
+    from indexcache.kernels import indexer_distillation_reference, sparse_mla_reference
+    from indexcache.modeling_indexcache import indexer_training, modeling_indexcache
+
+    indexer_distillation_reference.BLOCK_BYTES = sparse_mla_reference.GATHER_BLOCK_BYTES = 2**31
+    indexer_training.BLOCK_BYTES = modeling_indexcache.ATTENTION_BLOCK_BYTES = 2**31
 
 
 def score(model: Any, test: Any) -> dict[str, float]:

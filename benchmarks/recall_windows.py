@@ -83,7 +83,11 @@ def _records(random_: random.Random, encoder: object) -> list[tuple[list[int], l
     wanted = random_.randint(1, MAX_RECORDS)
     while len(names) < wanted:
         names.add(_word(random_))
-    pairs = [(f"\nnote: {name} is {value}.\n", f"\nrecall: {name} is {value}.\n") for name in sorted(names) for value in [_word(random_)]]
+    pairs = [
+        (f"\nnote: {name} is {value}.\n", f"\nrecall: {name} is {value}.\n")
+        for name in sorted(names)
+        for value in [_word(random_)]
+    ]
     return [tuple(encoder.encode(text, add_special_tokens=False).ids for text in pair) for pair in pairs]  # type: ignore[attr-defined, misc]
 
 

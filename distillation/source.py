@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,29 @@ class DistillationSource:
             **kwargs,
         )
 
+    def load_untrained(self, dtype: torch.dtype) -> IndexCacheForCausalLM:
+        """The source as it is: dense, or with its own pattern."""
+        fields = read_json(self.opened, "config.json")
+        if self.is_dense:
+            config = copy.deepcopy(self.config)
+            config.index_share_pattern = SharePattern.all_full(len(self.pattern)).letters
+            config.index_topk = None
+            config.layer_types = ["full_attention"] * len(self.pattern)
+        else:
+            config = load_config(convert_config(fields, None, None, AUTO_MAP, self.location), self.location)
+        model, _ = load_with_new_indexers(
+            self.location, config, dtype=dtype, revision=self.opened.revision or "main", token=self.token
+        )
+        return model
+
+    def written_dtype(self, name: str) -> torch.dtype:
+        """The dtype that weights are written in: `auto` is the source's, bf16 where it names none."""
+        if name == "auto":
+            fields = read_json(self.opened, "config.json")
+            name = str(fields.get("dtype") or fields.get("torch_dtype") or "bfloat16")
+        found: torch.dtype = getattr(torch, name.removeprefix("torch."))
+        return found
+
 
 def open_distillation_source(
     source: str,
@@ -157,9 +181,9 @@ def load_with_new_indexers(
     lacking = sorted(name for name in missing if ".indexer." not in name)
     if lacking or info.get("mismatched_keys"):
         wrong = lacking or [str(key) for key in info["mismatched_keys"]]
-        raise DistillationError(f"{location} lacks weights that its config describes, or has them in other shapes: "
-                                f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}")
+        raise DistillationError(
+            f"{location} lacks weights that its config describes, or has them in other shapes: "
+            f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
+        )
     new = sorted({int(name.split("layers.")[1].split(".")[0]) for name in missing})
     return model, new
-
-

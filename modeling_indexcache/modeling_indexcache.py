@@ -163,9 +163,7 @@ class IndexCacheAttention(nn.Module):
         if training is not None:
             trace = topk_indices
             if run_indexer:
-                trace = trace_indexer(
-                    self.indexer, hidden_states, q_resid, position_embeddings, visibility, training
-                )
+                trace = trace_indexer(self.indexer, hidden_states, q_resid, position_embeddings, visibility, training)
             topk_indices = trace.indices if training.stage == "sparse" else None
         elif self.indexer is not None and run_indexer:
             topk_indices = self.indexer(
