@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .distillation.command import distill as distill_verb
 from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
@@ -51,20 +52,23 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.checkpoint import ConversionError
+    from .distillation.errors import DistillationDiverged, DistillationError
     from .pattern_search.errors import PatternSearchError
 
     try:
         yield
     except ConversionError as error:
         _fail(str(error))
-    except PatternSearchError as error:
+    except DistillationDiverged as error:
+        _fail(str(error))
+    except (PatternSearchError, DistillationError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion or search goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion, search or distillation goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -262,6 +266,14 @@ def search(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `pattern_search/command.py`."""
     with _errors_as_messages():
         search_verb(*args, **kwargs)
+
+
+@app.command()
+@wraps(distill_verb)
+def distill(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `distillation/command.py`."""
+    with _errors_as_messages():
+        distill_verb(*args, **kwargs)
 
 
 @app.command()

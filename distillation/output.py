@@ -56,10 +56,19 @@ def recipe_document(
             "revision": opened.revision,
             "model_type": "dense" if source.is_dense else source.config.source_model_type,
             "config_sha256": hashlib.sha256(config).hexdigest(),
-            "weights": [opened.fingerprint(name)[:2] for name in opened.list_files() if name.endswith(".safetensors")],
+            "weights": {name: opened.size(name) for name in _weight_files(source)},
         },
         "versions": {name: version(name) for name in ("indexcache", "torch", "transformers", "accelerate")},
     }
+
+
+def source_fingerprints(source: DistillationSource) -> list[list[Any]]:
+    """Marks that change when the source's weights do, for this machine's journal."""
+    return [source.opened.fingerprint(name) for name in _weight_files(source)]
+
+
+def _weight_files(source: DistillationSource) -> list[str]:
+    return [name for name in source.opened.list_files() if name.endswith(".safetensors")]
 
 
 def write_checkpoint(

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.utils import logging as transformers_logging
 
 from ..conversion.checkpoint import ConversionError, FolderSource
 from ..conversion.journal import (
@@ -32,7 +33,7 @@ from ..pattern_search.windows import Windows
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
 from .monitor import STAGE_LOG, RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
-from .output import TRAINING_FOLDER, recipe_document, write_checkpoint
+from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import SPARSE, Recipe
 from .source import DistillationSource, load_with_new_indexers
 from .trainer import DistillationTrainer, freeze_for, training_arguments
@@ -95,13 +96,16 @@ def run_distillation(
     if warning:
         quiet.warn(warning)
     document = recipe_document(source, recipe, windows, held_out, processes.count, run.dtype)
-    journal = Journal(run.output, {**document, "repo_id": run.repo_id})
+    journal = Journal(
+        run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)}
+    )
     if processes.share(processes.is_first and _begin(run, journal, document)):
         finished: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
         return finished
     _say_start(quiet, source, recipe, windows, processes)
     training = run.output / TRAINING_FOLDER
     scores: dict[str, Any] = {}
+    transformers_logging.disable_progress_bar()
     with quiet:
         if held_out is not None:
             scores |= _before(source, recipe, run, held_out, training, processes)
