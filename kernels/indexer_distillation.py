@@ -7,7 +7,9 @@ over a query's keys, the teacher's the mean over heads of the attention probabil
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -18,6 +20,18 @@ from .indexer_distillation_reference import (
     selected_attention_reference,
     selected_index_scores_reference,
 )
+from .indexer_distillation_triton import (
+    index_backward_triton,
+    indexer_kl_triton,
+    selected_attention_triton,
+    selected_scores_triton,
+    triton,
+)
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+# Heads, head width, selected keys and latent width that the Triton kernels are tested for.
+_MAX_HEADS, _MAX_INDEX_WIDTH, _MAX_TOPK, _MAX_LATENT_WIDTH = 128, 256, 8192, 576
 
 
 def selected_index_scores(
@@ -44,11 +58,13 @@ def selected_index_scores(
         and `weights`; no gradient passes through the entries that are minus infinity.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        ValueError: shapes or dtypes that do not fit each other, a scale that is not positive.
     """
     _check_indexer(q, k, weights)
     _check_indices(indices, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _index_scale(q, scale)
+    if _runs_in_triton("selected_index_scores", allow_triton, q, k, (weights, indices), _MAX_INDEX_WIDTH, indices):
+        return _selected_index_scores(q, k, weights, indices, scale)
     return selected_index_scores_reference(q, k, weights, indices, scale)
 
 
@@ -83,7 +99,10 @@ def selected_attention(
     _check_attention(q, kv)
     _check_indices(indices, q)
     _check_lse(lse, q)
-    return selected_attention_reference(q.detach(), kv.detach(), lse.detach(), indices, scale)
+    q, kv, lse = q.detach(), kv.detach(), lse.detach()
+    if _runs_in_triton("selected_attention", allow_triton, q, kv, (lse, indices), _MAX_LATENT_WIDTH, indices):
+        return _selected_attention(q, kv, lse, indices, scale)
+    return selected_attention_reference(q, kv, lse, indices, scale)
 
 
 def indexer_kl(
@@ -125,8 +144,10 @@ def indexer_kl(
             f"target must be floating-point [B, S, K] = {tuple(indices.shape)}, got {target.dtype} of "
             f"{tuple(target.shape)}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return indexer_kl_reference(q, k, weights, indices, target.detach(), scale)
+    scale, target = _index_scale(q, scale), target.detach()
+    if _runs_in_triton("indexer_kl", allow_triton, q, k, (weights, indices, target), _MAX_INDEX_WIDTH, indices):
+        return _indexer_kl(q, k, weights, indices, target, scale)[0]
+    return indexer_kl_reference(q, k, weights, indices, target, scale)
 
 
 def attention_lse(
@@ -217,15 +238,181 @@ def dense_indexer_kl(
         if layers_lse is not None:
             _check_lse(layers_lse[index], one_q)
     start, key_start, key_mask = _visibility(q, k.shape[1], query_start, key_start, key_mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = _index_scale(q, scale)
     layers_q, layers_kv = [x.detach() for x in layers_q], [x.detach() for x in layers_kv]
     if layers_lse is None:
-        visible = {"query_start": start, "key_start": key_start, "key_mask": key_mask, "allow_triton": allow_triton}
-        layers_lse = [attention_lse(x, y, scale=attn_scale, **visible) for x, y in zip(layers_q, layers_kv)]
+        layers_lse = [
+            attention_lse(
+                one_q,
+                one_kv,
+                scale=attn_scale,
+                query_start=start,
+                key_start=key_start,
+                key_mask=key_mask,
+                allow_triton=allow_triton,
+            )
+            for one_q, one_kv in zip(layers_q, layers_kv)
+        ]
     layers_lse = [x.detach() for x in layers_lse]
     return dense_indexer_kl_reference(
         q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask
     )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selected_index_scores", mutates_args=())
+def _selected_index_scores(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
+    if q.is_cuda:
+        return selected_scores_triton(q, k, weights, indices, scale)
+    return selected_index_scores_reference(q, k, weights, indices, scale).float()
+
+
+@_selected_index_scores.register_fake
+def _(q, k, weights, indices, scale):
+    return q.new_empty(indices.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::indexer_kl", mutates_args=())
+def _indexer_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    target: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The KL `[B, S]` and what its gradient needs, `[2, B, S]`."""
+    if q.is_cuda:
+        return indexer_kl_triton(q, k, weights, indices, target, scale)
+    kl = indexer_kl_reference(q, k, weights, indices, target, scale).float()
+    return kl, kl.new_zeros(2, *kl.shape)
+
+
+@_indexer_kl.register_fake
+def _(q, k, weights, indices, target, scale):
+    return q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(2, *q.shape[:2], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::index_backward", mutates_args=())
+def _index_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    target: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and weights, of the scores or (with a target) of the KL."""
+    if q.is_cuda:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return index_backward_triton(grad, q, k, weights, indices, target, stats, scale, deterministic)
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, weights)]
+        if target is None:
+            result = selected_index_scores_reference(*inputs, indices, scale)
+        else:
+            result = indexer_kl_reference(*inputs, indices, target, scale)
+    return torch.autograd.grad(result, inputs, grad.to(result.dtype))
+
+
+@_index_backward.register_fake
+def _(grad, q, k, weights, indices, target, stats, scale):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
+
+
+def _keep_for_scores(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_scores(ctx, grad):
+    return *_index_backward(grad, *ctx.saved_tensors, None, None, ctx.scale), None, None
+
+
+def _keep_for_kl(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _differentiate_kl(ctx, grad, _):
+    return *_index_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+_selected_index_scores.register_autograd(_differentiate_scores, setup_context=_keep_for_scores)
+_indexer_kl.register_autograd(_differentiate_kl, setup_context=_keep_for_kl)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::selected_attention", mutates_args=())
+def _selected_attention(
+    q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
+    if q.is_cuda:
+        return selected_attention_triton(q, kv, lse, indices, scale)
+    return selected_attention_reference(q, kv, lse, indices, scale).float()
+
+
+@_selected_attention.register_fake
+def _(q, kv, lse, indices, scale):
+    return q.new_empty(indices.shape, dtype=torch.float32)
+
+
+def _runs_in_triton(
+    name: str,
+    allow_triton: bool,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    others: Sequence[torch.Tensor],
+    max_width: int,
+    indices: torch.Tensor | None = None,
+) -> bool:
+    """Whether the Triton kernels take these arguments; warns once why not, on CUDA where one would expect them to."""
+    if not q.is_cuda or not allow_triton:
+        return False
+    reason = _unsupported(q, keys, others, max_width, indices)
+    if reason is not None and not torch.compiler.is_compiling():
+        _warn_once(f"{name} runs in PyTorch, which is slow: {reason}")
+    return reason is None
+
+
+def _unsupported(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    others: Sequence[torch.Tensor],
+    max_width: int,
+    indices: torch.Tensor | None,
+) -> str | None:
+    """Why the Triton kernels cannot take these arguments, or None."""
+    _, _, heads, width = q.shape
+    if triton is None:
+        return "Triton is not installed (pip install triton)"
+    if q.dtype not in (torch.bfloat16, torch.float16) or keys.dtype != q.dtype:
+        return f"the kernels take bfloat16 or float16 queries and keys of one dtype, not {q.dtype} and {keys.dtype}"
+    devices = {str(x.device) for x in (q, keys, *others)}
+    if len(devices) > 1:
+        return f"the arguments are on {', '.join(sorted(devices))}"
+    if heads > _MAX_HEADS or width > max_width:
+        return f"{heads} heads or width {width} is above {_MAX_HEADS}, {max_width}"
+    if indices is not None and indices.shape[-1] > _MAX_TOPK:
+        return f"{indices.shape[-1]} selected keys are above {_MAX_TOPK}"
+    if torch.version.hip is None and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the kernels need compute capability 8.0 or newer"
+    return None
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def _index_scale(q: torch.Tensor, scale: float | None) -> float:
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, as it is taken out of the ReLU (got {scale})")
+    return scale
 
 
 def _as_list(value: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:

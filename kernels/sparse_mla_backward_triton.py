@@ -40,7 +40,7 @@ def sparse_mla_backward_tile(backend: str, arch: int | str, rows: int, width: in
     if backend == "hip":
         return Tile(16, 16, 4, 1)
     if arch in GROUPING_ARCHITECTURES and rows > 16:
-        return Tile(32, 32, 8, 1)
+        return Tile(32, 16 if wide else 32, 8, 1)
     return Tile(16, 16 if wide else 32, 4, 1)
 
 
@@ -119,19 +119,31 @@ def _launch_deterministic(
             unused = listed[0] < 0
             if count is not None:
                 unused = unused | (torch.arange(entries, device=q.device) >= count[0].unsqueeze(-1))
-            ordered, order = torch.where(unused, T, slots).flatten().sort(stable=True)
-            starts = torch.searchsorted(ordered, torch.arange(T + 1, device=q.device, dtype=ordered.dtype))
-            _add_segments_kernel[(T,)](
-                scratch,
-                order,
-                starts,
-                grad_kv[batch],
-                entries,
-                D=D,
-                BLOCK_D=triton.next_power_of_2(D),
-                HEAD_BLOCKS=head_blocks,
-                num_warps=4,
-            )
+            add_rows_by_slot(scratch, torch.where(unused, -1, slots), grad_kv[batch])
+
+
+def add_rows_by_slot(rows: torch.Tensor, slots: torch.Tensor, total: torch.Tensor) -> None:
+    """Add rows to the slots that they belong to, each slot's in the order of the lists: the same bits every time.
+
+    Args:
+        rows: fp32 of shape `[lists, parts, entries, D]`, contiguous: `parts` addends for every entry.
+        slots: int32 of shape `[lists, entries]`, -1 for entries to leave out.
+        total: fp32 of shape `[T, D]`, contiguous; changed in place.
+    """
+    T, D = total.shape
+    ordered, order = torch.where(slots < 0, T, slots).flatten().sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(T + 1, device=total.device, dtype=ordered.dtype))
+    _add_segments_kernel[(T,)](
+        rows,
+        order,
+        starts,
+        total,
+        rows.shape[2],
+        D=D,
+        BLOCK_D=triton.next_power_of_2(D),
+        PARTS=rows.shape[1],
+        num_warps=4,
+    )
 
 
 def _launch(
@@ -219,14 +231,7 @@ if triton is not None:
 
     @triton.jit
     def _add_segments_kernel(
-        scratch,
-        order,
-        starts,
-        grad_kv,
-        entries,
-        D: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-        HEAD_BLOCKS: tl.constexpr,
+        rows, order, starts, total, entries, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr
     ):
         slot = tl.program_id(0).to(tl.int64)
         offs = tl.arange(0, BLOCK_D)
@@ -235,13 +240,13 @@ if triton is not None:
         last = tl.load(starts + slot + 1)
         if first == last:
             return
-        total = tl.load(grad_kv + slot * D + offs, mask=mask, other=0.0)
+        acc = tl.load(total + slot * D + offs, mask=mask, other=0.0)
         for i in range(first, last):
             entry = tl.load(order + i)
-            for block in tl.static_range(HEAD_BLOCKS):
-                row = (entry // entries * HEAD_BLOCKS + block) * entries + entry % entries
-                total += tl.load(scratch + row * D + offs, mask=mask, other=0.0)
-        tl.store(grad_kv + slot * D + offs, total, mask=mask)
+            for part in tl.static_range(PARTS):
+                row = (entry // entries * PARTS + part) * entries + entry % entries
+                acc += tl.load(rows + row * D + offs, mask=mask, other=0.0)
+        tl.store(total + slot * D + offs, acc, mask=mask)
 
     @triton.jit
     def _sparse_mla_bwd_kernel(

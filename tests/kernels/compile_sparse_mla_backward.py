@@ -108,8 +108,22 @@ def test_the_hopper_kernel_uses_its_instructions(heads, group):
 
 
 if __name__ == "__main__":
-    for one, heads, group in ((80, 20, 3), (80, 64, 1), (86, 20, 1), (90, 20, 3), (90, 64, 1), (100, 64, 1), ("gfx942", 20, 1)):
-        for tile in (None, kernels.Tile(32, 16, 4, 1), kernels.Tile(32, 16, 8, 1), kernels.Tile(64, 64, 8, 1), kernels.Tile(64, 32, 8, 1)):
+    for one, heads, group in (
+        (80, 20, 3),
+        (80, 64, 1),
+        (86, 20, 1),
+        (90, 20, 3),
+        (90, 64, 1),
+        (100, 64, 1),
+        ("gfx942", 20, 1),
+    ):
+        for tile in (
+            None,
+            kernels.Tile(32, 16, 4, 1),
+            kernels.Tile(32, 16, 8, 1),
+            kernels.Tile(64, 64, 8, 1),
+            kernels.Tile(64, 32, 8, 1),
+        ):
             try:
                 compiled = compile_backward(one, heads, group, tile=tile)
                 stack = stack_bytes(compiled) if not isinstance(one, str) else "-"
