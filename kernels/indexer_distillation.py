@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from .indexer_distillation_dense_triton import dense_kl_backward_triton, dense_kl_triton
 from .indexer_distillation_reference import (
     attention_lse_reference,
     dense_indexer_kl_reference,
@@ -20,6 +21,7 @@ from .indexer_distillation_reference import (
     selected_attention_reference,
     selected_index_scores_reference,
 )
+from .indexer_distillation_teacher_triton import Visibility, attention_lse_triton
 from .indexer_distillation_triton import (
     index_backward_triton,
     indexer_kl_triton,
@@ -28,6 +30,7 @@ from .indexer_distillation_triton import (
     triton,
 )
 
+# The custom ops below are the Triton kernels; PyTorch's autograd differentiates the references.
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
 # Heads, head width, selected keys and latent width that the Triton kernels are tested for.
@@ -170,7 +173,11 @@ def attention_lse(
     """
     _check_attention(q, kv)
     start, key_start, key_mask = _visibility(q, kv.shape[1], query_start, key_start, key_mask)
-    return attention_lse_reference(q.detach(), kv.detach(), scale, start, key_start, key_mask)
+    arguments = (q.detach(), kv.detach(), scale, start, key_start, key_mask)
+    others = [x for x in (start, key_start, key_mask) if x is not None]
+    if _runs_in_triton("attention_lse", allow_triton, q, kv, others, _MAX_LATENT_WIDTH):
+        return _attention_lse(*arguments)
+    return attention_lse_reference(*arguments)
 
 
 def dense_indexer_kl(
@@ -254,18 +261,21 @@ def dense_indexer_kl(
             for one_q, one_kv in zip(layers_q, layers_kv)
         ]
     layers_lse = [x.detach() for x in layers_lse]
-    return dense_indexer_kl_reference(
-        q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask
-    )
+    arguments = (q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask)
+    others = [weights, *layers_lse, *(x for x in (start, key_start, key_mask) if x is not None)]
+    if all(
+        _runs_in_triton("dense_indexer_kl", allow_triton, *pair, others, width)
+        for pair, width in [((q, k), _MAX_INDEX_WIDTH), *((x, _MAX_LATENT_WIDTH) for x in zip(layers_q, layers_kv))]
+    ):
+        return _dense_indexer_kl(*arguments)[0]
+    return dense_indexer_kl_reference(*arguments)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selected_index_scores", mutates_args=())
 def _selected_index_scores(
     q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    if q.is_cuda:
-        return selected_scores_triton(q, k, weights, indices, scale)
-    return selected_index_scores_reference(q, k, weights, indices, scale).float()
+    return selected_scores_triton(q, k, weights, indices, scale)
 
 
 @_selected_index_scores.register_fake
@@ -283,10 +293,7 @@ def _indexer_kl(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The KL `[B, S]` and what its gradient needs, `[2, B, S]`."""
-    if q.is_cuda:
-        return indexer_kl_triton(q, k, weights, indices, target, scale)
-    kl = indexer_kl_reference(q, k, weights, indices, target, scale).float()
-    return kl, kl.new_zeros(2, *kl.shape)
+    return indexer_kl_triton(q, k, weights, indices, target, scale)
 
 
 @_indexer_kl.register_fake
@@ -306,16 +313,8 @@ def _index_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and weights, of the scores or (with a target) of the KL."""
-    if q.is_cuda:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return index_backward_triton(grad, q, k, weights, indices, target, stats, scale, deterministic)
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, weights)]
-        if target is None:
-            result = selected_index_scores_reference(*inputs, indices, scale)
-        else:
-            result = indexer_kl_reference(*inputs, indices, target, scale)
-    return torch.autograd.grad(result, inputs, grad.to(result.dtype))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return index_backward_triton(grad, q, k, weights, indices, target, stats, scale, deterministic)
 
 
 @_index_backward.register_fake
@@ -349,14 +348,96 @@ _indexer_kl.register_autograd(_differentiate_kl, setup_context=_keep_for_kl)
 def _selected_attention(
     q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    if q.is_cuda:
-        return selected_attention_triton(q, kv, lse, indices, scale)
-    return selected_attention_reference(q, kv, lse, indices, scale).float()
+    return selected_attention_triton(q, kv, lse, indices, scale)
 
 
 @_selected_attention.register_fake
 def _(q, kv, lse, indices, scale):
     return q.new_empty(indices.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::attention_lse", mutates_args=())
+def _attention_lse(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    return attention_lse_triton(q, kv, scale, Visibility(query_start, key_start, key_mask))
+
+
+@_attention_lse.register_fake
+def _(q, kv, scale, query_start, key_start, key_mask):
+    return q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::dense_indexer_kl", mutates_args=())
+def _dense_indexer_kl(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    q_attn: list[torch.Tensor],
+    kv: list[torch.Tensor],
+    attn_lse: list[torch.Tensor],
+    scale: float,
+    attn_scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The KL `[B, S]` and the lse of the index scores `[B, S]`."""
+    visible = Visibility(query_start, key_start, key_mask)
+    return dense_kl_triton(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible)
+
+
+@_dense_indexer_kl.register_fake
+def _(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, query_start, key_start, key_mask):
+    return tuple(q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::dense_indexer_kl_backward", mutates_args=())
+def _dense_indexer_kl_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    q_attn: list[torch.Tensor],
+    kv: list[torch.Tensor],
+    attn_lse: list[torch.Tensor],
+    lse: torch.Tensor,
+    scale: float,
+    attn_scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    visible = Visibility(query_start, key_start, key_mask)
+    return dense_kl_backward_triton(grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible)
+
+
+@_dense_indexer_kl_backward.register_fake
+def _(grad, q, k, weights, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
+
+
+def _keep_for_dense_kl(ctx, inputs, output):
+    q, k, weights, q_attn, kv, attn_lse, ctx.scale, ctx.attn_scale, *visible = inputs
+    ctx.layers = len(q_attn)
+    ctx.save_for_backward(q, k, weights, *visible, output[1], *q_attn, *kv, *attn_lse)
+
+
+def _differentiate_dense_kl(ctx, grad, _):
+    q, k, weights, *rest = ctx.saved_tensors
+    visible, lse, layers, n = rest[:3], rest[3], rest[4:], ctx.layers
+    attention = (layers[:n], layers[n : 2 * n], layers[2 * n :])
+    scales = (ctx.scale, ctx.attn_scale)
+    gradients = _dense_indexer_kl_backward(grad, q, k, weights, *attention, lse, *scales, *visible)
+    return *gradients, *([None] * n for _ in range(3)), None, None, None, None, None
+
+
+_dense_indexer_kl.register_autograd(_differentiate_dense_kl, setup_context=_keep_for_dense_kl)
 
 
 def _runs_in_triton(

@@ -357,8 +357,9 @@ if triton is not None:
             inverse = tl.load(stats + rows + row)
             upstream = tl.load(grad + row) / GRADIENT_SCALE
 
-        dq_t = tl.zeros([BLOCK_D, BLOCK_H], tl.float32)
-        dw = tl.zeros([BLOCK_H], tl.float32)
+        # With u[h] = sum_n dI[n] [dots > 0] k[n]: dq[h] = w[h] u[h] and dw[h] = q[h] . u[h], both times the scale.
+        q_weighted = (q_tile.to(tl.float32) * weight[:, None]).to(q_tile.dtype)
+        u_t = tl.zeros([BLOCK_D, BLOCK_H], tl.float32)
         next_key = tl.load(keys_row + offs_n, mask=offs_n < count, other=-1)
         for first in range(0, count, BLOCK_N):
             key = next_key
@@ -379,24 +380,22 @@ if triton is not None:
             else:
                 d_score = tl.load(grad + row * K + offs_k, mask=listed, other=0.0).to(tl.float32)
             d_score = tl.where(listed, d_score, 0.0)  # [BN]
-            dw += tl.sum(tl.maximum(dots, 0.0) * d_score[:, None], 0)
-            d_dots = tl.where(dots > 0, d_score[:, None] * weight[None, :], 0.0).to(k_tile.dtype)  # [BN, BH]
-            dq_t = tl.dot(tl.trans(k_tile), d_dots, acc=dq_t)
-            dk = tl.dot(d_dots, q_tile) * upstream  # [BN, BD]
+            active = tl.where(dots > 0, d_score[:, None], 0.0).to(k_tile.dtype)  # [BN, BH]
+            u_t = tl.dot(tl.trans(k_tile), active, acc=u_t)
+            dk = tl.dot(active, q_weighted) * upstream  # [BN, BD]
             if PER_ENTRY:
                 dk_ptr = grad_rows + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
                 tl.store(dk_ptr, dk, mask=listed[:, None] & (offs_d < D)[None, :])
             else:
                 dk_ptr = grad_rows + key.to(tl.int64)[:, None] * D + offs_d[None, :]
                 tl.atomic_add(dk_ptr, dk, mask=listed[:, None] & (offs_d < D)[None, :], sem="relaxed")
-        dq_ptr = grad_q + (row * H + offs_h[None, :]) * D + offs_d[:, None]
-        tl.store(
-            dq_ptr,
-            (dq_t * upstream).to(grad_q.dtype.element_ty),
-            mask=(offs_h < H)[None, :] & (offs_d < D)[:, None],
-        )
-        dw = (dw * scale * upstream).to(grad_weights.dtype.element_ty)
-        tl.store(grad_weights + row * H + offs_h, dw, mask=offs_h < H)
+        u_t *= upstream
+        dq_offs = (row * H + offs_h[None, :]) * D + offs_d[:, None]
+        dq_mask = (offs_h < H)[None, :] & (offs_d < D)[:, None]
+        q_t = tl.load(q + dq_offs, mask=dq_mask, other=0.0).to(tl.float32)
+        dw = tl.sum(u_t * q_t, 0) * scale
+        tl.store(grad_weights + row * H + offs_h, dw.to(grad_weights.dtype.element_ty), mask=offs_h < H)
+        tl.store(grad_q + dq_offs, (u_t * weight[None, :]).to(grad_q.dtype.element_ty), mask=dq_mask)
 
     @triton.jit
     def _selected_attention_kernel(

@@ -94,13 +94,8 @@ def _sparse_mla_backward(
     lse: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.is_cuda:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
-    with torch.enable_grad():
-        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
-        results = sparse_mla_reference(*inputs, indices, scale, out.shape[-1])
-    return torch.autograd.grad(results, inputs, (grad_out, grad_lse.masked_fill(lse == float("-inf"), 0.0)))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
 
 
 @_sparse_mla_backward.register_fake

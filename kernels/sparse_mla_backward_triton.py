@@ -34,8 +34,9 @@ DETERMINISTIC_SCRATCH_BYTES = 2**30
 _hopper_failed = False
 
 
-def sparse_mla_backward_tile(backend: str, arch: int | str, rows: int, width: int) -> Tile:
+def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     """Default tile for `rows` of latents `width` entries wide; see `sparse_mla_tile` for the bounds."""
+    backend, arch = target
     wide = width > 320
     if backend == "hip":
         return Tile(16, 16, 4, 1)
@@ -86,7 +87,7 @@ def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, dete
         group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    tile = sparse_mla_backward_tile(*target, group * H, D)
+    tile = sparse_mla_backward_tile(target, group * H, D)
     rows = HOPPER_ROWS if on_hopper else tile.block_m
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group, tile, on_hopper)
     if not deterministic:

@@ -1,4 +1,4 @@
-"""Run by test_sparse_mla_backward_triton.py in a process of its own: compile the default tiles for every architecture."""
+"""Run by test_sparse_mla_backward_triton.py in a process of its own: compile default tiles for every architecture."""
 
 import os
 import re
@@ -49,7 +49,7 @@ def compile_kernel(function, arch, constants, source=ASTSource, **options):
 
 def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
     backend = "hip" if isinstance(arch, str) else "cuda"
-    tile = tile or kernels.sparse_mla_backward_tile(backend, arch, group * heads, 576)
+    tile = tile or kernels.sparse_mla_backward_tile((backend, arch), group * heads, 576)
     constants = {
         "H": heads,
         "V": 512,
@@ -105,28 +105,3 @@ def test_the_hopper_kernel_uses_its_instructions(heads, group):
     assert "wgmma.mma_async.sync.aligned.m64n64k16" in ptx
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)
     assert "add.v2.f32" in ptx and not re.search(r"(atom|red)\.global[^;]*\.add\.f32", ptx)
-
-
-if __name__ == "__main__":
-    for one, heads, group in (
-        (80, 20, 3),
-        (80, 64, 1),
-        (86, 20, 1),
-        (90, 20, 3),
-        (90, 64, 1),
-        (100, 64, 1),
-        ("gfx942", 20, 1),
-    ):
-        for tile in (
-            None,
-            kernels.Tile(32, 16, 4, 1),
-            kernels.Tile(32, 16, 8, 1),
-            kernels.Tile(64, 64, 8, 1),
-            kernels.Tile(64, 32, 8, 1),
-        ):
-            try:
-                compiled = compile_backward(one, heads, group, tile=tile)
-                stack = stack_bytes(compiled) if not isinstance(one, str) else "-"
-                print(one, heads, group, tile, compiled.metadata.shared, stack, flush=True)
-            except Exception as error:
-                print(one, heads, group, tile, type(error), str(error)[:100])

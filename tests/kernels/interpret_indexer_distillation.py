@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from indexcache.kernels import indexer_distillation as op
+from indexcache.kernels import indexer_distillation_dense_triton as dense
+from indexcache.kernels import indexer_distillation_teacher_triton as teacher
 from indexcache.kernels import indexer_distillation_triton as kernels
 from indexcache.kernels.indexer_distillation_reference import (
+    attention_lse_reference,
+    dense_indexer_kl_reference,
     indexer_kl_reference,
     selected_attention_reference,
     selected_index_scores_reference,
@@ -100,3 +105,87 @@ def test_nothing_selected_and_nothing_asked():
         assert (kl == 0).all()
         gradients = kernels.index_backward_triton(kl, *arguments, target[:, rows, keys], stats, 1.0, False)
         assert all((gradient == 0).all() for gradient in gradients)
+
+
+def dense_problem(B, S, T, H, D, layers, packed, seed=0):
+    """Queries at slots T - S and up in the first row, lower in the others; one that sees nothing; packed documents."""
+    g = torch.Generator().manual_seed(seed)
+    indexer = [torch.randn(*shape, generator=g).to(DTYPE) for shape in ((B, S, H, D), (B, T, D), (B, S, H))]
+    q_attn = [torch.randn(B, S, 3, 40, generator=g).to(DTYPE) for _ in range(layers)]
+    kv = [torch.randn(B, T, 40, generator=g).to(DTYPE) for _ in range(layers)]
+    starts = T - S - torch.arange(B) * 3
+    key_start = key_mask = None
+    if packed:
+        slots = starts[:, None] + torch.arange(S)
+        key_start = (slots // 17 * 17).int()
+        key_start[0, 0] = T  # sees nothing
+        key_mask = torch.rand(B, T, generator=g) < 0.8
+    return indexer, q_attn, kv, teacher.Visibility(starts, key_start, key_mask)
+
+
+@pytest.mark.parametrize(
+    ("B", "S", "T", "H", "D", "layers", "packed"),
+    [(2, 9, 70, 8, 32, 1, True), (1, 21, 40, 20, 24, 2, False), (1, 5, 150, 32, 128, 1, True)],
+)
+def test_dense_kl_and_its_gradients_match_fp64(B, S, T, H, D, layers, packed, monkeypatch):
+    # Several chunks of queries, the last one short.
+    monkeypatch.setattr(teacher, "TARGET_SCRATCH_BYTES", 1)
+    (q, k, weights), q_attn, kv, visible = dense_problem(B, S, T, H, D, layers, packed)
+    inputs, scale = doubles(q, k, weights), D**-0.5
+    exact_q, exact_kv = [x.double() for x in q_attn], [x.double() for x in kv]
+    exact_lse = [attention_lse_reference(x, y, 0.2, *visible) for x, y in zip(exact_q, exact_kv)]
+    expected = dense_indexer_kl_reference(*inputs, exact_q, exact_kv, exact_lse, scale, 0.2, *visible)
+    lse = [teacher.attention_lse_triton(x, y, 0.2, visible) for x, y in zip(q_attn, kv)]
+    for one, right in zip(lse, exact_lse):
+        torch.testing.assert_close(one.double(), right, atol=1e-4, rtol=1e-4)
+    kl, score_lse = dense.dense_kl_triton(q, k, weights, q_attn, kv, lse, scale, 0.2, visible)
+    torch.testing.assert_close(kl.double(), expected.detach(), atol=2e-4, rtol=2e-4)
+    if packed:
+        assert kl[0, 0] == 0
+    grad = 1e-6 * (1 + torch.rand(kl.shape, generator=torch.Generator().manual_seed(1)))
+    right = torch.autograd.grad(expected, inputs, grad.double())
+    arguments = (q, k, weights, q_attn, kv, lse, score_lse, scale, 0.2, visible)
+    # As above: compare what fp32 would hold.
+    results = dense.dense_kl_backward_triton(grad * 2.0**14, *arguments)
+    assert_gradients([x.double() * 2.0**-14 for x in results], right)
+
+
+def test_dense_loss_of_nothing():
+    (q, k, weights), q_attn, kv, visible = dense_problem(1, 4, 20, 8, 16, 1, False)
+    lse = [teacher.attention_lse_triton(q_attn[0][:, :0], kv[0], 0.2, visible)]
+    arguments = (q[:, :0], k, weights[:, :0], [q_attn[0][:, :0]], kv, lse)
+    kl, score_lse = dense.dense_kl_triton(*arguments, 1.0, 0.2, visible)
+    assert kl.shape == (1, 0)
+    gradients = dense.dense_kl_backward_triton(kl, *arguments, score_lse, 1.0, 0.2, visible)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def op_calls():
+    """Every custom op with small arguments; the first three have gradients in those that are differentiable."""
+    q, k, weights, indices, target = problem(1, 3, 30, 8, 16, 20)
+    inputs = [x.nan_to_num().requires_grad_() for x in (q, k, weights)]
+    _, q_attn, kv, visible = dense_problem(1, 3, 30, 8, 16, 2, True)
+    lse = [teacher.attention_lse_triton(x, y, 0.4, visible) for x, y in zip(q_attn, kv)]
+    return {
+        "scores": (op._selected_index_scores, (*inputs, indices, 0.4)),
+        "kl": (op._indexer_kl, (*inputs, indices, target.nan_to_num(), 0.4)),
+        "attention": (op._selected_attention, (q_attn[0], kv[0], lse[0], indices, 0.4)),
+        "lse": (op._attention_lse, (q_attn[0], kv[0], 0.4, *visible)),
+        "dense": (op._dense_indexer_kl, (*inputs, q_attn, kv, lse, 0.4, 0.4, *visible)),
+    }
+
+
+@pytest.mark.parametrize("name", ["scores", "kl", "attention", "lse", "dense"])
+def test_custom_ops_trace_and_differentiate_as_they_run(name):
+    call, arguments = op_calls()[name]
+    torch.library.opcheck(call, arguments, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    compiled = torch.compile(lambda *x: call(*x), fullgraph=True, backend="aot_eager")
+
+    def value(result):
+        return (result[0] if isinstance(result, tuple) else result).nan_to_num(neginf=0.0)
+
+    eager, traced = value(call(*arguments)), value(compiled(*arguments))
+    assert torch.equal(eager, traced)
+    if name in ("scores", "kl", "dense"):
+        for one, other in zip(*(torch.autograd.grad(x.sum(), arguments[:3]) for x in (eager, traced))):
+            assert torch.equal(one, other) and one.abs().sum() > 0

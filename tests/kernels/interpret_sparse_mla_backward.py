@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from indexcache.kernels import sparse_mla_backward_triton as kernels
+from indexcache.kernels.sparse_mla import _sparse_mla
 from indexcache.kernels.sparse_mla_reference import sparse_mla_reference
 
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
@@ -94,3 +95,16 @@ def test_nothing_selected_and_nothing_asked():
         lse = torch.full(grad_lse[:, rows].shape, float("-inf"))
         results = kernels.sparse_mla_backward_triton(*arguments, grad_out[:, rows], lse, 0.2, False)
         assert all((gradient == 0).all() for gradient in results)
+
+
+def test_the_custom_op_differentiates_eagerly_and_traced():
+    q, kv, indices, grad_out, grad_lse = problem(1, 3, 20, 4, 40, 32, 8)
+    kv = kv.nan_to_num()
+    grad_lse = grad_lse.nan_to_num()
+    _, _, expected = exact(q, kv, indices, grad_out, grad_lse, 0.2)
+    inputs = q.requires_grad_(), kv.requires_grad_()
+    compiled = torch.compile(lambda *x: _sparse_mla(*x, 0.2, 32), fullgraph=True, backend="aot_eager")
+    for results in (_sparse_mla(*inputs, indices, 0.2, 32), compiled(*inputs, indices)):
+        assert_gradients(torch.autograd.grad(results, inputs, (grad_out, grad_lse)), expected)
+        only_out = torch.autograd.grad(compiled(*inputs, indices)[0].sum(), inputs)
+        assert all(x.isfinite().all() and x.abs().sum() > 0 for x in only_out)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from indexcache.kernels import indexer_distillation as op
 from indexcache.kernels import indexer_distillation_reference as reference
 from indexcache.kernels.indexer_distillation import (
     attention_lse,
@@ -218,3 +219,13 @@ def test_nothing_asked_and_nothing_selected():
 def test_arguments_that_do_not_fit_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(*indexer(), selection(), *attention())
+
+
+def test_what_the_kernels_do_not_take_is_said_in_words():
+    pytest.importorskip("triton")
+    (q, k, weights), indices = indexer(), selection()
+    half = q.half(), k.half()
+    assert "bfloat16 or float16" in op._unsupported(q, k, [weights], 256, indices)
+    assert "width 6 is above" in op._unsupported(*half, [weights], 5, indices)
+    assert "9000 selected keys" in op._unsupported(*half, [weights], 256, torch.zeros(2, 6, 9000))
+    assert op._unsupported(*half, [weights], 256, indices) is None
