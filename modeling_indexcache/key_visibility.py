@@ -22,11 +22,13 @@ class KeyVisibility:
         query_start: int64 tensor `[]`, the cache slot of the first query.
         key_mask: bool `[B, T]` (False: padding), `[B, S, T]` for a mask of each query's own, or None.
         key_start: int32 `[B, S]`, the slot where each query's document begins in a packed sequence, or None.
+        is_triangle: there is no cache, no padding and one document: query i sees keys 0 .. i.
     """
 
     query_start: torch.Tensor
     key_mask: torch.Tensor | None
     key_start: torch.Tensor | None = None
+    is_triangle: bool = False
 
     @classmethod
     def of(
@@ -53,7 +55,7 @@ class KeyVisibility:
         if isinstance(attention_mask, dict):
             attention_mask = next(iter(attention_mask.values()), None)
         if attention_mask is None:
-            return cls(query_start, None, key_start)
+            return cls(query_start, None, key_start, is_triangle=cache is None and key_start is None)
         if attention_mask.dim() == 4:
             seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
             return cls(query_start, seen)
@@ -65,7 +67,7 @@ class KeyVisibility:
         key_mask = attention_mask.to(torch.bool)
         # One look (a synchronisation on a GPU) a prefill saves every layer the mask; decoding never waits for it.
         if not torch.compiler.is_compiling() and (device.type == "cpu" or num_queries > 1) and bool(key_mask.all()):
-            return cls(query_start, None)
+            return cls(query_start, None, is_triangle=cache is None)
         return cls(query_start, key_mask)
 
     def for_keys(self, num_keys: int) -> KeyVisibility:

@@ -237,6 +237,9 @@ class IndexCacheAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             "sdpa" if implementation == TRITON_ATTENTION else implementation, eager_attention_forward
         )
+        if seen.is_triangle and topk_indices is None and attend is not eager_attention_forward:
+            # Without a mask the fastest kernel runs, and nothing of S x T is made.
+            return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
         for first, last in _chunks(num_queries, batch * heads * num_keys * 4):
             mask = seen.rows(first, last, num_keys)
