@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
-from .sparse_mla_triton import LOG2_E
+from .sparse_mla_triton import LOG2_E, gpu_target
 
 try:
     import triton
@@ -38,18 +38,22 @@ class SelectedTile(NamedTuple):
     num_stages: int
 
 
-def index_tile(backend: str, backward: bool) -> SelectedTile:
+def index_tile(target: tuple[str, int | str], backward: bool) -> SelectedTile:
     """Default tile of the index scores over selected keys, forward or backward."""
+    backend, arch = target
     if backend == "hip":
         return SelectedTile(64, 4, 1)
-    return SelectedTile(64, 4, 2 if backward else 3)
+    if backward:
+        return SelectedTile(64, 4, 2) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
+    return SelectedTile(64, 4, 3)
 
 
-def attention_tile(backend: str, shared_kb: int, width: int) -> SelectedTile:
+def attention_tile(target: tuple[str, int | str], width: int) -> SelectedTile:
     """Default tile of `selected_attention`: queries and a block or two of latents must fit the shared memory."""
+    backend, arch = target
     if backend == "hip":
         return SelectedTile(32, 4, 1)
-    if shared_kb < 120 and width > 320:
+    if width > 320 and arch not in (80, 90, 100, 103):
         return SelectedTile(32, 4, 1)
     return SelectedTile(64, 4, 2)
 
@@ -122,7 +126,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         return probabilities
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
     main = 1 << (D.bit_length() - 1)
-    tile = attention_tile(*_backend_and_shared(q.device), D)
+    tile = attention_tile(gpu_target(q.device), D)
     _selected_attention_kernel[(B * S,)](
         q,
         kv,
@@ -154,7 +158,7 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     if B * S * H * T * K == 0:
         return
     q, k, weights, indices = q.contiguous(), k.contiguous(), weights.contiguous(), indices.contiguous()
-    tile = index_tile("hip" if torch.version.hip else "cuda", backward=False)
+    tile = index_tile(gpu_target(q.device), backward=False)
     _index_forward_kernel[(B * S,)](
         q,
         k,
@@ -177,7 +181,7 @@ def _launch_backward(
     grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
 ) -> None:
     B, S, H, D = q.shape
-    tile = index_tile("hip" if torch.version.hip else "cuda", backward=True)
+    tile = index_tile(gpu_target(q.device), backward=True)
     _index_backward_kernel[(rows.stop - rows.start,)](
         grad,
         q,
@@ -213,16 +217,6 @@ def _index_blocks(H: int, D: int, K: int, tile: SelectedTile) -> dict[str, int]:
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
-
-
-def _backend_and_shared(device: torch.device) -> tuple[str, int]:
-    """Backend and the shared memory of a program in KB."""
-    if device.type != "cuda":  # Triton's interpreter
-        return "cuda", 99
-    if torch.version.hip:
-        return "hip", 64
-    major, minor = torch.cuda.get_device_capability(device)
-    return "cuda", {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}.get(10 * major + minor, 99)
 
 
 if triton is not None:

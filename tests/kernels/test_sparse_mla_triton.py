@@ -1,25 +1,14 @@
 """The Triton sparse MLA kernels: numbers in Triton's interpreter, resources of the compiled code, no GPU needed."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from fresh_process import run_worker
 
 pytest.importorskip("triton")
-
-WORKERS = Path(__file__).parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux only")
 @pytest.mark.parametrize("worker", ["interpret_sparse_mla", "compile_sparse_mla"])
 def test_in_a_fresh_process(worker):
-    # The interpreter is chosen when triton is imported, and compiling must not inherit that choice.
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    env.pop("TRITON_INTERPRET", None)
-    if worker.startswith("interpret"):
-        env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{WORKERS / worker}.py"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    run_worker(worker)
