@@ -175,6 +175,8 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
             "log": [{key: value for key, value in entry.items() if "/layer_" not in key} for entry in entries],
             "after": score(model, test),
         }
+        seconds = f"{result[stage]['seconds']:.1f} s, {time.monotonic() - started:.1f} s in all"
+        print(f"{name} seed {seed}, {stage}: {result[stage]['after']} after {seconds}", flush=True)
     last = result[recipe.stages[-1]]["after"]
     memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     result |= {
