@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import lzma
 import random
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -51,13 +51,21 @@ def recall_windows(corpus: Path, tokenizer: Path, count: int, seqlen: int, seed:
     random_ = random.Random(seed)
     documents = training_documents(corpus)
     random_.shuffle(documents)
-    stream = _tokens(documents, encoder, end)
-    rows = []
+    needed = count * (seqlen + 1)
+    stream = _tokens(documents, encoder, end, needed)
+    rows, at = [], 0
     for _ in range(count):
         records = _records(random_, encoder) if random_.random() < RECORD_SHARE else []
         spare = sum(len(note) + len(question) for note, question in records)
-        text = [next(stream) for _ in range(seqlen + 1 - spare)]
-        rows.append(torch.tensor(_with_records(text, records, random_), dtype=torch.int32))
+        length = seqlen + 1 - spare
+        if at + length > len(stream):
+            # Once more from the start, cut elsewhere.
+            at = random_.randrange(min(seqlen, max(1, len(stream) - length)))
+        if at + length > len(stream):
+            raise SystemExit(f"{corpus} gives {len(stream):,} tokens, less than a window: give more text")
+        text = stream[at : at + length]
+        at += length
+        rows.append(_with_records(text, records, random_))
     return torch.stack(rows)
 
 
@@ -68,42 +76,49 @@ def training_documents(corpus: Path) -> list[str]:
     return documents[: len(documents) - round(HELD_OUT * len(documents))]
 
 
-def _tokens(documents: list[str], encoder: object, end: int) -> Iterator[int]:
-    """All tokens, each document followed by the end-of-text token, over and over."""
-    while True:
-        for first in range(0, len(documents), 64):
-            for encoding in encoder.encode_batch_fast(documents[first : first + 64], add_special_tokens=False):  # type: ignore[attr-defined]
-                yield from encoding.ids
-                yield end
+def _tokens(documents: list[str], encoder: Any, end: int, enough: int) -> torch.Tensor:
+    """The tokens of documents, int32, each followed by the end-of-text token; reading stops when there are enough."""
+    pieces, total = [], 0
+    for first in range(0, len(documents), 256):
+        for encoding in encoder.encode_batch_fast(documents[first : first + 256], add_special_tokens=False):
+            pieces.append(torch.tensor([*encoding.ids, end], dtype=torch.int32))
+            total += len(pieces[-1])
+        if total >= enough:
+            break
+    return torch.cat(pieces)
 
 
-def _records(random_: random.Random, encoder: object) -> list[tuple[list[int], list[int]]]:
+def _records(random_: random.Random, encoder: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Tokens of notes and of their questions, names all different."""
     names: set[str] = set()
     wanted = random_.randint(1, MAX_RECORDS)
     while len(names) < wanted:
         names.add(_word(random_))
-    pairs = [
-        (f"\nnote: {name} is {value}.\n", f"\nrecall: {name} is {value}.\n")
-        for name in sorted(names)
-        for value in [_word(random_)]
-    ]
-    return [tuple(encoder.encode(text, add_special_tokens=False).ids for text in pair) for pair in pairs]  # type: ignore[attr-defined, misc]
+    return [_record(name, _word(random_), encoder) for name in sorted(names)]
+
+
+def _record(name: str, value: str, encoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    texts = (f"\n{kind}: {name} is {value}.\n" for kind in ("note", "recall"))
+    ids = (encoder.encode(text, add_special_tokens=False).ids for text in texts)
+    note, question = (torch.tensor(tokens, dtype=torch.int32) for tokens in ids)
+    return note, question
 
 
 def _word(random_: random.Random) -> str:
     return "".join(random_.choice(CONSONANTS) + random_.choice(VOWELS) for _ in range(2))
 
 
-def _with_records(text: list[int], records: list[tuple[list[int], list[int]]], random_: random.Random) -> list[int]:
+def _with_records(
+    text: torch.Tensor, records: list[tuple[torch.Tensor, torch.Tensor]], random_: random.Random
+) -> torch.Tensor:
     turn = int(TURN * len(text))
     places = [(random_.randrange(turn), note) for note, _ in records]
     places += [(random_.randrange(turn, len(text)), question) for _, question in records]
-    out, last = [], 0
+    pieces, last = [], 0
     for place, tokens in sorted(places, key=lambda item: item[0]):
-        out += text[last:place] + tokens
+        pieces += [text[last:place], tokens]
         last = place
-    return out + text[last:]
+    return torch.cat([*pieces, text[last:]])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
 from ..conversion.checkpoint import ConversionError, FolderSource
@@ -32,7 +33,7 @@ from ..pattern_search.processes import Processes
 from ..pattern_search.windows import Windows
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
-from .monitor import STAGE_LOG, RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
+from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import SPARSE, Recipe
 from .source import DistillationSource, load_with_new_indexers
@@ -114,7 +115,7 @@ def run_distillation(
             found = _train_stage(stage, source, recipe, run, windows, found, quiet, processes)
         if processes.is_first:
             assert found is not None
-            logs = {stage: json.loads((training / stage / STAGE_LOG).read_text()) for stage in recipe.stages}
+            logs = {stage: _log(latest_checkpoint(training / stage)[0]) for stage in recipe.stages}
 
             def score(model: IndexCacheForCausalLM) -> None:
                 if held_out is not None:
@@ -239,6 +240,13 @@ def _train_stage(
         raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
+
+
+def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
+    """The log entries of a stage that ended with this checkpoint."""
+    assert checkpoint is not None
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return list(state["log_history"])
 
 
 def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
