@@ -121,18 +121,23 @@ def open_distillation_source(
 
     Args:
         source: a folder or a Hub id.
-        pattern: see `choose_pattern`, as are `pattern_file` and `keep`.
+        pattern: see `choose_pattern`.
+        pattern_file: likewise.
+        keep: likewise.
         indexer: shape of new indexers, for dense sources only.
         revision: of a Hub source.
         token: for the Hub.
 
     Raises:
-        ConversionError: an unknown family, a pattern that does not fit.
-        DistillationError: a quantised source, or a shape for indexers that there are already.
+        ConversionError: an unknown family, a config that does not validate.
+        DistillationError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
     """
     opened = open_source(source, revision=revision, token=token)
     fields = read_json(opened, "config.json")
-    chosen = choose_pattern(fields, pattern, pattern_file, keep)
+    try:
+        chosen = choose_pattern(fields, pattern, pattern_file, keep)
+    except ConversionError as error:
+        raise DistillationError(str(error)) from error
     if fields.get("quantization_config") is not None:
         raise DistillationError(
             f"{source} holds quantised weights, which cannot be trained: run `indexcache convert {source} FOLDER "
@@ -141,7 +146,7 @@ def open_distillation_source(
     is_dense = fields.get("model_type") in DENSE_FAMILIES
     if is_dense:
         if chosen is None:
-            raise ConversionError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
+            raise DistillationError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
         written = convert_dense_config(fields, chosen, indexer.fields(), AUTO_MAP, source)
     else:
         if indexer.is_given:

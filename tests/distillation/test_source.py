@@ -79,9 +79,9 @@ def test_lost_indexers_are_made_anew_and_other_lost_weights_refused(tmp_path):
 
 def test_unfit_sources_are_refused(tmp_path):
     dense(tmp_path, "glm4_moe_lite")
-    with pytest.raises(ConversionError, match="give --pattern"):
+    with pytest.raises(DistillationError, match="give --pattern"):
         open_distillation_source(str(tmp_path))
-    with pytest.raises(ConversionError, match="must start with 'F'"):
+    with pytest.raises(DistillationError, match="must start with 'F'"):
         open_distillation_source(str(tmp_path), pattern="SFFF")
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
