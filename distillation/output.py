@@ -143,9 +143,12 @@ def _measured(scores: dict[str, Any]) -> list[dict[str, str]] | None:
 def _what_was_trained(document: dict[str, Any]) -> str:
     recipe, data = document["distillation"], document["data"]
     step = recipe["batch_size"] * recipe["accumulation"] * recipe["processes"] * data["tokens"]
+    trained = "all weights"
+    if recipe["lora_rank"] is not None:
+        trained = f"the indexers and of adapters of rank {recipe['lora_rank']}, merged"
     stages = []
     if recipe["dense_steps"]:
         stages.append(f"{recipe['dense_steps']:,} warm-up steps of the indexers alone")
     if recipe["sparse_steps"]:
-        stages.append(f"{recipe['sparse_steps']:,} sparse steps of all weights")
+        stages.append(f"{recipe['sparse_steps']:,} sparse steps of {trained}")
     return f"by multi-layer distillation: {' and '.join(stages)}, {step:,} tokens each"

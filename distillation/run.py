@@ -31,11 +31,12 @@ from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import Sampling, load_tokenizer, short_window_warning
 from ..pattern_search.processes import Processes
 from ..pattern_search.windows import Windows
+from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
 from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
-from .recipe import SPARSE, Recipe
+from .recipe import DENSE, SPARSE, Recipe
 from .source import DistillationSource, load_with_new_indexers
 from .trainer import DistillationTrainer, freeze_for, training_arguments
 
@@ -97,9 +98,7 @@ def run_distillation(
     if warning:
         quiet.warn(warning)
     document = recipe_document(source, recipe, windows, held_out, processes.count, run.dtype)
-    journal = Journal(
-        run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)}
-    )
+    journal = Journal(run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)})
     if processes.share(processes.is_first and _begin(run, journal, document)):
         finished: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
         return finished
@@ -122,6 +121,7 @@ def run_distillation(
                     scores["after"] = _scores(model, held_out, run)
 
             quiet.note("writing the checkpoint")
+            found = _merged(source, recipe, found, training, quiet)
             write_checkpoint(found, source, run, document, scores, logs, score)
             journal.remove()
             if not run.keep_checkpoints:
@@ -197,19 +197,17 @@ def _train_stage(
     if checkpoint is not None:
         monitor.note(f"{stage} stage: going on from step {done}")
     set_seed(recipe.seed)
-    begun_from = checkpoint or earlier
-    if begun_from is None:
-        model, new = source.load(torch.float32)
-        if new:
-            monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
-        if new and stage == SPARSE:
-            raise DistillationError(
-                f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
-                "random: give --dense-steps"
-            )
-    else:
-        model, _ = load_with_new_indexers(begun_from, dtype=torch.float32)
-    freeze_for(stage, model)
+    model, new = _load(source, recipe, checkpoint, earlier)
+    if new:
+        monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
+    if new and stage == SPARSE:
+        raise DistillationError(
+            f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
+            "random: give --dense-steps"
+        )
+    if stage == SPARSE and recipe.lora_rank is not None and checkpoint is None:
+        add_adapters(model, recipe.lora_rank)
+    freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:
         callbacks += [found for found in [tensorboard_callback(run.output / "runs" / stage, done)] if found]
@@ -240,6 +238,37 @@ def _train_stage(
         raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
+
+
+def _load(
+    source: DistillationSource, recipe: Recipe, checkpoint: Path | None, earlier: Path | None
+) -> tuple[IndexCacheForCausalLM, list[int]]:
+    """The fp32 model of a checkpoint, or of what the stage begins with; and the layers with new indexers."""
+    if checkpoint is not None and not (checkpoint / ADAPTERS_FILE).exists():
+        return load_with_new_indexers(checkpoint, dtype=torch.float32)
+    if earlier is None:
+        model, new = source.load(torch.float32)
+    else:
+        model, new = load_with_new_indexers(earlier, dtype=torch.float32)
+    if checkpoint is not None:
+        assert recipe.lora_rank is not None
+        add_adapters(model, recipe.lora_rank)
+        load_adapters(model, checkpoint)
+    return model, new
+
+
+def _merged(
+    source: DistillationSource, recipe: Recipe, checkpoint: Path, training: Path, monitor: TrainingMonitor
+) -> Path:
+    """The last stage's checkpoint as a whole model: adapters are merged into the weights that they stood on."""
+    if not (checkpoint / ADAPTERS_FILE).exists():
+        return checkpoint
+    monitor.note("merging the adapters")
+    earlier = latest_checkpoint(training / DENSE)[0] if DENSE in recipe.stages else None
+    model, _ = _load(source, recipe, checkpoint, earlier)
+    merge_adapters(model)
+    model.save_pretrained(training / "merged")
+    return training / "merged"
 
 
 def _log(checkpoint: Path | None) -> list[dict[str, Any]]:

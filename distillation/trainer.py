@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..configuration.share_pattern import SharePattern
 from ..modeling_indexcache.indexer_training import IndexerTraining
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .adapters import save_adapters
 from .errors import DistillationDiverged
 from .losses import group_means, multi_layer_loss
 from .recipe import DENSE, SPARSE, Recipe
@@ -258,6 +259,13 @@ class DistillationTrainer(Trainer):
             **options,
         )
         return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As `Trainer._save`; with adapters what is trained alone."""
+        if self.recipe.lora_rank is None or self.stage == DENSE:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_adapters(self.model, Path(output_dir or self.args.output_dir), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the model was made from the checkpoint.

@@ -151,3 +151,29 @@ def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
     with pytest.raises(DistillationError, match=r"--batch-size 2 with --accumulation 4.*--seqlen below 40.*FSDP"):
         run(folder, tmp_path / "out", batch_size=4)
+
+
+def test_adapters_train_all_but_the_base_weights_and_are_merged(finished, folder, tmp_path):
+    pytest.importorskip("peft")
+    write_source(tmp_path)
+    output = tmp_path / "adapted"
+    document = run(tmp_path, output, lora_rank=4, dtype="float32", keep_checkpoints=True)
+    assert "adapters of rank 4, merged" in (output / "README.md").read_text()
+    assert document["scores"]["after"]["loss"] < 10
+    before, after = load_file(tmp_path / "source/model.safetensors"), weights(output)
+    assert {name for name in before if ".layers.1.self_attn.indexer" not in name} >= set(after)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name].to(value.dtype))}
+    assert "model.layers.1.self_attn.kv_b_proj.weight" in changed
+    assert any(".indexer." in name for name in changed)
+    kept = {name for name in after if any(mark in name for mark in ("embed", "lm_head", "layernorm", "mlp.experts"))}
+    assert not changed & kept and len(kept) > 20
+    # Checkpoints hold what is trained alone.
+    small = output / "training/sparse/checkpoint-6/adapters.safetensors"
+    assert all("lora_" in name or ".indexer." in name for name in load_file(small))
+    # Killed and resumed it is the same.
+    assert run_processes(
+        tmp_path, tmp_path / "killed", kill_at=7, check=False, lora_rank=4, dtype="float32"
+    ).returncode
+    run(tmp_path, tmp_path / "killed", resume=True, lora_rank=4, dtype="float32")
+    for name, value in weights(tmp_path / "killed").items():
+        assert torch.equal(value, after[name]), name
