@@ -1,4 +1,4 @@
-"""Make windows of tokens in which records are to be recalled: what the small trained checkpoints learn to reach back for.
+"""Make windows of tokens in which records are to be recalled: what the small checkpoints learn to reach back for.
 
     python -m indexcache.benchmarks.recall_windows CORPUS.txt.xz TOKENIZER OUT.safetensors --windows 4608
 

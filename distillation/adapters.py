@@ -34,7 +34,7 @@ def add_adapters(model: IndexCacheForCausalLM, rank: int) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
 
 
-def save_adapters(model: nn.Module, folder: Path, state: dict[str, Any] | None = None) -> None:
+def save_adapters(model: Any, folder: Path, state: dict[str, Any] | None = None) -> None:
     """Write adapters and indexers, which are all that such a run trains; `state` in place of the model's own."""
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state

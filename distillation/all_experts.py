@@ -8,8 +8,9 @@ Legend: N tokens, E experts, M hidden size, I expert width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -17,7 +18,7 @@ NAME = "all_experts"
 
 
 def all_experts_forward(
-    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """`[N, M]` through each token's experts; arguments as `IndexCacheExperts.forward`."""
     tokens, experts = hidden_states.shape[0], self.num_experts

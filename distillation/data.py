@@ -116,7 +116,8 @@ def load_training_data(
     if len(windows) < recipe.batch_size * processes:
         raise DistillationError(
             f"{data} gives {len(windows)} windows of {windows.seqlen + 1:,} tokens, fewer than the "
-            f"{recipe.batch_size * processes} of one micro-batch: give more data, or a smaller --batch-size or --seqlen"
+            f"{recipe.batch_size * processes} of one micro-batch: give more data, or a smaller --batch-size or "
+            "--seqlen"
         )
     _check_vocabulary(windows.ids, config.vocab_size, data)
     if held_out is None:

@@ -222,7 +222,7 @@ class DistillationTrainer(Trainer):
         steps = max(1, self._micro_batches / self.recipe.accumulation)
         mean = {name: self.accelerator.reduce(value, "mean").cpu() for name, value in self._sums.items()}
         self._sums, self._micro_batches = {}, 0
-        entries = {name: float(mean[name] / steps) for name in ("lm_loss", "kl") if name in mean}
+        entries: dict[str, float] = {name: float(mean[name] / steps) for name in ("lm_loss", "kl") if name in mean}
         layers = mean["layers"] / steps
         entries |= {f"kl/full_{full:02}": float(value) for full, value in group_means(layers, self.pattern).items()}
         entries |= {f"kl/layer_{layer:02}": float(value) for layer, value in enumerate(layers)}
@@ -238,15 +238,15 @@ class DistillationTrainer(Trainer):
         """AdamW with a rate of their own for the indexers."""
         if self.optimizer is not None:
             return self.optimizer
-        model = self.model if model is None else model
-        decayed = set(self.get_decay_parameter_names(model))
+        trained: Any = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(trained))
         rest_rate = self.args.learning_rate
         indexer_rate = rest_rate if self.stage == DENSE else self.recipe.indexer_learning_rate or rest_rate
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.named_parameters():
             if parameter.requires_grad:
                 groups.setdefault((INDEXER_MARK in name, name in decayed), []).append(parameter)
-        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+        optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
         self.optimizer = optimizer_class(
             [
                 {
@@ -265,7 +265,7 @@ class DistillationTrainer(Trainer):
         if self.recipe.lora_rank is None or self.stage == DENSE:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_adapters(self.model, Path(output_dir or self.args.output_dir), state_dict)
+            save_adapters(self.model, Path(output_dir or str(self.args.output_dir)), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing: the model was made from the checkpoint.

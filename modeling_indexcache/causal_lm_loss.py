@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Largest block of fp32 logits in bytes.
@@ -13,7 +14,7 @@ LOGITS_BLOCK_BYTES = 256 * 2**20
 
 def causal_lm_loss(
     hidden_states: torch.Tensor,
-    head: nn.Module,
+    head: Any,
     labels: torch.Tensor,
     *,
     shift_labels: torch.Tensor | None = None,
@@ -43,7 +44,7 @@ def causal_lm_loss(
     return total / count
 
 
-def _sum_of_losses(x: torch.Tensor, head: nn.Module, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+def _sum_of_losses(x: torch.Tensor, head: Any, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
     logits = head(x)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")

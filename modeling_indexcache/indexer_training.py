@@ -13,7 +13,7 @@ Legend: B batch, S queries, T keys, H attention heads, K selected keys.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,9 +21,6 @@ from ..kernels.indexer_distillation import attention_lse, dense_indexer_kl, inde
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION
 from .key_visibility import KeyVisibility
-
-if TYPE_CHECKING:
-    from torch import nn
 
 STAGES = ("dense", "sparse")
 # Largest block of absorbed queries, or of attention on all keys, in bytes.
@@ -79,7 +76,7 @@ class IndexerTrace(NamedTuple):
 
 
 def trace_indexer(
-    indexer: nn.Module,
+    indexer: Any,
     hidden_states: torch.Tensor,
     q_resid: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
@@ -105,7 +102,7 @@ def trace_indexer(
 
 
 def compare_attention(
-    attention: nn.Module,
+    attention: Any,
     trace: IndexerTrace,
     q_nope: torch.Tensor,
     q_rope: torch.Tensor,
@@ -144,19 +141,20 @@ def compare_attention(
         if training.recall_queries:
             first = max(0, num_queries - training.recall_queries)
             queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
+            assert trace.indices is not None
             recall = _selected_mass(attention, queries, latents, trace.indices, visibility.from_query(first))
     return trace._replace(kl=_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall=recall)
 
 
 @torch.no_grad()
-def _absorb(attention: nn.Module, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+def _absorb(attention: Any, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
     """Queries in the latent space, `[B, S, H, C + R]`."""
     to_latent, _ = attention._absorbed_weights()
     return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
 
 
 def _token_kl(
-    attention: nn.Module,
+    attention: Any,
     trace: IndexerTrace,
     queries: torch.Tensor,
     latents: torch.Tensor,
@@ -213,7 +211,7 @@ def _mean_over_tokens(kl: torch.Tensor, visibility: KeyVisibility) -> torch.Tens
 
 @torch.no_grad()
 def _selected_mass(
-    attention: nn.Module,
+    attention: Any,
     queries: torch.Tensor,
     latents: torch.Tensor,
     indices: torch.Tensor,
@@ -223,7 +221,7 @@ def _selected_mass(
 
     `queries [B, Q, H, C + R]` are the last of the sequence, and `indices [B, >= Q, K]` end with theirs.
     """
-    options = {
+    options: dict[str, Any] = {
         "scale": attention.scaling,
         "allow_triton": attention.config._attn_implementation == TRITON_ATTENTION,
     }
@@ -241,11 +239,14 @@ def _selected_mass(
     return (mass * real).sum() / real.sum().clamp(min=1)
 
 
-def training_outputs(traces: list[IndexerTrace]) -> dict[str, torch.Tensor]:
+def training_outputs(traces: list[IndexerTrace]) -> dict[str, Any]:
     """What the layers measured, for the model's output: `indexer_kl [layers]`, and `attention_recall [layers]`."""
+    if not traces:
+        return {}
     found = {"indexer_kl": [trace.kl for trace in traces], "attention_recall": [trace.recall for trace in traces]}
+    # Layers may stand on several devices.
     return {
-        name: torch.stack([value.to(values[0].device) for value in values])
+        name: torch.stack([value.to(values[0].device) for value in values if value is not None])
         for name, values in found.items()
-        if values and values[0] is not None
+        if values[0] is not None
     }

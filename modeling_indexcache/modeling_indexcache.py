@@ -36,7 +36,7 @@ from .causal_lm_loss import causal_lm_loss
 from .expert_router import IndexCacheTopkRouter
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer
-from .indexer_training import IndexerTrace, IndexerTraining, compare_attention, trace_indexer, training_outputs
+from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
 from .key_visibility import KeyVisibility, packed_key_start
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
@@ -124,10 +124,10 @@ class IndexCacheAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         visibility: KeyVisibility,
         past_key_values: Cache | None = None,
-        topk_indices: torch.Tensor | IndexerTrace | None = None,
+        topk_indices: Any = None,
         run_indexer: bool = True,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | IndexerTrace | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """Attend.
 
         Args:
@@ -135,7 +135,7 @@ class IndexCacheAttention(nn.Module):
             position_embeddings: `(cos, sin)`, each `[B, S, R]`.
             visibility: which keys each query may see.
             past_key_values: the cache, updated in place.
-            topk_indices: the selection to reuse, int32 `[B, S, K]`; None for all visible keys.
+            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
             **kwargs: `output_attentions`, `output_topk_indices`, `indexer_training`.
 
@@ -145,7 +145,7 @@ class IndexCacheAttention(nn.Module):
             it, which the next layer takes as its `topk_indices`.
         """
         batch, num_queries = hidden_states.shape[:2]
-        q_resid = None
+        q_resid: Any = None
         if self.config.q_lora_rank is None:
             q = self.q_proj(hidden_states)
         else:
@@ -159,7 +159,7 @@ class IndexCacheAttention(nn.Module):
         latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
         training: IndexerTraining | None = kwargs.get("indexer_training")
-        trace = None
+        trace: Any = None
         if training is not None:
             trace = topk_indices
             if run_indexer:
@@ -184,7 +184,7 @@ class IndexCacheAttention(nn.Module):
             )
         else:
             out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
-        if trace is not None:
+        if training is not None:
             trace = compare_attention(
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
@@ -363,9 +363,7 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | IndexerTrace | None]:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
         attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
@@ -623,7 +621,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         elif labels is not None:
-            given = {name: kwargs.get(name) for name in ("shift_labels", "num_items_in_batch")}
+            given: Any = {name: kwargs.get(name) for name in ("shift_labels", "num_items_in_batch")}
             loss = causal_lm_loss(hidden_states, self.lm_head, labels, **given)
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
