@@ -33,7 +33,7 @@ def index_tile(target: tuple[str, int | str], heads: int, kernel: str) -> DenseT
     if backend == "hip":
         return DenseTile(max(1, 32 // block_h), 32, 4, 1)
     if arch in (90, 100, 103):
-        return DenseTile(max(1, 128 // block_h), 128, 8, 2)
+        return DenseTile(max(1, 128 // block_h), 128, 8, 2 if kernel == "forward" else 1)
     return DenseTile(max(1, 64 // block_h), 64, 4, 1)
 
 

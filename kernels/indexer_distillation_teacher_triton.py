@@ -59,7 +59,7 @@ def _latent_tile(target: tuple[str, int | str], width: int) -> DenseTile:
     if backend == "hip":
         return DenseTile(32, 16, 4, 1)
     if arch in (90, 100, 103):
-        return DenseTile(64, 64, 4, 2)
+        return DenseTile(64, 64, 8, 2)
     return DenseTile(64, 32, 4, 1) if arch == 80 else DenseTile(32, 32, 4, 1)
 
 

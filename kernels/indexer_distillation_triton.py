@@ -2,7 +2,7 @@
 
 One program a query walks its selected keys in blocks of `BLOCK_N`, which lie on the long side of every product (the
 heads of one query would not fill it). Forward, the KL is one pass: with t the target and I the scores,
-`KL = sum(t log t) / sum(t) - log sum(t) - sum(t I) / sum(t) + log sum(exp I)`. Backward computes the scores again;
+`KL = sum(t (log t - I)) / sum(t) - log sum(t) + log sum(exp I)`. Backward computes the scores again;
 `dI = softmax(I) - t / sum(t)` never leaves the chip. Key gradients are added by fp32 atomics, or in the deterministic
 mode written out for every entry of a bounded chunk of queries and summed in a fixed order.
 
@@ -262,9 +262,11 @@ if triton is not None:
         q_tile = tl.load(q_ptr, mask=(offs_h < H)[:, None] & (offs_d < D)[None, :], other=0.0)
         k_batch = k + row // S * T * D
 
-        top = float("-inf")
-        total = 0.0
-        target_sum, target_entropy, target_score = 0.0, 0.0, 0.0
+        # Kept by lane of the block and reduced once, at the end.
+        top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_N], tl.float32)
+        mass = tl.zeros([BLOCK_N], tl.float32)
+        cross = tl.zeros([BLOCK_N], tl.float32)
         # The keys of block i + 1 are loaded in iteration i, so that the pipeliner can issue the gather a block ahead.
         next_key = tl.load(keys_row + offs_n, mask=offs_n < count, other=-1)
         for first in range(0, count, BLOCK_N):
@@ -282,21 +284,23 @@ if triton is not None:
             score = tl.where(listed, score, float("-inf"))
             if KL:
                 t = tl.load(target + row * K + first + offs_n, mask=listed, other=0.0).to(tl.float32)
-                new_top = tl.maximum(top, tl.max(score, 0))
+                mass += t
+                cross += tl.where(t > 0, t * (tl.log(t) - score), 0.0)
+                new_top = tl.maximum(top, score)
                 reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-                total = total * tl.exp(top - reference) + tl.sum(tl.exp(score - reference), 0)
+                total = total * tl.exp(top - reference) + tl.exp(score - reference)
                 top = new_top
-                target_sum += tl.sum(t, 0)
-                target_entropy += tl.sum(tl.where(t > 0, t * tl.log(t), 0.0), 0)
-                target_score += tl.sum(tl.where(listed, t * score, 0.0), 0)
             else:
                 tl.store(result + row * K + first + offs_n, score, mask=listed)
         if KL:
-            usable = target_sum > 0
-            target_sum = tl.where(usable, target_sum, 1.0)
-            lse = tl.where(usable, top + tl.log(tl.where(usable, total, 1.0)), 0.0)
-            inverse = tl.where(usable, 1.0 / target_sum, 0.0)
-            kl = (target_entropy - target_score) * inverse - tl.log(target_sum) + lse
+            row_mass = tl.sum(mass, 0)
+            usable = row_mass > 0
+            row_mass = tl.where(usable, row_mass, 1.0)
+            inverse = tl.where(usable, 1.0 / row_mass, 0.0)
+            row_top = tl.where(usable, tl.max(top, 0), 0.0)
+            row_total = tl.where(usable, tl.sum(total * tl.exp(top - row_top), 0), 1.0)
+            lse = row_top + tl.log(row_total)
+            kl = tl.sum(cross, 0) * inverse - tl.log(row_mass) + lse
             tl.store(result + row, tl.where(usable, kl, 0.0))
             tl.store(stats + row, lse)
             tl.store(stats + rows + row, inverse)

@@ -137,7 +137,12 @@ if gluon is not None:
         q_v = gl.allocate_shared_memory(dtype, [4, 64, 128], tile)
         q_r = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
         do_v = gl.allocate_shared_memory(dtype, [4, 64, 128], tile)
-        kv_v = gl.allocate_shared_memory(dtype, [4, 64, 128], tile)
+        # Apart, so that the compiler sees that copies into them do not overlap, and puts no barriers between.
+        kv_0 = gl.allocate_shared_memory(dtype, [1, 64, 128], tile)
+        kv_1 = gl.allocate_shared_memory(dtype, [1, 64, 128], tile)
+        kv_2 = gl.allocate_shared_memory(dtype, [1, 64, 128], tile)
+        kv_3 = gl.allocate_shared_memory(dtype, [1, 64, 128], tile)
+        kv_v = (kv_0, kv_1, kv_2, kv_3)
         kv_r = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
         p_sm = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
         ds_sm = gl.allocate_shared_memory(dtype, [1, 64, 64], tile)
@@ -199,7 +204,7 @@ if gluon is not None:
             s = gl.zeros([64, 64], gl.float32, narrow)
             dp = gl.zeros([64, 64], gl.float32, narrow)
             for c in gl.static_range(4):
-                keys_t = kv_v.index(c + zero).permute((1, 0))
+                keys_t = kv_v[c].index(zero).permute((1, 0))
                 s = warpgroup_mma(q_v.index(c + zero), keys_t, s, use_acc=c > 0, is_async=True)
                 dp = warpgroup_mma(do_v.index(c + zero), keys_t, dp, use_acc=c > 0, is_async=True)
             s = warpgroup_mma(q_r.index(zero), kv_r.index(zero).permute((1, 0)), s, is_async=True)
@@ -215,12 +220,17 @@ if gluon is not None:
             ds_sm.index(0).store(ds.to(dtype))
             fence_async_shared()
             barrier()
-            dq_0 = warpgroup_mma(ds_sm.index(zero), kv_v.index(zero), dq_0, is_async=True)
-            dq_1 = warpgroup_mma(ds_sm.index(zero), kv_v.index(1 + zero), dq_1, is_async=True)
-            dq_2 = warpgroup_mma(ds_sm.index(zero), kv_v.index(2 + zero), dq_2, is_async=True)
-            dq_3 = warpgroup_mma(ds_sm.index(zero), kv_v.index(3 + zero), dq_3, is_async=True)
+            dq_0 = warpgroup_mma(ds_sm.index(zero), kv_0.index(zero), dq_0, is_async=True)
+            dq_1 = warpgroup_mma(ds_sm.index(zero), kv_1.index(zero), dq_1, is_async=True)
+            dq_2 = warpgroup_mma(ds_sm.index(zero), kv_2.index(zero), dq_2, is_async=True)
+            dq_3 = warpgroup_mma(ds_sm.index(zero), kv_3.index(zero), dq_3, is_async=True)
             dq_r = warpgroup_mma(ds_sm.index(zero), kv_r.index(zero), dq_r, is_async=True)
-            dq_0, dq_1, dq_2, dq_3, dq_r = warpgroup_mma_wait(0, deps=[dq_0, dq_1, dq_2, dq_3, dq_r])
+            # The tensor cores work on the next piece while the last one is added to memory.
+            dkv_r = gl.zeros([64, 64], gl.float32, narrow)
+            dkv_r = warpgroup_mma(
+                ds_sm.index(zero).permute((1, 0)), q_r.index(zero), dkv_r, use_acc=False, is_async=True
+            )
+            dq_0, dq_1, dq_2, dq_3, dq_r = warpgroup_mma_wait(1, deps=[dq_0, dq_1, dq_2, dq_3, dq_r])
             barrier()
             # The block has been read for the last time: the next one arrives behind the rest of the work.
             _gather(
@@ -238,22 +248,23 @@ if gluon is not None:
                 GROUP,
                 OWNER_SHIFT,
             )
-            row_ptr, listed = _grad_rows(grad_kv, keys, first, offs_wide, count, GROUP, OWNER_SHIFT, PER_ENTRY)
-            for c in gl.static_range(4):
-                dkv = gl.zeros([64, 128], gl.float32, wide)
-                ds_t = ds_sm.index(zero).permute((1, 0))
-                dkv = warpgroup_mma(ds_t, q_v.index(c + zero), dkv, use_acc=False, is_async=True)
-                p_t = p_sm.index(zero).permute((1, 0))
-                dkv = warpgroup_mma(p_t, do_v.index(c + zero), dkv, is_async=True)
-                dkv = warpgroup_mma_wait(0, deps=[dkv])
-                pointers = row_ptr[:, None] + (c * 128 + cols_wide)[None, :]
-                _add_or_store(pointers, dkv, listed[:, None], PER_ENTRY)
-            dkv_r = gl.zeros([64, 64], gl.float32, narrow)
-            ds_t = ds_sm.index(zero).permute((1, 0))
-            dkv_r = warpgroup_mma(ds_t, q_r.index(zero), dkv_r, use_acc=False, is_async=True)
-            dkv_r = warpgroup_mma_wait(0, deps=[dkv_r])
+            even = _grad_piece(ds_sm, p_sm, q_v, do_v, 0, zero, wide)
+            dkv_r = warpgroup_mma_wait(2, deps=[dkv_r])
             row_ptr, listed = _grad_rows(grad_kv, keys, first, offs_narrow, count, GROUP, OWNER_SHIFT, PER_ENTRY)
             _add_or_store(row_ptr[:, None] + (512 + cols_narrow)[None, :], dkv_r, listed[:, None], PER_ENTRY)
+            odd = _grad_piece(ds_sm, p_sm, q_v, do_v, 1, zero, wide)
+            even = warpgroup_mma_wait(2, deps=[even])
+            row_ptr, listed = _grad_rows(grad_kv, keys, first, offs_wide, count, GROUP, OWNER_SHIFT, PER_ENTRY)
+            pointers, listed = row_ptr[:, None] + cols_wide[None, :], listed[:, None]
+            _add_or_store(pointers, even, listed, PER_ENTRY)
+            even = _grad_piece(ds_sm, p_sm, q_v, do_v, 2, zero, wide)
+            odd = warpgroup_mma_wait(2, deps=[odd])
+            _add_or_store(pointers + 128, odd, listed, PER_ENTRY)
+            odd = _grad_piece(ds_sm, p_sm, q_v, do_v, 3, zero, wide)
+            even = warpgroup_mma_wait(2, deps=[even])
+            _add_or_store(pointers + 256, even, listed, PER_ENTRY)
+            odd = warpgroup_mma_wait(0, deps=[odd])
+            _add_or_store(pointers + 384, odd, listed, PER_ENTRY)
         async_copy.wait_group(0)
 
         rows = head_block * 64 + offs_wide
@@ -307,7 +318,7 @@ if gluon is not None:
             slot_r = key_r & ((1 << OWNER_SHIFT) - 1)
         kv_rows = (kv + slot.to(gl.int64) * kv_stride_t)[:, None]
         for c in gl.static_range(4):
-            async_load(kv_v.index(c), kv_rows + (c * 128 + cols)[None, :], mask=(key >= 0)[:, None])
+            async_load(kv_v[c].index(0), kv_rows + (c * 128 + cols)[None, :], mask=(key >= 0)[:, None])
         kv_rows = (kv + slot_r.to(gl.int64) * kv_stride_t)[:, None]
         async_load(kv_r.index(0), kv_rows + (512 + cols_r)[None, :], mask=(key_r >= 0)[:, None])
         async_copy.commit_group()
@@ -323,6 +334,14 @@ if gluon is not None:
         if PER_ENTRY:
             slot = first + offs
         return grad_kv + slot.to(gl.int64) * 576, key >= 0
+
+    @gluon.jit
+    def _grad_piece(ds_sm, p_sm, q_v, do_v, c: gl.constexpr, zero, layout: gl.constexpr):
+        # Starts the gradient of 64 latents in 128 columns: dS^T q + P^T dout.
+        piece = gl.zeros([64, 128], gl.float32, layout)
+        ds_t, p_t = ds_sm.index(zero).permute((1, 0)), p_sm.index(zero).permute((1, 0))
+        piece = warpgroup_mma(ds_t, q_v.index(c + zero), piece, use_acc=False, is_async=True)
+        return warpgroup_mma(p_t, do_v.index(c + zero), piece, is_async=True)
 
     @gluon.jit
     def _add_or_store(pointers, values, mask, PER_ENTRY: gl.constexpr):

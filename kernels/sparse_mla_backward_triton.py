@@ -37,12 +37,11 @@ _hopper_failed = False
 def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     """Default tile for `rows` of latents `width` entries wide; see `sparse_mla_tile` for the bounds."""
     backend, arch = target
-    wide = width > 320
     if backend == "hip":
         return Tile(16, 16, 4, 1)
-    if arch in GROUPING_ARCHITECTURES and rows > 16:
-        return Tile(32, 16 if wide else 32, 8, 1)
-    return Tile(16, 16 if wide else 32, 4, 1)
+    if arch in (80, 90, 100, 103) and rows > 16:
+        return Tile(32, 32, 8, 1)
+    return Tile(16, 16 if width > 320 else 32, 4, 1)
 
 
 def sparse_mla_backward_triton(
