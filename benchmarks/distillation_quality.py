@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,50 +37,95 @@ from ..evaluation.perplexity import evaluate_windows
 from ..pattern_search.calibration import Sampling, windows_of_file
 from ..pattern_search.windows import Windows
 
-# Name: (full layers, cross-layer term, indexers start anew).
-RUNS: dict[str, tuple[str, bool, bool]] = {
-    "uniform 1/4": ("1/4", True, False),
-    "uniform 1/4, no cross-layer": ("1/4", False, False),
-    "all full": ("1/1", True, False),
-    "uniform 1/2": ("1/2", True, False),
-    "uniform 1/2, no cross-layer": ("1/2", False, False),
-    "searched 1/4": ("searched", True, False),
-    "dense, uniform 1/2": ("1/2", True, True),
+
+@dataclass(frozen=True)
+class Run:
+    """A row of the table.
+
+    Attributes:
+        keep: full layers, or `searched`.
+        cross_layer: full layers learn from all layers that they serve.
+        anew: indexers start from nothing, as a dense model's.
+        longer: times the steps.
+        once: with the first seed alone.
+        last: when all else is done.
+    """
+
+    keep: str
+    cross_layer: bool = True
+    anew: bool = False
+    longer: int = 1
+    once: bool = False
+    last: bool = False
+
+
+RUNS = {
+    "uniform 1/4": Run("1/4"),
+    "uniform 1/4, longer": Run("1/4", longer=3, once=True),
+    "dense, uniform 1/2": Run("1/2", anew=True, longer=2, once=True),
+    "all full": Run("1/1"),
+    "uniform 1/4, no cross-layer": Run("1/4", cross_layer=False),
+    "uniform 1/2": Run("1/2"),
+    "uniform 1/2, no cross-layer": Run("1/2", cross_layer=False),
+    "searched 1/4": Run("searched"),
+    "all full, longer": Run("1/1", longer=3, once=True, last=True),
 }
 SEARCHED = "FSFSSSSSSSSFFSSS"
 
 
 def main() -> None:
-    """Run what is asked for, `jobs` processes at a time."""
+    """Run what is asked for, `jobs` processes at a time; the rate is chosen among several by the first runs."""
     options = _options().parse_args()
     started = time.monotonic()
     names = list(RUNS) if options.runs == ["all"] else options.runs
-    once = ["dense, uniform 1/2"]
-    tasks = [(name, seed) for seed in options.seeds for name in names if name not in once or seed == options.seeds[0]]
+    first, rates = options.seeds[0], list(options.learning_rate)
     context = multiprocessing.get_context("spawn")
     queue, found = context.Queue(), context.Queue()
-    for task in tasks:
-        queue.put(task)
-    for _ in range(options.jobs):
-        queue.put(None)
     workers = [context.Process(target=work, args=(options, queue, found), daemon=True) for _ in range(options.jobs)]
     for worker in workers:
         worker.start()
-    results, left = [], options.jobs
-    while left:
+    results: list[dict[str, Any]] = []
+
+    def take() -> bool:
+        """Write down one result; False when a worker has left."""
         result = found.get()
         if result is None:
-            left -= 1
-            continue
+            return False
         if "failed" in result:
             print(f"FAILED {result['run']}, seed {result['seed']}: {result['failed'][-1500:]}", flush=True)
-            continue
+            return True
         results.append(result)
-        brief = {key: result[key] for key in ("run", "seed", "loss", "text_loss", "recall", "seconds")}
+        brief = {key: result[key] for key in ("run", "seed", "rate", "loss", "text_loss", "recall", "seconds")}
         print(json.dumps({**brief, "at": round(time.monotonic() - started, 1)}), flush=True)
-        document = {"machine": machine(), "command": sys.argv[1:], "summary": summary(results), "results": results}
+        rows = summary([result for result in results if result["rate"] == rate])
+        document = {"machine": machine(), "command": sys.argv[1:], "summary": rows, "results": results}
         options.output.write_text(json.dumps(document, indent=1) + "\n")
-    for row in summary(results):
+        return True
+
+    rate, done = rates[0], set()
+    if len(rates) > 1:
+        for rate in rates:
+            queue.put((names[0], first, rate))
+        for _ in rates:
+            take()
+        scored = [result for result in results if result["run"] == names[0]]
+        rate = min(scored, key=lambda result: result["loss"])["rate"] if scored else rates[0]
+        done = {(names[0], first)}
+        print(f"the rest with --learning-rate {rate:g}", flush=True)
+    tasks = [
+        (name, seed)
+        for seed in options.seeds
+        for name in names
+        if (name, seed) not in done and (seed == first or not RUNS[name].once)
+    ]
+    for name, seed in sorted(tasks, key=lambda task: RUNS[task[0]].last):
+        queue.put((name, seed, rate))
+    for _ in workers:
+        queue.put(None)
+    left = len(workers)
+    while left:
+        left -= not take()
+    for row in summary([result for result in results if result["rate"] == rate]):
         print(json.dumps(row), flush=True)
 
 
@@ -97,7 +143,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--dense-steps", type=int, default=60)
     parser.add_argument("--sparse-steps", type=int, default=140)
     parser.add_argument("--dense-learning-rate", type=float, default=3e-3)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, nargs="+", default=[1e-3], help="several: the best is taken")
     parser.add_argument("--indexer-learning-rate", type=float, default=None)
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -110,43 +156,48 @@ def work(options: argparse.Namespace, queue: Any, found: Any) -> None:
     """One process: run what the queue gives, as long as there is time."""
     deadline = time.monotonic() + options.deadline
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))
-    longest = 0.0
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+    # Seconds that the usual steps took.
+    usual = 0.0
     while (task := queue.get()) is not None:
-        if time.monotonic() + longest > deadline:
+        name, seed, rate = task
+        longer = RUNS[name].longer
+        if time.monotonic() + 0.9 * usual * longer > deadline:
+            print(f"no time for {name}, seed {seed}", flush=True)
             continue
-        begun = time.monotonic()
         try:
-            found.put(train_one(options, *task))
+            result = train_one(options, name, seed, rate)
+            found.put(result)
+            usual = sum(result[stage]["seconds"] for stage in ("dense", "sparse") if stage in result) / longer + 3
         except Exception:
-            found.put({"run": task[0], "seed": task[1], "failed": traceback.format_exc()})
-        # The first run compiles: the later ones tell how long a run takes.
-        longest = time.monotonic() - begun if longest == 0 else max(0.8 * longest, time.monotonic() - begun)
+            found.put({"run": name, "seed": seed, "failed": traceback.format_exc()})
     found.put(None)
 
 
-def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
+def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) -> dict[str, Any]:
     """One run: load, score, warm up, train sparsely, score."""
     started = time.monotonic()
-    keep, cross_layer, anew = RUNS[name]
+    run = RUNS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     recipe = Recipe(
-        dense_steps=options.dense_steps,
-        sparse_steps=options.sparse_steps,
+        dense_steps=options.dense_steps * run.longer,
+        sparse_steps=options.sparse_steps * run.longer,
         dense_learning_rate=options.dense_learning_rate,
-        learning_rate=options.learning_rate,
+        learning_rate=rate,
         indexer_learning_rate=options.indexer_learning_rate,
         schedule=options.schedule,
         batch_size=options.batch_size,
-        cross_layer=cross_layer,
+        cross_layer=run.cross_layer,
         precision=options.precision,
         gradient_checkpointing=False,
         seed=seed,
         log_every=options.log_every,
     )
-    given: dict[str, Any] = {"pattern": options.searched} if keep == "searched" else {"keep": keep}
+    given: dict[str, Any] = {"pattern": options.searched} if run.keep == "searched" else {"keep": run.keep}
     source = open_distillation_source(str(options.checkpoint), **given)
     model, _ = source.load(torch.float32)
-    if anew:
+    if run.anew:
         forget_indexers(model, seed)
     use_all_experts(model)
     model.to(device)
@@ -157,6 +208,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
     result: dict[str, Any] = {
         "run": name,
         "seed": seed,
+        "rate": rate,
         "pattern": source.pattern.letters,
         "recipe": recipe.as_dict(),
         "before": score(model, test) if seed == options.seeds[0] else None,
@@ -179,8 +231,8 @@ def train_one(options: argparse.Namespace, name: str, seed: int) -> dict[str, An
             "log": [{key: value for key, value in entry.items() if "/layer_" not in key} for entry in entries],
         }
         print(
-            f"{name}, seed {seed}, {stage}: {seconds:.1f} s, {entries[-1].get('lm_loss', 0):.3f} lm_loss, "
-            f"{entries[-1]['kl']:.3f} kl, {entries[-1]['recall']:.3f} recall of mass, "
+            f"{name}, seed {seed}, rate {rate:g}, {stage}: {seconds:.1f} s, "
+            f"{entries[-1].get('lm_loss', 0):.3f} lm_loss, {entries[-1]['kl']:.3f} kl, {entries[-1]['recall']:.3f} recall of mass, "
             f"{time.monotonic() - started:.1f} s in all",
             flush=True,
         )
