@@ -232,7 +232,8 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
         }
         print(
             f"{name}, seed {seed}, rate {rate:g}, {stage}: {seconds:.1f} s, "
-            f"{entries[-1].get('lm_loss', 0):.3f} lm_loss, {entries[-1]['kl']:.3f} kl, {entries[-1]['recall']:.3f} recall of mass, "
+            f"{entries[-1].get('lm_loss', 0):.3f} lm_loss, {entries[-1]['kl']:.3f} kl, "
+            f"{entries[-1]['recall']:.3f} recall of mass, "
             f"{time.monotonic() - started:.1f} s in all",
             flush=True,
         )
@@ -268,11 +269,11 @@ def take_whole_batches() -> None:
 def score(model: Any, test: Windows) -> dict[str, float]:
     """Loss, loss on text and recall: in bf16 on a GPU, as the checkpoint was measured, in fp32 on a CPU."""
     if model.device.type == "cuda":
-        biases = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        model = copy.deepcopy(model).to(torch.bfloat16)
-        for name, buffer in model.named_buffers():
+        trained, model = model, copy.deepcopy(model).to(torch.bfloat16)
+        for name, buffer in trained.named_buffers():
             # Frequencies and the router's bias stay in fp32, as when a checkpoint is loaded.
-            buffer.data = biases[name]
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, buffer.clone())
     scores = evaluate_windows(model, test.ids, test.recall, batch_size=16)
     return {"loss": scores.loss, "text_loss": scores.text_loss, "recall": scores.recall_accuracy or 0.0}
 
