@@ -9,8 +9,9 @@ import warnings
 
 import torch
 
+from .indexer_quantization import quantize_for_scoring
 from .lightning_indexer_reference import lightning_indexer_reference
-from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
+from .lightning_indexer_triton import hopper_takes, lightning_indexer_triton, unsupported_reason
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -27,6 +28,7 @@ def lightning_indexer(
     query_start: torch.Tensor | int | None = None,
     key_start: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    fp8: bool = False,
     allow_triton: bool = True,
 ) -> torch.Tensor:
     """Select for each query the `topk` visible keys of largest `sum_h weights[h] * relu(scale * q[h] . k)`.
@@ -46,6 +48,8 @@ def lightning_indexer(
             sequence). Default: 0.
         key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
             PyTorch path.
+        fp8: score e4m3 queries and keys (`indexer_quantization.py`), faster on Hopper. The selection differs a
+            little from that of unquantised scores, not from backend to backend.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
     Returns:
@@ -60,14 +64,19 @@ def lightning_indexer(
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (q.detach(), k.detach(), weights.detach(), topk, scale, query_start, key_start, key_mask)
-    return _lightning_indexer(*arguments, allow_triton)
+    q, k, weights, k_scale = q.detach(), k.detach(), weights.detach(), None
+    if fp8:
+        q, q_scale = quantize_for_scoring(q)
+        k, k_scale = quantize_for_scoring(k)
+        weights = weights.float() * q_scale
+    return _lightning_indexer(q, k, k_scale, weights, topk, scale, query_start, key_start, key_mask, allow_triton)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::lightning_indexer", mutates_args=())
 def _lightning_indexer(
     q: torch.Tensor,
     k: torch.Tensor,
+    k_scale: torch.Tensor | None,
     weights: torch.Tensor,
     topk: int,
     scale: float,
@@ -76,6 +85,12 @@ def _lightning_indexer(
     key_mask: torch.Tensor | None,
     allow_triton: bool,
 ) -> torch.Tensor:
+    if k_scale is not None:
+        if q.is_cuda and allow_triton and hopper_takes(q, k, topk):
+            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start, k_scale)
+        # Exact: powers of two on three bits of mantissa.
+        dtype = torch.bfloat16 if q.is_cuda and allow_triton else torch.float32
+        q, k = q.to(dtype), k.to(dtype) * k_scale.unsqueeze(-1).to(dtype)
     if q.is_cuda and allow_triton:
         reason = unsupported_reason(q, k, topk, scale, key_mask)
         if reason is None:
@@ -87,8 +102,8 @@ def _lightning_indexer(
 
 
 @_lightning_indexer.register_fake
-def _(q, k, weights, topk, scale, query_start, key_start, key_mask, allow_triton):
-    return q.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
+def _(q, k, k_scale, weights, topk, scale, query_start, key_start, key_mask, allow_triton):
+    return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 
 def _check_shapes(

@@ -17,6 +17,7 @@ import functools
 import torch
 
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
+from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
 try:
     import triton
@@ -57,8 +58,12 @@ def lightning_indexer_triton(
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
     key_start: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None."""
+    """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
+
+    With `k_scale`, fp32 `[B, T]`, q and k are e4m3 and `hopper_takes` them.
+    """
     B, S, H, D = q.shape
     T = k.shape[1]
     out = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q.device)
@@ -68,13 +73,31 @@ def lightning_indexer_triton(
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
-    config = prefill_config(H, D, _architecture(q.device))
-    programs = _multiprocessors(q.device) * config["programs_per_sm"]
-    if B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, _multiprocessors(q.device))
-    else:
-        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, programs)
+    multiprocessors, architecture = _multiprocessors(q.device), _architecture(q.device)
+    config = prefill_config(H, D, architecture)
+    programs = multiprocessors * config["programs_per_sm"]
+    redo = None
+    if hopper_takes(q, k, topk):
+        scaled = (weights.float() * scale).contiguous()
+        scales = None if k_scale is None else k_scale.contiguous()
+        redo = lightning_indexer_hopper(
+            q, k, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
+        )
+        if k_scale is not None:
+            q, k = q.bfloat16(), k.bfloat16() * k_scale.unsqueeze(-1).bfloat16()
+        programs = multiprocessors
+    elif B * -(-S // config["BQ"]) < programs:
+        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
+        return out
+    _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs)
     return out
+
+
+def hopper_takes(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
+    """Whether the Hopper kernel runs for these tensors: it needs a block of queries for every multiprocessor."""
+    blocks = q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS
+    enough = blocks >= _multiprocessors(q.device)
+    return enough and _architecture(q.device) == 90 and hopper_supports(q, k, topk)
 
 
 def prefill_config(H: int, D: int, architecture: int) -> dict:
@@ -103,7 +126,8 @@ def list_capacity(topk: int, epoch: int) -> int:
     return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
 
 
-def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, programs) -> None:
+def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs) -> None:
+    """All rows, or with `redo` int32 `[B, S]` only the blocks that hold a row marked there."""
     B, S, H, D = q.shape
     # A bit of an int32 for every tile of an epoch.
     BQ, EPOCH = config["BQ"], 32 * config["BK"]
@@ -118,6 +142,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, 
         starts,
         first_keys,
         mask,
+        redo,
         out,
         buffer,
         exchange,
@@ -140,6 +165,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, out, config, 
         CAP=CAP,
         HAS_FIRST=first_keys is not None,
         HAS_MASK=mask is not None,
+        HAS_REDO=redo is not None,
         STAGES=config["STAGES"],
         PARTS=config["PARTS"],
         num_warps=config["num_warps"],
@@ -273,6 +299,7 @@ if triton is not None:
         starts,
         first_keys,
         mask,
+        redo,
         out,
         buffer,
         exchange,
@@ -299,6 +326,7 @@ if triton is not None:
         CAP: tl.constexpr,
         HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
+        HAS_REDO: tl.constexpr,
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
     ):
@@ -317,9 +345,13 @@ if triton is not None:
         # Longest rows first, back and forth, so that programs end together.
         for turn in tl.range(0, tl.cdiv(blocks, programs), num_stages=1):
             block = turn * programs + tl.where(turn % 2 == 0, program, programs - 1 - program)
-            if block < blocks:
-                b = (block % B).to(tl.int64)
-                first_query = (tl.cdiv(S, BQ) - 1 - block // B) * BQ
+            b = (block % B).to(tl.int64)
+            first_query = (tl.cdiv(S, BQ) - 1 - block // B) * BQ
+            wanted = block < blocks
+            if HAS_REDO:
+                marked = tl.load(redo + b * S + first_query + row, mask=wanted & (first_query + row < S), other=0)
+                wanted = tl.max(marked) > 0
+            if wanted:
                 start = tl.load(starts + b).to(tl.int32)
                 slot = start + first_query + row  # [BQ]
                 slot = tl.where(first_query + row < S, tl.minimum(slot, T - 1), -1)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indexcache.kernels import lightning_indexer_reference as reference
+from indexcache.kernels.indexer_quantization import quantize_for_scoring
 from indexcache.kernels.lightning_indexer import lightning_indexer
 from indexcache.kernels.lightning_indexer_triton import unsupported_reason
 
@@ -97,6 +98,29 @@ def test_errors_name_the_argument(change, message):
     arguments = {"q": q, "k": k, "weights": weights, "topk": 2} | change
     with pytest.raises(ValueError, match=message):
         lightning_indexer(**arguments)
+
+
+def test_quantised_rows_keep_their_dot_products_and_are_exact_in_bf16():
+    q, k, _ = inputs(2, 5, 40, H=4, D=64)
+    (q8, q_scale), (k8, k_scale) = quantize_for_scoring(q), quantize_for_scoring(k)
+    assert q8.dtype == k8.dtype == torch.float8_e4m3fn and q_scale.shape == (2, 5, 4) and k_scale.shape == (2, 40)
+    assert torch.equal(k_scale.log2(), k_scale.log2().round())
+    back = k8.bfloat16() * k_scale.bfloat16().unsqueeze(-1)
+    assert torch.equal(back.float(), k8.float() * k_scale.unsqueeze(-1))
+    exact, rounded = (
+        torch.einsum("bshd,btd->bsht", a, b) for a, b in ((q, k), (q8.float() * q_scale[..., None], back.float()))
+    )
+    # e4m3 keeps 4 bits: a relative error of 1/32 at most in either factor, less by averaging over the width.
+    assert (exact - rounded).norm() < 0.04 * exact.norm()
+
+
+def test_fp8_selects_by_the_scores_of_the_quantised_rows():
+    q, k, weights = inputs(2, 6, 50, H=4, D=32)
+    (q8, q_scale), (k8, k_scale) = quantize_for_scoring(q), quantize_for_scoring(k)
+    wide = q8.double() * q_scale[..., None], k8.double() * k_scale[..., None]
+    got = lightning_indexer(q, k, weights, 9, fp8=True)
+    assert torch.equal(got, by_hand(*wide, weights.double(), 9, [44, 44]))
+    assert not torch.equal(got, lightning_indexer(q, k, weights, 9))
 
 
 def test_compiles_without_graph_breaks():

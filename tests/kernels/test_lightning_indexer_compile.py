@@ -1,13 +1,20 @@
 """The lightning indexer's Triton kernels compile for every architecture, without a GPU, within its shared memory."""
 
+import os
+import re
+import subprocess
+
 import pytest
 
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from indexcache.kernels import lightning_indexer_decode_triton as decode  # noqa: E402
+from indexcache.kernels import lightning_indexer_hopper_gluon as hopper  # noqa: E402
 from indexcache.kernels import lightning_indexer_triton as prefill  # noqa: E402
 
 # Shared memory a program may use, in KB.
@@ -24,9 +31,11 @@ POINTERS = {
     "q": "*bf16",
     "k": "*bf16",
     "weights": "*fp32",
+    "k_scale": "*fp32",
     "starts": "*i64",
     "first_keys": "*i32",
     "mask": "*u8",
+    "redo": "*i32",
     "out": "*i32",
     "buffer": "*fp32",
     "exchange": "*i32",
@@ -55,7 +64,7 @@ def prefill_constants(H, D, architecture, topk=2048):
     config = prefill.prefill_config(H, D, architecture)
     epoch = 32 * config["BK"]
     shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch)}
-    shapes |= {"HAS_FIRST": True, "HAS_MASK": True}
+    shapes |= {"HAS_FIRST": True, "HAS_MASK": True, "HAS_REDO": True}
     return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
 
 
@@ -90,3 +99,65 @@ def test_other_shapes_compile_for_sm90(H, D):
     constants, warps = prefill_constants(H, D, 90)
     kernel = compiled(prefill.lightning_indexer_prefill_kernel, target, warps, **constants)
     assert kernel.metadata.shared <= limit * 1024
+
+
+def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
+    kernel, BQ, fp8 = hopper.lightning_indexer_hopper_kernel, hopper.COLUMNS // H, dtype.startswith("fp8")
+    constants = {
+        "H": H,
+        "BQ": BQ,
+        "CAPACITY": hopper.SAMPLE_LIST_KEYS if sampling else hopper.LIST_KEYS,
+        "STRIDE": hopper.SAMPLE_STRIDE if sampling else 1,
+        "HAS_FIRST": masked,
+        "HAS_MASK": masked,
+        "HAS_SCALE": fp8,
+        "HAS_GUESS": not sampling,
+        "SAMPLING": sampling,
+        "STAGES": hopper.KEY_STAGES,
+        "SLOTS": hopper.SCORE_SLOT_QUERIES // max(BQ, 8),
+        "CHECK": hopper.CHECK_TILES,
+    }
+    constants |= {} if masked else {"first_keys": None, "mask": None}
+    constants |= {} if fp8 else {"k_scale": None}
+    element = gl.float8e4nv if fp8 else gl.bfloat16
+    blocks = {"q_desc": [hopper.COLUMNS, D], "k_desc": [hopper.TILE_KEYS, D]}
+    types = POINTERS | {"lists": "*i32"}
+    types |= {
+        name: f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
+        for name, block in blocks.items()
+    }
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in POINTERS and n not in constants
+    }
+    positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
+    source = GluonASTSource(kernel, signature, positions, aligned)
+    return triton.compile(source, target=TARGETS["sm90"][0], options={"num_warps": 4})
+
+
+def stack_bytes(kernel, folder):
+    """Local memory of a thread, from the compiled code's own resource table."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    report = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+@pytest.mark.parametrize(
+    "H, D, dtype, sampling, masked",
+    [
+        (32, 128, "bf16", False, False),
+        (32, 128, "bf16", True, False),
+        (32, 128, "fp8e4nv", False, False),
+        pytest.param(64, 128, "bf16", False, True, marks=pytest.mark.slow),
+        pytest.param(16, 64, "bf16", False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(tmp_path, H, D, dtype, sampling, masked):
+    kernel = hopper_compiled(H, D, dtype, sampling, masked)
+    assert kernel.metadata.shared <= TARGETS["sm90"][1] * 1024
+    assert stack_bytes(kernel, tmp_path) == 0
+    ptx = kernel.asm["ptx"]
+    product = "m64n256k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n256k16.f32.bf16"
+    assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "cp.async.bulk.tensor.2d" in ptx

@@ -1,0 +1,681 @@
+"""The lightning indexer's prefill for Hopper (sm90) in Gluon: scores by two warp groups in turn, selection by a third.
+
+A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in tiles of 64. Three warp groups:
+
+- two score groups take the tiles in turn: while one's matrix product runs, the other reduces its own over the heads;
+  each copies its next tiles to shared memory (TMA) itself;
+- the selector appends the scores above a row's bound to the row's list, in key order, cuts a list that is full, and
+  writes a finished block's selections while the next block's first tiles are scored.
+
+The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE`-th key and gives for each query the
+score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
+that ends with `topk` entries or more holds the exact selection (`lightning_indexer_select_triton.py`), and the rows of
+the others are marked in `redo` for the portable kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Renamed after Triton 3.6.
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+except (ImportError, AttributeError):
+    gluon = None
+
+COLUMNS = 256
+TILE_KEYS = 64
+KEY_STAGES = 4
+# Score tiles between the groups and the selector, of 64 keys and BQ queries in fp32: 32 KB.
+SCORE_SLOT_QUERIES = 128
+# Tiles between two looks at the lists' lengths.
+CHECK_TILES = 16
+SAMPLE_STRIDE = 32
+# Lists of fewer than this many keys need no guess.
+LIST_KEYS = 6144
+SAMPLE_LIST_KEYS = 4096
+# Entries behind a list's scores and keys: what is known of it (a multiple of 4 keeps rows aligned).
+LIST_EXTRA = 16
+# Below this top-k a list holds so many times its keys that cuts are rare without a guess.
+LEAST_GUESSED_TOPK = 1024
+
+
+def hopper_supports(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
+    """Whether the kernel takes these tensors: 16, 32 or 64 heads of width 64 or 128, rows at multiples of 16 bytes."""
+    B, S, H, D = q.shape
+    T = k.shape[1]
+    return (
+        gluon is not None
+        and H in (16, 32, 64)
+        and D in (64, 128)
+        and k.dtype == q.dtype
+        and q.is_contiguous()
+        and q.data_ptr() % 16 == 0
+        and k.data_ptr() % 16 == 0
+        and k.stride(1) % 16 == 0
+        and (B == 1 or k.stride(0) == T * k.stride(1))
+        and topk + CHECK_TILES * TILE_KEYS < LIST_KEYS
+    )
+
+
+def guess_rank(topk: int) -> int:
+    """Rank in the sample whose score at least `topk` of all keys reach, with odds of 30 million to one for 2,048.
+
+    The sampled ones among the `topk` best are nearly Poisson distributed with mean `topk / SAMPLE_STRIDE`.
+    """
+    expected = topk / SAMPLE_STRIDE
+    return int(expected + 5.5 * expected**0.5 + 4)
+
+
+def lightning_indexer_hopper(q, k, k_scale, weights, topk, starts, first_keys, mask, out, programs) -> torch.Tensor:
+    """Fill `out`; returns `redo` int32 `[B, S]`, 1 for rows whose guess was too high: their selection is not right.
+
+    `weights`: fp32 `[B, S, H]`, contiguous, times the scale; the rest as in `lightning_indexer_triton`.
+    """
+    B, S, H, D = q.shape
+    redo = torch.zeros(B, S, dtype=torch.int32, device=q.device)
+    guesses = None
+    if topk >= LEAST_GUESSED_TOPK and k.shape[1] > LIST_KEYS:
+        guesses = torch.empty(B, S, dtype=torch.float32, device=q.device)
+        sample = k[:, ::SAMPLE_STRIDE].contiguous()
+        sample_scale = None if k_scale is None else k_scale[:, ::SAMPLE_STRIDE].contiguous()
+        sample_mask = None if mask is None else mask[:, ::SAMPLE_STRIDE].contiguous()
+        last = k.shape[1] - 1
+        _launch(
+            q,
+            sample,
+            sample_scale,
+            weights,
+            guess_rank(topk),
+            starts,
+            first_keys,
+            sample_mask,
+            out,
+            redo,
+            guesses,
+            last,
+            programs,
+            True,
+        )
+    _launch(
+        q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, k.shape[1] - 1, programs, False
+    )
+    return redo
+
+
+def _launch(
+    q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, last_slot, programs, sampling
+) -> None:
+    B, S, H, D = q.shape
+    T = k.shape[1]
+    BQ = COLUMNS // H
+    capacity = SAMPLE_LIST_KEYS if sampling else LIST_KEYS
+    # Of this block and the one before, for each row: bits of fp32 scores, keys, then their number and the first bound.
+    lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}.get(q.dtype, gl.float8e4nv)
+    q_rows, k_rows = q.view(B * S * H, D), k.as_strided((B * T, D), (k.stride(1), 1))
+    q_block, k_block = [COLUMNS, D], [TILE_KEYS, D]
+    q_desc = TensorDescriptor.from_tensor(q_rows, q_block, gl.NVMMASharedLayout.get_default_for(q_block, element))
+    k_desc = TensorDescriptor.from_tensor(k_rows, k_block, gl.NVMMASharedLayout.get_default_for(k_block, element))
+    lightning_indexer_hopper_kernel[(programs,)](
+        q_desc,
+        k_desc,
+        k_scale,
+        weights,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        out,
+        redo,
+        lists,
+        B,
+        S,
+        T,
+        last_slot,
+        topk,
+        out.shape[2],
+        H=H,
+        BQ=BQ,
+        CAPACITY=capacity,
+        STRIDE=SAMPLE_STRIDE if sampling else 1,
+        HAS_FIRST=first_keys is not None,
+        HAS_MASK=mask is not None,
+        HAS_SCALE=k_scale is not None,
+        HAS_GUESS=guesses is not None and not sampling,
+        SAMPLING=sampling,
+        STAGES=KEY_STAGES,
+        SLOTS=SCORE_SLOT_QUERIES // max(BQ, 8),
+        CHECK=CHECK_TILES,
+        num_warps=4,
+    )
+
+
+if gluon is not None:
+    # The weights of a thread's columns (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
+    WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64], [128]]))
+
+    @gluon.jit
+    def _block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
+        """Batch, first query (negative: no block), first key and number of tiles of a program's block at a turn.
+
+        Longest rows first, back and forth, so that programs end together.
+        """
+        turns, B, S, T, last_slot = sizes
+        program = gl.program_id(0)
+        programs = gl.num_programs(0)
+        block = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+        groups = (S + BQ - 1) // BQ
+        b = block % B
+        first_query = (groups - 1 - block // B) * BQ
+        tiles = gl.full((), 0, gl.int32)
+        begin = gl.full((), 0, gl.int32)
+        if first_query >= 0:
+            start = gl.load(starts + b).to(gl.int32)
+            end = gl.minimum(start + gl.minimum(first_query + BQ, S) - 1, last_slot) // STRIDE + 1
+            if HAS_FIRST:
+                begin = gl.full((), 2147483647, gl.int32)
+                for i in gl.static_range(BQ):
+                    query = gl.minimum(first_query + i, S - 1)
+                    begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
+                begin = (gl.maximum(begin, 0) + STRIDE - 1) // STRIDE
+            tiles = gl.maximum(end - begin + 63, 0) // 64
+        return b, first_query, begin, tiles
+
+    @gluon.jit
+    def _load_queries(
+        q_desc,
+        weights,
+        q_tiles,
+        w_tiles,
+        q_full,
+        turn,
+        b,
+        first_query,
+        S,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+    ):
+        """Start to copy a block's queries, and write its weights, into the buffers of the turn's parity."""
+        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0]))
+        if first_query >= 0:
+            parity = turn & 1
+            first_row = b * S + first_query
+            mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
+            load_tile(q_desc, [first_row * H, 0], q_full.index(parity), q_tiles.index(parity))
+            w = gl.load(weights + first_row.to(gl.int64) * H + column, mask=first_query + column // H < S, other=0.0)
+            w_tiles.index(parity).store(w * 0.5)
+            barrier()
+            mbarrier.arrive(q_full.index(parity), count=1)
+
+    @gluon.jit
+    def _load_keys(
+        k_desc,
+        k_tiles,
+        k_full,
+        starts,
+        first_keys,
+        sizes,
+        tile,
+        place,
+        BQ: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        STAGES: gl.constexpr,
+    ):
+        """Start to copy the program's tile number `tile`, sought from a block on; returns the block it is in.
+
+        Such a `place` is the block's turn, the tiles before it, its first row of keys and its number of tiles.
+        """
+        turns, B, S, T, last_slot = sizes
+        turn, done, row, tiles = place
+        while (tile - done >= tiles) & (turn < turns):
+            done += tiles
+            turn += 1
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            row = b * T + begin
+        if turn < turns:
+            stage = tile % STAGES
+            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+            load_tile(k_desc, [row + (tile - done) * 64, 0], k_full.index(stage), k_tiles.index(stage))
+        return turn, done, row, tiles
+
+    @gluon.jit
+    def _from_lane(x, DISTANCE: gl.constexpr):
+        """What the lane with one bit of its number flipped, the one worth DISTANCE (1 or 2), holds."""
+        if DISTANCE == 2:
+            got = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
+            )
+        else:
+            got = gl.inline_asm_elementwise(
+                "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
+            )
+        return got
+
+    @gluon.jit
+    def _halve(x, LANE_BIT: gl.constexpr):
+        """Sum `x` [64, N, 4] over a bit of its last axis, the four lanes of a quad, and halve the work of each lane.
+
+        The lanes whose bit is set keep the second half of the middle axis, the others the first: `[64, N / 2, 4]`.
+        """
+        N: gl.constexpr = x.shape[1]
+        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, N // 2, 4]), (0, 2, 3, 1)))
+        lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, first.type.layout)))
+        upper = ((lane & LANE_BIT) != 0)[None, None, :]
+        return gl.where(upper, second, first) + _from_lane(gl.where(upper, first, second), LANE_BIT)
+
+    @gluon.jit
+    def _sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
+        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ]`, each score in one thread."""
+        # Of 8 neighbouring columns a lane holds two and the others of its quad the rest.
+        by_lane = gl.permute(gl.reshape(terms, [64, BQ, H // 8, 4, 2]), (0, 1, 3, 2, 4))
+        parts = gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)  # [64, BQ, 4]
+        parts = _halve(_halve(parts, 2), 1)  # [64, BQ / 4, 4]
+        return gl.reshape(gl.permute(parts, (0, 2, 1)), [64, BQ])
+
+    @gluon.jit
+    def _score_group(
+        group: gl.constexpr,
+        k_desc,
+        starts,
+        first_keys,
+        buffers,
+        bars,
+        sizes,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        STAGES: gl.constexpr,
+        SLOTS: gl.constexpr,
+    ):
+        depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
+        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
+        turns, B, S, T, last_slot = sizes
+        q_tiles, w_tiles, k_tiles, slots = buffers
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        # The next tile to load, and the block it is in.
+        ahead = gl.full((), 0, gl.int32) + group
+        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
+        for _ in gl.static_range(STAGES // 2):
+            place = _load_keys(
+                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
+            )
+            ahead += 2
+        done = gl.full((), 0, gl.int32)
+        mine = gl.full((), 0, gl.int32)
+        for turn in range(turns):
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            if first_query >= 0:
+                parity = turn & 1
+                mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
+                for t in range((group + done) & 1, tiles, 2):
+                    stage = (done + t) % STAGES
+                    slot = (done + t) % SLOTS
+                    mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
+                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
+                    acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
+                    k_tile = k_tiles.index(stage)
+                    q_tile = q_tiles.index(parity).permute((1, 0))
+                    acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
+                    mbarrier.arrive(my_turn.index(1 - group), count=1)
+                    mine += 1
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
+                    # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
+                    terms = (acc + gl.abs(acc)) * w[None, :]
+                    score = _sum_over_heads(terms, BQ, H)  # [64, BQ]
+                    mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
+                    slots.index(slot).permute((1, 0)).store(score)
+                    barrier()
+                    mbarrier.arrive(slot_full.index(slot), count=1)
+                    # The tile's stage is free again: the next but one of this group's tiles goes there.
+                    place = _load_keys(
+                        k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
+                    )
+                    ahead += 2
+            done += tiles
+
+    @gluon.jit
+    def _write_row(
+        list_i,
+        kth,
+        room,
+        topk,
+        width,
+        guesses,
+        redo,
+        out,
+        row,
+        HAS_GUESS: gl.constexpr,
+        SAMPLING: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        layout: gl.constexpr,
+    ):
+        """Write a row's selection, or its guess."""
+        n = gl.load(list_i + 2 * CAPACITY)
+        if SAMPLING:
+            gl.store(guesses + row, gl.where(n > topk, float_of_ordered(kth), float("-inf")))
+        else:
+            out += row * width
+            written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
+            offset = gl.arange(0, 1024, layout=layout)
+            for first in range(written // 1024 * 1024, width, 1024):
+                entry = first + offset
+                gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
+            if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
+                gl.store(redo + row, 1)
+
+    @gluon.jit
+    def _select_group(
+        q_desc,
+        weights,
+        k_scale,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        out,
+        redo,
+        lists,
+        buffers,
+        bars,
+        sizes,
+        topk,
+        width,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        HAS_MASK: gl.constexpr,
+        HAS_SCALE: gl.constexpr,
+        HAS_GUESS: gl.constexpr,
+        SAMPLING: gl.constexpr,
+        SLOTS: gl.constexpr,
+        CHECK: gl.constexpr,
+    ):
+        turns, B, S, T, last_slot = sizes
+        q_tiles, w_tiles, k_tiles, slots = buffers
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        # A warp's lanes are 32 neighbouring keys of one query.
+        tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        rows: gl.constexpr = gl.SliceLayout(1, tile)
+        line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        row = gl.arange(0, BQ, layout=rows)
+        lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
+        ROW: gl.constexpr = 2 * CAPACITY + 16
+        lists += gl.program_id(0).to(gl.int64) * (2 * BQ * ROW)
+        # Tiles between two rows of the block before that are finished.
+        PERIOD: gl.constexpr = 4 if SAMPLING else 8
+        # A guess need not be the very score of its rank.
+        slack = topk // 8 if SAMPLING else topk * 0
+        done = gl.full((), 0, gl.int32)
+        kth = gl.full((), 0, gl.int32)
+        room = gl.full((), 0, gl.int32)
+        # The block before, whose rows are finished while this one's first tiles are scored.
+        pending = gl.full((), 0, gl.int32)
+        pending_rows = gl.full((), 0, gl.int32)
+        pending_first = gl.full((), 0, gl.int64)
+        pending_lists = lists
+        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
+        # One turn more than there are blocks, to finish the last.
+        for turn in range(turns + 1):
+            # All tiles of the block before last are scored: its queries' buffer is free.
+            b, first_query, begin, tiles = _block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
+            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            first_row = b.to(gl.int64) * S + first_query
+            block_lists = lists + (turn & 1) * (BQ * ROW)
+            real = (first_query + row < S) & (first_query >= 0)
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
+            slot = gl.where(real, slot, -1)  # [BQ]
+            first_slot = gl.zeros([BQ], gl.int32, rows)
+            if HAS_FIRST:
+                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+                first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
+            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
+            if HAS_GUESS:
+                guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
+                bound = gl.where(slot - first_slot >= CAPACITY, guess, bound)
+            row_lists = block_lists + row * ROW  # [BQ]
+            gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
+            count = gl.zeros([BQ, 32], gl.int32, tile)
+            if HAS_SCALE:
+                # A tile ahead, so that the loop does not wait for them.
+                k_scale_b = k_scale + b.to(gl.int64) * T
+                scale_left = gl.load(k_scale_b + begin + lane, mask=begin + lane < T, other=0.0)
+                scale_right = gl.load(k_scale_b + begin + 32 + lane, mask=begin + 32 + lane < T, other=0.0)
+            for t in range(tiles):
+                at = (done + t) % SLOTS
+                mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
+                score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
+                score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
+                mbarrier.arrive(slot_empty.index(at), count=1)
+                if HAS_SCALE:
+                    score_left *= scale_left[None, :]
+                    score_right *= scale_right[None, :]
+                    ahead = begin + (t + 1) * 64 + lane
+                    scale_left = gl.load(k_scale_b + ahead, mask=ahead < T, other=0.0)
+                    scale_right = gl.load(k_scale_b + ahead + 32, mask=ahead + 32 < T, other=0.0)
+                for side in gl.static_range(2):
+                    score = score_left if side == 0 else score_right
+                    key = begin + t * 64 + side * 32 + lane  # [32]
+                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+                    if HAS_FIRST:
+                        keep = keep & (key[None, :] >= first_slot[:, None])
+                    if HAS_MASK:
+                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+                        keep = keep & (allowed != 0)[None, :]
+                    rank, number = rank_in_warp(keep)
+                    place = row_lists[:, None] + (count + rank)
+                    gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
+                    gl.store(place + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
+                    count += number
+                if t % CHECK == CHECK - 1:  # noqa: SIM102
+                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
+                        barrier()
+                        counts = gl.max(count, 1)
+                        for i in range(BQ):
+                            n = gl.sum(gl.where(row == i, counts, 0), 0)
+                            if n > topk:
+                                list_i = block_lists + i * ROW
+                                cut, cut_room = bound_of_list(list_i, n, topk, topk // 8, CAPACITY, line)
+                                kept = copy_best(list_i, n, cut, cut_room, out, True, CAPACITY, line)
+                                bound = gl.where(row == i, float_of_ordered(cut), bound)
+                                counts = gl.where(row == i, kept, counts)
+                        count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
+                # Halfway between, so that neither half delays the scores for long.
+                if (t % PERIOD == PERIOD // 2 - 1) & (pending < pending_rows):
+                    list_i = pending_lists + pending * ROW
+                    kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
+                if (t % PERIOD == PERIOD - 1) & (pending < pending_rows):
+                    _write_row(
+                        pending_lists + pending * ROW,
+                        kth,
+                        room,
+                        topk,
+                        width,
+                        guesses,
+                        redo,
+                        out,
+                        pending_first + pending,
+                        HAS_GUESS,
+                        SAMPLING,
+                        CAPACITY,
+                        line,
+                    )
+                    pending += 1
+            barrier()
+            for i in range(pending, pending_rows):
+                list_i = pending_lists + i * ROW
+                kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
+                _write_row(
+                    list_i,
+                    kth,
+                    room,
+                    topk,
+                    width,
+                    guesses,
+                    redo,
+                    out,
+                    pending_first + i,
+                    HAS_GUESS,
+                    SAMPLING,
+                    CAPACITY,
+                    line,
+                )
+            gl.store(row_lists + 2 * CAPACITY, gl.max(count, 1))
+            barrier()
+            pending = gl.full((), 0, gl.int32)
+            pending_rows = gl.where(first_query >= 0, gl.minimum(BQ, S - first_query), 0)
+            pending_first = first_row
+            pending_lists = block_lists
+            done += tiles
+
+    @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
+    def lightning_indexer_hopper_kernel(
+        q_desc,
+        k_desc,
+        k_scale,
+        weights,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        out,
+        redo,
+        lists,
+        B,
+        S,
+        T,
+        last_slot,
+        topk,
+        width,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        HAS_MASK: gl.constexpr,
+        HAS_SCALE: gl.constexpr,
+        HAS_GUESS: gl.constexpr,
+        SAMPLING: gl.constexpr,
+        STAGES: gl.constexpr,
+        SLOTS: gl.constexpr,
+        CHECK: gl.constexpr,
+    ):
+        """Scores and selection of whole query blocks, or with SAMPLING the guesses, as the head of this file tells."""
+        D: gl.constexpr = k_desc.block_type.shape[1]
+        q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
+        k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
+        w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
+        slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            # One arrival with the queries' bytes, one when the weights are written.
+            mbarrier.init(q_full.index(i), count=2)
+            mbarrier.init(my_turn.index(i), count=1)
+        for i in gl.static_range(STAGES):
+            mbarrier.init(k_full.index(i), count=1)
+        for i in gl.static_range(SLOTS):
+            mbarrier.init(slot_full.index(i), count=1)
+            mbarrier.init(slot_empty.index(i), count=1)
+        barrier()
+        blocks = (S + BQ - 1) // BQ * B
+        sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
+        buffers = (q_tiles, w_tiles, k_tiles, slots)
+        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
+        gl.warp_specialize(
+            [
+                (
+                    _select_group,
+                    (
+                        q_desc,
+                        weights,
+                        k_scale,
+                        starts,
+                        first_keys,
+                        mask,
+                        guesses,
+                        out,
+                        redo,
+                        lists,
+                        buffers,
+                        bars,
+                        sizes,
+                        topk,
+                        width,
+                        H,
+                        BQ,
+                        CAPACITY,
+                        STRIDE,
+                        HAS_FIRST,
+                        HAS_MASK,
+                        HAS_SCALE,
+                        HAS_GUESS,
+                        SAMPLING,
+                        SLOTS,
+                        CHECK,
+                    ),
+                ),
+                (
+                    _score_group,
+                    (
+                        0,
+                        k_desc,
+                        starts,
+                        first_keys,
+                        buffers,
+                        bars,
+                        sizes,
+                        H,
+                        BQ,
+                        STRIDE,
+                        HAS_FIRST,
+                        STAGES,
+                        SLOTS,
+                    ),
+                ),
+                (
+                    _score_group,
+                    (
+                        1,
+                        k_desc,
+                        starts,
+                        first_keys,
+                        buffers,
+                        bars,
+                        sizes,
+                        H,
+                        BQ,
+                        STRIDE,
+                        HAS_FIRST,
+                        STAGES,
+                        SLOTS,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [160, 160],
+        )

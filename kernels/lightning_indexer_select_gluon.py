@@ -1,0 +1,186 @@
+"""Exact top-k on candidate lists in Gluon, for the lightning indexer's Hopper kernel.
+
+A list holds the bits of fp32 scores and, CAPACITY entries further on, their int32 keys in ascending order. As in
+`lightning_indexer_select_triton.py`, keys appended later are larger, so that ties go to the smaller key.
+"""
+
+from __future__ import annotations
+
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+except (ImportError, AttributeError):
+    gluon = None
+
+if gluon is not None:
+
+    @gluon.jit
+    def _add(a, b):
+        return a + b
+
+    @gluon.jit
+    def ordered_int(x):
+        """int32 that sorts like the fp32 `x`; -0.0 and 0.0 are equal."""
+        bits = gl.where(x == 0.0, 0.0, x).to(gl.int32, bitcast=True)
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    @gluon.jit
+    def _load_ordered(scores, first, n, offset):
+        """The ordered ints of 2,048 scores of a list of n, the least int behind its end."""
+        valid = first + offset < n
+        return gl.where(valid, ordered_int(gl.load(scores + first + offset, mask=valid, other=0.0)), -2147483648)
+
+    @gluon.jit
+    def _unless(missing, key, instead: gl.constexpr):
+        return gl.where(missing, instead, key)
+
+    @gluon.jit
+    def kth_largest_of_list(scores, n, topk, slack, CAPACITY: gl.constexpr, layout: gl.constexpr):
+        """Of n > topk scores in memory: a value (ordered int) that `topk` to `topk + slack` reach, and how many do.
+
+        Only ties at it let more reach it. Found by interpolation.
+        """
+        gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
+        offset = gl.arange(0, 2048, layout=layout)
+        key0 = _load_ordered(scores, 0, n, offset)
+        key1 = _load_ordered(scores, 2048, n, offset)
+        key2 = key1
+        high = gl.maximum(key0, key1)
+        low = gl.minimum(_unless(offset >= n, key0, 2147483647), _unless(2048 + offset >= n, key1, 2147483647))
+        if CAPACITY == 6144:
+            key2 = _load_ordered(scores, 4096, n, offset)
+            high = gl.maximum(high, key2)
+            low = gl.minimum(low, _unless(4096 + offset >= n, key2, 2147483647))
+        top = gl.max(high, 0)
+        least = gl.min(low, 0)
+        # `inside` is reached by at least topk, `beyond` by fewer. Near the top scores thin out exponentially, so the
+        # logarithm of their count falls evenly; `over` and `under` are how far it is from the goal at either end.
+        inside = least
+        beyond = top + 1
+        reach = n
+        goal = gl.log2((topk + slack // 2).to(gl.float32) + 0.5)
+        over = gl.log2(n.to(gl.float32)) - goal
+        under = -1.0 - goal
+        turn = gl.full((), 0, gl.int32)
+        # 1 when the last trial moved `inside`, 2 when it moved `beyond`.
+        moved = gl.full((), 0, gl.int32)
+        while (reach > topk + slack) & (inside < beyond - 1):
+            low_score = float_of_ordered(inside)
+            trial = ordered_int(low_score + (float_of_ordered(beyond) - low_score) * (over / (over - under)))
+            if turn % 6 == 5:
+                # Ties or gaps may defeat interpolation: draw both ends up to scores there are, and halve.
+                high = _unless(key0 >= beyond, key0, -2147483648)
+                high = gl.maximum(high, _unless(key1 >= beyond, key1, -2147483648))
+                low = _unless(key0 < inside, key0, 2147483647)
+                low = gl.minimum(low, _unless(key1 < inside, key1, 2147483647))
+                if CAPACITY == 6144:
+                    high = gl.maximum(high, _unless(key2 >= beyond, key2, -2147483648))
+                    low = gl.minimum(low, _unless(key2 < inside, key2, 2147483647))
+                inside = gl.min(low, 0)
+                beyond = gl.max(high, 0) + 1
+                trial = (inside >> 1) + (beyond >> 1) + (inside & beyond & 1)
+            trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
+            number = (key0 >= trial).to(gl.int32) + (key1 >= trial).to(gl.int32)
+            if CAPACITY == 6144:
+                number += (key2 >= trial).to(gl.int32)
+            count = gl.sum(number, 0)
+            distance = gl.log2(gl.maximum(count.to(gl.float32), 0.5)) - goal
+            # An end that stays twice pulls half as much (the Illinois rule).
+            if count >= topk:
+                inside = trial
+                reach = count
+                over = distance
+                under = gl.where(moved == 1, 0.5 * under, under)
+                moved = gl.full((), 1, gl.int32)
+            else:
+                beyond = trial
+                under = distance
+                over = gl.where(moved == 2, 0.5 * over, over)
+                moved = gl.full((), 2, gl.int32)
+            turn += 1
+        return inside, reach
+
+    @gluon.jit
+    def rank_in_warp(keep):
+        """For rows of 32 that lie across a warp: how many are kept to the left of each entry, and in its row."""
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .pred kept;
+            .reg .b32 all, left;
+            setp.ne.s32 kept, $2, 0;
+            vote.sync.ballot.b32 all, kept, 0xffffffff;
+            mov.u32 left, %lanemask_lt;
+            and.b32 left, left, all;
+            popc.b32 $0, left;
+            popc.b32 $1, all;
+            }""",
+            "=r,=r,r",
+            [keep.to(gl.int32)],
+            dtype=(gl.int32, gl.int32),
+            is_pure=False,
+            pack=1,
+        )
+
+    @gluon.jit
+    def float_of_ordered(key):
+        """The inverse of `ordered_int`."""
+        return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
+
+    @gluon.jit
+    def bound_of_list(list_i, n, topk, slack, CAPACITY: gl.constexpr, layout: gl.constexpr):
+        """What `copy_best` needs: the k-th best (ordered int) of a list of n, and how many equal to it may be copied.
+
+        Where all are kept, these are the least int and n.
+        """
+        kth = gl.full((), -2147483648, gl.int32)
+        room = n
+        if n > topk:
+            scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
+            kth, reach = kth_largest_of_list(scores, n, topk, slack, CAPACITY, layout)
+            if reach > topk + slack:
+                offset = gl.arange(0, 1024, layout=layout)
+                above = gl.zeros([1024], gl.int32, layout)
+                for first in range(0, n, 1024):
+                    above += (_load_ordered(scores, first, n, offset) > kth).to(gl.int32)
+                room = topk - gl.sum(above, 0)
+        return kth, room
+
+    @gluon.jit
+    def copy_best(list_i, n, kth, room, out, IN_PLACE: gl.constexpr, CAPACITY: gl.constexpr, layout: gl.constexpr):
+        """Copy the keys of the entries that reach `kth` in order, to `out` or, with scores, in place.
+
+        Of those that equal it only the first `room`. Returns how many were copied.
+        """
+        STEP: gl.constexpr = 2048
+        scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
+        offset = gl.arange(0, STEP, layout=layout)
+        written = gl.full((), 0, gl.int32)
+        ties = gl.full((), 0, gl.int32)
+        for first in range(0, n, STEP):
+            valid = first + offset < n
+            score = gl.load(scores + first + offset, mask=valid, other=float("-inf"))
+            entry = gl.load(list_i + CAPACITY + first + offset, mask=valid, other=0)
+            key = ordered_int(score)
+            keep = valid & (key >= kth)
+            if room < n:
+                tied = valid & (key == kth)
+                tie_rank = ties + gl.associative_scan(tied.to(gl.int32), 0, _add)
+                keep = keep & ((key > kth) | (tie_rank <= room))
+                ties += gl.sum(tied.to(gl.int32), 0)
+            place = written + gl.associative_scan(keep.to(gl.int32), 0, _add) - 1
+            if IN_PLACE:
+                # Everything is read before anything is overwritten.
+                barrier()
+                gl.store(scores + place, score, mask=keep)
+                gl.store(list_i + CAPACITY + place, entry, mask=keep)
+            else:
+                gl.store(out + place, entry, mask=keep)
+            written += gl.sum(keep.to(gl.int32), 0)
+        if IN_PLACE:
+            barrier()
+        return written
+
+else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
+    bound_of_list = copy_best = float_of_ordered = rank_in_warp = None
