@@ -106,6 +106,7 @@ class IndexCacheIndexer(nn.Module):
                 query_start=seen.query_start,
                 key_start=seen.key_start,
                 key_mask=seen.key_mask,
+                fp8=self.config.indexer_fp8,
                 allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
             )
 
