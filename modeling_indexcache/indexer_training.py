@@ -50,8 +50,18 @@ class IndexerTraining:
             raise ValueError(f"indexer_training must be {' or '.join(map(repr, STAGES))} (got {self.stage!r})")
 
     @classmethod
-    def of(cls, value: str | IndexerTraining | None) -> IndexerTraining | None:
-        """A stage's name as what it stands for."""
+    def of(cls, value: str | IndexerTraining | None, config: Any, cache: Any) -> IndexerTraining | None:
+        """What `forward` was given, a stage's name or all of it, checked against the model and its cache.
+
+        Raises:
+            ValueError: unknown stage, a model without indexers, or a cache.
+        """
+        if value is None:
+            return None
+        if config.index_topk is None:
+            raise ValueError("indexer_training needs indexers, and index_topk=None makes every layer dense")
+        if cache is not None:
+            raise ValueError("indexer_training runs whole sequences: drop past_key_values")
         return cls(value) if isinstance(value, str) else value
 
 

@@ -501,10 +501,9 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_queries = hidden_states.shape[:2]
         device = hidden_states.device
-        training = IndexerTraining.of(kwargs.pop("indexer_training", None))
+        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, past_key_values)
         if training is not None:
-            kwargs["indexer_training"] = self._checked(training, past_key_values)
-            use_cache = False
+            kwargs["indexer_training"], use_cache = training, False
         key_start = None
         if attention_mask is None and past_key_values is None:
             key_start = packed_key_start(position_ids, kwargs.get("cu_seq_lens_q"), batch, num_queries)
@@ -533,14 +532,6 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         return IndexCacheModelOutput(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, **training_outputs(traces)
         )
-
-    def _checked(self, training: IndexerTraining, past_key_values: Cache | None) -> IndexerTraining:
-        """`training` for this model's layers, or ValueError."""
-        if self.config.index_topk is None:
-            raise ValueError("indexer_training needs indexers, and index_topk=None makes every layer dense")
-        if past_key_values is not None:
-            raise ValueError("indexer_training runs whole sequences: drop past_key_values")
-        return training
 
 
 class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
