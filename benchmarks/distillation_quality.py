@@ -71,6 +71,7 @@ RUNS = {
     "all full, longer": Run("1/1", longer=3, once=True, last=True),
 }
 SEARCHED = "FSFSSSSSSSSFFSSS"
+WARM, UNTRAINED = "warm", "untrained"
 
 
 def main() -> None:
@@ -85,28 +86,36 @@ def main() -> None:
     for worker in workers:
         worker.start()
     results: list[dict[str, Any]] = []
+    document: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "results": results}
+    # While the first runs train their indexers, others compile what the sparse stage needs, and score what is there.
+    queue.put((WARM, first, rates[0]))
+    queue.put((UNTRAINED, first, rates[0]))
 
     def take() -> bool:
         """Write down one result; False when a worker has left."""
         result = found.get()
         if result is None:
             return False
+        if "untrained" in result:
+            document["untrained"] = result["untrained"]
+            print(json.dumps(result), flush=True)
+            return True
         if "failed" in result:
             print(f"FAILED {result['run']}, seed {result['seed']}: {result['failed'][-1500:]}", flush=True)
+            failures[0] += result["run"] == names[0]
             return True
         results.append(result)
         brief = {key: result[key] for key in ("run", "seed", "rate", "loss", "text_loss", "recall", "seconds")}
         print(json.dumps({**brief, "at": round(time.monotonic() - started, 1)}), flush=True)
-        rows = summary([result for result in results if result["rate"] == rate])
-        document = {"machine": machine(), "command": sys.argv[1:], "summary": rows, "results": results}
+        document["summary"] = summary([result for result in results if result["rate"] == rate])
         options.output.write_text(json.dumps(document, indent=1) + "\n")
         return True
 
-    rate, done = rates[0], set()
+    rate, done, failures = rates[0], set(), [0]
     if len(rates) > 1:
         for rate in rates:
             queue.put((names[0], first, rate))
-        for _ in rates:
+        while sum(result["run"] == names[0] for result in results) + failures[0] < len(rates):
             take()
         scored = [result for result in results if result["run"] == names[0]]
         rate = min(scored, key=lambda result: result["loss"])["rate"] if scored else rates[0]
@@ -162,6 +171,12 @@ def work(options: argparse.Namespace, queue: Any, found: Any) -> None:
     usual = 0.0
     while (task := queue.get()) is not None:
         name, seed, rate = task
+        if name in (WARM, UNTRAINED):
+            try:
+                found.put({"untrained": score_untrained(options)}) if name == UNTRAINED else warm(options, rate)
+            except Exception:
+                found.put({"run": name, "seed": seed, "failed": traceback.format_exc()})
+            continue
         longer = RUNS[name].longer
         if time.monotonic() + 0.9 * usual * longer > deadline:
             print(f"no time for {name}, seed {seed}", flush=True)
@@ -211,7 +226,6 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
         "rate": rate,
         "pattern": source.pattern.letters,
         "recipe": recipe.as_dict(),
-        "before": score(model, test) if seed == options.seeds[0] else None,
         "setup_seconds": time.monotonic() - started,
     }
     for stage in recipe.stages:
@@ -244,6 +258,22 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
         "seconds": time.monotonic() - started,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
     }
+
+
+def warm(options: argparse.Namespace, rate: float) -> None:
+    """Compile the kernels of the sparse stage."""
+    few = argparse.Namespace(**{**vars(options), "dense_steps": 0, "sparse_steps": 2, "log_every": 1})
+    train_one(few, "uniform 1/4", 0, rate)
+
+
+def score_untrained(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Scores of the checkpoint under each pattern, without training."""
+    test, found = _read(options.test), {}
+    for keep in dict.fromkeys(run.keep for run in RUNS.values()):
+        given: dict[str, Any] = {"pattern": options.searched} if keep == "searched" else {"keep": keep}
+        model, _ = open_distillation_source(str(options.checkpoint), **given).load(torch.float32)
+        found[keep] = score(model.to("cuda" if torch.cuda.is_available() else "cpu"), test)
+    return found
 
 
 def forget_indexers(model: torch.nn.Module, seed: int) -> None:
@@ -295,7 +325,6 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [result[key] for result in of_run]
             row[key] = round(statistics.mean(values), 4)
             row[f"{key}_spread"] = round(max(values) - min(values), 4)
-        row["before"] = next((result["before"] for result in of_run if result["before"]), None)
         row["seconds"] = round(statistics.mean(result["seconds"] for result in of_run), 1)
         rows.append(row)
     return rows
