@@ -1,4 +1,4 @@
-"""One process of several: shard a model with FSDP2 as accelerate does, and compare its gradients with a whole one's."""
+"""One process of several: shard a model with FSDP2 as accelerate does; its gradients are those of a whole one."""
 
 import sys
 

@@ -82,7 +82,7 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
     with pytest.raises(DistillationError, match="held-out windows are trained on too"):
         load(text, held_out=text)
     save_file({"train_ids": torch.full((6, 9), 99)}, tmp_path / "w.safetensors")
-    with pytest.raises(DistillationError, match="tokens 99 .. 99, the model knows 0 .. 26"):
+    with pytest.raises(DistillationError, match=r"tokens 99 \.\. 99, the model knows 0 \.\. 26"):
         load(tmp_path / "w.safetensors")
     with pytest.raises(DistillationError, match="does not say where documents begin"):
         load(tmp_path / "w.safetensors", isolate_documents=True)

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from small_run import run, run_processes, write_source
 
 from indexcache import IndexCacheForCausalLM
+from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
 from indexcache.conversion.convert import ConvertOptions, convert
 from indexcache.conversion.hub import check_complete
 from indexcache.conversion.verify import verify
-from indexcache.configuration.share_pattern import SharePattern
 from indexcache.distillation.errors import DistillationDiverged, DistillationError
 
 
@@ -134,7 +134,7 @@ def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folde
         run(folder, output)
     with pytest.raises(ConversionError, match="another finished"):
         run(folder, output, resume=True, learning_rate=2e-3)
-    with pytest.raises(ConversionError, match="lies inside the source|inside"):
+    with pytest.raises(ConversionError, match="lies inside the source"):
         run(folder, folder / "source" / "inside")
     (tmp_path / "file.txt").write_text("mine")
     with pytest.raises(ConversionError, match="not empty"):

@@ -178,7 +178,7 @@ def test_autocast_trains_in_bf16_with_weights_in_fp32():
 
 def test_impossible_requests_say_why():
     net = model()
-    with pytest.raises(ValueError, match="'dense' or 'sparse' .got 'warm'"):
+    with pytest.raises(ValueError, match=r"'dense' or 'sparse' \(got 'warm'\)"):
         net(IDS, indexer_training="warm")
     cache = net(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="drop past_key_values"):
