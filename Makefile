@@ -34,7 +34,7 @@ test-gpu: venv
 	$(BIN)/python -m pytest -m gpu
 
 bench: venv
-	$(BIN)/python -m indexcache.benchmarks.kernels
+	$(BIN)/python -m indexcache.cli bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
+from .benchmarks.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
 from .pattern_search.command import search as search_verb
 
@@ -51,6 +52,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
+    from .benchmarks.errors import BenchError
     from .conversion.checkpoint import ConversionError
     from .distillation.errors import DistillationDiverged, DistillationError
     from .pattern_search.errors import PatternSearchError
@@ -61,14 +63,14 @@ def _errors_as_messages() -> Iterator[None]:
         _fail(str(error))
     except DistillationDiverged as error:
         _fail(str(error))
-    except (PatternSearchError, DistillationError) as error:
+    except (PatternSearchError, DistillationError, BenchError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion, search or distillation goes on with --resume", 130)
+        _fail("interrupted; an unfinished conversion, search, distillation or benchmark goes on with --resume", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -274,6 +276,14 @@ def distill(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `distillation/command.py`."""
     with _errors_as_messages():
         distill_verb(*args, **kwargs)
+
+
+@app.command()
+@wraps(bench_verb)
+def bench(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `benchmarks/command.py`."""
+    with _errors_as_messages():
+        bench_verb(*args, **kwargs)
 
 
 @app.command()

@@ -290,10 +290,10 @@ def forget_indexers(model: torch.nn.Module, seed: int) -> None:
 def take_whole_batches() -> None:
     """Models this small are bound by launches: let what is computed in chunks be computed at once."""
     from ..kernels import indexer_distillation_reference, sparse_mla_reference
-    from ..modeling_indexcache import indexer_training, modeling_indexcache
+    from ..modeling_indexcache import indexer_training, inference_attention
 
     indexer_distillation_reference.BLOCK_BYTES = sparse_mla_reference.GATHER_BLOCK_BYTES = 2**31
-    indexer_training.BLOCK_BYTES = modeling_indexcache.ATTENTION_BLOCK_BYTES = 2**31
+    indexer_training.BLOCK_BYTES = inference_attention.ATTENTION_BLOCK_BYTES = 2**31
 
 
 def score(model: Any, test: Windows) -> dict[str, float]:

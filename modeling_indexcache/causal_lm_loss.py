@@ -20,6 +20,7 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
+    **_: Any,
 ) -> torch.Tensor:
     """Cross-entropy of `head(hidden_states)` as transformers' `ForCausalLMLoss`, block by block.
 
@@ -32,6 +33,7 @@ def causal_lm_loss(
         shift_labels: `[B, S]`, the targets themselves, in place of `labels`.
         num_items_in_batch: divide the sum by this; by the number of targets when None.
         ignore_index: marks targets that do not count.
+        **_: what else a forward was given.
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..kernels.expert_topk import expert_topk
+from .attention_backends import TRITON_ATTENTION
 
 
 class IndexCacheTopkRouter(nn.Module):
@@ -25,22 +26,20 @@ class IndexCacheTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts a token]`."""
         config = self.config
+        masked = float("-inf") if config.masked_group_score is None else config.masked_group_score
         with _without_autocast(hidden_states):
-            logits = F.linear(hidden_states.float(), self.weight.float())
-        scores = logits.sigmoid()
-        choice = scores + self.e_score_correction_bias
-        if config.n_group is not None:
-            grouped = choice.view(choice.shape[0], config.n_group, -1)
-            group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-            groups = group_scores.topk(config.topk_group, dim=-1, sorted=False).indices
-            outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, groups, False)
-            fill = float("-inf") if config.masked_group_score is None else config.masked_group_score
-            choice = grouped.masked_fill(outside.unsqueeze(-1), fill).flatten(1)
-        experts = choice.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
-        weights = scores.gather(1, experts)
-        if config.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return logits, weights * config.routed_scaling_factor, experts
+            return expert_topk(
+                hidden_states,
+                self.weight,
+                self.e_score_correction_bias,
+                config.num_experts_per_tok,
+                scaling=config.routed_scaling_factor,
+                normalise=config.norm_topk_prob,
+                groups=config.n_group,
+                topk_groups=config.topk_group,
+                masked_score=masked,
+                allow_triton=config._attn_implementation == TRITON_ATTENTION,
+            )
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:

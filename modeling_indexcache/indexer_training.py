@@ -107,7 +107,11 @@ def trace_indexer(
     num_queries = q.shape[1]
     wanted = num_queries if training.stage == "sparse" else min(training.recall_queries, num_queries)
     first = num_queries - wanted
-    indices = indexer.select(q[:, first:], k, weights[:, first:], visibility.from_query(first)) if wanted else None
+    indices = (
+        indexer.select(q[:, first:], k, weights[:, first:], visibility.of_queries(first, num_queries))
+        if wanted
+        else None
+    )
     return IndexerTrace(q, k, weights, indices)
 
 
@@ -152,7 +156,9 @@ def compare_attention(
             first = max(0, num_queries - training.recall_queries)
             queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
             assert trace.indices is not None
-            recall = _selected_mass(attention, queries, latents, trace.indices, visibility.from_query(first))
+            recall = _selected_mass(
+                attention, queries, latents, trace.indices, visibility.of_queries(first, num_queries)
+            )
     return trace._replace(kl=_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall=recall)
 
 
@@ -177,7 +183,7 @@ def _token_kl(
     allow_triton = attention.config._attn_implementation == TRITON_ATTENTION
     index_q, index_weights = trace.q[:, rows], trace.weights[:, rows]
     if training.stage == "dense":
-        seen = visibility.from_query(rows.start)
+        seen = visibility.of_queries(rows.start, rows.stop)
         return dense_indexer_kl(
             index_q,
             trace.k,
@@ -186,7 +192,7 @@ def _token_kl(
             latents,
             attn_scale=attention.scaling,
             query_start=seen.query_start,
-            key_start=None if seen.key_start is None else seen.key_start[:, : queries.shape[1]].contiguous(),
+            key_start=seen.key_start,
             key_mask=seen.key_mask,
             allow_triton=allow_triton,
         )

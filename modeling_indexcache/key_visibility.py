@@ -78,16 +78,13 @@ class KeyVisibility:
         fitted = self.key_mask[..., :num_keys] if missing < 0 else F.pad(self.key_mask, (0, missing), value=True)
         return KeyVisibility(self.query_start, fitted, self.key_start)
 
-    def from_query(self, first: int) -> KeyVisibility:
-        """The same for the queries from number `first` on."""
-        if first == 0:
-            return self
+    def of_queries(self, first: int, last: int) -> KeyVisibility:
+        """The same for the queries `first` to `last` alone."""
         mask = self.key_mask
-        return KeyVisibility(
-            self.query_start + first,
-            mask[:, first:] if mask is not None and mask.dim() == 3 else mask,
-            None if self.key_start is None else self.key_start[:, first:],
-        )
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, first:last]
+        key_start = None if self.key_start is None else self.key_start[:, first:last].contiguous()
+        return KeyVisibility(self.query_start + first, mask, key_start)
 
     def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
         """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
@@ -135,3 +132,10 @@ def packed_key_start(
         return None
     slots = torch.arange(num_queries, device=position_ids.device).expand_as(begins)
     return slots.where(begins, 0).cummax(-1).values.to(torch.int32).expand(batch, -1)
+
+
+def selected_mask(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
+    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
+    slots = topk_indices.long()
+    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]

@@ -8,7 +8,9 @@ layers, which allocates on first use: shared layers never touch it and hold none
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicIndexedLayer
+
+from .growing_cache import append_rows
 
 
 def append_latents(cache: Cache | None, latents: torch.Tensor, layer_idx: int) -> torch.Tensor:
@@ -25,6 +27,12 @@ def append_latents(cache: Cache | None, latents: torch.Tensor, layer_idx: int) -
     if cache is None:
         return latents
     rows = latents.unsqueeze(1)
+    if (layer := _growing_layer(cache, latents, layer_idx)) is not None:
+        if not layer.is_initialized:
+            layer.lazy_initialization(rows, rows)
+        rows = append_rows(layer, "keys", rows)
+        layer.values = rows[..., :0]
+        return rows.squeeze(1)
     rows, _ = cache.update(rows, rows[..., :0], layer_idx)
     return rows.squeeze(1)
 
@@ -46,4 +54,16 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
         )
     if cache.offloading and index_keys.is_cuda:
         torch.cuda.current_stream(index_keys.device).wait_stream(cache.prefetch_stream)
+    if (layer := _growing_layer(cache, index_keys, layer_idx)) is not None:
+        if not layer.is_indexer_initialized:
+            layer.lazy_initialization_indexer(index_keys)
+        return append_rows(layer, "indexer_keys", index_keys)
     return cache.update_indexer(index_keys, layer_idx)
+
+
+def _growing_layer(cache: Cache, new: torch.Tensor, layer_idx: int) -> DynamicIndexedLayer | None:
+    """The layer when it may be appended to in place: transformers' own dynamic one, resident, without gradient."""
+    if cache.offloading or torch.compiler.is_compiling() or (torch.is_grad_enabled() and new.requires_grad):
+        return None
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    return layer if type(layer) is DynamicIndexedLayer else None

@@ -20,7 +20,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.generation import GenerationMixin
+from transformers.generation import CompileConfig, GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
@@ -30,63 +30,30 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..kernels.rotary import rotate
+from ..kernels.routed_experts import routed_experts
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .causal_lm_loss import causal_lm_loss
+from .decode_graph import decode_graph, graphs_serve
+from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
+from .feed_forward import IndexCacheMLP, runs_expert_kernels, shared_linears, works_in_place
+from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
-from .indexer import IndexCacheIndexer
+from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
-from .key_visibility import KeyVisibility, packed_key_start
+from .inference_attention import attend_streamed, chunks, runs_streamed
+from .key_visibility import KeyVisibility, packed_key_start, selected_mask
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
-from .rotary_embedding import IndexCacheRotaryEmbedding, rotate, yarn_softmax_factor
+from .normalization import IndexCacheRMSNorm
+from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
     IndexCacheConfig.model_type, get_checkpoint_conversion_mapping("glm_moe_dsa"), overwrite=True
 )
-
-# Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
-ATTENTION_BLOCK_BYTES = 128 * 2**20
-
-
-class IndexCacheRMSNorm(nn.Module):
-    """RMSNorm, its statistics in fp32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., size]` to the same."""
-        wide = x.float() if x.dtype != torch.float64 else x
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention that returns its weights.
-
-    `query [B, H, S, D]`, `key [B, H, T, D]`, `value [B, H, T, V]`, bool `attention_mask [B, 1, S, T]` to
-    `[B, S, H, V]` and weights `[B, H, S, T]`.
-    """
-    scores = (query @ key.transpose(2, 3)) * scaling
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = F.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class IndexCacheAttention(nn.Module):
@@ -108,10 +75,10 @@ class IndexCacheAttention(nn.Module):
             self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = IndexCacheRMSNorm(config.q_lora_rank, config.mla_norm_eps)
+            self.q_a_layernorm = IndexCacheRMSNorm(config, config.q_lora_rank, config.mla_norm_eps)
             self.q_b_proj = nn.Linear(config.q_lora_rank, num_heads * self.head_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope_dim, bias=bias)
-        self.kv_a_layernorm = IndexCacheRMSNorm(self.kv_lora_rank, config.mla_norm_eps)
+        self.kv_a_layernorm = IndexCacheRMSNorm(config, self.kv_lora_rank, config.mla_norm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.nope_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(num_heads * self.v_head_dim, hidden, bias=bias)
         self.scaling = self.head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
@@ -137,28 +104,45 @@ class IndexCacheAttention(nn.Module):
             past_key_values: the cache, updated in place.
             topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`, `indexer_training`.
+            **kwargs: `output_attentions`, `output_topk_indices`; `overwrite_input` lets the output take the memory of
+                `hidden_states`; `indexer_training`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
             `output_attentions` only), and the selection that was used; with `indexer_training` the trace that holds
             it, which the next layer takes as its `topk_indices`.
         """
+        training: IndexerTraining | None = kwargs.get("indexer_training")
+        if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
+            return_all = bool(kwargs.get("output_topk_indices"))
+            out, topk_indices = attend_streamed(
+                self,
+                hidden_states,
+                position_embeddings,
+                visibility,
+                past_key_values,
+                topk_indices,
+                run_indexer,
+                return_all,
+                bool(kwargs.get("overwrite_input")),
+            )
+            return out, None, topk_indices
         batch, num_queries = hidden_states.shape[:2]
+        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         q_resid: Any = None
         if self.config.q_lora_rank is None:
-            q = self.q_proj(hidden_states)
+            q, kv = linears(hidden_states, (self.q_proj, self.kv_a_proj_with_mqa), allow_triton)
         else:
-            q_resid = self.q_a_layernorm(self.q_a_proj(hidden_states))
-            q = self.q_b_proj(q_resid)
+            q_a, kv = linears(hidden_states, (self.q_a_proj, self.kv_a_proj_with_mqa), allow_triton)
+            q_resid = self.q_a_layernorm(q_a)
+            (q,) = linears(q_resid, (self.q_b_proj,), allow_triton)
         q_nope, q_rope = q.view(batch, num_queries, -1, self.head_dim).split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
-        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.rope_dim], dim=-1)
+        latent, k_rope = kv.split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
         # The norm's weight is wider than its input under autocast.
         latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
-        training: IndexerTraining | None = kwargs.get("indexer_training")
         trace: Any = None
         if training is not None:
             trace = topk_indices
@@ -185,11 +169,11 @@ class IndexCacheAttention(nn.Module):
         else:
             out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
         if training is not None:
-            trace = compare_attention(
+            topk_indices = compare_attention(
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
-            return self.o_proj(out.flatten(2)), weights, trace
-        return self.o_proj(out.flatten(2)), weights, topk_indices
+        (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
+        return out, weights, topk_indices
 
     def _attend_selected(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
@@ -199,7 +183,7 @@ class IndexCacheAttention(nn.Module):
         batch, num_queries, heads, _ = q_nope.shape
         row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
         outs, lses = [], []
-        for first, last in _chunks(num_queries, row_bytes):
+        for first, last in chunks(num_queries, row_bytes):
             q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
             q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
             out, lse = sparse_mla(
@@ -241,10 +225,10 @@ class IndexCacheAttention(nn.Module):
             # Without a mask the fastest kernel runs, and nothing of S x T is made.
             return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
-        for first, last in _chunks(num_queries, batch * heads * num_keys * 4):
+        for first, last in chunks(num_queries, batch * heads * num_keys * 4):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
-                mask = mask & _selected(topk_indices[:, first:last], num_keys)
+                mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
             mask = mask.unsqueeze(1).expand(batch, -1, -1, -1)
             out, weight = attend(
                 self, query[:, :, first:last], key, value, mask, scaling=self.scaling, dropout=dropout
@@ -257,7 +241,7 @@ class IndexCacheAttention(nn.Module):
     def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
         module = self.kv_b_proj
-        if _is_plain_linear(module):
+        if is_plain_linear(module):
             weight = module.weight
         else:
             # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
@@ -266,45 +250,6 @@ class IndexCacheAttention(nn.Module):
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module.weight` is, as it stands, the whole of what `module` computes."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-        and "forward" not in vars(module)
-    )
-
-
-def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
-    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
-    slots = topk_indices.long()
-    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
-
-
-def _chunks(num_rows: int, row_bytes: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose temporaries stay within `ATTENTION_BLOCK_BYTES`."""
-    step = max(1, ATTENTION_BLOCK_BYTES // max(1, row_bytes))
-    return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
-
-
-class IndexCacheMLP(nn.Module):
-    """Gated feed-forward."""
-
-    def __init__(self, config: IndexCacheConfig, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., hidden_size]` to the same."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 @use_experts_implementation
@@ -340,16 +285,31 @@ class IndexCacheMoE(nn.Module):
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__()
+        self.config = config
         self.gate = IndexCacheTopkRouter(config)
         self.experts = IndexCacheExperts(config)
         shared = config.shared_experts_intermediate_size or config.moe_intermediate_size * config.n_shared_experts
         self.shared_experts = IndexCacheMLP(config, shared)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, hidden_size]` to the same."""
+    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[B, S, hidden_size]` to the same; added in place to `accumulate` if given."""
         tokens = x.view(-1, x.shape[-1])
         _, weights, experts = self.gate(tokens)
-        return self.experts(tokens, experts, weights).view_as(x) + self.shared_experts(x)
+        if runs_expert_kernels(self, tokens):
+            target = None if accumulate is None else accumulate.view_as(tokens)
+            return routed_experts(
+                tokens,
+                experts,
+                weights,
+                self.experts.gate_up_proj,
+                self.experts.down_proj,
+                shared=tuple(linear.weight for linear in shared_linears(self)),
+                accumulate=target,
+            ).view_as(x)
+        out = self.experts(tokens, experts, weights).view_as(x)
+        if accumulate is None:
+            return out + self.shared_experts(x)
+        return self.shared_experts(x, accumulate.add_(out))
 
 
 class IndexCacheDecoderLayer(GradientCheckpointingLayer):
@@ -360,14 +320,24 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = IndexCacheAttention(config, layer_idx)
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
-        self.input_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
-        attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        # Nobody else reads what the norm makes, so that attention may write where it stood.
+        overwrite = works_in_place(self.self_attn, hidden_states) and works_in_place(
+            self.input_layernorm, hidden_states
+        )
+        attended, _, topk_indices = self.self_attn(
+            self.input_layernorm(hidden_states), overwrite_input=overwrite, **kwargs
+        )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+        del attended
+        normed = self.post_attention_layernorm(hidden_states)
+        if works_in_place(self.mlp, hidden_states):
+            return self.mlp(normed, accumulate=hidden_states), topk_indices
+        return hidden_states + self.mlp(normed), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -407,13 +377,8 @@ class IndexCachePreTrainedModel(PreTrainedModel):
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
         model, info = loaded
-        missing = {int(key.split("layers.")[1].split(".")[0]) for key in info["missing_keys"] if ".indexer." in key}
-        if missing and not new_indexers:
-            raise ValueError(
-                f"index_share_pattern {model.config.index_share_pattern!r} makes layers {sorted(missing)} full, but "
-                f"{pretrained_model_name_or_path} has no indexer weights for them: mark them 'S', or convert again "
-                "from the DSA checkpoint with a pattern that keeps them"
-            )
+        if not new_indexers:
+            refuse_missing_indexers(model.config, info["missing_keys"], pretrained_model_name_or_path)
         return (model, info) if want_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -435,7 +400,13 @@ class IndexCachePreTrainedModel(PreTrainedModel):
 
 
 class IndexCacheModel(IndexCachePreTrainedModel):
-    """The decoder without a head."""
+    """The decoder without a head.
+
+    Attributes:
+        decode_graphs: on CUDA, replay decoding steps of dynamic caches as CUDA graphs (`decode_graph.py`).
+    """
+
+    decode_graphs = True
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
@@ -443,7 +414,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         num_layers = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))
-        self.norm = IndexCacheRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = IndexCacheRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self._running_pattern = config.share_pattern
@@ -509,29 +480,51 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             key_start = packed_key_start(position_ids, kwargs.get("cu_seq_lens_q"), batch, num_queries)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
-        if position_ids is None:
-            slots = visibility.query_start + torch.arange(num_queries, device=device)
-            position_embeddings = self.rotary_emb(hidden_states, slots.unsqueeze(0))
-        else:
-            position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_out = decode_graph(
+            self, self._run_layers, hidden_states, attention_mask, position_ids, past_key_values, kwargs
+        )
+        traces: list[Any] = []
+        if hidden_out is None:
+            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
+            # Handed over, so that the embeddings' memory is free after the first layer.
+            given = [hidden_states]
+            del hidden_states
+            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs, traces)
+        return IndexCacheModelOutput(
+            last_hidden_state=hidden_out, past_key_values=past_key_values, **training_outputs(traces)
+        )
 
-        topk_indices, traces = None, []
+    def _run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        visibility: KeyVisibility,
+        past_key_values: Cache | None,
+        kwargs: dict[str, Any] | None = None,
+        traces: list[Any] | None = None,
+    ) -> torch.Tensor:
+        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces are put in `traces`."""
+        if position_ids is None:
+            slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            position_ids = slots.unsqueeze(0)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        topk_indices = None
         for layer_idx, layer in enumerate(self.layers):
+            run_indexer = self._running_pattern.is_full(layer_idx)
+            if run_indexer:
+                topk_indices = None  # frees the memory of a selection that nobody reads any more
             hidden_states, topk_indices = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 visibility=visibility,
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
-                run_indexer=self._running_pattern.is_full(layer_idx),
-                **kwargs,
+                run_indexer=run_indexer,
+                **(kwargs or {}),
             )
-            if training is not None:
+            if traces is not None and kwargs and "indexer_training" in kwargs:
                 traces.append(topk_indices)
-        return IndexCacheModelOutput(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values, **training_outputs(traces)
-        )
+        return self.norm(hidden_states)
 
 
 class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
@@ -552,6 +545,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
     def set_index_share_pattern(self, pattern: str | SharePattern) -> None:
         """As `IndexCacheModel.set_index_share_pattern`."""
         self.model.set_index_share_pattern(pattern)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """What `generate` calls at each step with a static cache: CUDA graphs of our own unless asked to compile."""
+        if compile_config is None and graphs_serve(self.model):
+            return self.__call__
+        return super().get_compiled_call(compile_config)
 
     @staticmethod
     def create_masks_for_generate(
@@ -587,13 +586,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         """As `IndexCacheModel.forward`, then logits.
 
         Args:
-            input_ids: `[B, S]`.
-            attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
-            position_ids: `[B, S]`.
-            past_key_values: a cache made with this model's config.
-            inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
+            input_ids: as `IndexCacheModel.forward`, and so are those not named here.
             labels: `[B, S]`, -100 where no loss is wanted; shifted here.
-            use_cache: make a cache when none is given.
             logits_to_keep: logits of only so many last positions (0: all), or of the positions listed.
             skip_logits: return no logits; the loss is then made block by block, for long sequences.
             **kwargs: as `IndexCacheModel.forward`; `shift_labels`, `num_items_in_batch` for the loss.
@@ -612,21 +606,11 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         if not skip_logits:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
         elif labels is not None:
-            given: Any = {name: kwargs.get(name) for name in ("shift_labels", "num_items_in_batch")}
-            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **given)
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return IndexCacheCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            topk_indices=outputs.topk_indices,
-            indexer_kl=outputs.indexer_kl,
-            attention_recall=outputs.attention_recall,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return IndexCacheCausalLMOutput(loss=loss, logits=logits, **rest)
 
 
 __all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]

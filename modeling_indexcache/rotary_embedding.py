@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles of the positions, the two layouts that DSA models use, YaRN's factor."""
+"""Rotary position embedding: the angles of the positions, and YaRN's factor."""
 
 from __future__ import annotations
 
@@ -49,26 +49,6 @@ class IndexCacheRotaryEmbedding(nn.Module):
         angles = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float)
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turn pairs of entries of `x` by the angles of their positions.
-
-    Args:
-        x: `[B, S, ..., R]`.
-        cos: `[B or 1, S, R]`, the cosines of R / 2 angles, twice.
-        sin: likewise.
-        interleaved: pairs are neighbours (0, 1), (2, 3), ... (True) or halves apart (False). Interleaved results come
-            out with the halves apart, as in transformers: products of queries and keys are the same.
-
-    Returns:
-        `[B, S, ..., R]` in `x`'s dtype.
-    """
-    half = x.shape[-1] // 2
-    shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), half)
-    cos, sin = cos[..., :half].view(shape), sin[..., :half].view(shape)
-    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:

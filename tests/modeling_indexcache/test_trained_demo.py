@@ -28,7 +28,7 @@ def windows():
     return ids[:1].long(), recall[:1]
 
 
-def with_the_ties_of_torch_topk(q, k, weights, topk, scale, query_start, key_mask, key_start):
+def with_the_ties_of_torch_topk(q, k, weights, topk, scale, query_start, key_mask, key_start=None, fp8=False):
     """The selection as transformers makes it: among equal scores, whichever `torch.topk` happens to take."""
     num_keys = k.shape[1]
     seen = visible_keys(query_start.expand(q.shape[0]), q.shape[1], num_keys, key_mask, key_start)

@@ -1,0 +1,171 @@
+"""The arguments of `indexcache bench`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from .speed_run import Row
+
+_WHAT, _RUN = "What to measure", "Where it runs"
+LENGTHS = {"cuda": (10_000, 60_000, 120_000, 200_000), "cpu": (512, 1024, 2048)}
+
+
+def bench(
+    source: Annotated[
+        str | None, typer.Argument(help="DSA or IndexCache checkpoint, folder or Hub id. Default: --shape.")
+    ] = None,
+    shape: Annotated[
+        Literal["30b", "tiny"] | None,
+        typer.Option(help="Random weights: the paper's 30B model, or a tiny one. Default: 30b on CUDA, else tiny."),
+    ] = None,
+    experts: Annotated[
+        int | None, typer.Option(min=1, help="Routed experts of the shape; 16 of 64 do the same work in less memory.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Context length; repeat. Default: the paper's on CUDA.")
+    ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="'all full', 1/4, own, or letters; repeat. The first is compared with. The paper's for 47."),
+    ] = None,
+    input: Annotated[
+        Literal["drift", "random"] | None,
+        typer.Option(
+            help="drift: neighbours select alike, as in trained models. Default; random tokens for a checkpoint.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help="Caches of generate(): static, dynamic; repeat. Default: static.", rich_help_panel=_WHAT),
+    ] = None,
+    decode_steps: Annotated[int, typer.Option(min=4, help="Tokens timed.", rich_help_panel=_WHAT)] = 32,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Sequences in a full cache; repeat. 0: as many as fit.", rich_help_panel=_WHAT),
+    ] = None,
+    parts: Annotated[bool, typer.Option(help="Break the time down by part.", rich_help_panel=_WHAT)] = True,
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Run transformers' own glm_moe_dsa too.", rich_help_panel=_WHAT)
+    ] = False,
+    peer_length: Annotated[
+        list[int] | None, typer.Option(help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls; the best counts.", rich_help_panel=_WHAT)] = 2,
+    output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and page.")] = Path(
+        "indexcache_bench"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
+    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
+    ] = "auto",
+    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
+    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+) -> None:
+    """Measure prefill and decode by context length and pattern.
+
+    Every row is journaled: after an interruption, repeat the command with --resume.
+    """
+    import torch
+
+    from .errors import BenchError
+    from .speed_run import BenchOptions, run_bench
+
+    kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    ways = tuple(dict.fromkeys(cache or ["static"]))
+    if unknown := set(ways) - {"static", "dynamic"}:
+        raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
+    if source is not None and (shape or experts or layers):
+        raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
+    lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"])
+    options = BenchOptions(
+        source=source,
+        shape=shape or ("30b" if kind == "cuda" else "tiny"),
+        experts=experts,
+        layers=layers,
+        lengths=lengths,
+        patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"]))),
+        input=input or ("random" if source else "drift"),
+        ways=ways,
+        decode_steps=decode_steps,
+        batch_sizes=tuple(batch_size or ()),
+        parts=parts,
+        peer_lengths=tuple(peer_length or (min(lengths),)) if peer or peer_length else (),
+        repeats=repeats,
+        device=kind if device is None else device,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+    )
+    document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
+    drawn = _draw(document, output, as_json) if pictures else []
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        return
+    _print_tables(document)
+    typer.echo(f"{output}: " + ", ".join(["bench.json", *drawn]))
+
+
+def _silent(row: Row, found: dict[str, Any], resumed: bool) -> None:
+    """Report nothing."""
+
+
+def _line(row: Row, found: dict[str, Any], resumed: bool) -> None:
+    """One row as a line on stderr, as soon as it is known."""
+    shown = " ".join(
+        f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float) and name != "took_seconds"
+    )
+    shown = found.get("out_of_memory") or shown or f"took {found['took_seconds']} s"
+    way = f" {row.way}" * bool(row.way) + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
+    mark = " (from the journal)" * resumed
+    typer.echo(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
+
+
+def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
+    """Pictures and page; the names of the files written."""
+    try:
+        from .speed_figures import draw_parts, draw_speed_ups
+    except ImportError:
+        if not as_json:
+            typer.echo("no pictures: pip install matplotlib", err=True)
+        return []
+    from .speed_report import REPORT_FILE, write_page
+
+    pictures = [
+        (title, output / name)
+        for title, name, draw in (
+            ("Speed-up by context length", "speedup.png", draw_speed_ups),
+            ("Where the time goes", "parts.png", draw_parts),
+        )
+        if draw(document, output / name)
+    ]
+    write_page(document, pictures, output / REPORT_FILE)
+    return [path.name for _, path in pictures] + [REPORT_FILE]
+
+
+def _print_tables(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .speed_report import tables
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    for title, columns, lines in tables(document):
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for line in lines:
+            table.add_row(*line)
+        console.print(table)

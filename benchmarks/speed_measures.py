@@ -1,0 +1,177 @@
+"""The measurements of `indexcache bench`: seconds, tokens a second and memory of one model at one context length."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+
+GIB = 2**30
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds until the device is done, and the result."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of latents (or keys and values) and index keys."""
+    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, getattr(layer, "indexer_keys", None))]
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+class _Clock(LogitsProcessor):
+    """Notes when each step's logits were asked for; it waits for the device at the first, the end of the prefill."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores unchanged."""
+        if not self.times:
+            synchronize(self.device)
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def measure_generate(model: Any, ids: torch.Tensor, way: str, steps: int, repeats: int) -> dict[str, Any]:
+    """`model.generate` after a prompt, batch 1, greedy: prefill and decoding.
+
+    Args:
+        model: ours or transformers'.
+        ids: token ids `[1, tokens]`.
+        way: `static` (`cache_implementation="static"`) or `dynamic` (what `generate` does unasked).
+        steps: tokens to time, after 8 to warm up (recording or compilation included).
+        repeats: calls; the first prefill of a kind compiles kernels.
+
+    Returns:
+        `prefill_seconds`, from the call to the first token's logits, and `tokens_per_second` of decoding, the best
+        call's each, with all calls'; `warm_up_seconds` of the first 8 tokens; on CUDA in GiB the `cache`, the peak,
+        and what that is above the cache and the weights.
+    """
+    device = model.device
+    prefills, speeds, found = [], [], {}
+    for _ in range(repeats):
+        clock = _Clock(device)
+        before = _start_peak(device)
+        start = time.perf_counter()
+        out = model.generate(
+            ids,
+            max_new_tokens=8 + steps,
+            min_new_tokens=8 + steps,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([clock]),
+            return_dict_in_generate=True,
+            **({"cache_implementation": "static"} if way == "static" else {}),
+        )
+        synchronize(device)
+        end = time.perf_counter()
+        prefills.append(clock.times[0] - start)
+        speeds.append(steps / (end - clock.times[7]))
+        held = cache_bytes(out.past_key_values)
+        found = {"warm_up_seconds": clock.times[7] - clock.times[0], "cache_gib": held / GIB, "steps": steps}
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+            found |= {
+                "weights_gib": before / GIB,
+                "peak_gib": peak / GIB,
+                "above_gib": (peak - before - held) / GIB,
+            }
+        del out
+    return {
+        "prefill_seconds": min(prefills),
+        "tokens_per_second": max(speeds),
+        "all_prefill_seconds": prefills,
+        "all_tokens_per_second": speeds,
+        **found,
+    }
+
+
+def _start_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+@torch.no_grad()
+def measure_full_cache_decode(model: Any, tokens: int, batch: int, steps: int) -> dict[str, Any]:
+    """Tokens a second of `batch` sequences with `tokens` rows of random latents each in a static cache.
+
+    On CUDA a step is one CUDA graph, on the CPU a call.
+    """
+    device, config = model.device, model.config
+    cache: Any = StaticCache(config=config, max_cache_len=tokens + 1)
+    token = torch.full((batch, 1), 7, device=device)
+    model(token, past_key_values=cache)
+    for layer in cache.layers:
+        for name in ("keys", "indexer_keys"):
+            rows = getattr(layer, name, None)
+            if rows is not None:
+                rows.normal_()
+
+    def rewind() -> None:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(tokens)
+            if getattr(layer, "indexer_cumulative_length", None) is not None:
+                layer.indexer_cumulative_length.fill_(tokens)
+
+    def step() -> Any:
+        rewind()
+        return model(token, past_key_values=cache, use_cache=True).logits
+
+    call = captured(step) if device.type == "cuda" else step
+    call()
+    seconds, _ = timed(lambda: [call() for _ in range(steps)], device)
+    return {"tokens_per_second": batch * steps / seconds, "cache_gib": cache_bytes(cache) / GIB, "steps": steps}
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph's replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        graph.result = call()  # type: ignore[attr-defined]  # lives as long as the graph
+    return graph.replay
+
+
+@torch.no_grad()
+def neighbour_overlap(model: Any, ids: torch.Tensor, rows: int = 256) -> list[float]:
+    """For each full layer, the mean share of a query's selection that the query before it selected too.
+
+    Of the last `rows` queries; empty when the input is no longer than the selection.
+    """
+    length = ids.shape[1]
+    rows = min(rows, length // 2)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-rows], past_key_values=cache, logits_to_keep=1)
+    out = model(ids[:, -rows:], past_key_values=cache, logits_to_keep=1, output_topk_indices=True)
+    shares = []
+    for indices in out.topk_indices or ():
+        chosen = torch.zeros(rows, length + 1, dtype=torch.bool, device=indices.device)
+        slots = indices[0].long()
+        chosen.scatter_(1, slots.masked_fill(slots < 0, length), True)
+        chosen = chosen[:, :length]
+        shares.append(float((chosen[1:] & chosen[:-1]).sum() / chosen[1:].sum()))
+    return shares

@@ -1,0 +1,105 @@
+"""Tables of a run for the terminal and a self-contained page."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .speed_parts import PARTS
+
+REPORT_FILE = "report.html"
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; text-align: right;
+border-bottom: 1px solid #e3e6ea; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align:
+left } code { font: 13px ui-monospace, monospace } img { max-width: 100% } h2 { margin-top: 2.2rem }
+"""
+
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def tables(document: dict[str, Any]) -> list[Table]:
+    """`(title, column names, rows)` of everything measured; the first column names the row."""
+    names, rows = list(document["patterns"]), document["rows"]
+    found: list[Table] = []
+    for model in ("indexcache", "transformers"):
+        theirs = " (transformers' own glm_moe_dsa)" if model == "transformers" else ""
+        for kind, value, title, digits in (
+            ("generate", "prefill_seconds", "Prefill, seconds to the first token", 3),
+            ("generate", "tokens_per_second", "Decode, tokens a second, batch 1", 1),
+            ("generate", "peak_gib", "Peak memory, GiB", 1),
+            ("full cache", "tokens_per_second", "Decode with a full cache, tokens a second", 1),
+        ):
+            chosen = [row for row in rows if row["kind"] == kind and row["model"] == model]
+            if any(value in row for row in chosen):
+                found.append(_table(title + theirs, chosen, names, value, digits))
+    parts = [row for row in rows if row["kind"] == "parts" and "milliseconds" in row]
+    if parts:
+        used = [part for part in PARTS if any(row["milliseconds"].get(part) for row in parts)]
+        for way in dict.fromkeys(row["way"] for row in parts):
+            lines = [
+                [f"{row['tokens']:,}, {row['pattern']}"]
+                + [f"{row['milliseconds'].get(part, 0.0):.2f}" for part in used]
+                + [f"{sum(row['milliseconds'].values()):.2f}"]
+                for row in parts
+                if row["way"] == way
+            ]
+            found.append((f"Where the time goes, ms of one {way}", ["tokens", *used, "sum"], lines))
+    overlaps = [row for row in rows if row["kind"] == "overlap" and row.get("layers")]
+    if overlaps:
+        lines = [[f"{row['tokens']:,}", f"{min(row['layers']):.2f}", f"{max(row['layers']):.2f}"] for row in overlaps]
+        found.append(
+            ("Share of its keys that a query has in common with the one before", ["", "least", "most"], lines)
+        )
+    return found
+
+
+def _table(title: str, rows: list[dict[str, Any]], names: list[str], value: str, digits: int) -> Table:
+    """Lengths (and ways or batch sizes) down, patterns across, and how many times the first pattern's speed."""
+    keys = sorted({(row["tokens"], row["way"], row["batch"]) for row in rows})
+    cells = {(row["tokens"], row["way"], row["batch"], row["pattern"]): row for row in rows}
+    several_ways = len({way for _, way, _ in keys}) > 1
+    several_batches = len({batch for *_, batch in keys}) > 1
+    lines = []
+    for key in keys:
+        tokens, way, batch = key
+        label = f"{tokens:,}" + (f", {way}" if several_ways else "") + (f", batch {batch or 'most'}" * several_batches)
+        line = [label]
+        first = cells.get((*key, names[0]), {}).get(value)
+        for name in names:
+            row = cells.get((*key, name), {})
+            text = "out of memory" if "out_of_memory" in row else ""
+            if value in row:
+                text = f"{row[value]:.{digits}f}"
+                if first and name != names[0] and value in ("prefill_seconds", "tokens_per_second"):
+                    ratio = first / row[value] if value == "prefill_seconds" else row[value] / first
+                    text += f" ({ratio:.2f}x)"
+            line.append(text)
+        lines.append(line)
+    return title, ["tokens", *names], lines
+
+
+def write_page(document: dict[str, Any], pictures: list[tuple[str, Path]], path: Path) -> None:
+    """Everything in one HTML file."""
+    facts = {
+        name: document[name] for name in ("device", "date", "dtype", "backend", "layers", "routed_experts", "input")
+    }
+    facts |= document["versions"]
+    parts = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        f"<title>{escape(document['what'])}: speed</title><style>{_STYLE}</style>",
+        f"<h1>Speed of {escape(document['what'])}</h1>",
+        "<p>" + escape(", ".join(f"{name} {value}" for name, value in facts.items())) + "</p>",
+    ]
+    for title, picture in pictures:
+        image = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f"<h2>{escape(title)}</h2><img alt='{escape(title)}' src='data:image/png;base64,{image}'>")
+    for title, columns, lines in tables(document):
+        head = "".join(f"<th>{escape(name)}" for name in columns)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in line) for line in lines)
+        parts.append(f"<h2>{escape(title)}</h2><table><tr>{head}{body}</table>")
+    rows = "".join(f"<tr><td>{escape(name)}<td><code>{p}</code>" for name, p in document["patterns"].items())
+    parts.append(f"<h2>Patterns</h2><table>{rows}</table>")
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""Routing of DeepSeek's mixture of experts: logits, sigmoid, balancing bias, top-k and weights.
+
+Source: DeepSeek-V3 report, section 2.1.2. Groups: only experts of the `topk_group` groups whose two best sum highest.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, triton
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+
+
+def expert_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    *,
+    scaling: float = 1.0,
+    normalise: bool = True,
+    groups: int | None = None,
+    topk_groups: int = 1,
+    masked_score: float = float("-inf"),
+    allow_triton: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose `k` experts for every token.
+
+    Args:
+        x: `[tokens, D]`.
+        weight: `[E, D]`.
+        bias: `[E]`, added to the sigmoid scores for the choice alone.
+        k: experts a token.
+        scaling: factor on the weights.
+        normalise: let the weights of a token sum to `scaling`.
+        groups: number of groups of experts; None or 1: no groups.
+        topk_groups: groups a token may choose from.
+        masked_score: what stands in the choice for experts of other groups.
+        allow_triton: use the Triton kernel on CUDA where it takes these arguments; False is PyTorch anywhere.
+
+    Returns:
+        fp32 logits `[tokens, E]`, weights `[tokens, k]` and int64 experts `[tokens, k]`, in no particular order.
+    """
+    grouped = groups is not None and groups > 1
+    if allow_triton and not grouped and _fits(x, weight, bias):
+        return _expert_topk(x, weight, bias, k, scaling, normalise)
+    return expert_topk_reference(
+        x, weight, bias, k, scaling, normalise, groups if grouped else None, topk_groups, masked_score
+    )
+
+
+def expert_topk_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    scaling: float,
+    normalise: bool,
+    groups: int | None = None,
+    topk_groups: int = 1,
+    masked_score: float = float("-inf"),
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments and results as `expert_topk`, in PyTorch."""
+    logits = F.linear(x.float(), weight.float())
+    scores = logits.sigmoid()
+    choice = scores + bias
+    if groups is not None:
+        by_group = choice.view(choice.shape[0], groups, -1)
+        group_scores = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
+        best = group_scores.topk(topk_groups, dim=-1, sorted=False).indices
+        outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
+        choice = by_group.masked_fill(outside.unsqueeze(-1), masked_score).flatten(1)
+    experts = choice.topk(k, dim=-1, sorted=False).indices
+    weights = scores.gather(1, experts)
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return logits, weights * scaling, experts
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return (
+        triton is not None
+        and x.is_cuda
+        and not needs_grad
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and weight.dtype == x.dtype
+        and weight.is_cuda
+        and bias.is_cuda
+        and weight.shape[0] <= MAX_EXPERTS
+    )
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::expert_topk", mutates_args=())
+def _expert_topk(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if x.is_cuda:
+        return expert_topk_triton(x, weight, bias, k, scaling, normalise)
+    return expert_topk_reference(x, weight, bias, k, scaling, normalise)
+
+
+@_expert_topk.register_fake
+def _(x, weight, bias, k, scaling, normalise):
+    tokens = x.shape[0]
+    return (
+        x.new_empty(tokens, weight.shape[0], dtype=torch.float32),
+        x.new_empty(tokens, k, dtype=torch.float32),
+        x.new_empty(tokens, k, dtype=torch.int64),
+    )

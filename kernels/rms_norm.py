@@ -1,0 +1,62 @@
+"""RMSNorm, alone and as it makes MLA's cached rows: `[rms(c) | rope(k)]` in one pass.
+
+Source: RMSNorm (Zhang and Sennrich 2019); the cached row of Multi-head Latent Attention (DeepSeek-V2, section 2.1).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .rms_norm_triton import latent_rows_triton, rms_norm_triton
+from .rotary import rotate
+from .triton_support import runs_triton
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, allow_triton: bool = True) -> torch.Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` with statistics in fp32 (fp64 for fp64).
+
+    Args:
+        x: `[..., D]`.
+        weight: `[D]`.
+        eps: added to the mean of squares.
+        allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+
+    Returns:
+        `[..., D]`, of the dtype that `weight * x` has.
+    """
+    if allow_triton and runs_triton(x, weight):
+        return rms_norm_triton(x, weight, eps)
+    wide = x.float() if x.dtype != torch.float64 else x
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def latent_rows(
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    allow_triton: bool = True,
+) -> torch.Tensor:
+    """The rows that MLA caches, from what `kv_a_proj_with_mqa` gives.
+
+    Args:
+        kv: `[B, S, C + R]`.
+        weight: `[C]`, of the latent's RMSNorm.
+        eps: of the norm.
+        cos: `[B or 1, S, R]`.
+        sin: likewise.
+        interleaved: as `rotary.rotate`.
+        allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+
+    Returns:
+        `[B, S, C + R]`: `[rms_norm(c) | rotate(k)]`.
+    """
+    width = weight.shape[0]
+    if allow_triton and runs_triton(kv, weight, cos, sin) and cos.shape[-1] & (cos.shape[-1] - 1) == 0:
+        return latent_rows_triton(kv, weight, eps, cos, sin, interleaved)
+    latent, k = kv.split([width, kv.shape[-1] - width], dim=-1)
+    k = rotate(k, cos, sin, interleaved)
+    return torch.cat((rms_norm(latent, weight, eps, allow_triton=False).to(k.dtype), k), dim=-1)

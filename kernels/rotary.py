@@ -1,0 +1,55 @@
+"""Rotary position embedding of strided rows: PyTorch, and one Triton pass without temporaries.
+
+Source: RoFormer (Su et al. 2021), in the two layouts that DSA models use.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .rotary_triton import rotate_into_triton
+from .triton_support import runs_triton
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Turn pairs of entries of `x` by the angles of their positions.
+
+    Args:
+        x: `[B, S, ..., R]`.
+        cos: `[B or 1, S, R]`, the cosines of R / 2 angles, twice.
+        sin: likewise.
+        interleaved: pairs are neighbours (0, 1), (2, 3), ... (True) or halves apart (False). Interleaved results come
+            out with the halves apart, as in transformers: products of queries and keys are the same.
+
+    Returns:
+        `[B, S, ..., R]` in `x`'s dtype.
+    """
+    half = x.shape[-1] // 2
+    shape = (*cos.shape[:2], *(1,) * (x.dim() - 3), half)
+    cos, sin = cos[..., :half].view(shape), sin[..., :half].view(shape)
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotate_into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    allow_triton: bool = True,
+) -> None:
+    """Write `rotate(x, cos, sin, interleaved)` to `out`, without gradient.
+
+    Args:
+        out: `[B, S, H, R]`, any strides; may be `x`.
+        x: `[B, S, H, R]`, any strides.
+        cos: `[B or 1, S, R]`.
+        sin: likewise.
+        interleaved: as `rotate`.
+        allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+    """
+    if allow_triton and runs_triton(x, out, cos, sin) and x.shape[-1] & (x.shape[-1] - 1) == 0:
+        rotate_into_triton(out, x, cos, sin, interleaved)
+    else:
+        out.copy_(rotate(x, cos, sin, interleaved))

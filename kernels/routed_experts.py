@@ -1,0 +1,172 @@
+"""Gated experts of a mixture, routed and shared, for tokens that know their experts.
+
+Few tokens read the chosen experts' weights once, in two matrix-vector kernels; many go through grouped matmuls in
+blocks whose temporaries are bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .routed_experts_triton import combine, experts_vector, gated, gather_rows, triton
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+# Up to so many tokens the matrix-vector kernels are faster than sorting and grouping.
+VECTOR_TOKENS = 6
+# Largest temporaries of a block of tokens in the grouped matmuls, in bytes.
+BLOCK_BYTES = 256 * 2**20
+
+Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def routed_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    shared: Shared | None = None,
+    accumulate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sum_j weights[t, j] * expert_j(x[t]) + shared(x[t])`, where `expert(x) = down (silu(gate x) * up x)`.
+
+    Args:
+        x: `[T, D]`.
+        experts: int64 `[T, K]`, in 0 .. E - 1.
+        weights: fp32 `[T, K]`.
+        gate_up: `[E, 2 I, D]`, gate above up.
+        down: `[E, D, I]`.
+        shared: `gate [J, D]`, `up [J, D]`, `down [D, J]` of an expert that every token takes, or None.
+        accumulate: contiguous `[T, D]` to add the result to, in place; not inside `torch.compile`.
+
+    Returns:
+        `[T, D]`: `accumulate` if given. No gradient flows.
+    """
+    gate, up, shared_down = shared if shared is not None else (None, None, None)
+    if accumulate is None:
+        return _routed_experts(x, experts, weights, gate_up, down, gate, up, shared_down)
+    if not _on_triton(x):
+        return accumulate.add_(routed_experts_reference(x, experts, weights, gate_up, down, shared))
+    if x.shape[0] <= VECTOR_TOKENS:
+        return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+    _grouped(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+    return accumulate
+
+
+def unsupported_experts_reason(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
+    """Why `routed_experts` does not run these tensors in kernels, or None when it does."""
+    if triton is None:
+        return "Triton is not installed (pip install triton)"
+    if not (x.is_cuda and x.device == gate_up.device == down.device):
+        return "x and the experts' weights must be on one CUDA device"
+    if not (x.dtype == gate_up.dtype == down.dtype == torch.bfloat16):
+        return f"the kernels take bfloat16, not {x.dtype} with weights {gate_up.dtype}, {down.dtype}"
+    if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad or down.requires_grad):
+        return "the kernels have no gradient"
+    if _grouped_mm() is None or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return "this torch or device has no grouped_mm"
+    if gate_up.stride(-1) != 1 or down.stride(-1) != 1 or gate_up.shape[-1] % 8 or down.shape[-1] % 8:
+        return "rows of the experts' weights must be contiguous and a multiple of 8 wide"
+    return None
+
+
+def routed_experts_reference(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    shared: Shared | None = None,
+) -> torch.Tensor:
+    """Arguments and results as `routed_experts`, one expert at a time in PyTorch."""
+    out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    for expert in range(gate_up.shape[0]):
+        token, position = torch.where(experts == expert)
+        gate, up = F.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
+        rows = F.linear(F.silu(gate) * up, down[expert])
+        out.index_add_(0, token, rows.to(out.dtype) * weights[token, position, None].to(out.dtype))
+    out = out.to(x.dtype)
+    if shared is not None:
+        out += F.linear(F.silu(F.linear(x, shared[0])) * F.linear(x, shared[1]), shared[2])
+    return out
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::routed_experts", mutates_args=())
+def _routed_experts(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor | None,
+    shared_down: torch.Tensor | None,
+) -> torch.Tensor:
+    shared = None if gate is None or up is None or shared_down is None else (gate, up, shared_down)
+    if not _on_triton(x):
+        return routed_experts_reference(x, experts, weights, gate_up, down, shared)
+    if x.shape[0] <= VECTOR_TOKENS:
+        return experts_vector(x, experts, weights, gate_up, down, shared, None)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _grouped(x, experts, weights, gate_up, down, shared, None, out)
+    return out
+
+
+@_routed_experts.register_fake
+def _(x, experts, weights, gate_up, down, gate, up, shared_down):
+    return x.new_empty(x.shape)
+
+
+def _grouped(
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    shared: Shared | None,
+    base: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Write `base + result` to `out`, block by block of tokens; nothing waits for the device."""
+    grouped_mm: Any = _grouped_mm()
+    tokens, k = experts.shape
+    count, inner = down.shape[0], down.shape[2]
+    step = max(1, BLOCK_BYTES // (x.element_size() * k * (2 * x.shape[1] + 3 * inner)))
+    blocks = -(-tokens // step)
+    # One sort by (block, expert) serves all blocks.
+    token_block = torch.arange(tokens, device=x.device, dtype=torch.int32).div_(step, rounding_mode="floor")
+    keys, order = torch.sort((experts.to(torch.int32) + count * token_block[:, None]).flatten(), stable=True)
+    ends = torch.arange(blocks * count, device=x.device, dtype=torch.int32)
+    ends = torch.searchsorted(keys, ends, right=True, out_int32=True).view(blocks, count)
+    ends = ends - step * k * torch.arange(blocks, device=x.device, dtype=torch.int32)[:, None]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(tokens * k, device=x.device) % (step * k)
+    place = place.view(tokens, k)
+    for block in range(blocks):
+        first, last = block * step, min((block + 1) * step, tokens)
+        rows = gather_rows(x, order[first * k : last * k], k)
+        both = grouped_mm(rows, gate_up.transpose(1, 2), offs=ends[block])
+        del rows
+        hidden = gated(both[:, :inner], both[:, inner:])
+        del both
+        routed = grouped_mm(hidden, down.transpose(1, 2), offs=ends[block])
+        part = x[first:last]
+        always = None
+        if shared is not None:
+            always = F.linear(gated(F.linear(part, shared[0]), F.linear(part, shared[1])), shared[2])
+        part_base = None if base is None else base[first:last]
+        combine(routed, place[first:last], weights[first:last], always, part_base, out[first:last])
+
+
+def _on_triton(x: torch.Tensor) -> bool:
+    return triton is not None and x.is_cuda
+
+
+def _grouped_mm() -> Callable[..., Any] | None:
+    return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)

@@ -1,0 +1,61 @@
+"""Linear layers of one or two tokens, as decoding has them: bound by reading the weights once.
+
+Several layers of the same input run in one launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from .vector_linear_triton import MAX_WEIGHTS, triton, vector_linear_triton
+
+# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
+_NAMESPACE = __name__.replace(".", "_")
+# With more tokens a matmul that reuses the weights is faster.
+VECTOR_TOKENS = 2
+
+
+def vector_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The outputs of one or several linear layers without bias, side by side.
+
+    Args:
+        x: `[T, D]`.
+        weights: up to `MAX_WEIGHTS` of `[N_i, D]`.
+
+    Returns:
+        `[T, N]`, N the sum of N_i. No gradient flows.
+    """
+    return _vector_linear(x, list(weights))
+
+
+def takes_vector_linear(x: torch.Tensor, *weights: torch.Tensor) -> bool:
+    """Whether `vector_linear` runs these in Triton and is meant for them: `x [T, D]` of few tokens, no gradient."""
+    return (
+        triton is not None
+        and x.is_cuda
+        and 0 < x.shape[0] <= VECTOR_TOKENS
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not (torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)))
+        and all(w.dtype == x.dtype and w.is_cuda and w.stride(-1) == 1 for w in weights)
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
+def vector_linear_reference(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """Arguments and results as `vector_linear`, in PyTorch."""
+    return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::vector_linear", mutates_args=())
+def _vector_linear(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    if x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS:
+        return vector_linear_triton(x, weights)
+    return vector_linear_reference(x, weights)
+
+
+@_vector_linear.register_fake
+def _(x, weights):
+    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

@@ -1,0 +1,109 @@
+"""Matrix-vector products in Triton: one program makes a few outputs of one token, of one of several weights."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_WEIGHTS = 4
+# Weights that a program holds at once, in entries.
+TILE = 8192
+
+
+def vector_linear_triton(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows."""
+    tokens, width = x.shape
+    sizes = [weight.shape[0] for weight in weights]
+    total = sum(sizes)
+    out = torch.empty(tokens, total, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    columns = min(2048, triton.next_power_of_2(width))
+    rows = max(1, TILE // columns)
+    padded = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
+    sizes += [0] * (MAX_WEIGHTS - len(weights))
+    tiles = sum(triton.cdiv(size, rows) for size in sizes)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    vector_linear_kernel[(tokens, tiles)](
+        x,
+        *padded,
+        out,
+        x.stride(0),
+        *(weight.stride(0) for weight in padded),
+        D=width,
+        N0=sizes[0],
+        N1=sizes[1],
+        N2=sizes[2],
+        N3=sizes[3],
+        ROWS=rows,
+        COLUMNS=columns,
+        num_warps=4,
+    )
+    return out
+
+
+if triton is not None:
+
+    @triton.jit
+    def vector_linear_kernel(
+        x,
+        weight0,
+        weight1,
+        weight2,
+        weight3,
+        out,
+        x_stride,
+        stride0,
+        stride1,
+        stride2,
+        stride3,
+        D: tl.constexpr,
+        N0: tl.constexpr,
+        N1: tl.constexpr,
+        N2: tl.constexpr,
+        N3: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        """ROWS outputs of one token; the second grid axis counts the tiles of all weights."""
+        token = tl.program_id(0).to(tl.int64)
+        tile = tl.program_id(1)
+        END0: tl.constexpr = (N0 + ROWS - 1) // ROWS
+        END1: tl.constexpr = END0 + (N1 + ROWS - 1) // ROWS
+        END2: tl.constexpr = END1 + (N2 + ROWS - 1) // ROWS
+        lane = tl.arange(0, ROWS)
+        if tile < END0:
+            row = tile * ROWS + lane
+            real = row < N0
+            rows = weight0 + row.to(tl.int64) * stride0
+            target = row
+        elif tile < END1:
+            row = (tile - END0) * ROWS + lane
+            real = row < N1
+            rows = weight1 + row.to(tl.int64) * stride1
+            target = N0 + row
+        elif tile < END2:
+            row = (tile - END1) * ROWS + lane
+            real = row < N2
+            rows = weight2 + row.to(tl.int64) * stride2
+            target = N0 + N1 + row
+        else:
+            row = (tile - END2) * ROWS + lane
+            real = row < N3
+            rows = weight3 + row.to(tl.int64) * stride3
+            target = N0 + N1 + N2 + row
+        dtype = out.dtype.element_ty
+        column = tl.arange(0, COLUMNS)
+        x += token * x_stride
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first in tl.static_range(0, D, COLUMNS):
+            inside = first + column < D
+            value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            acc += weight.to(tl.float32) * value[None, :]
+        tl.store(out + token * (N0 + N1 + N2 + N3) + target, tl.sum(acc, 1).to(dtype), mask=real)

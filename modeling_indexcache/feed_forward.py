@@ -1,0 +1,82 @@
+"""Feed-forward layers without gradient: blocks of tokens, added to the residual in place, experts in kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..kernels.routed_experts import unsupported_experts_reason
+from .attention_backends import TRITON_ATTENTION
+from .few_token_linears import is_plain_linear
+
+# Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
+FEED_FORWARD_BLOCK_BYTES = 256 * 2**20
+# Experts implementations of transformers that the kernels replace; any other was chosen by the user.
+_REPLACED = ("grouped_mm", "batched_mm")
+
+
+class IndexCacheMLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: IndexCacheConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: torch.Tensor, accumulate: torch.Tensor | None = None) -> torch.Tensor:
+        """`[..., hidden_size]` to the same; added in place to `accumulate` if given."""
+        if accumulate is None:
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        for part, target in zip(row_blocks(x, self.gate_proj), row_blocks(accumulate, self.gate_proj)):
+            target += self.down_proj(self.act_fn(self.gate_proj(part)).mul_(self.up_proj(part)))
+        return accumulate
+
+
+def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether a module's work may happen in place: nobody differentiates, traces, watches or wraps it."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def row_blocks(x: torch.Tensor, wide: nn.Module) -> Iterator[torch.Tensor]:
+    """Views of the rows of `x [..., D]`, so many at once that `wide`'s outputs for them stay bounded."""
+    rows = x.view(-1, x.shape[-1])
+    width = getattr(wide, "out_features", x.shape[-1])
+    return iter(rows.split(max(1, FEED_FORWARD_BLOCK_BYTES // (width * x.element_size()))))
+
+
+def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
+    """Whether `kernels.routed_experts` serves this mixture of experts, as its weights and hooks stand."""
+    experts, config = module.experts, module.config
+    return (
+        config._attn_implementation == TRITON_ATTENTION
+        and config._experts_implementation in _REPLACED
+        and config.hidden_act == "silu"
+        and not getattr(experts, "_is_expert_parallel", False)
+        and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
+        and not experts._forward_hooks
+        and not experts._forward_pre_hooks
+        and not module.shared_experts._forward_hooks
+        and "forward" not in vars(experts)
+        and all(map(is_plain_linear, shared_linears(module)))
+        and unsupported_experts_reason(tokens, experts.gate_up_proj, experts.down_proj) is None
+    )
+
+
+def shared_linears(module: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Gate, up and down of the shared expert."""
+    shared = module.shared_experts
+    return shared.gate_proj, shared.up_proj, shared.down_proj

@@ -1,0 +1,115 @@
+"""Run by test_fused_passes.py in a process of its own: compile the fused passes for every architecture."""
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from indexcache.kernels import (
+    absorbed_vector_triton,
+    expert_topk_triton,
+    rms_norm_triton,
+    rotary_triton,
+    routed_experts_triton,
+    vector_linear_triton,
+)
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
+POINTERS = {
+    **dict.fromkeys(("x", "out", "weight", "cos", "sin", "gate_up", "gate", "up", "hidden", "down"), "*bf16"),
+    **dict.fromkeys(("shared_down", "base", "routed", "shared"), "*bf16"),
+    **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
+    **dict.fromkeys(("weight0", "weight1", "weight2", "weight3"), "*bf16"),
+    **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
+    **dict.fromkeys(("chosen", "experts", "order", "place"), "*i64"),
+}
+# The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
+WIDTH, INNER = 2048, 1536
+CASES = {
+    "norm": (rms_norm_triton.rms_norm_rope_kernel, dict(N=WIDTH, R=0, ROWS=2, BLOCK=2048, INTERLEAVED=False), 4, 3),
+    "latent": (rms_norm_triton.rms_norm_rope_kernel, dict(N=512, R=64, ROWS=8, BLOCK=512, INTERLEAVED=True), 4, 3),
+    "rotate": (rotary_triton.rotate_kernel, dict(H=20, R=64, PAIRS=64, INTERLEAVED=True), 4, 3),
+    "rotate halves": (rotary_triton.rotate_kernel, dict(H=64, R=64, PAIRS=64, INTERLEAVED=False), 4, 3),
+    **{
+        f"route {experts} experts, {'few' if few else 'many'} tokens": (
+            expert_topk_triton.expert_topk_kernel,
+            dict(
+                E=experts,
+                EP=max(16, triton.next_power_of_2(experts)),
+                D=WIDTH,
+                K=4,
+                BLOCK=16 if few or experts > 128 else 64,
+                BLOCK_D=128 if few and experts <= 128 else 64,
+                NORMALISE=True,
+            ),
+            4,
+            4 if experts <= 128 else 2,
+        )
+        for experts, few in ((64, True), (64, False), (160, False), (256, True))
+    },
+    "up": (
+        routed_experts_triton.experts_up_vector_kernel,
+        dict(D=WIDTH, INNER=INNER, SHARED=INNER, K=4, ROWS=4, COLUMNS=2048),
+        4,
+        3,
+    ),
+    "down": (
+        routed_experts_triton.experts_down_vector_kernel,
+        dict(D=WIDTH, INNER=INNER, SHARED=INNER, K=4, ROWS=4, COLUMNS=2048, HAS_BASE=True),
+        4,
+        3,
+    ),
+    "absorb": (
+        absorbed_vector_triton.absorb_queries_kernel,
+        dict(H=20, N=192, BLOCK_N=256, R=64, BLOCK_R=32, C=512, ENTRIES=32, INTERLEAVED=True),
+        4,
+        3,
+    ),
+    "values": (
+        absorbed_vector_triton.expand_values_kernel,
+        dict(H=20, V=256, C=512, BLOCK_C=512, ENTRIES=16),
+        4,
+        3,
+    ),
+    "linear": (
+        vector_linear_triton.vector_linear_kernel,
+        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048),
+        4,
+        3,
+    ),
+    "gather": (routed_experts_triton.gather_rows_kernel, dict(D=WIDTH, BLOCK=2048, ROWS=2), 4, 3),
+    "gate": (routed_experts_triton.gated_kernel, dict(D=INNER, BLOCK=1024, ROWS=4), 4, 3),
+    "combine": (
+        routed_experts_triton.combine_kernel,
+        dict(D=WIDTH, BLOCK=2048, K=4, HAS_SHARED=True, HAS_BASE=True),
+        4,
+        3,
+    ),
+}
+
+
+def compile_case(name, arch):
+    kernel, constants, warps, stages = CASES[name]
+    types = {n: POINTERS.get(n, "fp32" if n in ("eps", "scaling") else "i32") for n in kernel.arg_names}
+    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if n not in constants and (n in POINTERS or "stride" in n)
+    }
+    if isinstance(arch, str):
+        target = GPUTarget("hip", arch, 64)
+    else:
+        target = GPUTarget("cuda", arch, 32)
+    source = ASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+# Routing alone uses much shared memory; the rest is compiled for one target of each kind.
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [(n, a) for n in CASES for a in SHARED_KB if "experts" in n or a in (90, "gfx942")],
+    ids=str,
+)
+def test_fits_shared_memory(name, arch):
+    assert compile_case(name, arch).metadata.shared <= SHARED_KB[arch] * 1024

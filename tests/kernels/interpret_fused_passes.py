@@ -1,0 +1,178 @@
+"""Run by test_fused_passes.py in a process of its own, with TRITON_INTERPRET=1.
+
+Every kernel is compared with its meaning in fp64, and may err twice as much as PyTorch in the same precision does.
+"""
+
+import pytest
+import torch
+
+from indexcache.kernels import routed_experts
+from indexcache.kernels.absorbed_vector import absorb_queries_reference
+from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
+from indexcache.kernels.expert_topk import expert_topk_reference
+from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.rms_norm import latent_rows, rms_norm
+from indexcache.kernels.rms_norm_triton import latent_rows_triton, rms_norm_triton
+from indexcache.kernels.rotary import rotate
+from indexcache.kernels.rotary_triton import rotate_into_triton
+from indexcache.kernels.routed_experts import routed_experts_reference
+from indexcache.kernels.routed_experts_triton import experts_vector
+from indexcache.kernels.vector_linear import vector_linear_reference
+from indexcache.kernels.vector_linear_triton import vector_linear_triton
+
+# bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
+DTYPE = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_as_exact_as(got, plain, exact):
+    error, allowed = (got.double() - exact).abs().max(), (plain.double() - exact).abs().max()
+    assert error <= 2 * allowed + 1e-4 * exact.abs().max(), f"{error} against {allowed} of PyTorch"
+
+
+def angles(batch, tokens, width):
+    turn = torch.rand(batch, tokens, width // 2).repeat(1, 1, 2) * 6.28
+    return turn.cos().to(DTYPE), turn.sin().to(DTYPE)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 48), (1, 1, 700), (9, 64)])
+def test_rms_norm(shape):
+    x, weight = torch.randn(shape, dtype=DTYPE), torch.randn(shape[-1], dtype=DTYPE)
+    exact = rms_norm(x.double(), weight.double(), 1e-6)
+    assert_as_exact_as(rms_norm_triton(x, weight, 1e-6), rms_norm(x, weight, 1e-6), exact)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("angle_batch", [1, 2])
+def test_latent_rows_of_strided_input(interleaved, angle_batch):
+    kv = torch.randn(2, 7, 60, dtype=DTYPE)[..., 2:58]
+    weight, turns = torch.randn(40, dtype=DTYPE), angles(angle_batch, 7, 16)
+    wide = (kv.double(), weight.double(), 1e-6, *(t.double() for t in turns), interleaved)
+    got = latent_rows_triton(kv, weight, 1e-6, *turns, interleaved)
+    assert_as_exact_as(got, latent_rows(kv, weight, 1e-6, *turns, interleaved), latent_rows(*wide))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("angle_batch", [1, 2])
+def test_rotation_into_a_slice_and_in_place(interleaved, angle_batch):
+    x, turns = torch.randn(2, 37, 3, 30, dtype=DTYPE), angles(angle_batch, 37, 16)
+    turned = x[..., 5:21]
+    exact = rotate(turned.double(), *(t.double() for t in turns), interleaved)
+    plain = rotate(turned, *turns, interleaved)
+    out = torch.full((2, 37, 3, 20), 7.0, dtype=DTYPE)
+    rotate_into_triton(out[..., 4:], turned, *turns, interleaved)
+    assert_as_exact_as(out[..., 4:], plain, exact)
+    assert (out[..., :4] == 7).all()
+    before = x.clone()
+    rotate_into_triton(turned, turned, *turns, interleaved)
+    assert_as_exact_as(turned, plain, exact)
+    assert torch.equal(x[..., :5], before[..., :5])
+    assert torch.equal(x[..., 21:], before[..., 21:])
+
+
+@pytest.mark.parametrize(("tokens", "count", "k", "width"), [(1, 8, 2, 48), (70, 24, 3, 200), (600, 160, 8, 64)])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_routing(tokens, count, k, width, normalise):
+    x, bias = torch.randn(tokens, width, dtype=DTYPE), torch.randn(count) * 0.1
+    weight = torch.randn(count, width, dtype=DTYPE) / width**0.5
+    logits, weights, experts = expert_topk_triton(x, weight, bias, k, 1.8, normalise)
+    wide_logits = x.double() @ weight.double().T
+    torch.testing.assert_close(logits.double(), wide_logits, atol=1e-5, rtol=1e-5)
+    _, expected, chosen = expert_topk_reference(x, weight, bias, k, 1.8, normalise)
+    (experts, order), (chosen, chosen_order) = experts.sort(-1), chosen.sort(-1)
+    # Experts may differ where scores are equal within rounding.
+    scores = wide_logits.sigmoid() + bias
+    torch.testing.assert_close(scores.gather(1, experts).sum(-1), scores.gather(1, chosen).sum(-1))
+    same = (experts == chosen).all(-1)
+    assert same.float().mean() > 0.99
+    got = weights.gather(1, order)[same]
+    torch.testing.assert_close(got, expected.gather(1, chosen_order)[same], atol=1e-5, rtol=1e-5)
+
+
+def test_routing_prefers_the_first_of_equal_experts_and_survives_nan():
+    x, bias = torch.ones(2, 16, dtype=DTYPE), torch.zeros(4)
+    x[1] = float("nan")
+    _, _, experts = expert_topk_triton(x, torch.ones(4, 16, dtype=DTYPE), bias, 2, 1.0, True)
+    assert experts[0].tolist() == [0, 1]
+    assert len(set(experts[1].tolist())) == 2
+    assert 0 <= experts.min() <= experts.max() < 4
+
+
+def experts_problem(tokens, count, k, width, inner, shared_inner):
+    def weight(*shape):
+        return torch.randn(*shape, dtype=DTYPE) / shape[-1] ** 0.5
+
+    # The last expert is never chosen.
+    experts = torch.stack([torch.randperm(count - 1)[:k] for _ in range(tokens)])
+    x, weights = torch.randn(tokens, width, dtype=DTYPE), torch.rand(tokens, k)
+    arguments = (x, experts, weights, weight(count, 2 * inner, width), weight(count, width, inner))
+    shared = None
+    if shared_inner:
+        shared = weight(shared_inner, width), weight(shared_inner, width), weight(width, shared_inner)
+    return arguments, shared, torch.randn(tokens, width, dtype=DTYPE)
+
+
+def in_double(arguments, shared):
+    wide = [t.double() if t.is_floating_point() else t for t in arguments]
+    return routed_experts_reference(*wide, None if shared is None else tuple(t.double() for t in shared))
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 2, 48, 24, 40), (3, 6, 3, 200, 72, 16), (2, 5, 4, 64, 32, 0)])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_experts_of_a_few_tokens(sizes, with_base):
+    (x, experts, weights, gate_up, down), shared, base = experts_problem(*sizes)
+    arguments = x, experts, weights, gate_up, down
+    got = experts_vector(*arguments, shared, base if with_base else None)
+    add = base if with_base else 0.0
+    exact = in_double(arguments, shared) + add
+    assert_as_exact_as(got, routed_experts_reference(*arguments, shared) + add, exact)
+
+
+@pytest.mark.parametrize("block_bytes", [512 * 2**20, 12000])
+@pytest.mark.parametrize("shared_inner", [24, 0])
+def test_experts_of_many_tokens_in_blocks(monkeypatch, block_bytes, shared_inner):
+    def grouped_mm(a, b, offs):
+        out, first = torch.full((a.shape[0], b.shape[2]), float("nan"), dtype=a.dtype), 0
+        for expert, last in enumerate(offs.tolist()):
+            out[first:last] = a[first:last] @ b[expert]
+            first = last
+        return out
+
+    monkeypatch.setattr(routed_experts, "_grouped_mm", lambda: grouped_mm)
+    monkeypatch.setattr(routed_experts, "BLOCK_BYTES", block_bytes)
+    arguments, shared, base = experts_problem(37, 6, 3, 40, 24, shared_inner)
+    exact = in_double(arguments, shared) + base
+    plain = routed_experts_reference(*arguments, shared) + base
+    out = base.clone()
+    routed_experts._grouped(*arguments, shared, out, out)
+    assert_as_exact_as(out, plain, exact)
+
+
+@pytest.mark.parametrize(("tokens", "width", "sizes"), [(1, 48, [7]), (2, 200, [5, 64, 3]), (1, 3000, [9, 4, 2, 17])])
+def test_linear_layers_side_by_side(tokens, width, sizes):
+    x = torch.randn(tokens, width, dtype=DTYPE)
+    weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
+    exact = vector_linear_reference(x.double(), [weight.double() for weight in weights])
+    assert_as_exact_as(vector_linear_triton(x, weights), vector_linear_reference(x, weights), exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_absorbed_queries_and_expanded_values_of_a_few_tokens(shape, interleaved):
+    batch, queries, heads, nope, rope, rank, value = shape
+    q = torch.randn(batch, queries, heads, nope + rope, dtype=DTYPE)
+    by_head = torch.randn(heads, nope + value, rank, dtype=DTYPE) / rank**0.5
+    to_latent, to_value = by_head.split([nope, value], dim=1)
+    for turns in (angles(1, queries, rope), angles(batch, queries, rope)):
+        wide = [t.double() for t in (q, to_latent, *turns)]
+        plain = absorb_queries_reference(q, to_latent, *turns, interleaved)
+        got = absorb_queries_triton(q, to_latent, *turns, interleaved)
+        assert_as_exact_as(got, plain, absorb_queries_reference(*wide, interleaved))
+    latent_out = torch.randn(batch, queries, heads, rank, dtype=DTYPE)
+    exact = torch.einsum("bshc,hvc->bshv", latent_out.double(), to_value.double())
+    plain = torch.einsum("bshc,hvc->bshv", latent_out, to_value)
+    assert_as_exact_as(expand_values_triton(latent_out, to_value), plain, exact)

@@ -1,0 +1,220 @@
+"""Decoding steps from a graph: the same tokens as step by step, and only where nothing is out of the ordinary.
+
+Recording is replaced by running the recorded function at each replay, so that all but CUDA itself runs on a CPU.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from indexcache.modeling_indexcache import decode_graph, growing_cache
+
+PATTERN = "FSFS"
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = tiny_model(index_share_pattern=PATTERN)
+    monkeypatch.setattr(decode_graph, "_device_takes_graphs", lambda hidden_states: True)
+    monkeypatch.setattr(decode_graph, "runs_expert_kernels", lambda mlp, tokens: True)
+    monkeypatch.setattr(decode_graph, "TRITON_ATTENTION", "sdpa")
+    return model
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Every recording made, and the number of its replays."""
+    made = []
+
+    def record(run, rewind, device):
+        out, count = run().clone(), [0]
+        rewind()
+
+        def replay():
+            count[0] += 1
+            out.copy_(run())
+
+        made.append(count)
+        return out, replay
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(3)
+    return torch.randint(2, 96, (2, 30))
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=1, **kwargs)
+
+
+def without_graphs(model, *args, **kwargs):
+    model.model.decode_graphs = False
+    try:
+        return greedy(model, *args, **kwargs)
+    finally:
+        model.model.decode_graphs = True
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_gives_the_same_tokens_and_replays(model, replays, ids, padded):
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask)
+    assert replays == []
+    assert torch.equal(greedy(model, ids, attention_mask=mask), expected)
+    # 23 decoding steps: one makes the buffers, two watch that they stand still, the rest come from one recording.
+    assert replays == [[20]]
+
+
+def test_a_full_buffer_is_replaced_and_recorded_again(model, replays, ids, monkeypatch):
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    assert torch.equal(greedy(model, ids), without_graphs(model, ids))
+    assert len(replays) == 3
+    assert all(count[0] for count in replays)
+
+
+def steps(model, cache, tokens):
+    with torch.no_grad():
+        return [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(tokens.shape[1])]
+
+
+def test_the_cache_shows_every_row_and_may_be_cropped_or_copied(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :15], past_key_values=cache)
+    steps(model, cache, ids[:, 15:22])
+    assert len(replays) == 1
+    assert cache.get_seq_length() == 22
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [22] * 4
+    assert [None if layer.indexer_keys is None else layer.indexer_keys.shape[1] for layer in cache.layers] == [
+        22,
+        None,
+        22,
+        None,
+    ]
+    kept = [layer.keys.clone() for layer in cache.layers]
+    views = [layer.keys for layer in cache.layers]
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    deep, loaded = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    for other in (twin, deep, loaded):
+        got = steps(model, other, ids[:, 22:])
+        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 22:], atol=1e-5, rtol=1e-5)
+    cache.crop(-4)
+    got = steps(model, cache, ids[:, 18:])
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 18:], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(view, rows) for view, rows in zip(views, kept))
+
+
+def test_another_pattern_or_backend_is_never_replayed(model, replays, ids):
+    full = tiny_model(index_share_pattern="FFFF")
+    cache = DynamicCache(config=full.config)
+    with torch.no_grad():
+        full(ids[:, :20], past_key_values=cache)
+        steps(full, cache, ids[:, 20:25])
+        assert replays == [[2]]
+        full.set_attn_implementation("eager")
+        steps(full, cache, ids[:, 25:27])
+        assert replays == [[2]]
+        full.set_attn_implementation("sdpa")
+        full.set_index_share_pattern("FSFS")
+        steps(full, cache, ids[:, 27:30])
+    assert replays == [[2], [3]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"use_cache": False},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_out_of_the_ordinary_runs_step_by_step(model, replays, ids, options):
+    greedy(model, ids[:1], **options)
+    assert replays == []
+
+
+def test_hooks_are_never_skipped_but_for_idle_ones_of_transformers(model, replays, ids):
+    with torch.no_grad():
+        model(ids, output_topk_indices=True)
+    greedy(model, ids)
+    assert len(replays) == 1
+    seen = []
+    handle = model.model.layers[1].self_attn.register_forward_hook(lambda *a: seen.append(1))
+    greedy(model, ids)
+    handle.remove()
+    assert len(replays) == 1
+    assert len(seen) == 24
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_caches_are_recorded_as_they_are(model, replays, ids, options, padded):
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask)
+    got = greedy(model, ids, attention_mask=mask, cache_implementation="static", **options)
+    assert torch.equal(got, expected)
+    assert replays == [[21]]
+
+
+def test_a_static_cache_may_be_reset_and_filled_again(model, replays, ids):
+    cache = StaticCache(config=model.config, max_cache_len=31)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for first in (20, 24):
+            cache.reset()
+            model(ids[:, :first], past_key_values=cache)
+            got = steps(model, cache, ids[:, first:])
+            torch.testing.assert_close(torch.cat(got, dim=1), expected[:, first:], atol=1e-5, rtol=1e-5)
+    assert replays == [[8 + 6]]
+    assert cache.get_seq_length() == 30
+
+
+def test_short_contexts_are_left_alone(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :2], past_key_values=cache)
+    steps(model, cache, ids[:, 2:11])
+    steps(model, StaticCache(config=model.config, max_cache_len=12), ids[:, :11])
+    assert replays == []
+
+
+def test_generate_compiles_static_decoding_only_when_asked_to(model):
+    from transformers.generation import CompileConfig
+
+    def is_plain(call):
+        return getattr(call, "__func__", None) is type(model).__call__
+
+    assert is_plain(model.get_compiled_call(None))
+    assert not is_plain(model.get_compiled_call(CompileConfig(backend="eager")))
+    model.model.decode_graphs = False
+    assert not is_plain(model.get_compiled_call(None))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkeypatch, cache):
+    def record(run, rewind, device):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    with pytest.warns(UserWarning, match="a CUDA graph could not be made: operation not permitted") as caught:
+        tokens = greedy(model, ids, cache_implementation=cache)
+    assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
+    assert torch.equal(tokens, without_graphs(model, ids))

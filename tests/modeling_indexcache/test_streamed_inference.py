@@ -1,0 +1,122 @@
+"""Without gradient a forward streams in blocks and adds in place; numbers, hooks and caches stay what they were."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import DynamicCache
+
+from indexcache.modeling_indexcache import feed_forward, growing_cache, indexer, inference_attention
+
+PATTERN = "FSFS"
+
+
+@pytest.fixture(scope="module", params=[{}, {"q_lora_rank": None, "index_topk": None}], ids=["sparse", "dense"])
+def any_model(request):
+    pattern = PATTERN if not request.param else None
+    return tiny_model(index_share_pattern=pattern, **request.param)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(index_share_pattern=PATTERN)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(4)
+    return torch.randint(2, 96, (3, 40))
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "padding", "each query's own"])
+def test_blocks_of_a_few_tokens_equal_one_forward_with_gradient(any_model, ids, monkeypatch, mask_kind):
+    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(indexer, "WIDENED_TOKENS", 3)
+    monkeypatch.setattr(feed_forward, "FEED_FORWARD_BLOCK_BYTES", 2**12)
+    mask, seen = None, torch.ones_like(ids, dtype=torch.bool)
+    if mask_kind != "none":
+        seen[1, :9] = False
+        mask = seen
+    if mask_kind == "each query's own":
+        mask = (torch.ones(40, 40, dtype=torch.bool).tril() & seen[:, None, :]).unsqueeze(1)
+    expected = any_model(ids, attention_mask=mask).logits
+    with torch.no_grad():
+        got = any_model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_and_hooks_see_what_they_saw(model, ids):
+    seen = []
+    layer = model.model.layers[2]
+    handles = [m.register_forward_hook(lambda *a: seen.append(a[2])) for m in (layer.mlp, layer.self_attn)]
+    try:
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    plain = model(ids, output_hidden_states=True)
+    for got, expected in zip(out.hidden_states, plain.hidden_states):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    attended, fed = seen[0][0], seen[1]
+    torch.testing.assert_close(out.hidden_states[2] + attended + fed, out.hidden_states[3], atol=1e-5, rtol=1e-5)
+
+
+def decoded(model, ids, cache, first):
+    with torch.no_grad():
+        return [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(first, ids.shape[1])]
+
+
+def test_decoding_appends_in_place_and_frees_nothing_handed_out(model, ids, monkeypatch):
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :20], past_key_values=cache)
+        kept = cache.layers[0].keys
+        snapshot = kept.clone()
+        addresses = set()
+        for i in range(20, 40):
+            got = model(ids[:, i : i + 1], past_key_values=cache).logits
+            torch.testing.assert_close(got[:, 0], expected[:, i], atol=1e-5, rtol=1e-5)
+            addresses.add(cache.layers[0].keys.data_ptr())
+    assert len(addresses) == 3  # three buffers with room for 8 rows each
+    assert torch.equal(kept, snapshot)
+    assert cache.layers[1].indexer_keys is None
+
+
+def test_cropped_copied_and_reordered_caches_go_their_own_ways(model, ids):
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :30], past_key_values=cache)
+        decoded(model, ids[:, :33], cache, 30)
+        handed_out = [layer.keys for layer in cache.layers]
+        before = [keys.clone() for keys in handed_out]
+        # A shallow copy shares tensors and buffers; a deep one its own.
+        twin = copy.copy(cache)
+        twin.layers = [copy.copy(layer) for layer in cache.layers]
+        deep = copy.deepcopy(cache)
+        other = ids.flip(1)
+        decoded(model, other, twin, 35)
+        decoded(model, other, deep, 35)
+        cache.crop(-3)
+        decoded(model, other[:, :37], cache, 34)
+        cache.crop(-3)
+        for i, got in enumerate(decoded(model, ids, cache, 30)):
+            torch.testing.assert_close(got[:, 0], expected[:, 30 + i], atol=1e-5, rtol=1e-5)
+        assert all(torch.equal(now, then) for now, then in zip(handed_out, before))
+
+
+def test_a_cache_filled_in_inference_mode_goes_on_outside(model, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :30], past_key_values=cache)
+        decoded_inside = model(ids[:, 30:31], past_key_values=cache).logits.clone()
+    with torch.no_grad():
+        expected = model(ids).logits
+        got = decoded(model, ids, cache, 31)
+    torch.testing.assert_close(decoded_inside[:, 0], expected[:, 30], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[-1][:, 0], expected[:, -1], atol=1e-5, rtol=1e-5)
