@@ -139,3 +139,14 @@ def selected_mask(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
     mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
     slots = topk_indices.long()
     return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
+
+
+def mask_at_capacity(attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor | None:
+    """A 2-D mask `[B, tokens]` at a static cache's full length, `[B, capacity]`; anything else as it is.
+
+    Its shape stays the same from step to step, so that a compiled decoding step is compiled once.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or cache is None:
+        return attention_mask
+    missing = cache.get_max_length() - attention_mask.shape[-1]
+    return F.pad(attention_mask.to(torch.bool), (0, max(0, missing)), value=True)

@@ -44,7 +44,7 @@ from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
 from .inference_attention import attend_streamed, chunks, runs_streamed
-from .key_visibility import KeyVisibility, packed_key_start, selected_mask
+from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .normalization import IndexCacheRMSNorm
@@ -64,12 +64,8 @@ class IndexCacheAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = 1
         self.is_causal = True
-        self.kv_lora_rank, self.v_head_dim = config.kv_lora_rank, config.v_head_dim
-        self.nope_dim, self.rope_dim, self.head_dim = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.qk_head_dim,
-        )
+        self.kv_lora_rank, self.v_head_dim, self.head_dim = config.kv_lora_rank, config.v_head_dim, config.qk_head_dim
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         num_heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
@@ -108,9 +104,8 @@ class IndexCacheAttention(nn.Module):
                 `hidden_states`; `indexer_training`.
 
         Returns:
-            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
-            `output_attentions` only), and the selection that was used; with `indexer_training` the trace that holds
-            it, which the next layer takes as its `topk_indices`.
+            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
+            only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
         """
         training: IndexerTraining | None = kwargs.get("indexer_training")
         if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
@@ -143,9 +138,8 @@ class IndexCacheAttention(nn.Module):
         # The norm's weight is wider than its input under autocast.
         latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
-        trace: Any = None
+        trace = topk_indices
         if training is not None:
-            trace = topk_indices
             if run_indexer:
                 trace = trace_indexer(self.indexer, hidden_states, q_resid, position_embeddings, visibility, training)
             topk_indices = trace.indices if training.stage == "sparse" else None
@@ -373,12 +367,11 @@ class IndexCachePreTrainedModel(PreTrainedModel):
             ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
         if not new_indexers:
-            refuse_missing_indexers(model.config, info["missing_keys"], pretrained_model_name_or_path)
+            refuse_missing_indexers(model.config, info["missing_keys"], source)
         return (model, info) if want_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -471,13 +464,11 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_queries = hidden_states.shape[:2]
-        device = hidden_states.device
         training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, past_key_values)
         if training is not None:
             kwargs["indexer_training"], use_cache = training, False
-        key_start = None
-        if attention_mask is None and past_key_values is None:
-            key_start = packed_key_start(position_ids, kwargs.get("cu_seq_lens_q"), batch, num_queries)
+        packs, starts = attention_mask is None and past_key_values is None, kwargs.get("cu_seq_lens_q")
+        key_start = packed_key_start(position_ids, starts, batch, num_queries) if packs else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         hidden_out = decode_graph(
@@ -485,6 +476,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         )
         traces: list[Any] = []
         if hidden_out is None:
+            device = hidden_states.device
             visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
@@ -503,7 +495,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         kwargs: dict[str, Any] | None = None,
         traces: list[Any] | None = None,
     ) -> torch.Tensor:
-        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces are put in `traces`."""
+        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`."""
         if position_ids is None:
             slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
             position_ids = slots.unsqueeze(0)
@@ -560,14 +552,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         **_: Any,
     ) -> torch.Tensor | None:
-        """The 2-D mask at a static cache's full length: `generate` would make an `[S, T]` one, huge at long contexts.
-
-        Its shape stays the same from step to step, so that a compiled decoding step is compiled once.
-        """
-        if attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
-            return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
-        return F.pad(attention_mask.to(torch.bool), (0, max(0, missing)), value=True)
+        """See `mask_at_capacity`: transformers would make an `[S, T]` mask, huge at long contexts."""
+        return mask_at_capacity(attention_mask, past_key_values)
 
     @can_return_tuple
     def forward(
@@ -583,14 +569,11 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         **kwargs: Any,
     ) -> IndexCacheCausalLMOutput:
-        """As `IndexCacheModel.forward`, then logits.
+        """As `IndexCacheModel.forward`, then logits `[B, S, vocab_size]`.
 
-        Args:
-            input_ids: as `IndexCacheModel.forward`, and so are those not named here.
-            labels: `[B, S]`, -100 where no loss is wanted; shifted here.
-            logits_to_keep: logits of only so many last positions (0: all), or of the positions listed.
-            skip_logits: return no logits; the loss is then made block by block, for long sequences.
-            **kwargs: as `IndexCacheModel.forward`; `shift_labels`, `num_items_in_batch` for the loss.
+        `labels [B, S]`, -100 where no loss is wanted, are shifted here (or come as `shift_labels`); their loss is
+        divided by `num_items_in_batch` if given. `logits_to_keep` wants logits of only so many last positions (0:
+        all), or of those listed, `skip_logits` none: the loss is then made block by block, for long sequences.
         """
         outputs: IndexCacheModelOutput = self.model(
             input_ids=input_ids,
