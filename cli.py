@@ -17,6 +17,8 @@ import typer
 
 from .benchmarks.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
+from .evaluation.arguments import AsJson, Revision, Token
+from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
@@ -30,10 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
-Token = Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")]
 
 
 def main() -> None:
@@ -55,7 +53,7 @@ def _errors_as_messages() -> Iterator[None]:
     from .benchmarks.errors import BenchError
     from .conversion.checkpoint import ConversionError
     from .distillation.errors import DistillationDiverged, DistillationError
-    from .pattern_search.errors import PatternSearchError
+    from .evaluation.errors import EvaluationError
 
     try:
         yield
@@ -63,14 +61,14 @@ def _errors_as_messages() -> Iterator[None]:
         _fail(str(error))
     except DistillationDiverged as error:
         _fail(str(error))
-    except (PatternSearchError, DistillationError, BenchError) as error:
+    except (EvaluationError, DistillationError, BenchError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion, search, distillation or benchmark goes on with --resume", 130)
+        _fail("interrupted; unfinished work goes on with --resume, where the verb has it", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -233,7 +231,9 @@ def verify(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    path: Annotated[
+        str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id; or a search's patterns.json.")
+    ],
     overlap: Annotated[
         str | None, typer.Option(metavar="DATA", help="Run text or windows: what the selections have in common.")
     ] = None,
@@ -244,8 +244,17 @@ def inspect(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token."""
+    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token; or a search's result."""
     with _errors_as_messages():
+        if Path(path).is_file():
+            from .pattern_search.drawing import draw_result
+            from .pattern_search.result import read_result
+
+            if overlap is not None or overlap_picture is not None:
+                _fail("--overlap needs a checkpoint, and this is a file of patterns", 2)
+            result = read_result(Path(path))
+            _print_json(result) if as_json else _print(draw_result(result))
+            return
         from .conversion.checkpoint import open_source
         from .conversion.describe import describe
         from .conversion.drawing import draw_description
@@ -253,7 +262,7 @@ def inspect(
         description = describe(open_source(path, revision=revision, token=token))
         heatmap = None
         if overlap is not None:
-            from .pattern_search.measure_overlap import draw_heatmap, measure_overlap
+            from .evaluation.measure_overlap import draw_heatmap, measure_overlap
 
             found = measure_overlap(path, overlap, seqlen, nsamples, overlap_picture, revision=revision, token=token)
             description["overlap"], heatmap = found, draw_heatmap(found["layers"], found["matrix"])
@@ -268,6 +277,14 @@ def search(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `pattern_search/command.py`."""
     with _errors_as_messages():
         search_verb(*args, **kwargs)
+
+
+@app.command(name="eval")
+@wraps(evaluate_verb)
+def evaluate(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `evaluation/command.py`."""
+    with _errors_as_messages():
+        evaluate_verb(*args, **kwargs)
 
 
 @app.command()
@@ -348,15 +365,24 @@ def push(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder, or a search's patterns.json.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write; for patterns.json the file of config fields.")],
     to: Annotated[Literal["vllm", "sglang", "trtllm", "transformers", "megatron"], typer.Option(help="The engine.")],
+    keep: Annotated[str | None, typer.Option(help="Chooses in patterns.json: 1/4, 0.25 or a count.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the same weights with the config spelled for another engine."""
+    """Write the same weights with the config spelled for another engine; of patterns.json, the config fields alone."""
     with _errors_as_messages():
         from .conversion.export import export as run_export
+        from .conversion.export import export_pattern
 
+        if path.is_file():
+            fields = export_pattern(path, output, to, keep)
+            found = {"output": str(output), "engine": to, "fields": fields}
+            _print_json(found) if as_json else typer.echo(f"{output}: config fields for {to}")
+            return
+        if keep is not None:
+            _fail("--keep chooses in a patterns.json: a checkpoint's own pattern is exported as it is", 2)
         written = run_export(path, output, to)
         _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
 

@@ -34,8 +34,8 @@ from ..distillation.recipe import Recipe
 from ..distillation.source import open_distillation_source
 from ..distillation.trainer import DistillationTrainer, freeze_for, training_arguments
 from ..evaluation.perplexity import evaluate_windows
-from ..pattern_search.calibration import Sampling, windows_of_file
-from ..pattern_search.windows import Windows
+from ..evaluation.window_sources import Sampling, windows_of_file
+from ..evaluation.windows import Windows
 
 
 @dataclass(frozen=True)

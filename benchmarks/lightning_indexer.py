@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.indexer_quantization import quantize_for_scoring
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.lightning_indexer_reference import indexer_scores, visible_keys
 from .harness import Case, measure_ceilings, run_cases, write_json
@@ -88,16 +89,25 @@ def check_case(inputs: tuple, query_start: int) -> str | None:
     return wrong_rows(first, q, k, weights, rows, query_start)
 
 
-def prefill_case(L: int, H: int, S: int | None = None) -> Case:
-    """The last S queries of L tokens; all of them by default."""
+def check_fp8(inputs: tuple) -> str | None:
+    """As `check_case` for a whole layer, against the scores of the quantised rows."""
+    q, k, weights = inputs
+    (q8, q_scale), (k8, k_scale) = quantize_for_scoring(q), quantize_for_scoring(k)
+    q = (q8.float() * q_scale.unsqueeze(-1)).bfloat16()
+    k = (k8.float() * k_scale.unsqueeze(-1)).bfloat16()
+    return wrong_rows(_select_fp8(*inputs), q, k, weights, [0, TOPK - 1, TOPK, q.shape[1] // 2, q.shape[1] - 1], 0)
+
+
+def prefill_case(L: int, H: int, S: int | None = None, fp8: bool = False) -> Case:
+    """The last S queries of L tokens; all of them by default (with `fp8` always)."""
     S = L if S is None else S
     pairs = S * (L - S) + S * (S + 1) // 2
     start = L - S
     return Case(
-        name=f"prefill H={H} S={S} L={L}",
+        name=f"prefill H={H} S={S} L={L}" + (" fp8" if fp8 else ""),
         make=partial(make_inputs, 1, S, L, H),
-        call=partial(_select, start),
-        check=partial(check_case, query_start=start),
+        call=_select_fp8 if fp8 else partial(_select, start),
+        check=check_fp8 if fp8 else partial(check_case, query_start=start),
         flops=2.0 * HEAD_DIM * H * pairs,
         bytes=2.0 * HEAD_DIM * L + 4.0 * S * TOPK,
         copies=1,
@@ -124,10 +134,15 @@ def _select(query_start: int, q: torch.Tensor, k: torch.Tensor, weights: torch.T
     return lightning_indexer(q, k, weights, TOPK, query_start=query_start)
 
 
+def _select_fp8(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return lightning_indexer(q, k, weights, TOPK, query_start=0, fp8=True)
+
+
 def cases() -> list[Case]:
     """Every case of the group."""
     prefill = [prefill_case(L, 32) for L in (8192, 32768, 65536, 200_000)]
-    prefill += [prefill_case(L, 64) for L in (32768, 200_000)]
+    prefill += [prefill_case(L, 64) for L in (32768, 65536, 200_000)]
+    prefill += [prefill_case(200_000, 32, fp8=True)]
     chunks = [prefill_case(200_000, 32, S=S) for S in (512, 4096)]
     decode = [decode_case(B, 200_000, 32) for B in (1, 8, 64)]
     return prefill + chunks + decode + [decode_case(1, 8192, 32, slots=200_000), decode_case(1, 65536, 32)]

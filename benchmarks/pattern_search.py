@@ -24,14 +24,15 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..conversion.load_source import load_source
+from ..evaluation.window_sources import Sampling
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.calibration import Sampling, load_windows
+from ..pattern_search.calibration import load_windows
 from ..pattern_search.evaluator import Evaluator
 from ..pattern_search.floating import refine
 from ..pattern_search.greedy import greedy
 from ..pattern_search.lazy_greedy import lazy_greedy
 from ..pattern_search.prefix_cache import PrefixCache
-from ..pattern_search.windows import Windows
 
 RESULTS = Path(__file__).with_name("results")
 DEPTHS = (8, 12, 16, 24, 32, 47)
@@ -61,8 +62,9 @@ def growth(depths: list[int], num_windows: int = 16, seqlen: int = 48) -> list[d
         row["paper"] = depth * (depth - 1) // 2 * depth * num_windows
         for name, objective, batch in (("greedy, prefixes reused", "lm", num_windows), ("lazy", "kl", 1)):
             evaluator = Evaluator(
-                "calibration", model, Windows(ids), objective=objective, batch_size=batch, cache=PrefixCache(2**31)
-            )
+                "calibration", model, Windows(ids), objective=objective, batch_size=batch,
+                cache=PrefixCache(2**31),
+            )  # fmt: skip
             start = "F" * depth
             if name == "lazy":
                 steps = lazy_greedy(evaluator, start, rounds=PATH_ROUNDS)
@@ -109,20 +111,30 @@ def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"algorithm": arguments.algorithm, "keep": arguments.keep}
     on_cuda = torch.cuda.is_available()
     with clock(record, "load_seconds"):
-        model = load_source(arguments.checkpoint, dtype=torch.bfloat16 if on_cuda else torch.float32)
+        model = load_source(
+            arguments.checkpoint, dtype=getattr(torch, arguments.dtype), attn_implementation=arguments.attention
+        )
         model = model.to("cuda" if on_cuda else "cpu").eval()  # type: ignore[arg-type]
+    record |= {"dtype": arguments.dtype, "attention": model.config._attn_implementation}
     windows, _ = load_windows(
         f"{arguments.windows}:calibration", model.config, None, Sampling(), f"{arguments.windows}:test"
     )
     greedily = arguments.algorithm == "greedy"
-    evaluator = Evaluator(
-        "calibration", model, windows, objective="lm" if greedily else "kl", batch_size=arguments.batch_size,
-        cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
-    )  # fmt: skip
+
+    def fresh() -> Evaluator:
+        return Evaluator(
+            "calibration", model, windows, objective="lm" if greedily else "kl", teacher="auto",
+            batch_size=arguments.batch_size,
+            cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
+        )  # fmt: skip
+
+    evaluator = fresh()
     start = "F" * evaluator.num_layers
     with clock(record, "warm_up_seconds"):
         for batch in range(len(evaluator.batches)):
             evaluator.scorer.score(batch, evaluator.engine.last_hidden(start[:-1] + "S", batch))
+    # What the warm-up kept would be a head start.
+    evaluator = fresh()
     keep = max(1, round(evaluator.num_layers * arguments.keep))
     with clock(record, "search_seconds"):
         if greedily:
@@ -170,6 +182,8 @@ def main() -> None:
     )
     timing.add_argument("--batch-size", type=int, default=16 if torch.cuda.is_available() else 1)
     timing.add_argument("--cache-gb", type=int, default=4)
+    timing.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    timing.add_argument("--attention", help="triton, sdpa, eager; the best of the machine when not given")
     for verb in (growing, timing):
         verb.add_argument("--output", type=Path)
     arguments = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, 
 from .companion_files import copy_companions
 from .families import INDEXCACHE, family_of, load_config
 from .journal import check_apart
+from .pattern_file import read_pattern_file
 from .shard_writer import pass_whole, write_json
 
 # Our switches that no source family has: each engine has this value built in, so another cannot be exported.
@@ -82,6 +84,44 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
         write_json(output / INDEX_FILE, read_json(source, INDEX_FILE))
     write_json(output / CONFIG_FILE, config)
     return output
+
+
+def export_pattern(
+    path: str | os.PathLike[str], output: str | os.PathLike[str], to: str, keep: str | None = None
+) -> dict[str, Any]:
+    """Spell a pattern of a file that the search wrote as another engine's config fields, without any weights.
+
+    Args:
+        path: JSON, as `pattern_file.read_pattern_file` takes.
+        output: the JSON file to write; what it holds goes into the engine's config.json, or is given to it as
+            overrides (vLLM: `--hf-overrides`).
+        to: the engine, as for `export`.
+        keep: which of several patterns: a count or a share of full layers.
+
+    Returns:
+        The fields.
+
+    Raises:
+        ConversionError: unknown engine, no such pattern, one that the engine cannot run, or an output that is taken.
+    """
+    path, output = Path(path), Path(output)
+    if to not in ENGINES:
+        raise ConversionError(f"{to!r} is no engine that exports are made for: choose one of {', '.join(ENGINES)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{path} is no readable JSON pattern file: {error}") from error
+    content = content if isinstance(content, dict) else {}
+    known = content.get("patterns") or {"": content.get("index_share_pattern") or ""}
+    pattern = read_pattern_file(path, len(next(iter(known.values()))), keep)
+    source = content.get("source")
+    fields = ENGINES[to](str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    if not fields:
+        raise ConversionError(f"{path} does not say which family it is for: convert the checkpoint and export that")
+    if output.exists():
+        raise ConversionError(f"the output {output} exists: give another file")
+    write_json(output, fields)
+    return fields
 
 
 def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:

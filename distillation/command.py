@@ -147,7 +147,7 @@ def distill(
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
     GPUs, with FSDP where accelerate is told so.
     """
-    from ..pattern_search.calibration import Sampling
+    from ..evaluation.window_sources import Sampling
     from ..pattern_search.processes import Processes
     from .errors import DistillationError
     from .monitor import TerminalTrainingMonitor, TrainingMonitor

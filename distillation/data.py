@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..pattern_search.calibration import (
-    DEFAULT_WINDOW,
+from ..evaluation.window_sources import (
+    DEFAULT_SAMPLES,
     Sampling,
     Tokenizer,
+    default_seqlen,
     documents_of,
     read_windows,
     windows_of_file,
 )
-from ..pattern_search.windows import Windows
+from ..evaluation.windows import Windows
 from .errors import DistillationError
 from .recipe import Recipe
 
@@ -97,9 +98,9 @@ def load_training_data(
 
     Raises:
         DistillationError: too little data, tokens outside the vocabulary, held-out windows that are trained on.
-        PatternSearchError: unreadable data.
+        EvaluationError: unreadable data.
     """
-    seqlen = recipe.seqlen or min(config.max_position_embeddings, DEFAULT_WINDOW * config.index_topk)
+    seqlen = recipe.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     wanted = (recipe.dense_steps + recipe.sparse_steps) * recipe.accumulation * recipe.batch_size * processes
     path, _, name = data.partition(":")
     if path.endswith(".safetensors"):
@@ -122,7 +123,7 @@ def load_training_data(
     _check_vocabulary(windows.ids, config.vocab_size, data)
     if held_out is None:
         return windows, None
-    checks = read_windows(held_out, tokenizer, sampling, windows.seqlen, sampling.nsamples or 16)
+    checks = read_windows(held_out, tokenizer, sampling, windows.seqlen, sampling.nsamples or DEFAULT_SAMPLES)
     _check_vocabulary(checks.ids, config.vocab_size, held_out)
     trained = {row.numpy().tobytes() for row in windows.ids}
     both = sum(row.to(torch.int32).numpy().tobytes() in trained for row in checks.ids)

@@ -11,14 +11,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..conversion.shard_writer import write_json
-from ..pattern_search.monitor import SearchMonitor, TerminalMonitor
+from ..evaluation.monitor import Monitor, TerminalMonitor
 
 # Marks a checkpoint that was written to its end.
 COMPLETE_FILE = "distillation_checkpoint.json"
 STAGE_LOG = "log.json"
 
 
-class TrainingMonitor(SearchMonitor):
+class TrainingMonitor(Monitor):
     """Silent; the base of the one that draws."""
 
     def entry(self, text: str) -> None:

@@ -16,8 +16,8 @@ from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
 from ..conversion.companion_files import copy_companions
 from ..conversion.journal import RECIPE_FILE
 from ..conversion.shard_writer import sync_folder, write_json
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.windows import Windows
 from .data import TrainingWindows
 from .recipe import Recipe
 from .source import DistillationSource

@@ -27,10 +27,11 @@ from ..conversion.journal import (
 )
 from ..conversion.shard_writer import write_json
 from ..evaluation.perplexity import evaluate_windows
+from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.calibration import Sampling, load_tokenizer, short_window_warning
+from ..pattern_search.calibration import short_window_warning
 from ..pattern_search.processes import Processes
-from ..pattern_search.windows import Windows
 from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError

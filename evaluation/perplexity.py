@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,6 @@ class WindowScores:
         return math.exp(self.loss)
 
 
-@torch.inference_mode()
 def evaluate_windows(
     model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None = None, batch_size: int = 1
 ) -> WindowScores:
@@ -61,31 +61,19 @@ def evaluate_windows(
     Raises:
         ValueError: shapes that do not fit, or tokens outside the model's vocabulary.
     """
-    _check(model, ids, recall_mask)
-    head = model.get_output_embeddings()
-    was_training = model.training
-    model.eval()
     loss = torch.zeros(2, dtype=torch.float64)  # text, recall
     count = torch.zeros(2, dtype=torch.int64)
     hits = 0
-    try:
-        for start in range(0, len(ids), batch_size):
-            window = ids[start : start + batch_size].to(model.device, torch.long)
-            hidden = model.base_model(input_ids=window[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
-            targets = window[:, 1:].flatten()
-            recalled = torch.zeros_like(targets, dtype=torch.bool)
-            if recall_mask is not None:
-                recalled = recall_mask[start : start + batch_size, 1:].to(targets.device).bool().flatten()
-            rows = max(1, LOGITS_BLOCK_BYTES // (4 * head.weight.shape[0]))
-            for x, target, recall in zip(hidden.split(rows), targets.split(rows), recalled.split(rows), strict=True):
-                logits = head(x.to(head.weight.device)).float().to(target.device)
-                token_loss = F.cross_entropy(logits, target, reduction="none").double()
-                for kind, chosen in enumerate((~recall, recall)):
-                    loss[kind] += token_loss[chosen].sum().cpu()
-                    count[kind] += chosen.sum().cpu()
-                hits += int((logits[recall].argmax(-1) == target[recall]).sum())
-    finally:
-        model.train(was_training)
+    start = 0
+    for losses, correct in token_scores(model, ids, recall_mask, batch_size):
+        recalled = torch.zeros_like(correct)
+        if recall_mask is not None:
+            recalled = recall_mask[start : start + len(losses), 1:].cpu().bool()
+        for kind, chosen in enumerate((~recalled, recalled)):
+            loss[kind] += losses[chosen].sum()
+            count[kind] += chosen.sum()
+        hits += int(correct[recalled].sum())
+        start += len(losses)
     text, recalls = (int(n) for n in count)
     return WindowScores(
         loss=float(loss.sum() / count.sum()),
@@ -95,6 +83,43 @@ def evaluate_windows(
         tokens=text + recalls,
         recall_tokens=recalls,
     )
+
+
+@torch.inference_mode()
+def token_scores(
+    model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None = None, batch_size: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each token's loss and whether it is the model's first choice, batch by batch, on the CPU.
+
+    Args and errors: as `evaluate_windows`. Of tokens that the mask does not mark, the first choice is not looked at.
+
+    Yields:
+        Losses in nats, fp64 `[B, L]`, and hits, bool `[B, L]`.
+    """
+    _check(model, ids, recall_mask)
+    head = model.get_output_embeddings()
+    rows = max(1, LOGITS_BLOCK_BYTES // (4 * head.weight.shape[0]))
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(ids), batch_size):
+            window = ids[start : start + batch_size].to(model.device, torch.long)
+            hidden = model.base_model(input_ids=window[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+            targets = window[:, 1:].flatten()
+            marked = torch.zeros_like(targets, dtype=torch.bool)
+            if recall_mask is not None:
+                marked = recall_mask[start : start + batch_size, 1:].to(targets.device).bool().flatten()
+            losses, hits = [], []
+            for x, target, mark in zip(hidden.split(rows), targets.split(rows), marked.split(rows), strict=True):
+                logits = head(x.to(head.weight.device)).float().to(target.device)
+                losses.append(F.cross_entropy(logits, target, reduction="none").double())
+                hit = torch.zeros_like(mark)
+                hit[mark] = logits[mark].argmax(-1) == target[mark]
+                hits.append(hit)
+            shape = (len(window), window.shape[1] - 1)
+            yield torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
+    finally:
+        model.train(was_training)
 
 
 def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None) -> None:

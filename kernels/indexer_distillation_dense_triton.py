@@ -26,15 +26,13 @@ except ImportError:
     triton = None
 
 
-def index_tile(target: tuple[str, int | str], heads: int, kernel: str) -> DenseTile:
-    """Default tile of the index kernels: `kernel` is forward, queries or keys; `block_q` times heads is one side."""
+def index_tile(target: tuple[str, int | str], heads: int) -> DenseTile:
+    """Default tile of the index kernels; `block_q` times heads is one side of their products."""
     backend, arch = target
     block_h = max(16, triton.next_power_of_2(heads))
     if backend == "hip":
         return DenseTile(max(1, 32 // block_h), 32, 4, 1)
-    if arch in (90, 100, 103):
-        return DenseTile(max(1, 128 // block_h), 128, 8, 2 if kernel == "forward" else 1)
-    return DenseTile(max(1, 64 // block_h), 64, 4, 1)
+    return DenseTile(max(1, 64 // block_h), 64, 4, 2 if arch in (90, 100, 103) else 1)
 
 
 def dense_kl_triton(
@@ -55,7 +53,7 @@ def dense_kl_triton(
     lse = torch.zeros_like(kl)
     if B * S * H * k.shape[1] == 0:
         return kl, lse
-    tile = index_tile(gpu_target(q.device), H, "forward")
+    tile = index_tile(gpu_target(q.device), H)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
         _dense_kl_forward_kernel[(triton.cdiv(last - first, tile.block_q), B)](
             q,
@@ -99,10 +97,10 @@ def dense_kl_backward_triton(
         return grad_q, grad_k.to(k.dtype), grad_weights
     # Upstream gradients enter 16-bit operands relative to the largest.
     largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-    by_query, by_key = (index_tile(gpu_target(q.device), H, kernel) for kernel in ("queries", "keys"))
+    tile = index_tile(gpu_target(q.device), H)
     visibility = visibility_arguments(visible)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        _dense_kl_grad_q_kernel[(triton.cdiv(last - first, by_query.block_q), B)](
+        _dense_kl_grad_q_kernel[(triton.cdiv(last - first, tile.block_q), B)](
             grad,
             q,
             k,
@@ -119,9 +117,9 @@ def dense_kl_backward_triton(
             T,
             target.stride(0),
             GRADIENT_SCALE=GRADIENT_SCALE,
-            **_index_blocks(H, D, by_query),
+            **_index_blocks(H, D, tile),
         )
-        _dense_kl_grad_k_kernel[(triton.cdiv(T, by_key.block_n), B)](
+        _dense_kl_grad_k_kernel[(triton.cdiv(T, tile.block_n), B)](
             grad,
             largest,
             q,
@@ -138,7 +136,7 @@ def dense_kl_backward_triton(
             T,
             target.stride(0),
             GRADIENT_SCALE=GRADIENT_SCALE,
-            **_index_blocks(H, D, by_key),
+            **_index_blocks(H, D, tile),
         )
     return grad_q, grad_k.to(k.dtype), grad_weights
 

@@ -284,11 +284,12 @@ if triton is not None:
         p = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
         q_rows = (q + batch * q_stride_b + query * q_stride_s)[:, None]
         for head in range(H):
-            q_main = tl.load(q_rows + head * q_stride_h + offs_d[None, :], mask=real[:, None], other=0.0)
+            # Head-major queries have strides whose multiples pass 32 bits.
+            q_head = q_rows + (batch * 0 + head) * q_stride_h
+            q_main = tl.load(q_head + offs_d[None, :], mask=real[:, None], other=0.0)
             s = tl.dot(main, tl.trans(q_main))  # [BN, BQ]
             if REST > 0:
-                q_ptr = q_rows + head * q_stride_h + MAIN + offs_r[None, :]
-                q_rest = tl.load(q_ptr, mask=real[:, None] & r_mask, other=0.0)
+                q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
                 s = tl.dot(rest, tl.trans(q_rest), acc=s)
             row_lse = tl.load(lse + (batch * S + query) * H + head, mask=real, other=float("inf"))
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634

@@ -44,7 +44,7 @@ def index_tile(target: tuple[str, int | str], backward: bool) -> SelectedTile:
     if backend == "hip":
         return SelectedTile(64, 4, 1)
     if backward:
-        return SelectedTile(64, 4, 2) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
+        return SelectedTile(64, 4, 3) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
     return SelectedTile(64, 4, 3)
 
 
@@ -99,12 +99,13 @@ def index_backward_triton(
             grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, slice(0, B * S), False
         )
         return grad_q, grad_k.to(k.dtype), grad_weights
-    step = max(1, DETERMINISTIC_SCRATCH_BYTES // (K * D * 4))
+    step = min(S, max(1, DETERMINISTIC_SCRATCH_BYTES // (K * D * 4)))
+    buffer = torch.empty(step, 1, K, D, dtype=torch.float32, device=k.device)
     for batch in range(B):
         for first in range(0, S, step):
             last = min(first + step, S)
             rows = slice(batch * S + first, batch * S + last)
-            scratch = torch.empty(last - first, 1, K, D, dtype=torch.float32, device=k.device)
+            scratch = buffer[: last - first]
             _launch_backward(
                 grad, q, k, weights, indices, target, stats, grad_q, scratch, grad_weights, scale, rows, True
             )

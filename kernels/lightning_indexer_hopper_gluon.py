@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp
+from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
+from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sum_over_heads
+from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
 
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import (
         mbarrier,
-        tma,
         warpgroup_mma,
         warpgroup_mma_wait,
     )
@@ -32,7 +33,6 @@ try:
 
     # Renamed after Triton 3.6.
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 except (ImportError, AttributeError):
     gluon = None
 
@@ -161,131 +161,12 @@ def _launch(
         SLOTS=SCORE_SLOT_QUERIES // max(BQ, 8),
         CHECK=CHECK_TILES,
         num_warps=4,
+        # Products and sums as one instruction, which is Triton's default until 3.9 only.
+        enable_fp_fusion=True,
     )
 
 
 if gluon is not None:
-    # The weights of a thread's columns (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
-    WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64], [128]]))
-
-    @gluon.jit
-    def _block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
-        """Batch, first query (negative: no block), first key and number of tiles of a program's block at a turn.
-
-        Longest rows first, back and forth, so that programs end together.
-        """
-        turns, B, S, T, last_slot = sizes
-        program = gl.program_id(0)
-        programs = gl.num_programs(0)
-        block = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
-        groups = (S + BQ - 1) // BQ
-        b = block % B
-        first_query = (groups - 1 - block // B) * BQ
-        tiles = gl.full((), 0, gl.int32)
-        begin = gl.full((), 0, gl.int32)
-        if first_query >= 0:
-            start = gl.load(starts + b).to(gl.int32)
-            end = gl.minimum(start + gl.minimum(first_query + BQ, S) - 1, last_slot) // STRIDE + 1
-            if HAS_FIRST:
-                begin = gl.full((), 2147483647, gl.int32)
-                for i in gl.static_range(BQ):
-                    query = gl.minimum(first_query + i, S - 1)
-                    begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
-                begin = (gl.maximum(begin, 0) + STRIDE - 1) // STRIDE
-            tiles = gl.maximum(end - begin + 63, 0) // 64
-        return b, first_query, begin, tiles
-
-    @gluon.jit
-    def _load_queries(
-        q_desc,
-        weights,
-        q_tiles,
-        w_tiles,
-        q_full,
-        turn,
-        b,
-        first_query,
-        S,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-    ):
-        """Start to copy a block's queries, and write its weights, into the buffers of the turn's parity."""
-        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0]))
-        if first_query >= 0:
-            parity = turn & 1
-            first_row = b * S + first_query
-            mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
-            load_tile(q_desc, [first_row * H, 0], q_full.index(parity), q_tiles.index(parity))
-            w = gl.load(weights + first_row.to(gl.int64) * H + column, mask=first_query + column // H < S, other=0.0)
-            w_tiles.index(parity).store(w * 0.5)
-            barrier()
-            mbarrier.arrive(q_full.index(parity), count=1)
-
-    @gluon.jit
-    def _load_keys(
-        k_desc,
-        k_tiles,
-        k_full,
-        starts,
-        first_keys,
-        sizes,
-        tile,
-        place,
-        BQ: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        STAGES: gl.constexpr,
-    ):
-        """Start to copy the program's tile number `tile`, sought from a block on; returns the block it is in.
-
-        Such a `place` is the block's turn, the tiles before it, its first row of keys and its number of tiles.
-        """
-        turns, B, S, T, last_slot = sizes
-        turn, done, row, tiles = place
-        while (tile - done >= tiles) & (turn < turns):
-            done += tiles
-            turn += 1
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            row = b * T + begin
-        if turn < turns:
-            stage = tile % STAGES
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            load_tile(k_desc, [row + (tile - done) * 64, 0], k_full.index(stage), k_tiles.index(stage))
-        return turn, done, row, tiles
-
-    @gluon.jit
-    def _from_lane(x, DISTANCE: gl.constexpr):
-        """What the lane with one bit of its number flipped, the one worth DISTANCE (1 or 2), holds."""
-        if DISTANCE == 2:
-            got = gl.inline_asm_elementwise(
-                "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
-            )
-        else:
-            got = gl.inline_asm_elementwise(
-                "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
-            )
-        return got
-
-    @gluon.jit
-    def _halve(x, LANE_BIT: gl.constexpr):
-        """Sum `x` [64, N, 4] over a bit of its last axis, the four lanes of a quad, and halve the work of each lane.
-
-        The lanes whose bit is set keep the second half of the middle axis, the others the first: `[64, N / 2, 4]`.
-        """
-        N: gl.constexpr = x.shape[1]
-        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, N // 2, 4]), (0, 2, 3, 1)))
-        lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, first.type.layout)))
-        upper = ((lane & LANE_BIT) != 0)[None, None, :]
-        return gl.where(upper, second, first) + _from_lane(gl.where(upper, first, second), LANE_BIT)
-
-    @gluon.jit
-    def _sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
-        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ]`, each score in one thread."""
-        # Of 8 neighbouring columns a lane holds two and the others of its quad the rest.
-        by_lane = gl.permute(gl.reshape(terms, [64, BQ, H // 8, 4, 2]), (0, 1, 3, 2, 4))
-        parts = gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)  # [64, BQ, 4]
-        parts = _halve(_halve(parts, 2), 1)  # [64, BQ / 4, 4]
-        return gl.reshape(gl.permute(parts, (0, 2, 1)), [64, BQ])
 
     @gluon.jit
     def _score_group(
@@ -310,17 +191,17 @@ if gluon is not None:
         q_full, k_full, slot_full, slot_empty, my_turn = bars
         # The next tile to load, and the block it is in.
         ahead = gl.full((), 0, gl.int32) + group
-        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
         place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
         for _ in gl.static_range(STAGES // 2):
-            place = _load_keys(
+            place = load_keys(
                 k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
             )
             ahead += 2
         done = gl.full((), 0, gl.int32)
         mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             if first_query >= 0:
                 parity = turn & 1
                 mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
@@ -339,47 +220,17 @@ if gluon is not None:
                     w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
                     # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
                     terms = (acc + gl.abs(acc)) * w[None, :]
-                    score = _sum_over_heads(terms, BQ, H)  # [64, BQ]
+                    score = sum_over_heads(terms, BQ, H)  # [64, BQ]
                     mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
                     slots.index(slot).permute((1, 0)).store(score)
                     barrier()
                     mbarrier.arrive(slot_full.index(slot), count=1)
                     # The tile's stage is free again: the next but one of this group's tiles goes there.
-                    place = _load_keys(
+                    place = load_keys(
                         k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
                     )
                     ahead += 2
             done += tiles
-
-    @gluon.jit
-    def _write_row(
-        list_i,
-        kth,
-        room,
-        topk,
-        width,
-        guesses,
-        redo,
-        out,
-        row,
-        HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        layout: gl.constexpr,
-    ):
-        """Write a row's selection, or its guess."""
-        n = gl.load(list_i + 2 * CAPACITY)
-        if SAMPLING:
-            gl.store(guesses + row, gl.where(n > topk, float_of_ordered(kth), float("-inf")))
-        else:
-            out += row * width
-            written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
-            offset = gl.arange(0, 1024, layout=layout)
-            for first in range(written // 1024 * 1024, width, 1024):
-                entry = first + offset
-                gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
-            if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
-                gl.store(redo + row, 1)
 
     @gluon.jit
     def _select_group(
@@ -433,14 +284,14 @@ if gluon is not None:
         pending_rows = gl.full((), 0, gl.int32)
         pending_first = gl.full((), 0, gl.int64)
         pending_lists = lists
-        b, first_query, begin, tiles = _block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-        _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
         # One turn more than there are blocks, to finish the last.
         for turn in range(turns + 1):
             # All tiles of the block before last are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = _block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            _load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = _block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
+            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             first_row = b.to(gl.int64) * S + first_query
             block_lists = lists + (turn & 1) * (BQ * ROW)
             real = (first_query + row < S) & (first_query >= 0)
@@ -467,6 +318,7 @@ if gluon is not None:
                 mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
                 score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
                 score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
+                barrier()
                 mbarrier.arrive(slot_empty.index(at), count=1)
                 if HAS_SCALE:
                     score_left *= scale_left[None, :]
@@ -506,7 +358,7 @@ if gluon is not None:
                     list_i = pending_lists + pending * ROW
                     kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
                 if (t % PERIOD == PERIOD - 1) & (pending < pending_rows):
-                    _write_row(
+                    write_row(
                         pending_lists + pending * ROW,
                         kth,
                         room,
@@ -526,7 +378,7 @@ if gluon is not None:
             for i in range(pending, pending_rows):
                 list_i = pending_lists + i * ROW
                 kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
-                _write_row(
+                write_row(
                     list_i,
                     kth,
                     room,

@@ -182,5 +182,35 @@ if gluon is not None:
             barrier()
         return written
 
+    @gluon.jit
+    def write_row(
+        list_i,
+        kth,
+        room,
+        topk,
+        width,
+        guesses,
+        redo,
+        out,
+        row,
+        HAS_GUESS: gl.constexpr,
+        SAMPLING: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        layout: gl.constexpr,
+    ):
+        """Write a row's selection, or its guess."""
+        n = gl.load(list_i + 2 * CAPACITY)
+        if SAMPLING:
+            gl.store(guesses + row, gl.where(n > topk, float_of_ordered(kth), float("-inf")))
+        else:
+            out += row * width
+            written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
+            offset = gl.arange(0, 1024, layout=layout)
+            for first in range(written // 1024 * 1024, width, 1024):
+                entry = first + offset
+                gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
+            if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
+                gl.store(redo + row, 1)
+
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    bound_of_list = copy_best = float_of_ordered = rank_in_warp = None
+    bound_of_list = copy_best = float_of_ordered = rank_in_warp = write_row = None

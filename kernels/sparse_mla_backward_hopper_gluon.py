@@ -24,6 +24,8 @@ try:
         warpgroup_mma_wait,
     )
 
+    from .sparse_mla_hopper_gluon import opaque_zero, row_of
+
     # Renamed after Triton 3.6.
     async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -155,19 +157,19 @@ if gluon is not None:
         cols_r = gl.arange(0, 64, layout=gl.SliceLayout(0, copy_r))
 
         rows = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, copy))
-        query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         do_rows = grad_out + batch * do_stride_b + query.to(gl.int64) * do_stride_s + head.to(gl.int64) * do_stride_h
         for c in gl.static_range(4):
             async_load(q_v.index(c), q_rows[:, None] + (c * 128 + cols)[None, :], mask=row_mask[:, None])
             async_load(do_v.index(c), do_rows[:, None] + (c * 128 + cols)[None, :], mask=row_mask[:, None])
         rows = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, copy_r))
-        query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         async_load(q_r.index(0), q_rows[:, None] + (512 + cols_r)[None, :], mask=row_mask[:, None])
 
         rows = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, narrow))
-        query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
         lse_rows = batch * lse_stride_b + query.to(gl.int64) * lse_stride_s + head
         # Rows that do not exist, and queries without keys, get probabilities of zero.
         row_lse = gl.load(lse + lse_rows, mask=row_mask, other=float("inf"))
@@ -196,7 +198,7 @@ if gluon is not None:
         dq_r = gl.zeros([64, 64], gl.float32, narrow)
         _gather(kv_v, kv_r, kv, kv_stride_t, keys, 0, count, offs_copy, offs_copy_r, cols, cols_r, GROUP, OWNER_SHIFT)
         for block in range((count + 63) // 64):
-            zero = _opaque_zero(block)
+            zero = opaque_zero(block)
             first = block * 64
             async_copy.wait_group(0)
             fence_async_shared()
@@ -268,30 +270,15 @@ if gluon is not None:
         async_copy.wait_group(0)
 
         rows = head_block * 64 + offs_wide
-        query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
         row_ptr = grad_q + batch * dq_stride_b + query.to(gl.int64) * dq_stride_s + head * dq_stride_h
         gl.store(row_ptr[:, None] + cols_wide[None, :], dq_0.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (128 + cols_wide)[None, :], dq_1.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (256 + cols_wide)[None, :], dq_2.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (384 + cols_wide)[None, :], dq_3.to(dtype), mask=row_mask[:, None])
-        query, head, row_mask = _row_of(head_block * 64 + offs_narrow, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(head_block * 64 + offs_narrow, list_id, S, H, GROUP)
         row_ptr = grad_q + batch * dq_stride_b + query.to(gl.int64) * dq_stride_s + head * dq_stride_h
         gl.store(row_ptr[:, None] + (512 + cols_narrow)[None, :], dq_r.to(dtype), mask=row_mask[:, None])
-
-    @gluon.jit
-    def _row_of(rows, list_id, S, H: gl.constexpr, GROUP: gl.constexpr):
-        if GROUP > 1:
-            query, head = list_id * GROUP + rows // H, rows % H
-            mask = (rows < GROUP * H) & (query < S)
-        else:
-            query, head = list_id + rows * 0, rows
-            mask = rows < H
-        return query, head, mask
-
-    @gluon.jit
-    def _opaque_zero(varying):
-        # Keeps the compiler from hoisting the wgmma descriptors out of the loop: 64-bit each, they would be spilled.
-        return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [varying], gl.int32, is_pure=False, pack=1)
 
     @gluon.jit
     def _gather(

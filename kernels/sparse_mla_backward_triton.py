@@ -79,29 +79,39 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic, target) -> None:
     """One launch's worth of queries."""
+    global _hopper_failed
     _, S, H, D = q.shape
-    on_hopper = target == ("cuda", 90) and hopper_backward_supports(q, kv, grad_out) and not _hopper_failed
     group, keys, counts = 1, indices, None
     if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
         group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    tile = sparse_mla_backward_tile(target, group * H, D)
-    rows = HOPPER_ROWS if on_hopper else tile.block_m
-    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group, tile, on_hopper)
-    if not deterministic:
-        _launch(*arguments, per_entry=None)
-    else:
-        _launch_deterministic(*arguments, head_blocks=triton.cdiv(group * H, rows))
+    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
+    launch = _launch_deterministic if deterministic else _launch
+    if target == ("cuda", 90) and hopper_backward_supports(q, kv, grad_out) and not _hopper_failed:
+        try:
+            return launch(*arguments, tile=None)
+        except torch.OutOfMemoryError:
+            raise
+        except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
+            # Gluon is an experimental interface of Triton and may change under us.
+            _hopper_failed = True
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            message = f"sparse_mla: Triton {triton.__version__} failed on the Hopper backward kernel ({reason})"
+            warnings.warn(message, stacklevel=2)
+    return launch(*arguments, tile=sparse_mla_backward_tile(target, group * H, D))
 
 
 def _launch_deterministic(
-    q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group, tile, on_hopper, head_blocks
+    q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group: int, tile: Tile | None
 ) -> None:
     """Lists in chunks: a row of `grad_kv` for every entry, then each slot's rows added in the order of the entries."""
     B, lists, entries = keys.shape
-    T, D = kv.shape[1:]
-    step = max(1, DETERMINISTIC_SCRATCH_BYTES // (head_blocks * entries * D * 4))
+    H, D = q.shape[2:]
+    head_blocks = triton.cdiv(group * H, HOPPER_ROWS if tile is None else tile.block_m)
+    step = min(lists, max(1, DETERMINISTIC_SCRATCH_BYTES // (head_blocks * entries * D * 4)))
+    # Once: in this mode PyTorch fills what it allocates.
+    buffer = torch.empty(step, head_blocks, entries, D, dtype=torch.float32, device=q.device)
     for batch in range(B):
         one = slice(batch, batch + 1)
         for first in range(0, lists, step):
@@ -109,9 +119,9 @@ def _launch_deterministic(
             queries = slice(first * group, some.stop * group)
             count = None if counts is None else counts[one, some].contiguous()
             listed = keys[one, some]
-            scratch = torch.empty(listed.shape[1], head_blocks, entries, D, dtype=torch.float32, device=q.device)
+            scratch = buffer[: listed.shape[1]]
             rows = (q[one, queries], kv[one], listed, count, grad_out[one, queries], lse[one, queries])
-            rest = (delta[one, queries], grad_q[one, queries], grad_kv[one], scale, group, tile, on_hopper)
+            rest = (delta[one, queries], grad_q[one, queries], grad_kv[one], scale, group, tile)
             _launch(*rows, *rest, per_entry=scratch)
             slots = listed[0]
             if group > 1:
@@ -147,23 +157,28 @@ def add_rows_by_slot(rows: torch.Tensor, slots: torch.Tensor, total: torch.Tenso
 
 
 def _launch(
-    q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group, tile, on_hopper, per_entry
+    q,
+    kv,
+    keys,
+    counts,
+    grad_out,
+    lse,
+    delta,
+    grad_q,
+    grad_kv,
+    scale,
+    group: int,
+    tile: Tile | None,
+    per_entry: torch.Tensor | None = None,
 ) -> None:
-    global _hopper_failed
+    """Run the Hopper kernel (no tile) or the portable one; add to `grad_kv`, or write `per_entry` instead."""
     B, S, H, D = q.shape
     V = grad_out.shape[-1]
     written = grad_kv if per_entry is None else per_entry
-    if on_hopper and not _hopper_failed:
+    if tile is None:
         arguments = (q, kv, keys, counts, grad_out, lse, delta, scale, scale * LOG2_E, grad_q, written)
-        try:
-            sparse_mla_backward_hopper(*arguments, per_entry is not None, group, owner_shift(group))
-            return
-        except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-            # Gluon is an experimental interface of Triton and may change under us.
-            _hopper_failed = True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"sparse_mla: Triton {triton.__version__} failed on the Hopper backward kernel ({reason})"
-            warnings.warn(message, stacklevel=2)
+        sparse_mla_backward_hopper(*arguments, per_entry is not None, group, owner_shift(group))
+        return
     head_blocks = triton.cdiv(group * H, tile.block_m)
     lists = triton.cdiv(S, group)
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))

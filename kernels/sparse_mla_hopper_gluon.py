@@ -143,7 +143,7 @@ if gluon is not None:
 
         copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         rows = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, copy))
-        query, head, row_mask = _row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         half = gl.arange(0, 256, layout=gl.SliceLayout(0, copy))
         tail = gl.arange(0, 64, layout=gl.SliceLayout(0, copy))
@@ -228,7 +228,8 @@ if gluon is not None:
         )
 
     @gluon.jit
-    def _row_of(rows, list_id, S, H: gl.constexpr, GROUP: gl.constexpr):
+    def row_of(rows, list_id, S, H: gl.constexpr, GROUP: gl.constexpr):
+        """Query and head of each row, and which rows exist."""
         if GROUP > 1:
             query, head = list_id * GROUP + rows // H, rows % H
             mask = (rows < GROUP * H) & (query < S)
@@ -278,7 +279,8 @@ if gluon is not None:
                 async_copy.mbarrier_arrive(full.index(2 + b), increment_count=False)
 
     @gluon.jit
-    def _opaque_zero(varying):
+    def opaque_zero(varying):
+        """Zero that the compiler does not see through, anew whenever `varying` changes."""
         # Keeps the compiler from hoisting the wgmma descriptors out of the loop: 64-bit each, they would be spilled.
         return gl.inline_asm_elementwise("mov.b32 $0, 0; // $1", "=r,r", [varying], gl.int32, is_pure=False, pack=1)
 
@@ -346,7 +348,7 @@ if gluon is not None:
         acc = gl.zeros([64, 256], gl.float32, acc_layout)
         for pair in range(pairs):
             phase = pair & 1
-            zero = _opaque_zero(pair)
+            zero = opaque_zero(pair)
             offs_k = pair * 128 + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
             s = _scores(q_lo, q_hi, q_rope, lo, hi, rope, full, 0, phase, zero, s_layout)
@@ -385,7 +387,7 @@ if gluon is not None:
         mbarrier.wait(ready.index(3), 0)
         row_sum = row_sum + stats.index(3).load(s_rows)
         offs_m = head_block * 64 + gl.arange(0, 64, layout=s_rows)
-        query, head, row_mask = _row_of(offs_m, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(offs_m, list_id, S, H, GROUP)
         row_lse = gl.where(row_sum > 0, (row_max + gl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
         gl.store(lse + query.to(gl.int64) * lse_stride_s + head, row_lse, mask=row_mask)
         _store_half(acc, row_sum, out, list_id, head_block, S, out_stride_s, out_stride_h, 0, H, GROUP, acc_layout)
@@ -428,7 +430,7 @@ if gluon is not None:
         acc = gl.zeros([64, 256], gl.float32, acc_layout)
         for pair in range(pairs):
             phase = pair & 1
-            zero = _opaque_zero(pair)
+            zero = opaque_zero(pair)
             offs_k = pair * 128 + 64 + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
             s = _scores(q_lo, q_hi, q_rope, lo, hi, rope, full, 1, phase, zero, s_layout)
@@ -486,7 +488,7 @@ if gluon is not None:
         row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, layout))
         acc = acc * gl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
         offs_m = head_block * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        query, head, row_mask = _row_of(offs_m, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(offs_m, list_id, S, H, GROUP)
         out_rows = out + query.to(gl.int64) * out_stride_s + head * out_stride_h
         offs_v = column + gl.arange(0, 256, layout=gl.SliceLayout(0, layout))
         gl.store(out_rows[:, None] + offs_v[None, :], acc.to(out.dtype.element_ty), mask=row_mask[:, None])

@@ -5,14 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from ..evaluation.arguments import (
+    DATA_HELP,
+    DATA_PANEL,
+    RUN_PANEL,
+    AsJson,
+    DataSplit,
+    Device,
+    DeviceMap,
+    Dtype,
+    Overwrite,
+    Pictures,
+    Revision,
+    Seqlen,
+    TextField,
+    Token,
+)
 
-_HOW, _DATA, _RUN = "How to search", "Data", "Where it runs"
+_HOW = "How to search"
 
 
 def search(
@@ -20,8 +34,8 @@ def search(
     data: Annotated[
         str,
         typer.Option(
-            help="Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config).",
-            rich_help_panel=_DATA,
+            help=DATA_HELP,
+            rich_help_panel=DATA_PANEL,
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for patterns.json, journal, pictures and report.")] = Path(
@@ -40,11 +54,18 @@ def search(
     objective: Annotated[
         Literal["kl", "far-kl", "lm"] | None,
         typer.Option(
-            help="kl: to the source's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
+            help="kl: to a teacher's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
             "(greedy).",
             rich_help_panel=_HOW,
         ),
     ] = None,
+    teacher: Annotated[
+        Literal["auto", "dense", "source"],
+        typer.Option(
+            help="Of kl: dense attention, the source as it is, or the better of them on the first windows.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "auto",
     blocks: Annotated[int, typer.Option(min=1, help="Pipeline blocks of greedy.", rich_help_panel=_HOW)] = 1,
     path_rounds: Annotated[
         int,
@@ -66,43 +87,37 @@ def search(
     ] = None,
     curve: Annotated[bool, typer.Option(help="Check every number of full layers on the held-out windows.")] = True,
     held_out: Annotated[
-        str | None, typer.Option(help="Data for the checks. Default: split off from --data.", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(help="Data for checks. Default: split off from --data.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=_DATA)
-    ] = None,
+    seqlen: Seqlen = None,
     nsamples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=_DATA)
+        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=DATA_PANEL)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=_DATA)] = 0,
-    data_split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    text_field: Annotated[str, typer.Option(help="Of JSONL and datasets.", rich_help_panel=_DATA)] = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=_RUN)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=_RUN),
-    ] = "auto",
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...", rich_help_panel=_RUN)] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="auto, balanced, ...: spread the model.", rich_help_panel=_RUN)
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
+    data_split: DataSplit = "train",
+    text_field: TextField = "text",
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=RUN_PANEL)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from journal.", rich_help_panel=RUN_PANEL)] = False,
+    overwrite: Overwrite = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
     parallel: Annotated[
         Literal["windows", "tensor"],
-        typer.Option(help="What the processes of torchrun share.", rich_help_panel=_RUN),
+        typer.Option(help="What the processes of torchrun share.", rich_help_panel=RUN_PANEL),
     ] = "windows",
     cache_memory: Annotated[
         str | None,
-        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=_RUN),
+        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=RUN_PANEL),
     ] = None,
     cache_on: Annotated[
-        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=_RUN)
+        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=RUN_PANEL)
     ] = "device",
-    pictures: Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")] = True,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    pictures: Pictures = True,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Search which layers can share their indexer's selection, without training.
 
@@ -110,8 +125,9 @@ def search(
     interruption, repeat the command with --resume. Under torchrun or `accelerate launch` the processes share the
     windows.
     """
-    from .calibration import Sampling
-    from .monitor import SearchMonitor, TerminalMonitor
+    from ..evaluation.loading import Placement
+    from ..evaluation.monitor import Monitor, TerminalMonitor
+    from ..evaluation.window_sources import Sampling
     from .processes import Processes
     from .run import RunOptions, run_search
     from .search import DEFAULT_KEEP, SearchOptions
@@ -121,6 +137,7 @@ def search(
         tolerance=_share(tolerance),
         algorithm=algorithm,
         objective=objective,
+        teacher=teacher,
         blocks=blocks,
         path_rounds=path_rounds,
         refine_passes=refine,
@@ -136,16 +153,12 @@ def search(
         Sampling(seqlen, nsamples, seed, data_split, text_field),
         resume,
         overwrite,
-        dtype,
-        device,
-        device_map,
+        Placement(dtype, device, device_map, False, revision, token),
         parallel,
         cache_memory,
         cache_on,
-        revision,
-        token,
     )
-    document = run_search(source, run, options, SearchMonitor() if as_json else TerminalMonitor())
+    document = run_search(source, run, options, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment(parallel).is_first:
         return
     if pictures:
@@ -155,7 +168,14 @@ def search(
         return
     from rich.console import Console
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(_summary(document, output))
+    from .drawing import draw_summary
+    from .result import PATTERNS_FILE
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    console.print(draw_summary(document))
+    console.print(f"{output}: {PATTERNS_FILE}" + (", report.html" if (output / "report.html").exists() else ""))
+    which = "" if "keep" in document else f" --keep {document['asked_for'][-1]}"
+    console.print(f"next: indexcache convert {source} OUTPUT --pattern-file {output / PATTERNS_FILE}{which}")
 
 
 def _share(text: str | None) -> float | None:
@@ -190,37 +210,3 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
             typer.echo("no pictures: pip install matplotlib", err=True)
         return
     write_report(document, output)
-
-
-def _summary(document: dict[str, Any], output: Path) -> RenderableType:
-    """The patterns asked for, with their held-out scores beside the start's and the baselines'."""
-    from rich.console import Group
-    from rich.table import Column, Table
-    from rich.text import Text
-
-    # A pattern cut short is worth nothing: on a narrow terminal it goes over several lines.
-    pattern = Column("pattern", overflow="fold", min_width=min(32, document["num_layers"]))
-    table = Table("full layers", "method", pattern, "held-out loss", "rise", "recall")
-    start = next(entry for entry in document["curve"] if entry["full_layers"] == max(map(int, document["patterns"])))
-    counts = {start["full_layers"], *document["asked_for"], document.get("keep")}
-    for entry in sorted(document["curve"], key=lambda entry: -entry["full_layers"]):
-        if entry["full_layers"] not in counts or "held_out" not in entry:
-            continue
-        scores = entry["held_out"]
-        table.add_row(
-            f"{entry['full_layers']}/{document['num_layers']}",
-            entry["method"],
-            entry["pattern"],
-            f"{scores['loss']:.4f}",
-            f"{scores['loss'] / start['held_out']['loss'] - 1:+.2%}",
-            f"{scores['recall']:.3f}" if "recall" in scores else "",
-        )
-    cost = document["cost"]
-    lines = [
-        f"{cost['search_layer_forwards']:,} layer-forwards to search, {cost['held_out_layer_forwards']:,} to check",
-        f"{output}: patterns.json, and convert --pattern-file {output / 'patterns.json'} --keep "
-        f"{document['asked_for'][-1]} takes it",
-    ]
-    if "keep" in document:
-        lines.insert(0, f"chosen: {document['keep']} full layers, {document['index_share_pattern']}")
-    return Group(table, *map(Text, lines))

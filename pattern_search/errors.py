@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..evaluation.errors import EvaluationError
 
-class PatternSearchError(ValueError):
+
+class PatternSearchError(EvaluationError):
     """Data, source, settings or journal that a search cannot use; the message says what, where and how to mend it."""

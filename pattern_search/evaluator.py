@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from ..configuration.share_pattern import SharePattern
+from ..evaluation.journal import Journal
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .far_context import far_context_weights
-from .journal import Journal
 from .layer_engine import LayerEngine
 from .objective import KL, LOSS, RECALL_HITS, RECALL_LOSS, TokenScorer
 from .prefix_cache import PrefixCache
 from .processes import Processes
-from .windows import Windows
 
 OBJECTIVES = ("kl", "far-kl", "lm")
+TEACHERS = ("auto", "dense", "source")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Evaluation:
 
     @property
     def kl(self) -> float:
-        """Mean KL a token to the reference, in nats; zero when the objective is `lm`."""
+        """Mean KL a token to the teacher, in nats; zero when the objective is `lm`."""
         return self._mean(KL, self.tokens * len(self.costs))
 
     @property
@@ -88,13 +89,15 @@ class Evaluator:
 
     Args:
         name: of the set, in the journal (`calibration`, `held_out`).
-        model: whose indexers decide which layers may be full; its own pattern is the reference of KL.
+        model: whose indexers decide which layers may be full.
         windows: the set.
-        objective: `kl` (to the reference's predictions), `far-kl` (the same, tokens that need far context weighing
+        objective: `kl` (to the teacher's predictions), `far-kl` (the same, tokens that need far context weighing
             more) or `lm` (language-model loss, the paper's).
+        teacher: of KL: `dense` (the model with dense attention, which selections approximate), `source` (its own
+            pattern), or `auto` for the one with the lower loss on the first round of windows.
         batch_size: windows in one forward.
         cache: where states between layers are kept.
-        reference_bytes: memory for the reference's probabilities.
+        reference_bytes: memory for the teacher's probabilities.
         journal: where scores are kept.
         processes: who shares the work.
         on_evaluation: called after every round that was run, with its layer-forwards.
@@ -107,6 +110,7 @@ class Evaluator:
         windows: Windows,
         *,
         objective: str = "kl",
+        teacher: str = "source",
         batch_size: int = 1,
         cache: PrefixCache | None = None,
         reference_bytes: int = 2**30,
@@ -116,6 +120,8 @@ class Evaluator:
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
+        if teacher not in TEACHERS:
+            raise ValueError(f"teacher must be one of {', '.join(TEACHERS)} (got {teacher!r})")
         self.name, self.windows, self.objective = name, windows, objective
         self.reference = model.config.share_pattern
         self.batches = [windows.select(slice(i, i + batch_size)) for i in range(0, len(windows), batch_size)]
@@ -127,7 +133,8 @@ class Evaluator:
         self.scorer = TokenScorer(model, self.batches, reference_bytes=reference_bytes)
         self.rounds = _rounds(len(self.batches))
         self._on_evaluation = on_evaluation
-        self._far_weight: float | None = None
+        dense_is_the_same = windows.seqlen <= (model.config.index_topk or windows.seqlen)
+        self._teacher = "source" if objective == "lm" or dense_is_the_same else teacher
 
     @property
     def num_layers(self) -> int:
@@ -137,7 +144,15 @@ class Evaluator:
     @property
     def layer_forwards(self) -> int:
         """Layers run times windows, over all processes and interrupted runs."""
-        return self.journal.layer_forwards(self.name)
+        return self.journal.layer_forwards(self.name) + self.journal.layer_forwards(self._teacher_key)
+
+    @property
+    def teacher(self) -> str:
+        """Whose predictions KL measures the distance to: `dense` or `source`."""
+        if self._teacher == "auto":
+            dense, source = self._teacher_losses()
+            self._teacher = "dense" if dense < source else "source"
+        return self._teacher
 
     def pin(self, pattern: str) -> None:
         """Say which pattern the next ones will start like."""
@@ -184,6 +199,8 @@ class Evaluator:
         if known is not None:
             return known
         SharePattern.parse(pattern, self.num_layers)
+        # Every process must take part in the choice, also one that has no batch in this round.
+        assert self.teacher
         before = self.engine.layer_forwards
         batches = self.rounds[number]
         sizes = [len(self.batches[batch]) for batch in batches]
@@ -201,14 +218,39 @@ class Evaluator:
         return table
 
     def _prepare(self, batch: int) -> None:
-        """Run the reference on a batch, where the objective needs it."""
+        """Run the teacher on a batch, where the objective needs it."""
         if self.objective == "lm" or self.scorer.has_reference(batch):
             return
-        hidden = self.engine.last_hidden(self.reference.letters, batch)
-        self.scorer.set_reference(batch, hidden)
         if self.objective == "far-kl":
+            hidden = self.engine.last_hidden(self.reference.letters, batch)
             weights = far_context_weights(self.engine, self.scorer, batch, self.scorer.token_losses(batch, hidden))
             self.scorer.weights[batch] = weights
+        self.scorer.set_reference(batch, self._taught(self.teacher, batch))
+
+    def _taught(self, teacher: str, batch: int) -> torch.Tensor:
+        if teacher == "dense":
+            return self.engine.dense_hidden(batch)
+        return self.engine.last_hidden(self.reference.letters, batch)
+
+    @property
+    def _teacher_key(self) -> str:
+        return f"{self.name} teacher"
+
+    def _teacher_losses(self) -> tuple[float, float]:
+        """Losses with dense attention and with the source's pattern, summed over the first round of windows."""
+        known = self.journal.get(self._teacher_key, self.reference.letters, 0)
+        if known is None:
+            before = self.engine.layer_forwards
+            known = torch.zeros(1, 2, dtype=torch.float64)
+            for batch in self.processes.mine(self.rounds[0]):
+                for column, teacher in enumerate(("dense", "source")):
+                    losses = self.scorer.token_losses(batch, self._taught(teacher, batch))
+                    known[0, column] += losses.double().sum().cpu()
+            spent = torch.tensor([self.engine.layer_forwards - before], dtype=torch.float64)
+            known, layer_forwards = self.processes.gather(known), int(self.processes.gather(spent))
+            self.journal.add(self._teacher_key, self.reference.letters, 0, known, layer_forwards)
+            self._on_evaluation(layer_forwards)
+        return float(known[0, 0]), float(known[0, 1])
 
     def _evaluation(self, pattern: str, parts: list[torch.Tensor], by_loss: bool) -> Evaluation:
         scores = torch.cat(parts)

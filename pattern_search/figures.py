@@ -1,24 +1,20 @@
-"""Pictures of a search: scores by number of full layers, which layers fell when, overlap of selections."""
+"""Pictures of a search: scores by number of full layers, and which layers fell when."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_INK, _FULL, _SHARED, _FELL = "#1b1f24", "#1f5fa8", "#e9edf2", "#d1622b"
+from ..evaluation.figures import BLUE, GREY, INK, ORANGE, PALE, plain, save
+
 _STYLES = {
-    "search": {"color": _FULL, "marker": "o", "linewidth": 2.0, "zorder": 3},
-    "uniform": {"color": "#9a9fa6", "marker": "s", "linewidth": 1.3, "zorder": 2},
-    "similarity": {"color": _FELL, "marker": "^", "linewidth": 1.3, "zorder": 2},
+    "search": {"color": BLUE, "marker": "o", "linewidth": 2.0, "zorder": 3},
+    "uniform": {"color": GREY, "marker": "s", "linewidth": 1.3, "zorder": 2},
+    "similarity": {"color": ORANGE, "marker": "^", "linewidth": 1.3, "zorder": 2},
 }
 _LABELS = {"search": "searched", "uniform": "uniform", "similarity": "similarity DP"}
 
@@ -37,9 +33,9 @@ def draw_curve(document: dict[str, Any], path: Path) -> None:
         axis.invert_xaxis()
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
-        _plain(axis)
+        plain(axis)
     axes[0][0].set_ylim(*_loss_range(lines))
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_order(document: dict[str, Any], path: Path) -> None:
@@ -51,7 +47,7 @@ def draw_order(document: dict[str, Any], path: Path) -> None:
         for row in rows
     ]
     figure, axis = plt.subplots(figsize=(1.4 + 0.3 * num_layers, 1.2 + 0.24 * len(rows)))
-    axis.imshow(cells, cmap=ListedColormap([_FULL, _SHARED, _FELL]), vmin=0, vmax=2, aspect="auto")
+    axis.imshow(cells, cmap=ListedColormap([BLUE, PALE, ORANGE]), vmin=0, vmax=2, aspect="auto")
     axis.set_xticks(range(num_layers), [str(layer) for layer in range(num_layers)], fontsize=8)
     axis.set_yticks(range(len(rows)), [str(row["pattern"].count("F")) for row in rows], fontsize=8)
     axis.set_xticks([layer - 0.5 for layer in range(num_layers + 1)], minor=True)
@@ -60,30 +56,16 @@ def draw_order(document: dict[str, Any], path: Path) -> None:
     axis.tick_params(which="both", length=0)
     axis.set_xlabel("layer")
     axis.set_ylabel("full layers")
-    axis.set_title("blue: full, grey: shared, orange: fell in this step", fontsize=9, loc="left", color=_INK)
+    axis.set_title("blue: full, grey: shared, orange: fell in this step", fontsize=9, loc="left", color=INK)
     for side in axis.spines.values():
         side.set_visible(False)
-    _save(figure, path)
-
-
-def draw_overlap(layers: list[int], matrix: list[list[float]], path: Path) -> None:
-    """The overlap heatmap."""
-    size = 3.4 + 0.09 * len(layers)
-    figure, axis = plt.subplots(figsize=(size + 0.8, size))
-    image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=1)
-    every = max(1, len(layers) // 16)
-    axis.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
-    axis.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]], fontsize=8)
-    axis.set_xlabel("layer")
-    axis.set_ylabel("layer")
-    figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03, label="|A ∩ B| / k")
-    _save(figure, path)
+    save(figure, path)
 
 
 def save_plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str, path: Path) -> None:
     """Labelled lines of points, both axes logarithmic."""
     figure, axis = plt.subplots(figsize=(5.6, 3.9))
-    for (label, points), colour in zip(lines.items(), (_INK, "#9a9fa6", _FULL, _FELL)):
+    for (label, points), colour in zip(lines.items(), (INK, GREY, BLUE, ORANGE)):
         axis.plot([at for at, _ in points], [value for _, value in points], color=colour, marker="o", markersize=4)
         axis.annotate(
             label, points[-1], xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=colour
@@ -96,8 +78,8 @@ def save_plot(lines: dict[str, list[tuple[int, float]]], x: str, y: str, path: P
     axis.set_xlim(depths[0] * 0.92, depths[-1] * 3.0)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    _plain(axis)
-    _save(figure, path)
+    plain(axis)
+    save(figure, path)
 
 
 def curve_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[int, dict[str, float]]]]:
@@ -116,16 +98,3 @@ def _loss_range(lines: dict[str, list[tuple[int, dict[str, float]]]]) -> tuple[f
     high = min(max(everything), 1.5 * low)
     margin = 0.05 * (high - low) + 1e-6
     return low - margin, high + margin
-
-
-def _plain(axis: Axes) -> None:
-    axis.grid(color="#e3e6ea", linewidth=0.8)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, facecolor="white")
-    plt.close(figure)

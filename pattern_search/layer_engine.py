@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..configuration.share_pattern import FULL
+from ..configuration.share_pattern import FULL, SHARED
 from ..modeling_indexcache.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .prefix_cache import LayerState, PrefixCache
@@ -53,6 +53,16 @@ class LayerEngine:
             if behind < self.num_layers:
                 self.cache.keep(batch, letters[:behind], reached)
         return self.model.model.norm(reached.hidden)
+
+    @torch.inference_mode()
+    def dense_hidden(self, batch: int) -> torch.Tensor:
+        """As `last_hidden` with dense attention in every layer; nothing is cached, a layer counts as any other."""
+        ids = self.batches[batch]
+        # A shared layer that no full layer stands before reads everything.
+        states = self._run(self._embed(ids), SHARED * self.num_layers, 0)
+        hidden = self.model.model.norm(deque(states, maxlen=1)[0].hidden)
+        self.layer_forwards += ids.shape[0] * self.num_layers
+        return hidden
 
     @torch.inference_mode()
     def last_hidden_of(self, ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a pattern costs on a batch of windows: KL to the all-full model's predictions, and language-model loss.
+"""What a pattern costs on a batch of windows: KL to a teacher's predictions, and language-model loss.
 
 Both are sums over tokens of numbers that are never negative, window by window: what a pattern has cost on some
 windows is a lower bound of what it costs on all of them.
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .windows import Windows
 
 # Columns of a table of scores: sums over the tokens of a window.
 KL, LOSS, RECALL_LOSS, RECALL_HITS = range(4)
@@ -29,7 +29,7 @@ class TokenScorer:
     Args:
         model: whose head makes the logits.
         batches: the windows of each batch.
-        reference_bytes: the all-full model's probabilities are kept as long as they fit in so many bytes, made anew
+        reference_bytes: the teacher's probabilities are kept as long as they fit in so many bytes, made anew
             from its hidden states otherwise.
     """
 

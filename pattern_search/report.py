@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from .figures import draw_curve, draw_order, draw_overlap
+from ..evaluation.figures import draw_overlap
+from ..evaluation.page import facts, picture, table, write_page
+from .figures import draw_curve, draw_order
 from .result import PATTERNS_FILE, REPORT_FILE
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; text-align: left;
-border-bottom: 1px solid #e3e6ea } td.n { text-align: right; font-variant-numeric: tabular-nums }
-code { font: 13px ui-monospace, monospace } img { max-width: 100% } .asked { background: #eef4fb }
-.warning { border: 2px solid #c0392b; padding: .5rem 1rem } h2 { margin-top: 2.2rem }
-"""
 
 
 def write_report(document: dict[str, Any], folder: Path) -> Path:
@@ -37,20 +30,16 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
         draw_overlap(overlap["layers"], overlap["matrix"], folder / "overlap.png")
         pictures.append(("Overlap of the layers' selections", "overlap.png"))
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        f"<title>{escape(document['source']['name'])}: share patterns</title><style>{_STYLE}</style>",
-        f"<h1>Share patterns of {escape(document['source']['name'])}</h1>",
         *(f"<p class=warning>{escape(text)}</p>" for text in document.get("warnings", [])),
         _chosen(document),
+        "<h2>Patterns</h2>",
         _table(document),
+        *(picture(title, folder / name) for title, name in pictures),
+        "<h2>Recipe</h2>",
+        _recipe(document),
+        f"<p>All figures: <code>{PATTERNS_FILE}</code></p>",
     ]
-    for title, name in pictures:
-        image = base64.b64encode((folder / name).read_bytes()).decode()
-        parts.append(f"<h2>{title}</h2><img alt='{title}' src='data:image/png;base64,{image}'>")
-    parts.append(_recipe(document))
-    path = folder / REPORT_FILE
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    return path
+    return write_page(f"Share patterns of {document['source']['name']}", parts, folder / REPORT_FILE)
 
 
 def _chosen(document: dict[str, Any]) -> str:
@@ -62,29 +51,28 @@ def _chosen(document: dict[str, Any]) -> str:
 
 
 def _table(document: dict[str, Any]) -> str:
-    rows = ["<tr><th>full layers<th>method<th>pattern<th>held-out loss<th>recall<th>calibration KL"]
+    start = document["source"]["pattern"]
+    entries = [entry for entry in document["curve"] if "held_out" in entry]
+    entries = [entry for entry in entries if entry["method"] == "search" or entry["pattern"] != start]
+    entries.sort(key=lambda entry: (-entry["full_layers"], entry["method"] != "search"))
     asked = {*document["asked_for"], document.get("keep")}
-    for entry in sorted(document["curve"], key=lambda entry: (-entry["full_layers"], entry["method"] != "search")):
-        checks, calibration = entry.get("held_out", {}), entry.get("calibration", {})
-        if not checks:
-            continue
-        mark = " class=asked" if entry["full_layers"] in asked and entry["method"] == "search" else ""
-        rows.append(
-            f"<tr{mark}><td class=n>{entry['full_layers']}<td>{entry['method']}<td><code>{entry['pattern']}</code>"
-            + "".join(
-                f"<td class=n>{'' if value is None else format(value, '.4f')}"
-                for value in (checks.get("loss"), checks.get("recall"), calibration.get("kl"))
-            )
-        )
-    return f"<h2>Patterns</h2><table>{''.join(rows)}</table>"
+    rows: list[list[object]] = []
+    marked: list[int] = []
+    for entry in entries:
+        scores = (entry["held_out"]["loss"], entry["held_out"].get("recall"), entry.get("calibration", {}).get("kl"))
+        if entry["full_layers"] in asked and entry["method"] == "search":
+            marked.append(len(rows))
+        numbers = ["" if value is None else f"{value:.4f}" for value in scores]
+        method = "source" if entry["pattern"] == start else entry["method"]
+        rows.append([entry["full_layers"], method, entry["pattern"], *numbers])
+    return table(["full layers", "method", "pattern", "held-out loss", "recall", "calibration KL"], rows, marked)
 
 
 def _recipe(document: dict[str, Any]) -> str:
-    facts = {**document["recipe"], **document["cost"], **document["versions"], "date": document["date"]}
+    values = {**document["recipe"], **document["cost"], **document["versions"], "date": document["date"]}
     for name, data in document["data"].items():
-        facts[name] = (
+        values[name] = (
             f"{data['windows']} windows of {data['seqlen']} tokens, {data['origin']}, sha256 {data['sha256'][:16]}"
         )
-    facts["source sha256"] = document["source"]["sha256"][:16]
-    rows = "".join(f"<tr><th>{escape(str(name))}<td>{escape(str(value))}" for name, value in facts.items())
-    return f"<h2>Recipe</h2><table>{rows}</table><p>All figures: <code>{PATTERNS_FILE}</code></p>"
+    values["source sha256"] = document["source"]["sha256"][:16]
+    return facts(values)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from ..configuration.share_pattern import FULL
+from ..conversion.shard_writer import write_json
+from ..evaluation.windows import Windows
 from .errors import PatternSearchError
 from .evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
-from .windows import Windows
 
 FORMAT = "indexcache-patterns/1"
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
@@ -30,6 +31,7 @@ def result_document(
     *,
     source: str,
     identity: dict[str, Any],
+    model_type: str | None = None,
 ) -> dict[str, Any]:
     """Everything about a search as JSON values.
 
@@ -40,6 +42,7 @@ def result_document(
         held_out: the windows that checked.
         source: the checkpoint, as reports name it.
         identity: `search_identity`.
+        model_type: the family that the checkpoint came from.
 
     Returns:
         `patterns` by number of full layers, and `index_share_pattern` where one was chosen (by tolerance, or because
@@ -70,7 +73,13 @@ def result_document(
             for step in outcome.steps
         ],
         "recipe": recipe(options),
-        "source": {"name": source, "sha256": identity["model_sha256"], "pattern": outcome.start},
+        "teacher": outcome.teacher,
+        "source": {
+            "name": source,
+            "model_type": model_type,
+            "sha256": identity["model_sha256"],
+            "pattern": outcome.start,
+        },
         "data": {
             name: {
                 "origin": windows.origin,
@@ -97,9 +106,7 @@ def write_result(document: dict[str, Any], folder: Path) -> Path:
     """Write `patterns.json` to `folder`, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PATTERNS_FILE
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, document)
     return path
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedConfig
 
-from ..conversion.bundle import AUTO_MAP
-from ..conversion.families import convert_config, load_config
-from ..conversion.load_source import load_source
+from ..evaluation.journal import Journal
+from ..evaluation.loading import Placement, load_model, read_config
+from ..evaluation.monitor import Monitor
 from ..evaluation.overlap import Overlap, selection_overlap
+from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .calibration import Sampling, load_tokenizer, load_windows, short_window_warning
+from .calibration import load_windows, short_window_warning
 from .errors import PatternSearchError
-from .journal import Journal
-from .monitor import SearchMonitor
 from .processes import Processes
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
-from .windows import Windows
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -39,14 +37,10 @@ class RunOptions:
         sampling: how windows are taken.
         resume: go on from the journal in `output`.
         overwrite: forget it.
-        dtype: `auto` (bf16 on CUDA, fp32 elsewhere) or torch's name of one.
-        device: where the model goes; None for the GPU where there is one.
-        device_map: of accelerate (`auto`, ...), in place of `device`.
+        placement: where the model goes.
         parallel: what several processes share: the windows, or the model (tensor parallelism).
         cache_memory: for states between layers, such as `8GB`; None for a fourth of what is free.
         cache_on: `device`, or `host` to keep the states in host memory.
-        revision: of a Hub source.
-        token: for the Hub.
     """
 
     data: str
@@ -55,17 +49,13 @@ class RunOptions:
     sampling: Sampling = field(default_factory=Sampling)
     resume: bool = False
     overwrite: bool = False
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | None = None
+    placement: Placement = field(default_factory=Placement)
     parallel: Literal["windows", "tensor"] = "windows"
     cache_memory: str | None = None
     cache_on: Literal["device", "host"] = "device"
-    revision: str | None = None
-    token: str | None = None
 
 
-def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: SearchMonitor) -> dict[str, Any]:
+def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
     """Load, search, write `patterns.json`; the result document.
 
     Raises:
@@ -73,17 +63,17 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
         ConversionError: a source that is no DSA checkpoint.
     """
     processes = Processes.from_environment(run.parallel)
-    quiet = monitor if processes.is_first else SearchMonitor()
-    fields, _ = PreTrainedConfig.get_config_dict(source, revision=run.revision, token=run.token)
-    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    quiet = monitor if processes.is_first else Monitor()
+    config = read_config(source, run.placement)
     options.counts(config.share_pattern)
-    tokenizer = load_tokenizer(source, revision=run.revision, token=run.token)
+    tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
         quiet.warn(warning)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
-    model = _load_model(source, run, processes)
+    sharded = processes.count > 1 and run.parallel == "tensor"
+    model = load_model(source, replace(run.placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
         if run.overwrite:
@@ -113,7 +103,15 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Se
     finally:
         journal.close()
     name = source if not Path(source).exists() else Path(source).resolve().name
-    document = result_document(outcome, options, calibration, held_out, source=name, identity=identity)
+    document = result_document(
+        outcome,
+        options,
+        calibration,
+        held_out,
+        source=name,
+        identity=identity,
+        model_type=config.source_model_type,
+    )
     if overlap is not None:
         document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
     if warning:
@@ -129,18 +127,6 @@ def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
     if windows.seqlen <= (model.config.index_topk or windows.seqlen):
         return None
     return selection_overlap(model, windows.ids[:2, :-1])
-
-
-def _load_model(source: str, run: RunOptions, processes: Processes) -> IndexCacheForCausalLM:
-    on_cuda = torch.cuda.is_available() and not (run.device or "").startswith("cpu")
-    dtype = (torch.bfloat16 if on_cuda else torch.float32) if run.dtype == "auto" else getattr(torch, run.dtype)
-    arguments: dict[str, Any] = {"dtype": dtype, "revision": run.revision, "token": run.token}
-    if processes.count > 1 and run.parallel == "tensor":
-        return load_source(source, tp_plan="auto", **arguments).eval()
-    if run.device_map:
-        return load_source(source, device_map=run.device_map, **arguments).eval()
-    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    return load_source(source, **arguments).to(run.device or local).eval()  # type: ignore[arg-type]
 
 
 def _bytes(size: str | None) -> int | None:

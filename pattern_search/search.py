@@ -9,19 +9,19 @@ from typing import Any, Literal
 import torch
 
 from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
+from ..evaluation.fingerprint import model_sha256
+from ..evaluation.journal import Journal
+from ..evaluation.monitor import Monitor
+from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import PatternSearchError
-from .evaluator import OBJECTIVES, Evaluation, Evaluator
-from .fingerprint import model_sha256
+from .evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .floating import refine
 from .greedy import Step, greedy
-from .journal import Journal
 from .lazy_greedy import lazy_greedy
-from .monitor import SearchMonitor
 from .prefix_cache import PrefixCache
 from .processes import Processes
 from .similarity import output_similarity, similarity_patterns
-from .windows import Windows
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 
@@ -35,6 +35,8 @@ class SearchOptions:
         tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
         algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
         objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
+        teacher: whose predictions `kl` measures the distance to: `dense` (the model with dense attention), `source`
+            (as it is), or `auto` for the better one.
         blocks: pipeline blocks of `greedy`.
         path_rounds: rounds of windows that decide the steps of `lazy`; all decide the refinement.
         refine_passes: moves at most by which a pattern asked for is refined; 0 for none, always none with `greedy`.
@@ -48,6 +50,7 @@ class SearchOptions:
     tolerance: float | None = None
     algorithm: Literal["lazy", "greedy"] = "lazy"
     objective: str | None = None
+    teacher: str = "auto"
     blocks: int = 1
     path_rounds: int = 3
     refine_passes: int = 2
@@ -55,6 +58,11 @@ class SearchOptions:
     baselines: tuple[str, ...] = ("uniform",)
     curve: bool = True
     batch_size: int = 1
+
+    @property
+    def refines(self) -> bool:
+        """Whether patterns asked for are refined."""
+        return self.algorithm == "lazy" and self.refine_passes > 0
 
     @property
     def scored_by(self) -> str:
@@ -93,6 +101,7 @@ class SearchOutcome:
         baselines: patterns by number of full layers, by name of the baseline.
         calibration: evaluations on the calibration windows, by pattern.
         held_out: evaluations on the held-out windows, by pattern.
+        teacher: whose predictions KL was measured to, `dense` or `source`; None without KL.
         chosen: the number of full layers that `tolerance` chose, or None.
         cost: layer-forwards and evaluations by part, and seconds of this run.
     """
@@ -104,6 +113,7 @@ class SearchOutcome:
     baselines: dict[str, dict[int, str]] = field(default_factory=dict)
     calibration: dict[str, Evaluation] = field(default_factory=dict)
     held_out: dict[str, Evaluation] = field(default_factory=dict)
+    teacher: str | None = None
     chosen: int | None = None
     cost: dict[str, Any] = field(default_factory=dict)
 
@@ -116,7 +126,7 @@ def search(
     *,
     journal: Journal | None = None,
     processes: Processes | None = None,
-    monitor: SearchMonitor | None = None,
+    monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
     cache_device: torch.device | None = None,
 ) -> SearchOutcome:
@@ -138,7 +148,7 @@ def search(
     """
     start = model.config.share_pattern
     journal = journal or Journal(None, {})
-    monitor = monitor or SearchMonitor()
+    monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)
     begun = time.monotonic()
@@ -149,6 +159,7 @@ def search(
             model,
             windows,
             objective=objective,
+            teacher=options.teacher,
             batch_size=options.batch_size,
             journal=journal,
             cache=PrefixCache(cache_bytes, cache_device),
@@ -160,16 +171,20 @@ def search(
     calibrating = evaluator("calibration", calibration, options.scored_by)
     _find_path(calibrating, options, outcome, monitor)
     _refine(calibrating, options, outcome, monitor)
+    outcome.teacher = None if options.scored_by == "lm" else calibrating.teacher
     if "similarity" in options.baselines:
         monitor.begin("similarity of attention outputs", 1)
         outcome.baselines["similarity"] = similarity_patterns(output_similarity(calibrating), start.letters)
         monitor.step("done")
     if "uniform" in options.baselines:
         outcome.baselines["uniform"] = _uniform(start)
-    del calibrating
     checking = evaluator("held_out", held_out, "lm")
     _check(checking, options, outcome, monitor)
+    if options.tolerance is not None:
+        _choose(calibrating, checking, options, outcome, monitor)
     outcome.cost |= {
+        "search_layer_forwards": calibrating.layer_forwards,
+        "calibration_windows": len(calibrating.windows),
         "held_out_layer_forwards": journal.layer_forwards("held_out"),
         "similarity_layer_forwards": journal.layer_forwards("similarity"),
         "evaluations": journal.count("calibration"),
@@ -191,6 +206,7 @@ def search_identity(
         "attention": model.config._attn_implementation,
         "algorithm": options.algorithm,
         "objective": options.scored_by,
+        "teacher": options.teacher,
         "blocks": options.blocks,
         "batch_size": options.batch_size,
         "path_rounds": options.path_rounds,
@@ -205,6 +221,8 @@ def recipe(options: SearchOptions) -> dict[str, Any]:
 def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
     if options.scored_by not in OBJECTIVES:
         raise PatternSearchError(f"--objective must be one of {', '.join(OBJECTIVES)} (got {options.objective!r})")
+    if options.teacher not in TEACHERS:
+        raise PatternSearchError(f"--teacher must be one of {', '.join(TEACHERS)} (got {options.teacher!r})")
     if not 1 <= options.blocks <= len(start):
         raise PatternSearchError(
             f"--blocks must lie in 1 .. {len(start)}, the number of layers (got {options.blocks})"
@@ -213,7 +231,7 @@ def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
         raise PatternSearchError("--blocks belongs to --algorithm greedy")
 
 
-def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     start, last = outcome.start, min(outcome.counts)
     if options.tolerance is not None:
         last = options.blocks
@@ -232,24 +250,26 @@ def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutc
     outcome.cost["path_layer_forwards"] = evaluator.layer_forwards
 
 
-def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
+def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Refine the patterns asked for, and score them on all calibration windows."""
-    refining = options.algorithm == "lazy" and options.refine_passes > 0
-    monitor.begin("refinement" if refining else "calibration loss", len(outcome.counts))
+    monitor.begin("refinement" if options.refines else "calibration loss", len(outcome.counts))
     for count in outcome.counts:
         pattern = outcome.patterns[count]
-        if refining and count < outcome.start.count(FULL):
-            found = refine(evaluator, pattern, options.refine_passes, options.refine_by == "lm")
-        else:
-            found = evaluator.evaluate(pattern)
+        found = _refined(evaluator, pattern, options) if count < outcome.start.count(FULL) else None
+        found = found or evaluator.evaluate(pattern)
         outcome.patterns[count] = found.pattern
         outcome.calibration[found.pattern] = found
         monitor.step(f"{count} full: {found.pattern} loss {found.loss:.4f}")
     if options.algorithm == "greedy":
         for pattern in outcome.patterns.values():
             outcome.calibration[pattern] = evaluator.evaluate(pattern)
-    outcome.cost["search_layer_forwards"] = evaluator.layer_forwards
-    outcome.cost["calibration_windows"] = len(evaluator.windows)
+
+
+def _refined(evaluator: Evaluator, pattern: str, options: SearchOptions) -> Evaluation | None:
+    """The pattern refined, or None where nothing is to be refined."""
+    if not options.refines:
+        return None
+    return refine(evaluator, pattern, options.refine_passes, options.refine_by == "lm")
 
 
 def _uniform(start: SharePattern) -> dict[int, str]:
@@ -262,8 +282,8 @@ def _uniform(start: SharePattern) -> dict[int, str]:
     }
 
 
-def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: SearchMonitor) -> None:
-    """Score on the held-out windows, and choose by tolerance."""
+def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
+    """Score on the held-out windows."""
     counts = sorted(outcome.patterns, reverse=True) if options.curve else outcome.counts
     wanted = [outcome.start, *(outcome.patterns[count] for count in counts)]
     for patterns in outcome.baselines.values():
@@ -272,16 +292,31 @@ def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome,
     wanted = sorted(dict.fromkeys(wanted))
     monitor.begin("held-out checks", len(wanted))
 
-    def check(pattern: str) -> Evaluation:
-        if pattern not in outcome.held_out:
-            outcome.held_out[pattern] = evaluator.evaluate(pattern)
-            monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
-        return outcome.held_out[pattern]
-
     for pattern in wanted:
-        check(pattern)
-    if options.tolerance is not None:
-        limit = check(outcome.start).loss * (1 + options.tolerance)
-        outcome.chosen = next(
-            count for count in sorted(outcome.patterns) if check(outcome.patterns[count]).loss <= limit
-        )
+        outcome.held_out[pattern] = evaluator.evaluate(pattern)
+        monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
+
+
+def _choose(
+    calibrating: Evaluator, checking: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor
+) -> None:
+    """The fewest full layers within the tolerance; patterns around that number, not refined so far, are refined."""
+
+    def loss(pattern: str) -> float:
+        if pattern not in outcome.held_out:
+            outcome.held_out[pattern] = checking.evaluate(pattern)
+        return outcome.held_out[pattern].loss
+
+    limit = loss(outcome.start) * (1 + options.tolerance)  # type: ignore[operator]
+    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if loss(outcome.patterns[n]) <= limit)
+    monitor.begin("tolerance", 1)
+    while count >= max(1, options.blocks) and count < outcome.start.count(FULL):
+        refined = None if count in outcome.counts else _refined(calibrating, outcome.patterns[count], options)
+        if refined is not None and loss(refined.pattern) <= limit:
+            outcome.patterns[count] = refined.pattern
+            outcome.calibration[refined.pattern] = refined
+        if loss(outcome.patterns[count]) > limit:
+            break
+        outcome.chosen = count
+        count -= 1
+    monitor.step(f"{outcome.chosen} full layers within {options.tolerance:.2%}")

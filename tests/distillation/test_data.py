@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from indexcache.distillation.data import IGNORED, load_training_data, pack_documents
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.recipe import Recipe
-from indexcache.pattern_search.calibration import Sampling
-from indexcache.pattern_search.errors import PatternSearchError
+from indexcache.evaluation.errors import EvaluationError
+from indexcache.evaluation.window_sources import Sampling
 
 
 class Letters:
@@ -77,7 +77,7 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
     text.write_text("abcdefghijklmnopqrstuvwxyz" * 4)
     with pytest.raises(DistillationError, match="fewer than the 40 of one micro-batch"):
         load(text, batch_size=40)
-    with pytest.raises(PatternSearchError, match="no tokenizer"):
+    with pytest.raises(EvaluationError, match="no tokenizer"):
         load_training_data(str(text), None, Config, None, recipe(), Sampling())
     with pytest.raises(DistillationError, match="held-out windows are trained on too"):
         load(text, held_out=text)
@@ -86,7 +86,7 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
         load(tmp_path / "w.safetensors")
     with pytest.raises(DistillationError, match="does not say where documents begin"):
         load(tmp_path / "w.safetensors", isolate_documents=True)
-    with pytest.raises(PatternSearchError, match="no file here"):
+    with pytest.raises(EvaluationError, match="no file here"):
         load(tmp_path / "absent.txt")
 
 

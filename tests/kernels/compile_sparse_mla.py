@@ -1,37 +1,25 @@
 """Run by test_sparse_mla_triton.py in a process of its own: compile the default tiles for every architecture."""
 
-import os
 import re
-import subprocess
-import tempfile
 
 import pytest
 import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from indexcache.kernels import sparse_mla_triton as kernels
 from indexcache.kernels.sparse_mla_hopper_gluon import _sparse_mla_hopper_kernel
 from indexcache.kernels.sparse_mla_union_triton import _merge_key_lists_kernel, owner_shift
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
-POINTERS = {"q": "*bf16", "kv": "*bf16", "keys": "*i32", "counts": "*i32", "out": "*bf16", "lse": "*fp32"}
-
-
-def compile_kernel(function, arch, constants, pointers, source=ASTSource, **options):
-    """Compile with every pointer and stride divisible by 16, as the production shapes have them."""
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = pointers.get(name, "fp32" if name == "scale_log2" else "i32")
-        if name in pointers or "stride" in name:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    return triton.compile(source(function, signature, constants, attributes), target=target, options=options)
+TYPES = {
+    "q": "*bf16",
+    "kv": "*bf16",
+    "keys": "*i32",
+    "counts": "*i32",
+    "out": "*bf16",
+    "lse": "*fp32",
+    "scale_log2": "fp32",
+}
 
 
 def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
@@ -51,23 +39,11 @@ def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
         "HEAD_BLOCKS": triton.cdiv(heads, tile.block_m),
         "SPLITS": splits,
     }
-    pointers = dict(POINTERS, out="*fp32") if splits > 1 else dict(POINTERS)
+    types = dict(TYPES, out="*fp32") if splits > 1 else TYPES
     if group == 1:
         constants["counts"] = None
-        del pointers["counts"]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return compile_kernel(kernels._sparse_mla_fwd_kernel, arch, constants, pointers, **options)
-
-
-def stack_bytes(compiled):
-    """Local memory of a thread, from the compiled code's own resource table."""
-    folder = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [os.path.join(folder, "cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", report).group(1))
+    return compile_kernel(kernels._sparse_mla_fwd_kernel, arch, constants, types, **options)
 
 
 @pytest.mark.parametrize("arch", SHARED_KB)
@@ -92,11 +68,9 @@ def test_the_hopper_kernel_does_not_spill_and_uses_its_instructions(heads, group
         "HEAD_BLOCKS": 1 if group > 1 else triton.cdiv(heads, 64),
         "BLOCK_K": triton.next_power_of_2(2048 * group),
     }
-    pointers = dict(POINTERS)
     if group == 1:
         constants["counts"] = None
-        del pointers["counts"]
-    compiled = compile_kernel(_sparse_mla_hopper_kernel, 90, constants, pointers, GluonASTSource, num_warps=4)
+    compiled = compile_kernel(_sparse_mla_hopper_kernel, 90, constants, TYPES, GluonASTSource, num_warps=4)
     assert stack_bytes(compiled) == 0
     assert compiled.metadata.shared <= SHARED_KB[90] * 1024
     ptx = compiled.asm["ptx"]

@@ -1,23 +1,19 @@
 """Run by test_sparse_mla_backward_triton.py in a process of its own: compile default tiles for every architecture."""
 
-import os
 import re
-import subprocess
-import tempfile
 
 import pytest
 import triton
-import triton.backends.nvidia
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled_kernels import SHARED_KB, compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from indexcache.kernels import sparse_mla_backward_triton as kernels
 from indexcache.kernels.sparse_mla_backward_hopper_gluon import _sparse_mla_backward_hopper_kernel
 from indexcache.kernels.sparse_mla_union_triton import owner_shift
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
-POINTERS = {
+TYPES = {
+    "scale": "fp32",
+    "scale_log2": "fp32",
     "q": "*bf16",
     "kv": "*bf16",
     "keys": "*i32",
@@ -28,23 +24,6 @@ POINTERS = {
     "grad_q": "*bf16",
     "grad_kv": "*fp32",
 }
-
-
-def compile_kernel(function, arch, constants, source=ASTSource, **options):
-    """Compile with every pointer and stride divisible by 16, as the production shapes have them."""
-    constants = dict(constants)
-    if constants["GROUP"] == 1:
-        constants["counts"] = None
-    signature, attributes = {}, {}
-    for position, name in enumerate(function.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = POINTERS.get(name, "fp32" if name.startswith("scale") else "i32")
-        if name in POINTERS or "stride" in name:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    return triton.compile(source(function, signature, constants, attributes), target=target, options=options)
 
 
 def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
@@ -64,8 +43,10 @@ def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
         "HEAD_BLOCKS": triton.cdiv(group * heads, tile.block_m),
         "PER_ENTRY": per_entry,
     }
+    if group == 1:
+        constants["counts"] = None
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    return compile_kernel(kernels._sparse_mla_bwd_kernel, arch, constants, **options)
+    return compile_kernel(kernels._sparse_mla_bwd_kernel, arch, constants, TYPES, **options)
 
 
 def compile_hopper(heads, group=1, per_entry=False):
@@ -77,18 +58,9 @@ def compile_hopper(heads, group=1, per_entry=False):
         "BLOCK_K": triton.next_power_of_2(2048 * group),
         "PER_ENTRY": per_entry,
     }
-    return compile_kernel(_sparse_mla_backward_hopper_kernel, 90, constants, GluonASTSource, num_warps=8)
-
-
-def stack_bytes(compiled):
-    """Local memory of a thread, from the compiled code's own resource table."""
-    folder = os.path.join(os.path.dirname(triton.backends.nvidia.__file__), "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [os.path.join(folder, "cuobjdump"), "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", report).group(1))
+    if group == 1:
+        constants["counts"] = None
+    return compile_kernel(_sparse_mla_backward_hopper_kernel, 90, constants, TYPES, GluonASTSource, num_warps=8)
 
 
 @pytest.mark.parametrize("arch", SHARED_KB)

@@ -113,6 +113,7 @@ def dense_problem(B, S, T, H, D, layers, packed, seed=0):
     indexer = [torch.randn(*shape, generator=g).to(DTYPE) for shape in ((B, S, H, D), (B, T, D), (B, S, H))]
     q_attn = [torch.randn(B, S, 3, 40, generator=g).to(DTYPE) for _ in range(layers)]
     kv = [torch.randn(B, T, 40, generator=g).to(DTYPE) for _ in range(layers)]
+    q_attn[0] = q_attn[0].transpose(1, 2).contiguous().transpose(1, 2)  # head-major
     starts = T - S - torch.arange(B) * 3
     key_start = key_mask = None
     if packed:

@@ -108,3 +108,18 @@ def test_the_custom_op_differentiates_eagerly_and_traced():
         assert_gradients(torch.autograd.grad(results, inputs, (grad_out, grad_lse)), expected)
         only_out = torch.autograd.grad(compiled(*inputs, indices)[0].sum(), inputs)
         assert all(x.isfinite().all() and x.abs().sum() > 0 for x in only_out)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_hopper_kernel_that_fails_is_replaced_and_said_so(monkeypatch, deterministic):
+    def fail(*arguments):
+        raise AttributeError("no such thing in this Triton")
+
+    monkeypatch.setattr(kernels, "_hopper_failed", False)
+    monkeypatch.setattr(kernels, "gpu_target", lambda device: ("cuda", 90))
+    monkeypatch.setattr(kernels, "hopper_backward_supports", lambda *tensors: True)
+    monkeypatch.setattr(kernels, "sparse_mla_backward_hopper", fail)
+    inputs = problem(1, 3, 40, 64, 40, 32, 20)
+    with pytest.warns(UserWarning, match="no such thing in this Triton"):
+        assert_gradients(*run(*inputs, 0.2, deterministic))
+    assert_gradients(*run(*inputs, 0.2, deterministic))

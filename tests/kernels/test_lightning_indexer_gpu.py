@@ -47,6 +47,35 @@ def test_equals_fp64_but_for_rounding_and_repeats(bench, S, T, H, D, topk, start
     assert all(torch.equal(got, select(q, k, weights, topk, query_start=start)) for _ in range(10))
 
 
+def test_rows_whose_guess_is_too_high_are_selected_again(bench, monkeypatch):
+    from indexcache.kernels import lightning_indexer_hopper_gluon as hopper
+
+    monkeypatch.setattr(hopper, "guess_rank", lambda topk: topk // hopper.SAMPLE_STRIDE // 2)
+    q, k, weights = bench.make_inputs(1, 4096, 30000, 32)
+    got = select(q, k, weights, 2048, query_start=25904)
+    assert bench.wrong_rows(got, q, k, weights, [0, 7, 8, 2000, 4095], 25904) is None
+
+
+def test_packed_documents(bench):
+    q, k, weights = bench.make_inputs(1, 8192, 8192, 32)
+    first = (torch.arange(8192, device="cuda") // 3000 * 3000).int().unsqueeze(0)
+    got = select(q, k, weights, 512, query_start=0, key_start=first)
+    for start, end in ((0, 3000), (3000, 6000), (6000, 8192)):
+        part = slice(start, end)
+        alone = select(q[:, part], k[:, part], weights[:, part], 512, query_start=0)
+        assert torch.equal(got[:, part], torch.where(alone < 0, alone, alone + start))
+
+
+@pytest.mark.parametrize("S, T", [(1, 20000), (8192, 8192), (20000, 20000)])
+def test_fp8_selects_by_the_quantised_scores(bench, S, T):
+    from indexcache.kernels.indexer_quantization import quantize_for_scoring
+
+    q, k, weights = bench.make_inputs(1, S, T, 32)
+    got = select(q, k, weights, 2048, query_start=T - S, fp8=True)
+    q, k = ((x8.float() * scale.unsqueeze(-1)).bfloat16() for x8, scale in map(quantize_for_scoring, (q, k)))
+    assert bench.wrong_rows(got, q, k, weights, sorted({0, S // 2, S - 1}), T - S) is None
+
+
 @pytest.mark.parametrize("S", [1, 4096])
 def test_batch_with_padding_holes_and_starts(bench, S):
     q, k, weights = bench.make_inputs(3, S, 9000, 32)

@@ -1,4 +1,4 @@
-"""The Triton sparse MLA backward kernels: numbers in the interpreter, resources of the compiled code, without a GPU."""
+"""The Triton sparse MLA backward kernels: numbers in the interpreter, resources of the code, no GPU needed."""
 
 import sys
 

@@ -9,10 +9,10 @@ import torch
 from tiny_models import tiny_model
 
 from indexcache import SharePattern
+from indexcache.evaluation.journal import Journal
+from indexcache.evaluation.windows import Windows
 from indexcache.pattern_search.evaluator import Evaluation, Evaluator
-from indexcache.pattern_search.journal import Journal
 from indexcache.pattern_search.prefix_cache import PrefixCache
-from indexcache.pattern_search.windows import Windows
 
 SEQLEN = 40
 

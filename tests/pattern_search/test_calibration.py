@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from indexcache.pattern_search.calibration import Sampling, load_windows, short_window_warning
-from indexcache.pattern_search.errors import PatternSearchError
-from indexcache.pattern_search.windows import Windows
+from indexcache.evaluation.errors import EvaluationError
+from indexcache.evaluation.window_sources import Sampling
+from indexcache.evaluation.windows import Windows
+from indexcache.pattern_search.calibration import load_windows, short_window_warning
 
 CONFIG = SimpleNamespace(index_topk=4, max_position_embeddings=64, vocab_size=128)
 
@@ -108,7 +109,7 @@ def test_a_dataset_by_name(monkeypatch, text):
     calibration, _ = load("org/name:small", seqlen=32, nsamples=4, split="validation")
     assert len(calibration) == 4
     assert asked == {"name": "org/name", "config": "small", "split": "validation", "streaming": True}
-    with pytest.raises(PatternSearchError, match="has no field 'body'"):
+    with pytest.raises(EvaluationError, match="has no field 'body'"):
         load("org/name", text_field="body")
 
 
@@ -126,7 +127,7 @@ def test_a_dataset_by_name(monkeypatch, text):
 def test_bad_text(tmp_path, content, arguments, message):
     path = tmp_path / "text.txt"
     path.write_text(content)
-    with pytest.raises(PatternSearchError, match=message):
+    with pytest.raises(EvaluationError, match=message):
         load(path, **arguments)
 
 
@@ -147,20 +148,20 @@ def test_bad_files(tmp_path, tensors, text):
         (tmp_path / "broken.jsonl", "line 2: no JSON record with a 'text' field"),
         (f"{tensors}:train", "holds no train_ids"),
     ):
-        with pytest.raises(PatternSearchError, match=message):
+        with pytest.raises(EvaluationError, match=message):
             load(data, seqlen=8)
-    with pytest.raises(PatternSearchError, match="shorter than --seqlen 64"):
+    with pytest.raises(EvaluationError, match="shorter than --seqlen 64"):
         load(tensors, seqlen=64)
-    with pytest.raises(PatternSearchError, match="made with another tokenizer"):
+    with pytest.raises(EvaluationError, match="made with another tokenizer"):
         load(tensors, config=SimpleNamespace(**{**vars(CONFIG), "vocab_size": 16}))
-    with pytest.raises(PatternSearchError, match="10 held-out windows are calibration windows too"):
+    with pytest.raises(EvaluationError, match="10 held-out windows are calibration windows too"):
         load(tensors, held_out=tensors)
-    with pytest.raises(PatternSearchError, match="has no tokenizer"):
+    with pytest.raises(EvaluationError, match="has no tokenizer"):
         load(text, tokenizer=None)
 
 
 def test_marks_must_fit():
-    with pytest.raises(PatternSearchError, match="recall mask must have the shape of ids"):
+    with pytest.raises(EvaluationError, match="recall mask must have the shape of ids"):
         Windows(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bool))
 
 

@@ -85,6 +85,42 @@ def test_convert_takes_the_file(found):
     assert choose_pattern(config, pattern_file=path).letters == document["index_share_pattern"]
 
 
+def test_inspect_draws_the_file(found):
+    document, output = found
+    path = str(output / "patterns.json")
+    drawn = CliRunner().invoke(app, ["inspect", path])
+    assert drawn.exit_code == 0, drawn.output
+    for pattern in document["patterns"].values():
+        assert pattern in drawn.stdout
+    assert f"{document['keep']} *" in drawn.stdout
+    assert json.loads(CliRunner().invoke(app, ["inspect", path, "--json"]).stdout) == document
+    refused = CliRunner().invoke(app, ["inspect", path, "--overlap", "text.txt"])
+    assert refused.exit_code == 2 and "needs a checkpoint" in refused.stderr
+
+
+def test_export_spells_the_file_for_engines(found, tmp_path):
+    document, output = found
+    path, pattern = str(output / "patterns.json"), document["patterns"]["4"]
+    types = ["full" if letter == "F" else "shared" for letter in pattern]
+    for engine in ("vllm", "sglang", "trtllm"):
+        finished = CliRunner().invoke(app, ["export", path, str(tmp_path / engine), "--to", engine, "--keep", "1/3"])
+        assert finished.exit_code == 0, finished.output
+        fields = json.loads((tmp_path / engine).read_text())
+        assert fields["index_topk_pattern"] == pattern and fields["indexer_types"] == types
+    chosen = CliRunner().invoke(app, ["export", path, str(tmp_path / "chosen"), "--to", "vllm", "--json"])
+    assert json.loads(chosen.stdout)["fields"]["index_topk_pattern"] == document["index_share_pattern"]
+    for arguments, message in (
+        (["chosen", "--to", "vllm"], "exists: give another file"),
+        (["new", "--to", "vllm", "--keep", "13"], "must lie in 1 .. 12"),
+        (["new", "--to", "transformers", "--keep", "4"], "cannot share"),
+    ):
+        refused = CliRunner().invoke(app, ["export", path, str(tmp_path / arguments[0]), *arguments[1:]])
+        assert refused.exit_code == 1 and message in " ".join(refused.stderr.split()), refused.output
+    assert not (tmp_path / "new").exists()
+    refused = CliRunner().invoke(app, ["export", str(DEMO), str(tmp_path / "new"), "--to", "vllm", "--keep", "4"])
+    assert refused.exit_code == 2 and "--keep chooses in a patterns.json" in refused.stderr
+
+
 def test_pictures_and_report(found):
     _, output = found
     for name in ("curve.png", "order.png", "overlap.png"):

@@ -21,7 +21,10 @@ def run(tmp_path, count, algorithm):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, (tests, tests / "modeling_indexcache", SCRIPT.parent))),
+        # With what the environment names, so that the same copy of the package is tested.
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, (tests, tests / "modeling_indexcache", SCRIPT.parent)), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     finished = subprocess.run(
         [sys.executable, *launch, str(SCRIPT), str(output), algorithm],

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from search_models import model, windows
 
-from indexcache.pattern_search.journal import Journal
+from indexcache.evaluation.journal import Journal
 from indexcache.pattern_search.processes import Processes
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity

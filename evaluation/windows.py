@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import PatternSearchError
+from .errors import EvaluationError
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Windows:
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 2 or self.ids.shape[0] < 1 or self.ids.shape[1] < 2 or self.ids.is_floating_point():
-            raise PatternSearchError(
+            raise EvaluationError(
                 f"{self.origin or 'windows'}: ids must be integers of shape [windows, tokens + 1] with at least one "
                 f"window of two tokens (got {self.ids.dtype} {tuple(self.ids.shape)})"
             )
         if self.recall is not None and self.recall.shape != self.ids.shape:
-            raise PatternSearchError(
+            raise EvaluationError(
                 f"{self.origin or 'windows'}: the recall mask must have the shape of ids, {tuple(self.ids.shape)} "
                 f"(got {tuple(self.recall.shape)})"
             )

@@ -1,4 +1,4 @@
-"""The journal of a search: every evaluation on disk before the next one begins, so that nothing is ever run twice."""
+"""The journal of long work: every evaluation on disk before the next one begins, so that nothing is ever run twice."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any, TextIO
 
 import torch
 
-from .errors import PatternSearchError
+from .errors import EvaluationError
 
 
 class Journal:
     """Scores by window set, pattern and round, in a file of JSON lines, or in memory only.
 
-    The first line says what is searched; each other line is one evaluation. A line is on disk (fsync) before `add`
+    The first line says what the work is; each other line is one evaluation. A line is on disk (fsync) before `add`
     returns; a half line that a crash left at the end is cut off.
 
     Args:
         path: the file; None keeps scores in memory.
         identity: JSON values that decide the scores (hashes of model and data, settings).
         resume: go on from an existing file.
+        work: what messages call it.
 
     Raises:
-        PatternSearchError: the file exists and `resume` is false, is damaged, or belongs to another search.
+        EvaluationError: the file exists and `resume` is false, is damaged, or belongs to other work.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], resume: bool = False, write: bool = True) -> None:
-        self.path, self.identity = path, identity
+    def __init__(
+        self, path: Path | None, identity: dict[str, Any], resume: bool = False, work: str = "search"
+    ) -> None:
+        self.path, self.identity, self.work = path, identity, work
         #: Evaluations taken from the file.
         self.resumed = 0
         self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
@@ -37,7 +40,7 @@ class Journal:
             return
         if path.exists() and path.stat().st_size:
             if not resume:
-                raise PatternSearchError(f"{path} holds an earlier search: go on with --resume, or use --overwrite")
+                raise EvaluationError(f"{path} holds an earlier {work}: go on with --resume, or use --overwrite")
             self._read(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
@@ -103,11 +106,13 @@ class Journal:
             self.adopt(records[1:])
             self.resumed = len(self._records)
         except (ValueError, KeyError, TypeError) as error:
-            raise PatternSearchError(f"{path} is damaged ({error}): start again with --overwrite") from error
+            raise EvaluationError(f"{path} is damaged ({error}): start again with --overwrite") from error
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if differing:
-            changes = "; ".join(f"{key}: {identity.get(key)} there, {self.identity.get(key)} now" for key in differing)
-            raise PatternSearchError(
-                f"{path} belongs to another search ({changes}): repeat its command, or give another --output, or "
+            # Of hashes the beginning is enough.
+            shown = {key: [str(part.get(key))[:24] for part in (identity, self.identity)] for key in differing}
+            changes = "; ".join(f"{key}: {there} there, {now} now" for key, (there, now) in shown.items())
+            raise EvaluationError(
+                f"{path} belongs to another {self.work} ({changes}): repeat its command, or give another --output, or "
                 "start again with --overwrite"
             )

@@ -6,8 +6,8 @@ import pytest
 import torch
 from search_models import model, windows
 
-from indexcache.pattern_search.errors import PatternSearchError
-from indexcache.pattern_search.journal import Journal
+from indexcache.evaluation.errors import EvaluationError
+from indexcache.evaluation.journal import Journal
 from indexcache.pattern_search.layer_engine import LayerEngine
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity
@@ -102,17 +102,17 @@ def test_scores_survive_the_file_bit_by_bit(tmp_path):
 def test_journals_of_other_searches_are_refused(tiny, tmp_path):
     path = tmp_path / "journal.jsonl"
     run(tiny, path)
-    with pytest.raises(PatternSearchError, match="holds an earlier search: go on with --resume"):
+    with pytest.raises(EvaluationError, match="holds an earlier search: go on with --resume"):
         run(tiny, path)
     for other, options, data, named in (
         (model(5, seed=5), OPTIONS, None, "model_sha256"),
         (tiny, OPTIONS, windows(6, seed=1), "calibration_sha256"),
         (tiny, SearchOptions(objective="lm"), None, "objective: kl there, lm now"),
     ):
-        with pytest.raises(PatternSearchError, match=f"belongs to another search .*{named}"):
+        with pytest.raises(EvaluationError, match=f"belongs to another search .*{named}"):
             run(other, path, options, resume=True, data=data)
     path.write_text("no journal\n")
-    with pytest.raises(PatternSearchError, match="is damaged"):
+    with pytest.raises(EvaluationError, match="is damaged"):
         run(tiny, path, resume=True)
 
 

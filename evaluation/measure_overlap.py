@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.text import Text
-from transformers import PreTrainedConfig
 
-from ..conversion.bundle import AUTO_MAP
-from ..conversion.families import convert_config, load_config
-from ..conversion.load_source import load_source
-from ..evaluation.overlap import selection_overlap
-from .calibration import Sampling, load_tokenizer, load_windows
-from .errors import PatternSearchError
+from .errors import EvaluationError
+from .loading import Placement, load_model, read_config
+from .overlap import selection_overlap
+from .window_sources import Sampling, default_seqlen, load_tokenizer, read_windows
 
 # From no overlap to full: dark to bright.
 _SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
@@ -34,7 +30,7 @@ def measure_overlap(
 
     Args:
         source: a DSA or IndexCache checkpoint: a folder or a Hub id.
-        data: as for `indexcache search`.
+        data: see `window_sources.py`.
         seqlen: tokens a window; by default 32 times top-k.
         nsamples: windows.
         picture: where to write the heatmap.
@@ -45,27 +41,23 @@ def measure_overlap(
         `layers`, `matrix` (rows of |A ∩ B| / k), `adjacent`, `queries`.
 
     Raises:
-        PatternSearchError: data that cannot be used, or windows not longer than top-k.
+        EvaluationError: data that cannot be used, or windows not longer than top-k.
     """
-    hub: dict[str, Any] = {"revision": revision, "token": token}
-    fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
-    config = load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    placement = Placement(revision=revision, token=token)
+    config = read_config(source, placement)
     sampling = Sampling(seqlen, nsamples)
-    windows, _ = load_windows(data, config, load_tokenizer(source, **hub), sampling)
-    on_cuda = torch.cuda.is_available()
-    model = load_source(source, dtype=torch.bfloat16 if on_cuda else torch.float32, **hub)
+    tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
+    windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
     try:
-        found = selection_overlap(model.to("cuda" if on_cuda else "cpu").eval(), windows.ids[:, :-1])  # type: ignore[arg-type]
+        found = selection_overlap(load_model(source, placement), windows.ids[:, :-1])
     except ValueError as error:
-        raise PatternSearchError(str(error)) from error
+        raise EvaluationError(str(error)) from error
     matrix = found.matrix.tolist()
     if picture is not None:
         try:
             from .figures import draw_overlap
         except ImportError as error:
-            raise PatternSearchError(
-                f"--overlap-picture needs matplotlib ({error}): pip install matplotlib"
-            ) from error
+            raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
         draw_overlap(found.layers, matrix, picture)
     return {"layers": found.layers, "matrix": matrix, "adjacent": found.adjacent, "queries": found.queries}
 

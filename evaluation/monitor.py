@@ -1,4 +1,4 @@
-"""What a search says while it runs: phase, progress, layer-forwards a second, time left."""
+"""What long work says while it runs: phase, progress, speed, time left."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import time
 from types import TracebackType
 
 
-class SearchMonitor:
-    """Silent; the base of those that draw. Amounts are in layer-forwards."""
+class Monitor:
+    """Silent; the base of those that draw."""
 
-    def __enter__(self) -> SearchMonitor:
+    def __enter__(self) -> Monitor:
         return self
 
     def __exit__(
@@ -35,7 +35,7 @@ class SearchMonitor:
         self.note(f"warning: {text}")
 
 
-class TerminalMonitor(SearchMonitor):
+class TerminalMonitor(Monitor):
     """Draws a bar with the time left on stderr; one line a step where stderr is no terminal."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class TerminalMonitor(SearchMonitor):
         self._phase, self._steps, self._done = "", 0, 0
         self._forwards, self._phase_start = 0, time.monotonic()
 
-    def __enter__(self) -> SearchMonitor:
+    def __enter__(self) -> Monitor:
         if self._live:
             self._bar.start()
         return self
@@ -68,14 +68,14 @@ class TerminalMonitor(SearchMonitor):
             self._bar.stop()
 
     def begin(self, phase: str, steps: int) -> None:
-        """See `SearchMonitor`."""
+        """See `Monitor`."""
         self._phase, self._steps, self._done = phase, steps, 0
         self._forwards, self._phase_start = 0, time.monotonic()
         if self._live:
             self._bar.reset(self._task, total=steps, description=phase, speed="")
 
     def step(self, text: str) -> None:
-        """See `SearchMonitor`."""
+        """See `Monitor`."""
         self._done += 1
         if self._live:
             self._bar.update(self._task, completed=self._done, description=f"{self._phase}: {text}")
@@ -85,18 +85,18 @@ class TerminalMonitor(SearchMonitor):
             self.note(f"{self._phase} {self._done}/{self._steps}: {text} ({_clock(left)} left)")
 
     def advance(self, layer_forwards: int) -> None:
-        """See `SearchMonitor`."""
+        """See `Monitor`."""
         self._forwards += layer_forwards
         if self._live:
             speed = self._forwards / max(1e-3, time.monotonic() - self._phase_start)
             self._bar.update(self._task, speed=f"{speed:.0f} layers/s")
 
     def note(self, text: str) -> None:
-        """See `SearchMonitor`."""
+        """See `Monitor`."""
         self._console.print(text, highlight=False, markup=False)
 
     def warn(self, text: str) -> None:
-        """See `SearchMonitor`."""
+        """See `Monitor`."""
         from rich.panel import Panel
 
         self._console.print(Panel(text, title="warning", border_style="bold red"), soft_wrap=False)
