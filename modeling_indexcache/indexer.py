@@ -94,17 +94,24 @@ class IndexCacheIndexer(nn.Module):
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
         rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
+        return self.select(q, keys, self._head_weights(hidden_states), visibility)
+
+    @torch.no_grad()
+    def select(
+        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visibility: KeyVisibility
+    ) -> torch.Tensor:
+        """The selection int32 `[B, S, min(index_topk, T)]` of queries `[B, S, H, D_I]` among keys `[B, T, D_I]`."""
         seen = visibility.for_keys(keys.shape[1])
         return lightning_indexer(
             q,
             keys,
-            self._head_weights(hidden_states),
+            weights,
             self.index_topk,
             query_start=seen.query_start,
             key_start=seen.key_start,
             key_mask=seen.key_mask,
             fp8=self.config.indexer_fp8,
-            allow_triton=allow_triton,
+            allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
 
     def project(
@@ -120,28 +127,6 @@ class IndexCacheIndexer(nn.Module):
         k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings).to(q.dtype)
         weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype))
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
-
-    @torch.no_grad()
-    def select(
-        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visibility: KeyVisibility
-    ) -> torch.Tensor:
-        """The selection int32 `[B, S, min(index_topk, T)]` for what `project` made, without gradient."""
-        batch, num_queries, num_keys = q.shape[0], q.shape[1], keys.shape[1]
-        seen = visibility.for_keys(num_keys)
-        if num_keys <= self.index_topk:
-            return seen.every_index(num_queries, num_keys, batch)
-        with torch.autocast(q.device.type, enabled=False):
-            return lightning_indexer(
-                q,
-                keys,
-                weights,
-                self.index_topk,
-                query_start=seen.query_start,
-                key_start=seen.key_start,
-                key_mask=seen.key_mask,
-                fp8=self.config.indexer_fp8,
-                allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
-            )
 
     def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """fp32 `[B, S, H]`; a wider weight widens a block of tokens at a time."""

@@ -107,11 +107,14 @@ def trace_indexer(
     num_queries = q.shape[1]
     wanted = num_queries if training.stage == "sparse" else min(training.recall_queries, num_queries)
     first = num_queries - wanted
-    indices = (
-        indexer.select(q[:, first:], k, weights[:, first:], visibility.of_queries(first, num_queries))
-        if wanted
-        else None
-    )
+    indices = None
+    if wanted:
+        seen, num_keys = visibility.of_queries(first, num_queries), k.shape[1]
+        if num_keys <= indexer.index_topk:
+            indices = seen.for_keys(num_keys).every_index(wanted, num_keys, k.shape[0])
+        else:
+            with torch.autocast(k.device.type, enabled=False):
+                indices = indexer.select(q[:, first:], k, weights[:, first:], seen)
     return IndexerTrace(q, k, weights, indices)
 
 
