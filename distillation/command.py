@@ -9,10 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..evaluation.arguments import (
+    DATA_HELP,
+    DATA_PANEL,
+    RUN_PANEL,
+    AsJson,
+    DataSplit,
+    Revision,
+    Seqlen,
+    TextField,
+    Token,
+)
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_WHAT, _STAGES, _DATA, _RUN = "Pattern", "Training", "Data", "Where it runs"
+_WHAT, _STAGES = "Pattern", "Training"
 
 
 def distill(
@@ -20,10 +32,7 @@ def distill(
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
     data: Annotated[
         str,
-        typer.Option(
-            help="Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config).",
-            rich_help_panel=_DATA,
-        ),
+        typer.Option(help=DATA_HELP, rich_help_panel=DATA_PANEL),
     ],
     pattern: Annotated[
         str | None,
@@ -101,45 +110,46 @@ def distill(
         ),
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Data to score on before and after.", rich_help_panel=_DATA)
+        str | None, typer.Option(help="Data to score on before and after.", rich_help_panel=DATA_PANEL)
     ] = None,
-    seqlen: Annotated[
-        int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=_DATA)
-    ] = None,
+    seqlen: Seqlen = None,
     isolate_documents: Annotated[
         bool,
         typer.Option(
-            "--isolate-documents", help="Documents in a window do not see each other.", rich_help_panel=_DATA
+            "--isolate-documents", help="Documents in a window do not see each other.", rich_help_panel=DATA_PANEL
         ),
     ] = False,
     held_out_samples: Annotated[
-        int | None, typer.Option(min=1, help="Held-out windows. Default: 16, or all of a file.", rich_help_panel=_DATA)
+        int | None,
+        typer.Option(min=1, help="Held-out windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of new indexers and of the order.", rich_help_panel=_DATA)] = 0,
-    data_split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    text_field: Annotated[str, typer.Option(help="Of JSONL and datasets.", rich_help_panel=_DATA)] = "text",
-    log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.", rich_help_panel=_RUN)] = 10,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_RUN)] = 200,
+    seed: Annotated[int, typer.Option(help="Of new indexers and of the order.", rich_help_panel=DATA_PANEL)] = 0,
+    data_split: DataSplit = "train",
+    text_field: TextField = "text",
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.", rich_help_panel=RUN_PANEL)] = 10,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RUN_PANEL)
+    ] = 200,
     tensorboard: Annotated[
-        bool, typer.Option(help="Write runs/ where TensorBoard is installed.", rich_help_panel=_RUN)
+        bool, typer.Option(help="Write runs/ where TensorBoard is installed.", rich_help_panel=RUN_PANEL)
     ] = True,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=_RUN)
+        bool, typer.Option("--resume", help="Go on from the last checkpoint.", rich_help_panel=RUN_PANEL)
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget it.", rich_help_panel=RUN_PANEL)] = False,
     keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Leave training/ behind.", rich_help_panel=_RUN)
+        bool, typer.Option("--keep-checkpoints", help="Leave training/ behind.", rich_help_panel=RUN_PANEL)
     ] = False,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Of the weights written. auto: the source's.", rich_help_panel=_RUN),
+        typer.Option(help="Of the weights written. auto: the source's.", rich_help_panel=RUN_PANEL),
     ] = "auto",
-    device: Annotated[Literal["cpu"] | None, typer.Option(help="Keep off the GPU.", rich_help_panel=_RUN)] = None,
+    device: Annotated[Literal["cpu"] | None, typer.Option(help="Keep off the GPU.", rich_help_panel=RUN_PANEL)] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Then push to this Hub repository.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")] = None,
-    token: Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model for its share pattern: multi-layer distillation, in two stages.
 
