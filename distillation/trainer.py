@@ -45,7 +45,7 @@ def freeze_for(stage: str, model: nn.Module, adapters_only: bool = False) -> Non
 
 def training_arguments(stage: str, recipe: Recipe, output: Path, use_cpu: bool = False) -> TrainingArguments:
     """The recipe's stage in Trainer's words; checkpoints go to `output`."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=recipe.steps(stage),
         learning_rate=recipe.dense_learning_rate if stage == DENSE else recipe.learning_rate,
@@ -75,6 +75,9 @@ def training_arguments(stage: str, recipe: Recipe, output: Path, use_cpu: bool =
         average_tokens_across_devices=True,
         use_cpu=use_cpu,
     )
+    # One process takes one GPU: Trainer would spread it over all that it sees by DataParallel.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 class DistillationTrainer(Trainer):
