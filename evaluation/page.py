@@ -45,8 +45,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], marked: Iterabl
 
 def facts(values: dict[str, object]) -> str:
     """Names and values, one a row."""
-    rows = "".join(f"<tr><th>{escape(str(name))}<td>{escape(str(value))}" for name, value in values.items())
+    rows = "".join(f"<tr><th>{escape(str(name))}<td>{escape(_fact(value))}" for name, value in values.items())
     return f"<table>{rows}</table>"
+
+
+def _fact(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _cell(text: str) -> str:
