@@ -6,6 +6,7 @@ anywhere, the same command with `--resume` goes on from the last whole checkpoin
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -84,6 +85,8 @@ def run_distillation(
         DistillationError: data, settings or state that cannot be used; a loss that diverges; too little memory.
         ConversionError: an output folder that is taken.
     """
+    if importlib.util.find_spec("accelerate") is None:
+        raise DistillationError("training needs accelerate: pip install 'indexcache[train]'")
     processes = Processes.from_environment()
     quiet = monitor if processes.is_first else TrainingMonitor()
     if source.is_dense and not recipe.dense_steps:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -112,8 +113,9 @@ def test_two_processes_equal_one_to_rounding(folder, tmp_path):
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     write_source(tmp_path)
-    run(tmp_path, tmp_path / "one", dtype="float32", batch_size=2, accumulation=1)
-    run(tmp_path, tmp_path / "parts", dtype="float32", batch_size=1, accumulation=2)
+    few = {"dense_steps": 2, "sparse_steps": 3, "dtype": "float32"}
+    run(tmp_path, tmp_path / "one", batch_size=2, accumulation=1, **few)
+    run(tmp_path, tmp_path / "parts", batch_size=1, accumulation=2, **few)
     here, there = weights(tmp_path / "one"), weights(tmp_path / "parts")
     for name, value in here.items():
         torch.testing.assert_close(there[name], value, rtol=0, atol=2e-5, msg=name)
@@ -140,6 +142,12 @@ def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folde
     with pytest.raises(ConversionError, match="not empty"):
         run(folder, tmp_path)
     assert (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(DistillationError, match=r"indexcache\[train\]"):
+        run(folder, tmp_path / "out")
 
 
 def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
