@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint test-gpu bench clean
+.PHONY: venv demo demo-checkpoint test lint test-gpu bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -15,6 +15,11 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 demo: venv
 	$(BIN)/python demo/walkthrough.py
+
+# Trains the demo checkpoint from nothing, on a GPU in some minutes. TEXT and WINDOWS are described in the script.
+OUT ?= build/dsa_demo
+demo-checkpoint: venv
+	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT)
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"

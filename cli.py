@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from .benchmarks.command import bench as bench_verb
+from .distillation.command import distill as distill_verb
 from .evaluation.arguments import AsJson, Revision, Token
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
@@ -50,20 +51,23 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.checkpoint import ConversionError
+    from .distillation.errors import DistillationDiverged, DistillationError
     from .evaluation.errors import EvaluationError
 
     try:
         yield
     except ConversionError as error:
         _fail(str(error))
-    except EvaluationError as error:
+    except DistillationDiverged as error:
+        _fail(str(error))
+    except (EvaluationError, DistillationError) as error:
         _fail(str(error), 2)
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
     except ImportError as error:
         _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; an unfinished conversion, search, evaluation or benchmark goes on with --resume", 130)
+        _fail("interrupted; unfinished work goes on with --resume, where the verb has it", 130)
 
 
 def _print_json(value: Any) -> None:
@@ -280,6 +284,14 @@ def evaluate(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `evaluation/command.py`."""
     with _errors_as_messages():
         evaluate_verb(*args, **kwargs)
+
+
+@app.command()
+@wraps(distill_verb)
+def distill(*args: Any, **kwargs: Any) -> None:
+    """Arguments, work and output: `distillation/command.py`."""
+    with _errors_as_messages():
+        distill_verb(*args, **kwargs)
 
 
 @app.command()

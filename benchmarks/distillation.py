@@ -23,7 +23,7 @@ from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selecte
 from ..kernels.sparse_mla import sparse_mla
 from .harness import Case, measure_ceilings, median_ms, run_cases, write_json
 from .sparse_mla import SCALE, TOPK, VALUE_DIM, WIDTH, make_inputs, near_indices, random_indices
-from .speed_models import SHAPE_30B, drifting_walk
+from .speed_models import SHAPE_30B, let_neighbours_agree
 
 INDEX_HEADS, INDEX_DIM, HEADS = 32, 128, 20
 Indices = Callable[[int, int], torch.Tensor]
@@ -226,13 +226,18 @@ def layer_share(length: int) -> dict[str, Any]:
     """A layer's forward and backward beside the KL kernels on that layer's own selection."""
     torch.manual_seed(0)
     config = IndexCacheConfig(
-        **{**SHAPE_30B, "n_routed_experts": 16, "num_hidden_layers": 1, "first_k_dense_replace": 0, "vocab_size": 1024}
+        **{
+            **SHAPE_30B,
+            "n_routed_experts": 16,
+            "num_hidden_layers": 1,
+            "first_k_dense_replace": 0,
+            "vocab_size": length,
+        }
     )
     with torch.device("cuda"):
         model = IndexCacheForCausalLM._from_config(config, dtype=torch.bfloat16).train()
-    scale = model.get_input_embeddings().weight.float().std()
-    walk = drifting_walk(length, model.config.hidden_size, model.device) * scale
-    embeddings = walk.to(model.dtype).unsqueeze(0).detach().requires_grad_()
+    let_neighbours_agree(model)
+    embeddings = model.get_input_embeddings().weight.detach().unsqueeze(0).clone().requires_grad_()
     upstream = torch.randn_like(embeddings)
     kept: dict[str, torch.Tensor] = {}
     indexer = model.model.layers[0].self_attn.indexer

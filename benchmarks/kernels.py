@@ -19,10 +19,14 @@ import torch
 from safetensors.torch import load_file
 
 from ..conversion.load_source import load_source
-from . import lightning_indexer, sparse_mla
+from . import distillation, lightning_indexer, sparse_mla
 from .harness import Case, measure_ceilings, run_cases, write_json
 
-GROUPS = {"lightning_indexer": lightning_indexer.cases, "sparse_mla": sparse_mla.cases}
+GROUPS = {
+    "lightning_indexer": lightning_indexer.cases,
+    "sparse_mla": sparse_mla.cases,
+    "distillation": distillation.cases,
+}
 
 
 @torch.inference_mode()

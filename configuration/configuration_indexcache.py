@@ -63,8 +63,8 @@ class IndexCacheConfig(PreTrainedConfig):
         shared_experts_intermediate_size: width of the shared expert; `moe_intermediate_size * n_shared_experts`
             when `None`.
         source_model_type: the family this checkpoint came from (`deepseek_v32`, `glm_moe_dsa`, ...), for export.
-        indexer_fp8: score with e4m3 queries and keys (Hadamard-rotated, per-token scales) where the backend can;
-            changes the selection near its threshold. Off by default.
+        indexer_fp8: score with e4m3 queries and keys (Hadamard-rotated, scaled by token with powers of two), as
+            DeepSeek-V3.2's own inference does; changes the selection near its threshold. Off by default.
     """
 
     model_type = "indexcache"

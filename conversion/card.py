@@ -33,7 +33,7 @@ layers run their lightning indexer, the other {num_shared} reuse the selection o
 ```
 
 `F` (full) runs its own indexer{selecting}; `S` (shared) reuses the selection of the `F` before it, and needs neither \
-indexer weights nor an index-key cache.{saved} Every other tensor is the base model's{cast}.
+indexer weights nor an index-key cache.{saved} {others}
 
 | full layer | serves layers |
 |---|---|
@@ -63,8 +63,7 @@ transformers 5.23 or newer, and uses triton on a GPU where it is installed.
 
 - Up to {topk_words} the indexers select everything, so sharing changes nothing there: measure the pattern on \
 long inputs.
-- A pattern chosen without training fits the model and the texts it was chosen on. The fewer full layers, the sooner \
-retrieval from far back suffers; at the same count, a searched pattern loses less than an evenly spaced one.
+- {choice}
 - What the base model's card says of its behaviour, data and risks holds here too.
 
 ## Citation
@@ -80,6 +79,16 @@ retrieval from far back suffers; at the same count, a searched pattern loses les
 
 {base_citation}
 """
+
+_CHOSEN = (
+    "A pattern chosen without training fits the model and the texts it was chosen on. The fewer full layers, the "
+    "sooner retrieval from far back suffers; at the same count, a searched pattern loses less than an evenly spaced "
+    "one."
+)
+_TRAINED = (
+    "The weights were trained on the data that the recipe names: what the base model could do beyond them may have "
+    "changed, so evaluate it again for your use."
+)
 
 _EXPORT_BODY = """
 # IndexCache checkpoint for {engine}
@@ -105,6 +114,7 @@ def write_card(
     topk: int | None = None,
     bytes_saved: int | None = None,
     measured: Sequence[Mapping[str, Any]] | None = None,
+    trained: str | None = None,
 ) -> Path:
     """Write `README.md` into an IndexCache checkpoint's folder.
 
@@ -120,6 +130,8 @@ def write_card(
         topk: `index_topk`, the keys that an indexer selects.
         bytes_saved: bytes of indexer weights left out.
         measured: rows of a table of measurements, each column name -> value; rows share their columns.
+        trained: how the weights were trained for the pattern, to follow "All weights were trained for this pattern";
+            `None` when they are the base model's.
 
     Returns:
         The card's path.
@@ -155,7 +167,8 @@ def write_card(
         drawing=draw_pattern(pattern),
         selecting=f", which selects {topk:,} keys for each token" if topk else "",
         saved=f" {bytes_saved:,} bytes of indexer weights are left out." if bytes_saved else "",
-        cast="" if recipe.get("dtype", "auto") == "auto" else f", cast to {recipe['dtype']}",
+        others=_others(recipe, trained),
+        choice=_CHOSEN if trained is None else _TRAINED,
         groups="\n".join(
             f"| {full} | {', '.join(map(str, served[1:])) or 'itself alone'} |"
             for full, served in pattern.groups.items()
@@ -201,6 +214,14 @@ def _write(output: str | os.PathLike[str], data: ModelCardData, text: str) -> Pa
     path = Path(output) / "README.md"
     write_text(path, f"---\n{data.to_yaml(line_break=chr(10))}\n---\n{text}")
     return path
+
+
+def _others(recipe: Mapping[str, Any], trained: str | None) -> str:
+    """What happened to the other tensors, as a sentence."""
+    if trained is not None:
+        return f"All weights were trained for this pattern {trained}."
+    cast = "" if recipe.get("dtype", "auto") == "auto" else f", cast to {recipe['dtype']}"
+    return f"Every other tensor is the base model's{cast}."
 
 
 def _metadata(source_card: str | None) -> dict[str, Any]:

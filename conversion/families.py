@@ -40,11 +40,15 @@ FAMILIES = {
     )
 }
 
+# Dense MLA models, and the family that each becomes once it has indexers.
+DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMILIES["deepseek_v32"]}
+
 _REFUSED = {
-    "glm4_moe_lite": "it has no lightning indexers to share: its layers are dense MLA, so indexers must be distilled "
-    "into it first",
-    "deepseek_v3": "it has no lightning indexers to share: its layers are dense MLA, so indexers must be distilled "
-    "into it first",
+    **dict.fromkeys(
+        DENSE_FAMILIES,
+        "it has no lightning indexers to share: its layers are dense MLA, so indexers must be distilled into it first "
+        "(`indexcache distill`)",
+    ),
     **dict.fromkeys(
         ("axk2", "dots3_note", "hy_v4", "mistral_large4"),
         "it has lightning indexers, but attention that IndexCacheForCausalLM does not have",
@@ -146,6 +150,47 @@ def convert_config(
         fields |= _family_defaults(source, family, config, location)
         load_config(fields, location)
     return fields
+
+
+def convert_dense_config(
+    source: dict[str, Any],
+    pattern: SharePattern,
+    indexer: dict[str, int],
+    auto_map: dict[str, str],
+    location: str,
+) -> dict[str, Any]:
+    """The config.json that a dense MLA checkpoint gets with its indexers.
+
+    Args:
+        source: the dense checkpoint's config.json.
+        pattern: the layers that get an indexer.
+        indexer: `index_topk`, `index_n_heads` and `index_head_dim` of the new indexers.
+        auto_map: where the bundled code keeps its classes.
+        location: how errors name the source.
+
+    Raises:
+        ConversionError: no dense family, no query latent for indexers to read, or a config that does not validate.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(source.get("model_type"))
+    if model_type not in DENSE_FAMILIES:
+        raise ConversionError(
+            f"{location}: model_type {model_type!r} is no dense family that indexers can be distilled into "
+            f"(accepted: {', '.join(DENSE_FAMILIES)})"
+        )
+    try:
+        native = CONFIG_MAPPING[model_type].from_dict(dict(source)).to_dict()
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ConversionError(f"{location}: config.json is no valid {model_type} config: {error}") from error
+    if native.get("q_lora_rank") is None:
+        raise ConversionError(
+            f"{location}: config.json has q_lora_rank=null: indexers read the query latent, which this model lacks"
+        )
+    known = {entry.name for entry in dataclasses.fields(IndexCacheConfig)} - _DERIVED_FIELDS
+    spelled = {name: value for name, value in native.items() if name in known and value is not None}
+    fields = {**spelled, **source, **indexer, "model_type": DENSE_FAMILIES[model_type].model_type}
+    return convert_config(fields, pattern, None, auto_map, location)
 
 
 def _family_defaults(

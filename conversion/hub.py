@@ -91,7 +91,7 @@ def check_complete(folder: str | os.PathLike[str]) -> None:
     ]
     if unfinished:
         raise ConversionError.collect(
-            f"{folder} is an unfinished conversion: finish it with `indexcache convert ... --resume`, or remove these "
+            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or remove these "
             "files if they are strays",
             unfinished,
         )

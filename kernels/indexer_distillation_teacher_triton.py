@@ -283,13 +283,17 @@ if triton is not None:
             rest = tl.load(kv_rows + MAIN + offs_r[None, :], mask=exists[:, None] & r_mask, other=0.0)
         p = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
         q_rows = (q + batch * q_stride_b + query * q_stride_s)[:, None]
+        to_head = batch * 0  # in 64 bits: head-major queries lie far apart
         for head in range(H):
-            # Head-major queries have strides whose multiples pass 32 bits.
-            q_head = q_rows + (batch * 0 + head) * q_stride_h
+            q_head = q_rows + to_head
+            to_head += q_stride_h
             q_main = tl.load(q_head + offs_d[None, :], mask=real[:, None], other=0.0)
             s = tl.dot(main, tl.trans(q_main))  # [BN, BQ]
             if REST > 0:
-                q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
+                if BLOCK_REST == REST:
+                    q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None], other=0.0)
+                else:
+                    q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
                 s = tl.dot(rest, tl.trans(q_rest), acc=s)
             row_lse = tl.load(lse + (batch * S + query) * H + head, mask=real, other=float("inf"))
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634

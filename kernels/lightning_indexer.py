@@ -48,8 +48,8 @@ def lightning_indexer(
             sequence). Default: 0.
         key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
             PyTorch path.
-        fp8: score e4m3 queries and keys (`indexer_quantization.py`), faster on Hopper. The selection differs a
-            little from that of unquantised scores, not from backend to backend.
+        fp8: score e4m3 queries and keys (`indexer_quantization.py`), so far in bf16 arithmetic. It differs a
+            little from the selection by unquantised scores, not from backend to backend.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
     Returns:

@@ -324,7 +324,7 @@ if gluon is not None:
 
     @gluon.jit
     def _grad_piece(ds_sm, p_sm, q_v, do_v, c: gl.constexpr, zero, layout: gl.constexpr):
-        # Starts the gradient of 64 latents in 128 columns: dS^T q + P^T dout.
+        # Starts the gradient of 64 latents in 128 columns: dS^T q + P^T do.
         piece = gl.zeros([64, 128], gl.float32, layout)
         ds_t, p_t = ds_sm.index(zero).permute((1, 0)), p_sm.index(zero).permute((1, 0))
         piece = warpgroup_mma(ds_t, q_v.index(c + zero), piece, use_acc=False, is_async=True)

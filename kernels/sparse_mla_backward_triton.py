@@ -5,8 +5,8 @@ of `BLOCK_N`, as the forward pass does. The gradient of its queries stays in reg
 many queries share, is added in fp32 by atomics, or in the deterministic mode written out for every list entry of a
 bounded chunk of queries and then summed slot by slot in the order of the entries.
 
-With P = exp(scale q.k - lse), delta = sum_v dout * out and dS = scale * P * (dout.v - delta): dq = dS k,
-dkv = dS^T q + P^T dout (the latter on the value columns only).
+With P = exp(scale q.k - lse), delta = sum_v do * out and dS = scale * P * (do.v - delta): dq = dS k,
+dkv = dS^T q + P^T do (the latter on the value columns only).
 
 Legend: as `sparse_mla_triton.py`.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -25,15 +27,22 @@ class IndexCacheTopkRouter(nn.Module):
         """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts a token]`."""
         config = self.config
         masked = float("-inf") if config.masked_group_score is None else config.masked_group_score
-        return expert_topk(
-            hidden_states,
-            self.weight,
-            self.e_score_correction_bias,
-            config.num_experts_per_tok,
-            scaling=config.routed_scaling_factor,
-            normalise=config.norm_topk_prob,
-            groups=config.n_group,
-            topk_groups=config.topk_group,
-            masked_score=masked,
-            allow_triton=config._attn_implementation == TRITON_ATTENTION,
-        )
+        with _without_autocast(hidden_states):
+            return expert_topk(
+                hidden_states,
+                self.weight,
+                self.e_score_correction_bias,
+                config.num_experts_per_tok,
+                scaling=config.routed_scaling_factor,
+                normalise=config.norm_topk_prob,
+                groups=config.n_group,
+                topk_groups=config.topk_group,
+                masked_score=masked,
+                allow_triton=config._attn_implementation == TRITON_ATTENTION,
+            )
+
+
+def _without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Routing is decided in fp32, whatever the rest is computed in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -92,17 +94,39 @@ class IndexCacheIndexer(nn.Module):
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
         rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
+        return self.select(q, keys, self._head_weights(hidden_states), visibility)
+
+    @torch.no_grad()
+    def select(
+        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visibility: KeyVisibility
+    ) -> torch.Tensor:
+        """The selection int32 `[B, S, min(index_topk, T)]` of queries `[B, S, H, D_I]` among keys `[B, T, D_I]`."""
         seen = visibility.for_keys(keys.shape[1])
         return lightning_indexer(
             q,
             keys,
-            self._head_weights(hidden_states),
+            weights,
             self.index_topk,
             query_start=seen.query_start,
+            key_start=seen.key_start,
             key_mask=seen.key_mask,
             fp8=self.config.indexer_fp8,
-            allow_triton=allow_triton,
+            allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
+
+    def project(
+        self,
+        hidden_states: torch.Tensor,
+        q_resid: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """For training: queries `[B, S, H, D]`, keys `[B, S, D]` and head weights `[B, S, H]`, differentiable."""
+        batch, num_queries = hidden_states.shape[:2]
+        q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
+        q = self._turn(q, position_embeddings)
+        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings).to(q.dtype)
+        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype))
+        return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
     def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """fp32 `[B, S, H]`; a wider weight widens a block of tokens at a time."""
@@ -116,3 +140,18 @@ class IndexCacheIndexer(nn.Module):
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
+
+
+def refuse_missing_indexers(config: IndexCacheConfig, missing_keys: Iterable[str], source: object) -> None:
+    """Loading found no indexer weights for a full layer.
+
+    Raises:
+        ValueError: naming the layers and the mend.
+    """
+    layers = {int(key.split("layers.")[1].split(".")[0]) for key in missing_keys if ".indexer." in key}
+    if layers:
+        raise ValueError(
+            f"index_share_pattern {config.index_share_pattern!r} makes layers {sorted(layers)} full, but {source} has "
+            "no indexer weights for them: mark them 'S', or convert again from the DSA checkpoint with a pattern that "
+            "keeps them"
+        )

@@ -16,19 +16,28 @@ from ..kernels.lightning_indexer_reference import visible_keys
 
 @dataclass(frozen=True)
 class KeyVisibility:
-    """A key is visible when its slot is at most the query's slot and `key_mask` allows it.
+    """A key is visible when its slot lies between `key_start` and the query's slot and `key_mask` allows it.
 
     Attributes:
         query_start: int64 tensor `[]`, the cache slot of the first query.
         key_mask: bool `[B, T]` (False: padding), `[B, S, T]` for a mask of each query's own, or None.
+        key_start: int32 `[B, S]`, the slot where each query's document begins in a packed sequence, or None.
+        is_triangle: there is no cache, no padding and one document: query i sees keys 0 .. i.
     """
 
     query_start: torch.Tensor
     key_mask: torch.Tensor | None
+    key_start: torch.Tensor | None = None
+    is_triangle: bool = False
 
     @classmethod
     def of(
-        cls, attention_mask: torch.Tensor | dict | None, cache: Cache | None, num_queries: int, device: torch.device
+        cls,
+        attention_mask: torch.Tensor | dict | None,
+        cache: Cache | None,
+        num_queries: int,
+        device: torch.device,
+        key_start: torch.Tensor | None = None,
     ) -> KeyVisibility:
         """Read what `forward` was given.
 
@@ -38,6 +47,7 @@ class KeyVisibility:
             cache: the cache before this forward, or None.
             num_queries: S.
             device: where the hidden states are.
+            key_start: see `packed_key_start`.
         """
         past = 0 if cache is None else cache.get_seq_length()
         # A copy: static caches count on in place, layer by layer.
@@ -45,7 +55,7 @@ class KeyVisibility:
         if isinstance(attention_mask, dict):
             attention_mask = next(iter(attention_mask.values()), None)
         if attention_mask is None:
-            return cls(query_start, None)
+            return cls(query_start, None, key_start, is_triangle=cache is None and key_start is None)
         if attention_mask.dim() == 4:
             seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
             return cls(query_start, seen)
@@ -57,7 +67,7 @@ class KeyVisibility:
         key_mask = attention_mask.to(torch.bool)
         # One look (a synchronisation on a GPU) a prefill saves every layer the mask; decoding never waits for it.
         if not torch.compiler.is_compiling() and (device.type == "cpu" or num_queries > 1) and bool(key_mask.all()):
-            return cls(query_start, None)
+            return cls(query_start, None, is_triangle=cache is None)
         return cls(query_start, key_mask)
 
     def for_keys(self, num_keys: int) -> KeyVisibility:
@@ -66,21 +76,23 @@ class KeyVisibility:
             return self
         missing = num_keys - self.key_mask.shape[-1]
         fitted = self.key_mask[..., :num_keys] if missing < 0 else F.pad(self.key_mask, (0, missing), value=True)
-        return KeyVisibility(self.query_start, fitted)
+        return KeyVisibility(self.query_start, fitted, self.key_start)
 
     def of_queries(self, first: int, last: int) -> KeyVisibility:
         """The same for the queries `first` to `last` alone."""
         mask = self.key_mask
         if mask is not None and mask.dim() == 3:
             mask = mask[:, first:last]
-        return KeyVisibility(self.query_start + first, mask)
+        key_start = None if self.key_start is None else self.key_start[:, first:last].contiguous()
+        return KeyVisibility(self.query_start + first, mask, key_start)
 
     def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
         """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
         mask = self.key_mask
         if mask is not None and mask.dim() == 3:
             mask = mask[:, first:last]
-        return visible_keys(self.query_start + first, last - first, num_keys, mask)
+        key_start = None if self.key_start is None else self.key_start[:, first:last]
+        return visible_keys(self.query_start + first, last - first, num_keys, mask, key_start)
 
     def every_index(self, num_queries: int, num_keys: int, batch: int) -> torch.Tensor:
         """The selection when nothing need be left out: int32 `[B, S, T]`, visible slots ascending, then -1."""
@@ -88,3 +100,53 @@ class KeyVisibility:
         slots = torch.arange(num_keys, device=seen.device).expand_as(seen)
         ordered = slots.masked_fill(~seen, num_keys).sort(dim=-1).values
         return ordered.masked_fill(ordered == num_keys, -1).to(torch.int32)
+
+
+def packed_key_start(
+    position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, batch: int, num_queries: int
+) -> torch.Tensor | None:
+    """Where each query's document begins, when several are packed in one sequence: int32 `[B, S]`, or None.
+
+    Args:
+        position_ids: `[B or 1, S]`; a position that does not follow the one before it begins a document, as
+            transformers' packing collators mean it.
+        cu_seq_lens: `[documents + 1]`, the slots where documents begin, and S; for a batch of one. Used in place of
+            `position_ids`, and without waiting for the device.
+        batch: B.
+        num_queries: S.
+
+    Raises:
+        ValueError: `cu_seq_lens` for a batch of several rows.
+    """
+    if cu_seq_lens is not None:
+        if batch != 1:
+            raise ValueError(f"cu_seq_lens_q describes one packed row, and this batch has {batch}: give position_ids")
+        slots = torch.arange(num_queries, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+        document = torch.searchsorted(cu_seq_lens, slots, right=True) - 1
+        return cu_seq_lens[document].to(torch.int32).unsqueeze(0)
+    # Whether documents are packed must be known before the graph is made, so a compiled forward reads cu_seq_lens.
+    if position_ids is None or num_queries < 2 or torch.compiler.is_compiling():
+        return None
+    begins = F.pad(position_ids[..., 1:] != position_ids[..., :-1] + 1, (1, 0))
+    if not bool(begins.any()):
+        return None
+    slots = torch.arange(num_queries, device=position_ids.device).expand_as(begins)
+    return slots.where(begins, 0).cummax(-1).values.to(torch.int32).expand(batch, -1)
+
+
+def selected_mask(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
+    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
+    slots = topk_indices.long()
+    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
+
+
+def mask_at_capacity(attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor | None:
+    """A 2-D mask `[B, tokens]` at a static cache's full length, `[B, capacity]`; anything else as it is.
+
+    Its shape stays the same from step to step, so that a compiled decoding step is compiled once.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or cache is None:
+        return attention_mask
+    missing = cache.get_max_length() - attention_mask.shape[-1]
+    return F.pad(attention_mask.to(torch.bool), (0, max(0, missing)), value=True)

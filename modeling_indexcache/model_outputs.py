@@ -14,9 +14,15 @@ class IndexCacheModelOutput(MoeModelOutputWithPast):
 
     Attributes:
         topk_indices: one int32 `[B, S, K]` a full layer, key slots ascending, -1 where a query sees fewer keys.
+        indexer_kl: with `indexer_training`: fp32 `[layers]`, KL of each layer's attention to the indexer that serves
+            it, mean over real tokens, in nats.
+        attention_recall: with `IndexerTraining(recall_queries=...)`: fp32 `[layers]`, the share of each layer's
+            attention that the selection holds.
     """
 
     topk_indices: tuple[torch.Tensor, ...] | None = None
+    indexer_kl: torch.Tensor | None = None
+    attention_recall: torch.Tensor | None = None
 
 
 @dataclass
@@ -25,6 +31,12 @@ class IndexCacheCausalLMOutput(MoeCausalLMOutputWithPast):
 
     Attributes:
         topk_indices: one int32 `[B, S, K]` a full layer, key slots ascending, -1 where a query sees fewer keys.
+        indexer_kl: with `indexer_training`: fp32 `[layers]`, KL of each layer's attention to the indexer that serves
+            it, mean over real tokens, in nats.
+        attention_recall: with `IndexerTraining(recall_queries=...)`: fp32 `[layers]`, the share of each layer's
+            attention that the selection holds.
     """
 
     topk_indices: tuple[torch.Tensor, ...] | None = None
+    indexer_kl: torch.Tensor | None = None
+    attention_recall: torch.Tensor | None = None

@@ -34,15 +34,17 @@ from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
 from ..kernels.sparse_mla import sparse_mla
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
 from .feed_forward import IndexCacheMLP, runs_expert_kernels, shared_linears, works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
-from .indexer import IndexCacheIndexer
+from .indexer import IndexCacheIndexer, refuse_missing_indexers
+from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
 from .inference_attention import attend_streamed, chunks, runs_streamed
-from .key_visibility import KeyVisibility
+from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .normalization import IndexCacheRMSNorm
@@ -62,12 +64,8 @@ class IndexCacheAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.num_key_value_groups = 1
         self.is_causal = True
-        self.kv_lora_rank, self.v_head_dim = config.kv_lora_rank, config.v_head_dim
-        self.nope_dim, self.rope_dim, self.head_dim = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.qk_head_dim,
-        )
+        self.kv_lora_rank, self.v_head_dim, self.head_dim = config.kv_lora_rank, config.v_head_dim, config.qk_head_dim
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         num_heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
@@ -89,10 +87,10 @@ class IndexCacheAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         visibility: KeyVisibility,
         past_key_values: Cache | None = None,
-        topk_indices: torch.Tensor | None = None,
+        topk_indices: Any = None,
         run_indexer: bool = True,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """Attend.
 
         Args:
@@ -100,16 +98,17 @@ class IndexCacheAttention(nn.Module):
             position_embeddings: `(cos, sin)`, each `[B, S, R]`.
             visibility: which keys each query may see.
             past_key_values: the cache, updated in place.
-            topk_indices: the selection to reuse, int32 `[B, S, K]`; None for all visible keys.
+            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
             **kwargs: `output_attentions`, `output_topk_indices`; `overwrite_input` lets the output take the memory of
-                `hidden_states`.
+                `hidden_states`; `indexer_training`.
 
         Returns:
-            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with
-            `output_attentions` only), and the selection that was used.
+            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
+            only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
         """
-        if runs_streamed(self, hidden_states, topk_indices, run_indexer):
+        training: IndexerTraining | None = kwargs.get("indexer_training")
+        if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
             return_all = bool(kwargs.get("output_topk_indices"))
             out, topk_indices = attend_streamed(
                 self,
@@ -125,7 +124,7 @@ class IndexCacheAttention(nn.Module):
             return out, None, topk_indices
         batch, num_queries = hidden_states.shape[:2]
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
-        q_resid = None
+        q_resid: Any = None
         if self.config.q_lora_rank is None:
             q, kv = linears(hidden_states, (self.q_proj, self.kv_a_proj_with_mqa), allow_triton)
         else:
@@ -136,9 +135,15 @@ class IndexCacheAttention(nn.Module):
         q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
         latent, k_rope = kv.split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
-        latents = torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1)  # [B, S, C + R]
+        # The norm's weight is wider than its input under autocast.
+        latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
-        if self.indexer is not None and run_indexer:
+        trace = topk_indices
+        if training is not None:
+            if run_indexer:
+                trace = trace_indexer(self.indexer, hidden_states, q_resid, position_embeddings, visibility, training)
+            topk_indices = trace.indices if training.stage == "sparse" else None
+        elif self.indexer is not None and run_indexer:
             topk_indices = self.indexer(
                 hidden_states,
                 q_resid,
@@ -148,7 +153,7 @@ class IndexCacheAttention(nn.Module):
                 return_all=bool(kwargs.get("output_topk_indices")),
             )
         latents = append_latents(past_key_values, latents, self.layer_idx)
-        weights = None
+        weights = lse = None
         dropout = self.config.attention_dropout if self.training else 0.0
         if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
             want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
@@ -156,22 +161,26 @@ class IndexCacheAttention(nn.Module):
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
-            out = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+            out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+        if training is not None:
+            topk_indices = compare_attention(
+                self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
+            )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
         return out, weights, topk_indices
 
     def _attend_selected(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
-    ) -> torch.Tensor:
-        """Absorbed form on the selected latents alone: `[B, S, H, V]`, cost S x K."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Absorbed form on the selected latents alone: `[B, S, H, V]` and lse `[B, S, H]`, cost S x K."""
         to_latent, to_value = self._absorbed_weights()
         batch, num_queries, heads, _ = q_nope.shape
         row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-        outs = []
+        outs, lses = [], []
         for first, last in chunks(num_queries, row_bytes):
             q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
             q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
-            out, _ = sparse_mla(
+            out, lse = sparse_mla(
                 q_absorbed,
                 latents,
                 topk_indices[:, first:last],
@@ -180,7 +189,8 @@ class IndexCacheAttention(nn.Module):
                 allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
             )
             outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+            lses.append(lse)
+        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=1))
 
     def _attend_expanded(
         self,
@@ -205,11 +215,14 @@ class IndexCacheAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             "sdpa" if implementation == TRITON_ATTENTION else implementation, eager_attention_forward
         )
+        if seen.is_triangle and topk_indices is None and attend is not eager_attention_forward:
+            # Without a mask the fastest kernel runs, and nothing of S x T is made.
+            return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
         for first, last in chunks(num_queries, batch * heads * num_keys * 4):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
-                mask = mask & _selected(topk_indices[:, first:last], num_keys)
+                mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
             mask = mask.unsqueeze(1).expand(batch, -1, -1, -1)
             out, weight = attend(
                 self, query[:, :, first:last], key, value, mask, scaling=self.scaling, dropout=dropout
@@ -231,13 +244,6 @@ class IndexCacheAttention(nn.Module):
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value
-
-
-def _selected(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
-    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
-    slots = topk_indices.long()
-    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
 
 
 @use_experts_implementation
@@ -311,7 +317,7 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
         # Nobody else reads what the norm makes, so that attention may write where it stood.
         overwrite = works_in_place(self.self_attn, hidden_states) and works_in_place(
@@ -355,21 +361,17 @@ class IndexCachePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As `PreTrainedModel.from_pretrained`; any config field, such as `index_share_pattern`, may be given too.
 
+        With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
+
         Raises:
             ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
         """
-        want_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
+        kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
+        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
-        missing = {int(key.split("layers.")[1].split(".")[0]) for key in info["missing_keys"] if ".indexer." in key}
-        if missing:
-            raise ValueError(
-                f"index_share_pattern {model.config.index_share_pattern!r} makes layers {sorted(missing)} full, but "
-                f"{pretrained_model_name_or_path} has no indexer weights for them: mark them 'S', or convert again "
-                "from the DSA checkpoint with a pattern that keeps them"
-            )
+        if not new_indexers:
+            refuse_missing_indexers(model.config, info["missing_keys"], source)
         return (model, info) if want_info else model
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
@@ -449,29 +451,40 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         Args:
             input_ids: `[B, S]`.
             attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
-            position_ids: `[B, S]`.
+            position_ids: `[B, S]`. Without a mask and a cache, positions that start anew begin a document that sees
+                nothing before it.
             past_key_values: a cache made with this model's config.
             inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
             use_cache: make a cache when none is given.
             **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
-                `output_topk_indices`.
+                `output_topk_indices`; `cu_seq_lens_q` of packed documents, see `packed_key_start`;
+                `indexer_training`, a stage or an `IndexerTraining`, see `indexer_training.py`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, num_queries = hidden_states.shape[:2]
+        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, past_key_values)
+        if training is not None:
+            kwargs["indexer_training"], use_cache = training, False
+        packs, starts = attention_mask is None and past_key_values is None, kwargs.get("cu_seq_lens_q")
+        key_start = packed_key_start(position_ids, starts, batch, num_queries) if packs else None
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        num_queries, device = hidden_states.shape[1], hidden_states.device
         hidden_out = decode_graph(
             self, self._run_layers, hidden_states, attention_mask, position_ids, past_key_values, kwargs
         )
+        traces: list[Any] = []
         if hidden_out is None:
-            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device)
+            device = hidden_states.device
+            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
             del hidden_states
-            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs)
-        return IndexCacheModelOutput(last_hidden_state=hidden_out, past_key_values=past_key_values)
+            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs, traces)
+        return IndexCacheModelOutput(
+            last_hidden_state=hidden_out, past_key_values=past_key_values, **training_outputs(traces)
+        )
 
     def _run_layers(
         self,
@@ -480,8 +493,9 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         visibility: KeyVisibility,
         past_key_values: Cache | None,
         kwargs: dict[str, Any] | None = None,
+        traces: list[Any] | None = None,
     ) -> torch.Tensor:
-        """All layers and the last norm, `[B, S, hidden_size]` to the same."""
+        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`."""
         if position_ids is None:
             slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
             position_ids = slots.unsqueeze(0)
@@ -500,6 +514,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 run_indexer=run_indexer,
                 **(kwargs or {}),
             )
+            if traces is not None and kwargs and "indexer_training" in kwargs:
+                traces.append(topk_indices)
         return self.norm(hidden_states)
 
 
@@ -536,14 +552,8 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         past_key_values: Cache | None,
         **_: Any,
     ) -> torch.Tensor | None:
-        """The 2-D mask at a static cache's full length: `generate` would make an `[S, T]` one, huge at long contexts.
-
-        Its shape stays the same from step to step, so that a compiled decoding step is compiled once.
-        """
-        if attention_mask is None or attention_mask.dim() != 2 or past_key_values is None:
-            return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[-1]
-        return F.pad(attention_mask.to(torch.bool), (0, max(0, missing)), value=True)
+        """See `mask_at_capacity`: transformers would make an `[S, T]` mask, huge at long contexts."""
+        return mask_at_capacity(attention_mask, past_key_values)
 
     @can_return_tuple
     def forward(
@@ -556,21 +566,14 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         **kwargs: Any,
     ) -> IndexCacheCausalLMOutput:
-        """As `IndexCacheModel.forward`, then logits.
+        """As `IndexCacheModel.forward`, then logits `[B, S, vocab_size]`.
 
-        Args:
-            input_ids: `[B, S]`.
-            attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
-            position_ids: `[B, S]`.
-            past_key_values: a cache made with this model's config.
-            inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
-            labels: `[B, S]`, -100 where no loss is wanted; shifted here.
-            use_cache: make a cache when none is given.
-            logits_to_keep: logits of only so many last positions (0: all), or of the positions listed.
-            **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
-                `output_topk_indices`.
+        `labels [B, S]`, -100 where no loss is wanted, are shifted here (or come as `shift_labels`); their loss is
+        divided by `num_items_in_batch` if given. `logits_to_keep` wants logits of only so many last positions (0:
+        all), or of those listed, `skip_logits` none: the loss is then made block by block, for long sequences.
         """
         outputs: IndexCacheModelOutput = self.model(
             input_ids=input_ids,
@@ -582,19 +585,15 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states: Any = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        loss = None
-        if labels is not None:
+        logits = loss = None
+        if not skip_logits:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        elif labels is not None:
+            loss = causal_lm_loss(hidden_states, self.lm_head, labels, **kwargs)
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return IndexCacheCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-            topk_indices=outputs.topk_indices,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return IndexCacheCausalLMOutput(loss=loss, logits=logits, **rest)
 
 
 __all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]

@@ -206,7 +206,7 @@ class TestCompleteness:
         ("spoil", "complaint"),
         [
             (lambda folder: (folder / "model-00009.safetensors.partial").touch(), r"unfinished(.|\n)*00009.*partial"),
-            (lambda folder: (folder / ".indexcache_convert.json").touch(), "unfinished conversion: finish it with"),
+            (lambda folder: (folder / ".indexcache_convert.json").touch(), "unfinished: finish it with"),
             (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
             (lambda folder: _first_shard(folder).unlink(), "shards that are not there"),
             (lambda folder: _truncate(_first_shard(folder)), "truncated"),

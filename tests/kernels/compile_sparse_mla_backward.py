@@ -3,10 +3,12 @@
 import re
 
 import pytest
+import torch
 import triton
 from compiled_kernels import SHARED_KB, compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from indexcache.kernels import sparse_mla_backward_hopper_gluon as hopper
 from indexcache.kernels import sparse_mla_backward_triton as kernels
 from indexcache.kernels.sparse_mla_backward_hopper_gluon import _sparse_mla_backward_hopper_kernel
 from indexcache.kernels.sparse_mla_union_triton import owner_shift
@@ -77,3 +79,27 @@ def test_the_hopper_kernel_uses_its_instructions(heads, group):
     assert "wgmma.mma_async.sync.aligned.m64n64k16" in ptx
     assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx)
     assert "add.v2.f32" in ptx and not re.search(r"(atom|red)\.global[^;]*\.add\.f32", ptx)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_hopper_launch_passes_what_the_kernel_takes(monkeypatch, deterministic):
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append((grid, arguments, options))
+
+    B, S, H, K = 1, 3, 128, 16
+    q, kv = torch.zeros(B, S, H, 576, dtype=torch.bfloat16), torch.zeros(B, 20, 576, dtype=torch.bfloat16)
+    indices = torch.zeros(B, S, K, dtype=torch.int32)
+    rows, grad_q, grad_kv = torch.zeros(B, S, H), torch.empty_like(q), torch.zeros(B, 20, 576)
+    monkeypatch.setattr(hopper, "_sparse_mla_backward_hopper_kernel", Recorder())
+    monkeypatch.setattr(kernels, "add_rows_by_slot", lambda *arguments: None)
+    parts = (q[..., :512].contiguous(), rows, rows, grad_q, grad_kv, 0.1, deterministic)
+    kernels._backward(q, kv, indices, *parts, target=("cuda", 90))
+    ((grid, arguments, options),) = launches
+    names = _sparse_mla_backward_hopper_kernel.arg_names
+    given = dict(zip(names, arguments)) | {name: value for name, value in options.items() if name != "num_warps"}
+    assert list(given) == names and grid == (S * 2,)
+    assert given["PER_ENTRY"] == deterministic and given["HEAD_BLOCKS"] == 2
+    assert given["grad_kv"].shape == ((S, 2, K, 576) if deterministic else (B, 20, 576))

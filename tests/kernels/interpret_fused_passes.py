@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from grouped_mm_loop import grouped_mm
 
 from indexcache.kernels import routed_experts
 from indexcache.kernels.absorbed_vector import absorb_queries_reference
@@ -139,13 +140,6 @@ def test_experts_of_a_few_tokens(sizes, with_base):
 @pytest.mark.parametrize("block_bytes", [512 * 2**20, 12000])
 @pytest.mark.parametrize("shared_inner", [24, 0])
 def test_experts_of_many_tokens_in_blocks(monkeypatch, block_bytes, shared_inner):
-    def grouped_mm(a, b, offs):
-        out, first = torch.full((a.shape[0], b.shape[2]), float("nan"), dtype=a.dtype), 0
-        for expert, last in enumerate(offs.tolist()):
-            out[first:last] = a[first:last] @ b[expert]
-            first = last
-        return out
-
     monkeypatch.setattr(routed_experts, "_grouped_mm", lambda: grouped_mm)
     monkeypatch.setattr(routed_experts, "BLOCK_BYTES", block_bytes)
     arguments, shared, base = experts_problem(37, 6, 3, 40, 24, shared_inner)

@@ -66,10 +66,13 @@ def test_packed_documents(bench):
         assert torch.equal(got[:, part], torch.where(alone < 0, alone, alone + start))
 
 
+@pytest.mark.parametrize("multiply_e4m3", [False, True])
 @pytest.mark.parametrize("S, T", [(1, 20000), (8192, 8192), (20000, 20000)])
-def test_fp8_selects_by_the_quantised_scores(bench, S, T):
+def test_fp8_selects_by_the_quantised_scores(bench, monkeypatch, S, T, multiply_e4m3):
+    from indexcache.kernels import lightning_indexer_hopper_gluon as hopper
     from indexcache.kernels.indexer_quantization import quantize_for_scoring
 
+    monkeypatch.setattr(hopper, "MULTIPLY_E4M3", multiply_e4m3)
     q, k, weights = bench.make_inputs(1, S, T, 32)
     got = select(q, k, weights, 2048, query_start=T - S, fp8=True)
     q, k = ((x8.float() * scale.unsqueeze(-1)).bfloat16() for x8, scale in map(quantize_for_scoring, (q, k)))

@@ -14,7 +14,6 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is built for Linux only")
 def test_in_a_fresh_process():
     env = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(HERE)]))
     command = [
         sys.executable,
         "-m",

@@ -37,6 +37,17 @@ def test_one_selection_a_full_layer_never_future_never_padded(model, ids):
                 assert chosen[-1] <= query
 
 
+def test_indexer_fp8_selects_by_quantised_scores_and_is_off_by_default(model, ids, monkeypatch):
+    assert not model.config.indexer_fp8
+    plain = model(ids, output_topk_indices=True)
+    monkeypatch.setattr(model.config, "indexer_fp8", True)
+    rounded = model(ids, output_topk_indices=True)
+    sets = [(set(a.tolist()), set(b.tolist())) for a, b in zip(plain.topk_indices[0][0], rounded.topk_indices[0][0])]
+    assert plain.topk_indices[0].shape == rounded.topk_indices[0].shape
+    assert any(a != b for a, b in sets)
+    assert sum(len(a & b) for a, b in sets) > 0.8 * sum(len(a) for a, _ in sets)
+
+
 def test_selection_of_a_short_input_is_everything(model, ids):
     with torch.no_grad():
         selections = model(ids[:1, :3], output_topk_indices=True).topk_indices

@@ -31,7 +31,7 @@ def windows():
 def with_the_ties_of_torch_topk(q, k, weights, topk, scale, query_start, key_mask, key_start=None, fp8=False):
     """The selection as transformers makes it: among equal scores, whichever `torch.topk` happens to take."""
     num_keys = k.shape[1]
-    seen = visible_keys(query_start.expand(q.shape[0]), q.shape[1], num_keys, key_mask)
+    seen = visible_keys(query_start.expand(q.shape[0]), q.shape[1], num_keys, key_mask, key_start)
     scores = indexer_scores(q, k, weights, scale).masked_fill(~seen, float("-inf"))
     best = scores.topk(min(topk, num_keys), dim=-1)
     return best.indices.masked_fill(best.values == float("-inf"), -1).to(torch.int32)

@@ -1,0 +1,142 @@
+"""Train the demo checkpoint from nothing: dense language modelling, indexer warm-up, sparse training.
+
+    make demo-checkpoint TEXT=psf.txt.xz WINDOWS=demo_windows.safetensors OUT=/tmp/dsa_demo
+
+TEXT is UTF-8 text under a licence that lets the result be shipped, documents separated by NUL, compressed by xz or
+not; its last 1.5 % of documents are held out. WINDOWS holds test windows made of those (`test_ids`, `test_recall`).
+OUT gets a checkpoint in DeepSeek-V3.2's own format. It may take the place of `demo/dsa_demo` when it is as good: the
+script says so, and never replaces it itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments, set_seed
+
+from indexcache import IndexCacheForCausalLM
+from indexcache.benchmarks.recall_windows import recall_windows
+from indexcache.conversion.bundle import AUTO_MAP
+from indexcache.conversion.export import export
+from indexcache.conversion.families import convert_config, load_config
+from indexcache.distillation.all_experts import use_all_experts
+from indexcache.distillation.data import TrainingWindows
+from indexcache.distillation.monitor import TerminalTrainingMonitor
+from indexcache.distillation.recipe import Recipe
+from indexcache.distillation.run import RunOptions, run_distillation
+from indexcache.distillation.source import open_distillation_source
+
+DEMO = Path(__file__).parent / "dsa_demo"
+# As good as the shipped one.
+TEXT_LOSS, RECALL = 1.83, 0.98
+
+
+def main() -> int:
+    """Train, export, score; exit code 1 when the result is not as good as the shipped checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path)
+    parser.add_argument("windows", help="FILE.safetensors:NAME of test windows")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--dense-lm-steps", type=int, default=1989)
+    parser.add_argument("--dense-lm-batch", type=int, default=48, help="windows a step")
+    parser.add_argument("--dense-lm-rate", type=float, default=3e-3)
+    parser.add_argument("--warm-up-steps", type=int, default=132)
+    parser.add_argument("--sparse-steps", type=int, default=143)
+    parser.add_argument("--batch", type=int, default=8, help="windows a step of the last two stages")
+    parser.add_argument("--train-windows", type=int, default=32768, help="windows cut from the text")
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.output.exists() and any(options.output.iterdir()):
+        parser.error(f"{options.output} is not empty: give another folder")
+    started = time.monotonic()
+    print(f"cutting {options.train_windows:,} windows of {options.seqlen:,} tokens from {options.text}", flush=True)
+    ids = recall_windows(options.text, DEMO, options.train_windows, options.seqlen, options.seed)
+    work = Path(tempfile.mkdtemp(prefix="demo-checkpoint-"))
+    save_file({"train_ids": ids}, work / "train.safetensors")
+    train_dense(ids, work / "dense", options)
+    print(f"dense language model trained, {time.monotonic() - started:.0f} s", flush=True)
+    recipe = Recipe(
+        dense_steps=options.warm_up_steps,
+        sparse_steps=options.sparse_steps,
+        dense_learning_rate=3e-3,
+        learning_rate=3e-4,
+        batch_size=options.batch,
+        gradient_checkpointing=False,
+        save_every=10**6,
+        seed=options.seed,
+    )
+    run = RunOptions(str(work / "train.safetensors"), work / "sparse", options.windows, dtype="bfloat16")
+    document = run_distillation(open_distillation_source(str(work / "dense")), recipe, run, TerminalTrainingMonitor())
+    export(work / "sparse", options.output, "transformers")
+    for name in ("LICENSE", "NOTICE"):
+        if (DEMO / name).exists():
+            shutil.copy(DEMO / name, options.output / name)
+    (options.output / "training_log.json").write_text(
+        json.dumps({"options": {key: str(value) for key, value in vars(options).items()}, **document}, indent=1) + "\n"
+    )
+    shutil.rmtree(work)
+    return verdict(document["scores"]["after"], options.output, time.monotonic() - started)
+
+
+def train_dense(ids: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
+    """A dense language model: the indexers are there, and wait, because everything is selected."""
+    fields = json.loads((DEMO / "config.json").read_text())
+    config = load_config(convert_config(fields, None, None, AUTO_MAP, str(DEMO)), str(DEMO))
+    set_seed(options.seed)
+    model = IndexCacheForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.indexer.index_topk = options.seqlen
+        layer.self_attn.indexer.requires_grad_(False)
+    use_all_experts(model)
+    on_gpu = torch.cuda.is_available()
+    arguments: dict[str, Any] = dict(
+        output_dir=str(output / "trainer"),
+        max_steps=options.dense_lm_steps,
+        learning_rate=options.dense_lm_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, options.dense_lm_steps // 30),
+        per_device_train_batch_size=options.dense_lm_batch,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        bf16=True,
+        seed=options.seed,
+        logging_steps=50,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        use_cpu=not on_gpu,
+        disable_tqdm=True,
+    )
+    Trainer(model, TrainingArguments(**arguments), train_dataset=TrainingWindows(ids)).train()
+    model.to("cpu").save_pretrained(output)
+    for path in DEMO.glob("tokenizer*"):
+        shutil.copy(path, output / path.name)
+    (output / "config.json").write_text(
+        json.dumps({**json.loads((output / "config.json").read_text()), "dtype": "float32"}, indent=2)
+    )
+
+
+def verdict(scores: dict[str, Any], output: Path, seconds: float) -> int:
+    """Say whether the result may be shipped."""
+    recall = scores.get("recall_accuracy") or 0.0
+    good = scores["text_loss"] <= TEXT_LOSS and recall >= RECALL
+    print(
+        f"{output}: text loss {scores['text_loss']:.4f} (at most {TEXT_LOSS}), recall {recall:.4f} (at least {RECALL})"
+        f", {seconds:.0f} s: {'as good as the shipped checkpoint' if good else 'not good enough to be shipped'}"
+    )
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Training data: windows of tokens, read once in order, from text, JSONL, a dataset or a file of windows.
+
+Legend: N windows, L tokens a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..evaluation.window_sources import (
+    DEFAULT_SAMPLES,
+    Sampling,
+    Tokenizer,
+    default_seqlen,
+    documents_of,
+    read_windows,
+    windows_of_file,
+)
+from ..evaluation.windows import Windows
+from .errors import DistillationError
+from .recipe import Recipe
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainingWindows(Dataset):
+    """Windows as a dataset of model inputs; token i+1 is predicted from tokens 0 .. i.
+
+    Attributes:
+        ids: int32 `[N, L + 1]`.
+        starts: bool `[N, L + 1]`, True where a document begins that shall see nothing before it; None: windows are
+            whole.
+        origin: where they came from.
+    """
+
+    ids: torch.Tensor
+    starts: torch.Tensor | None = None
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def seqlen(self) -> int:
+        """Tokens that enter the model."""
+        return self.ids.shape[1] - 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels` and `shift_labels` `[L]`, and `position_ids` where documents are kept apart."""
+        row = self.ids[index].long()
+        item = {"input_ids": row[:-1], "labels": row[:-1], "shift_labels": row[1:]}
+        if self.starts is not None:
+            starts = self.starts[index]
+            slots = torch.arange(self.seqlen)
+            item["position_ids"] = slots - slots.where(starts[:-1], 0).cummax(0).values
+            # What follows a document's end belongs to another.
+            item["shift_labels"] = row[1:].masked_fill(starts[1:], IGNORED)
+        return item
+
+    def sha256(self) -> str:
+        """A hash of the tokens and the documents' starts."""
+        digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        digest.update(self.ids.contiguous().numpy().tobytes())
+        if self.starts is not None:
+            digest.update(self.starts.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_training_data(
+    data: str,
+    held_out: str | None,
+    config: Any,
+    tokenizer: Tokenizer | None,
+    recipe: Recipe,
+    sampling: Sampling,
+    processes: int = 1,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> tuple[TrainingWindows, Windows | None]:
+    """Windows to train on, and held-out windows where they are given.
+
+    Args:
+        data: a text file, `.jsonl`, `.safetensors` with `NAME_ids` windows (`FILE:NAME` chooses), or a dataset's name.
+        held_out: the same, for the evaluation before and after.
+        config: of the model: `index_topk`, `max_position_embeddings`, `vocab_size`.
+        tokenizer: for text; None will do for windows.
+        recipe: steps, batches, tokens a window.
+        sampling: `split` and `text_field` of the data, `nsamples` and `seed` of the held-out windows.
+        processes: how many share a step.
+        on_tokens: called with the tokens read so far.
+
+    Raises:
+        DistillationError: too little data, tokens outside the vocabulary, held-out windows that are trained on.
+        EvaluationError: unreadable data.
+    """
+    seqlen = recipe.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
+    wanted = (recipe.dense_steps + recipe.sparse_steps) * recipe.accumulation * recipe.batch_size * processes
+    path, _, name = data.partition(":")
+    if path.endswith(".safetensors"):
+        if recipe.isolate_documents:
+            raise DistillationError(
+                f"{data} holds windows and does not say where documents begin: give text for --isolate-documents"
+            )
+        found = windows_of_file(Path(path), name, Sampling(seqlen=recipe.seqlen), None)
+        windows = TrainingWindows(found.ids.to(torch.int32), None, found.origin)
+    else:
+        documents = documents_of(data, tokenizer, sampling)
+        assert tokenizer is not None
+        windows = pack_documents(documents, tokenizer, seqlen, wanted, recipe.isolate_documents, data, on_tokens)
+    if len(windows) < recipe.batch_size * processes:
+        raise DistillationError(
+            f"{data} gives {len(windows)} windows of {windows.seqlen + 1:,} tokens, fewer than the "
+            f"{recipe.batch_size * processes} of one micro-batch: give more data, or a smaller --batch-size or "
+            "--seqlen"
+        )
+    _check_vocabulary(windows.ids, config.vocab_size, data)
+    if held_out is None:
+        return windows, None
+    checks = read_windows(held_out, tokenizer, sampling, windows.seqlen, sampling.nsamples or DEFAULT_SAMPLES)
+    _check_vocabulary(checks.ids, config.vocab_size, held_out)
+    trained = {row.numpy().tobytes() for row in windows.ids}
+    both = sum(row.to(torch.int32).numpy().tobytes() in trained for row in checks.ids)
+    if both:
+        raise DistillationError(f"{both} held-out windows are trained on too: give --held-out other data than --data")
+    return windows, checks
+
+
+def pack_documents(
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    seqlen: int,
+    wanted: int,
+    isolate: bool = False,
+    origin: str = "",
+    on_tokens: Callable[[int], None] = lambda tokens: None,
+) -> TrainingWindows:
+    """Documents one after the other, each followed by the end-of-text token, cut into windows of `seqlen + 1` tokens.
+
+    Reading stops when there are `wanted` windows.
+
+    Raises:
+        DistillationError: less than one window.
+    """
+    size = seqlen + 1
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[torch.Tensor] = []
+    starts: list[int] = []
+    total = 0
+    for text in documents:
+        tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False) + end
+        starts.append(total)
+        pieces.append(torch.tensor(tokens, dtype=torch.int32))
+        total += len(tokens)
+        on_tokens(total)
+        if total >= wanted * size:
+            break
+    if total < size:
+        raise DistillationError(
+            f"{origin} gives {total:,} tokens, less than one window of {size:,} (--seqlen {seqlen:,} and the token "
+            "after it): give more text or a shorter --seqlen"
+        )
+    count = min(wanted, total // size)
+    ids = torch.cat(pieces)[: count * size].view(count, size)
+    if not isolate:
+        return TrainingWindows(ids, None, origin)
+    marks = torch.zeros(count * size, dtype=torch.bool)
+    inside = torch.tensor(starts)
+    marks[inside[inside < count * size]] = True
+    marks = marks.view(count, size)
+    marks[:, 0] = True
+    return TrainingWindows(ids, marks, origin)
+
+
+def _check_vocabulary(ids: torch.Tensor, vocab_size: int, origin: str) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise DistillationError(
+            f"{origin} holds tokens {low} .. {high}, the model knows 0 .. {vocab_size - 1}: the windows were made "
+            "with another tokenizer"
+        )

@@ -1,0 +1,104 @@
+"""What a distillation says while it runs, and the callbacks of Trainer that say it and write it down."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+
+from ..conversion.shard_writer import write_json
+from ..evaluation.monitor import Monitor, TerminalMonitor
+
+# Marks a checkpoint that was written to its end.
+COMPLETE_FILE = "distillation_checkpoint.json"
+STAGE_LOG = "log.json"
+
+
+class TrainingMonitor(Monitor):
+    """Silent; the base of the one that draws."""
+
+    def entry(self, text: str) -> None:
+        """A log entry was made."""
+
+
+class TerminalTrainingMonitor(TerminalMonitor, TrainingMonitor):
+    """A bar on a terminal; elsewhere a line for every log entry."""
+
+    def step(self, text: str) -> None:
+        """A step is done."""
+        if self._live:
+            super().step(text)
+        else:
+            self._done += 1
+
+    def entry(self, text: str) -> None:
+        """A log entry was made."""
+        if self._live:
+            self._bar.update(self._task, description=f"{self._phase}: {text}")
+        else:
+            seconds = (time.monotonic() - self._phase_start) / max(1, self._done)
+            self.note(f"{self._phase} {self._done}/{self._steps}: {text} ({seconds:.2f} s a step)")
+
+
+class RecordKeeper(TrainerCallback):
+    """Progress, the log as JSON after every entry, and a mark on every checkpoint that is whole.
+
+    Args:
+        stage: of the recipe.
+        folder: the stage's folder.
+        monitor: draws.
+        done: steps that an earlier run has made.
+    """
+
+    def __init__(self, stage: str, folder: Path, monitor: TrainingMonitor, done: int) -> None:
+        self.stage, self.folder, self.monitor, self.done = stage, folder, monitor, done
+        self._text = ""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback`."""
+        if state.is_world_process_zero:
+            self.monitor.begin(f"{self.stage} stage", state.max_steps - self.done)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback`."""
+        if state.is_world_process_zero:
+            self.monitor.step(self._text)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        if not state.is_world_process_zero or "kl" not in (entry := state.log_history[-1]):
+            return
+        shown = [(name, entry[name]) for name in ("lm_loss", "kl", "recall") if name in entry]
+        self._text = ", ".join(f"{name} {value:.4f}" for name, value in shown)
+        self.monitor.entry(self._text)
+        write_json(self.folder / STAGE_LOG, state.log_history, durable=False)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See `TrainerCallback`."""
+        if state.is_world_process_zero:
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / COMPLETE_FILE, {"stage": self.stage, "step": state.global_step})
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest whole checkpoint of a stage and its step; `(None, 0)` where there is none."""
+    found = [(int(path.parent.name.rpartition("-")[2]), path.parent) for path in folder.glob(f"*/{COMPLETE_FILE}")]
+    step, path = max(found, default=(0, None))
+    return path, step
+
+
+def tensorboard_callback(folder: Path, done: int) -> TrainerCallback | None:
+    """Writes the log for TensorBoard, where that is installed; entries behind step `done` are dropped."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(folder, purge_step=done + 1))

@@ -1,0 +1,154 @@
+"""Write what a distillation ends with: an IndexCache checkpoint with its recipe, scores and logs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..conversion.card import write_card
+from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
+from ..conversion.companion_files import copy_companions
+from ..conversion.journal import RECIPE_FILE
+from ..conversion.shard_writer import sync_folder, write_json
+from ..evaluation.windows import Windows
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .data import TrainingWindows
+from .recipe import Recipe
+from .source import DistillationSource
+
+if TYPE_CHECKING:
+    from .run import RunOptions
+
+TRAINING_FOLDER = "training"
+LOG_FILE = "training_log.json"
+
+
+def recipe_document(
+    source: DistillationSource,
+    recipe: Recipe,
+    windows: TrainingWindows,
+    held_out: Windows | None,
+    processes: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """What makes the output, in JSON values that are the same on every machine."""
+    opened = source.opened
+    config = opened.read_range(CONFIG_FILE, 0, opened.size(CONFIG_FILE))
+    return {
+        "index_share_pattern": source.pattern.letters,
+        "dtype": dtype,
+        "distillation": {**recipe.as_dict(), "processes": processes},
+        "data": {
+            "origin": Path(windows.origin).name if Path(windows.origin).exists() else windows.origin,
+            "windows": len(windows),
+            "tokens": windows.seqlen,
+            "sha256": windows.sha256(),
+            "held_out_sha256": None if held_out is None else held_out.sha256(),
+        },
+        "source": {
+            "id": opened.id,
+            "revision": opened.revision,
+            "model_type": "dense" if source.is_dense else source.config.source_model_type,
+            "config_sha256": hashlib.sha256(config).hexdigest(),
+            "weights": {name: opened.size(name) for name in _weight_files(source)},
+        },
+        "versions": {name: version(name) for name in ("indexcache", "torch", "transformers", "accelerate")},
+    }
+
+
+def source_fingerprints(source: DistillationSource) -> list[list[Any]]:
+    """Marks that change when the source's weights do, for this machine's journal."""
+    return [source.opened.fingerprint(name) for name in _weight_files(source)]
+
+
+def _weight_files(source: DistillationSource) -> list[str]:
+    return [name for name in source.opened.list_files() if name.endswith(".safetensors")]
+
+
+def write_checkpoint(
+    trained: Path,
+    source: DistillationSource,
+    run: RunOptions,
+    document: dict[str, Any],
+    scores: dict[str, Any],
+    logs: dict[str, Any],
+    score: Callable[[IndexCacheForCausalLM], None],
+) -> None:
+    """Write the trained weights, code, tokenizer, card, recipe and logs into `run.output`; the config comes last.
+
+    Args:
+        trained: the last stage's checkpoint.
+        source: for tokenizer and card.
+        run: where and in which dtype.
+        document: from `recipe_document`.
+        scores: of held-out windows, filled up by `score`.
+        logs: each stage's.
+        score: measures the model as written.
+    """
+    partial = run.output / TRAINING_FOLDER / "result"
+    shutil.rmtree(partial, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = IndexCacheForCausalLM.from_pretrained(trained, dtype=source.written_dtype(run.dtype))
+        model.save_pretrained(partial)
+    score(model)
+    copy_companions(source.opened, partial)
+    write_json(partial / LOG_FILE, logs)
+    card = None
+    if "README.md" in source.opened.list_files():
+        size = source.opened.size("README.md")
+        card = source.opened.read_range("README.md", 0, size).decode("utf-8", errors="replace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_card(
+            partial,
+            source_card=card,
+            source_id=source.opened.id if "/" in source.opened.id else None,
+            pattern=source.pattern,
+            recipe=document,
+            repo_id=run.repo_id,
+            topk=source.config.index_topk,
+            measured=_measured(scores),
+            trained=_what_was_trained(document),
+        )
+    names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
+    write_json(partial / RECIPE_FILE, {**document, "scores": scores, "files": sorted({*names, RECIPE_FILE})})
+    last = [INDEX_FILE, CONFIG_FILE]
+    for name in [*(name for name in [*names, RECIPE_FILE] if name not in last), *last]:
+        if (partial / name).exists():
+            (run.output / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / name, run.output / name)
+    sync_folder(run.output)
+
+
+def _measured(scores: dict[str, Any]) -> list[dict[str, str]] | None:
+    """Rows for the card."""
+    names = {"source": "source", "before": "this pattern, untrained", "after": "this checkpoint"}
+    rows = []
+    for key, label in names.items():
+        found = scores.get(key)
+        if found is not None:
+            recall = found.get("recall_accuracy")
+            row = {"held-out windows": label, "loss": f"{found['loss']:.4f}"}
+            rows.append(row if recall is None else {**row, "recall": f"{recall:.3f}"})
+    return rows or None
+
+
+def _what_was_trained(document: dict[str, Any]) -> str:
+    recipe, data = document["distillation"], document["data"]
+    step = recipe["batch_size"] * recipe["accumulation"] * recipe["processes"] * data["tokens"]
+    trained = "all weights"
+    if recipe["lora_rank"] is not None:
+        trained = f"the indexers and of adapters of rank {recipe['lora_rank']}, merged"
+    stages = []
+    if recipe["dense_steps"]:
+        stages.append(f"{recipe['dense_steps']:,} warm-up steps of the indexers alone")
+    if recipe["sparse_steps"]:
+        stages.append(f"{recipe['sparse_steps']:,} sparse steps of {trained}")
+    return f"by multi-layer distillation: {' and '.join(stages)}, {step:,} tokens each"

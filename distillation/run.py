@@ -1,0 +1,338 @@
+"""Run a distillation from a checkpoint's name to a finished IndexCache checkpoint: what `indexcache distill` calls.
+
+The output folder holds a journal and `training/` (checkpoints of both stages) until everything is written; killed
+anywhere, the same command with `--resume` goes on from the last whole checkpoint, and ends as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging as transformers_logging
+
+from ..conversion.checkpoint import ConversionError, FolderSource
+from ..conversion.journal import (
+    RECIPE_FILE,
+    Journal,
+    check_apart,
+    clear_output,
+    output_state,
+)
+from ..conversion.shard_writer import write_json
+from ..evaluation.perplexity import evaluate_windows
+from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.windows import Windows
+from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..pattern_search.calibration import short_window_warning
+from ..pattern_search.processes import Processes
+from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
+from .data import TrainingWindows, load_training_data
+from .errors import DistillationDiverged, DistillationError
+from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
+from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
+from .recipe import DENSE, SPARSE, Recipe
+from .source import DistillationSource, load_with_new_indexers
+from .trainer import DistillationTrainer, freeze_for, training_arguments
+
+BEFORE_FILE = "before.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a distillation reads, writes and runs.
+
+    Attributes:
+        data: training data, see `data.load_training_data`.
+        output: folder to write.
+        held_out: data for the evaluation before and after; none without.
+        sampling: `split`, `text_field`; number and seed of the held-out windows.
+        resume: go on from the journal in `output`.
+        overwrite: replace what an earlier run wrote.
+        dtype: of the weights written; `auto` is the source's own.
+        device: `cpu` keeps away from the GPU.
+        tensorboard: write `runs/` where TensorBoard is installed.
+        keep_checkpoints: leave `training/` in place at the end.
+        repo_id: the Hub id that the card names.
+    """
+
+    data: str
+    output: Path
+    held_out: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    resume: bool = False
+    overwrite: bool = False
+    dtype: str = "auto"
+    device: str | None = None
+    tensorboard: bool = True
+    keep_checkpoints: bool = False
+    repo_id: str | None = None
+
+
+def run_distillation(
+    source: DistillationSource, recipe: Recipe, run: RunOptions, monitor: TrainingMonitor
+) -> dict[str, Any]:
+    """Train, write the checkpoint, and return what it scored and how it was made.
+
+    Raises:
+        DistillationError: data, settings or state that cannot be used; a loss that diverges; too little memory.
+        ConversionError: an output folder that is taken.
+    """
+    if importlib.util.find_spec("accelerate") is None:
+        raise DistillationError("training needs accelerate: pip install 'indexcache[train]'")
+    processes = Processes.from_environment()
+    quiet = monitor if processes.is_first else TrainingMonitor()
+    if source.is_dense and not recipe.dense_steps:
+        raise DistillationError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
+    if isinstance(source.opened, FolderSource):
+        check_apart(source.opened.folder, run.output)
+    tokenizer = load_tokenizer(source.location, revision=source.opened.revision, token=source.token)
+    quiet.note(f"reading {run.data}")
+    windows, held_out = load_training_data(
+        run.data, run.held_out, source.config, tokenizer, recipe, run.sampling, processes.count
+    )
+    warning = short_window_warning(windows.seqlen, source.config.index_topk)
+    if warning:
+        quiet.warn(warning)
+    document = recipe_document(source, recipe, windows, held_out, processes.count, run.dtype)
+    journal = Journal(run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)})
+    if processes.share(processes.is_first and _begin(run, journal, document)):
+        finished: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
+        return finished
+    _say_start(quiet, source, recipe, windows, processes)
+    training = run.output / TRAINING_FOLDER
+    scores: dict[str, Any] = {}
+    transformers_logging.disable_progress_bar()
+    with quiet:
+        if held_out is not None:
+            scores |= _before(source, recipe, run, held_out, training, processes)
+        found: Path | None = None
+        for stage in recipe.stages:
+            found = _train_stage(stage, source, recipe, run, windows, found, quiet, processes)
+        if processes.is_first:
+            assert found is not None
+            logs = {stage: _log(latest_checkpoint(training / stage)[0]) for stage in recipe.stages}
+
+            def score(model: IndexCacheForCausalLM) -> None:
+                if held_out is not None:
+                    scores["after"] = _scores(model, held_out, run)
+
+            quiet.note("writing the checkpoint")
+            found = _merged(source, recipe, found, training, quiet)
+            write_checkpoint(found, source, run, document, scores, logs, score)
+            journal.remove()
+            if not run.keep_checkpoints:
+                shutil.rmtree(training, ignore_errors=True)
+    processes.wait()
+    done: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
+    return done
+
+
+def _begin(run: RunOptions, journal: Journal, document: dict[str, Any]) -> bool:
+    """Make the output ready; True when a finished run is what this one would write."""
+    state = output_state(run.output)
+    if state == "finished" and run.resume and not run.overwrite:
+        found = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
+        if any(found.get(key) != value for key, value in document.items()):
+            raise ConversionError(
+                f"{run.output} holds another finished checkpoint: give another output, or --overwrite"
+            )
+        return True
+    if run.overwrite and not (run.resume and state == "interrupted"):
+        if state != "empty":
+            clear_output(run.output, [RECIPE_FILE])
+            shutil.rmtree(run.output / TRAINING_FOLDER, ignore_errors=True)
+            shutil.rmtree(run.output / "runs", ignore_errors=True)
+    elif state == "interrupted" and run.resume:
+        journal.resume()
+    elif state == "interrupted":
+        raise ConversionError(f"{run.output} holds an interrupted run: finish it with --resume, or use --overwrite")
+    elif state != "empty":
+        what = "nothing to resume" if run.resume else "a checkpoint" if state == "finished" else "files"
+        raise ConversionError(f"the output {run.output} is not empty ({what}): give another, or use --overwrite")
+    run.output.mkdir(parents=True, exist_ok=True)
+    journal.write()
+    return False
+
+
+def _say_start(
+    monitor: TrainingMonitor,
+    source: DistillationSource,
+    recipe: Recipe,
+    windows: TrainingWindows,
+    processes: Processes,
+) -> None:
+    step = recipe.batch_size * recipe.accumulation * processes.count
+    stages = " + ".join(f"{recipe.steps(stage):,} {stage}" for stage in recipe.stages)
+    needed = step * (recipe.dense_steps + recipe.sparse_steps)
+    passes = f", {needed / len(windows):.1f} passes" if needed > len(windows) else ""
+    monitor.note(
+        f"{source.location}: pattern {source.pattern}; {stages} steps of {step * windows.seqlen:,} tokens from "
+        f"{len(windows):,} windows of {windows.seqlen:,}{passes}"
+    )
+
+
+# ---- stages -------------------------------------------------------------------------------------------------------
+
+
+def _train_stage(
+    stage: str,
+    source: DistillationSource,
+    recipe: Recipe,
+    run: RunOptions,
+    windows: TrainingWindows,
+    earlier: Path | None,
+    monitor: TrainingMonitor,
+    processes: Processes,
+) -> Path:
+    """Train one stage to its last step; the checkpoint it ends with."""
+    folder = run.output / TRAINING_FOLDER / stage
+    checkpoint, done = processes.share(latest_checkpoint(folder))
+    if checkpoint is not None and done >= recipe.steps(stage):
+        monitor.note(f"{stage} stage: done before")
+        return checkpoint
+    if checkpoint is not None:
+        monitor.note(f"{stage} stage: going on from step {done}")
+    set_seed(recipe.seed)
+    model, new = _load(source, recipe, checkpoint, earlier)
+    if new:
+        monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
+    if new and stage == SPARSE:
+        raise DistillationError(
+            f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
+            "random: give --dense-steps"
+        )
+    if stage == SPARSE and recipe.lora_rank is not None and checkpoint is None:
+        add_adapters(model, recipe.lora_rank)
+    freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
+    callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
+    if run.tensorboard and processes.is_first:
+        callbacks += [found for found in [tensorboard_callback(run.output / "runs" / stage, done)] if found]
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = DistillationTrainer(
+        model,
+        stage,
+        recipe,
+        training_arguments(stage, recipe, folder, use_cpu=run.device == "cpu" or not torch.cuda.is_available()),
+        windows,
+        callbacks=callbacks,
+    )
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except DistillationDiverged as error:
+        stopped = folder / f"stopped-at-{trainer.state.global_step}"
+        trainer.save_model(str(stopped), _internal_call=True)
+        raise DistillationDiverged(
+            f"{error}. The model before that step is {stopped}, a checkpoint like any other; earlier ones stand "
+            "beside it"
+        ) from None
+    except torch.OutOfMemoryError as error:
+        raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
+    checkpoint, done = processes.share(latest_checkpoint(folder))
+    if checkpoint is None or done < recipe.steps(stage):
+        raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
+    trainer.accelerator.free_memory()
+    return Path(checkpoint)
+
+
+def _load(
+    source: DistillationSource, recipe: Recipe, checkpoint: Path | None, earlier: Path | None
+) -> tuple[IndexCacheForCausalLM, list[int]]:
+    """The fp32 model of a checkpoint, or of what the stage begins with; and the layers with new indexers."""
+    if checkpoint is not None and not (checkpoint / ADAPTERS_FILE).exists():
+        return load_with_new_indexers(checkpoint, dtype=torch.float32)
+    if earlier is None:
+        model, new = source.load(torch.float32)
+    else:
+        model, new = load_with_new_indexers(earlier, dtype=torch.float32)
+    if checkpoint is not None:
+        assert recipe.lora_rank is not None
+        add_adapters(model, recipe.lora_rank)
+        load_adapters(model, checkpoint)
+    return model, new
+
+
+def _merged(
+    source: DistillationSource, recipe: Recipe, checkpoint: Path, training: Path, monitor: TrainingMonitor
+) -> Path:
+    """The last stage's checkpoint as a whole model: adapters are merged into the weights that they stood on."""
+    if not (checkpoint / ADAPTERS_FILE).exists():
+        return checkpoint
+    monitor.note("merging the adapters")
+    earlier = latest_checkpoint(training / DENSE)[0] if DENSE in recipe.stages else None
+    model, _ = _load(source, recipe, checkpoint, earlier)
+    merge_adapters(model)
+    model.save_pretrained(training / "merged")
+    return training / "merged"
+
+
+def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
+    """The log entries of a stage that ended with this checkpoint."""
+    assert checkpoint is not None
+    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return list(state["log_history"])
+
+
+def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
+    knobs = []
+    if recipe.batch_size > 1:
+        knobs.append(f"--batch-size {max(1, recipe.batch_size // 2)} with --accumulation {recipe.accumulation * 2}")
+    if not recipe.gradient_checkpointing and stage == SPARSE:
+        knobs.append("--gradient-checkpointing")
+    knobs.append(f"a --seqlen below {windows.seqlen:,}")
+    if recipe.precision == "fp32":
+        knobs.append("--precision bf16")
+    knobs.append("more processes with FSDP (`accelerate launch --use_fsdp --fsdp_version 2`)")
+    return (
+        f"the GPU's memory is too small for the {stage} stage with --batch-size {recipe.batch_size} windows of "
+        f"{windows.seqlen:,} tokens: try {', '.join(knobs)}; then go on as a new run or, where only the batch was "
+        "split, from the last checkpoint"
+    )
+
+
+# ---- evaluation ---------------------------------------------------------------------------------------------------
+
+
+def _before(
+    source: DistillationSource,
+    recipe: Recipe,
+    run: RunOptions,
+    held_out: Windows,
+    training: Path,
+    processes: Processes,
+) -> dict[str, Any]:
+    """The scores of the source, and of the pattern untrained; written down, so that a resumed run keeps them."""
+    path = training / BEFORE_FILE
+    scores: dict[str, Any] = {}
+    if processes.is_first and path.exists():
+        scores = json.loads(path.read_text(encoding="utf-8"))
+    elif processes.is_first:
+        dtype = source.written_dtype(run.dtype)
+        untrained = source.load_untrained(dtype)
+        same = not source.is_dense and untrained.config.share_pattern == source.pattern
+        scores["source"] = _scores(untrained, held_out, run)
+        del untrained
+        set_seed(recipe.seed)
+        model, new = source.load(dtype)
+        if not new and not same:
+            scores["before"] = _scores(model, held_out, run)
+        training.mkdir(parents=True, exist_ok=True)
+        write_json(path, scores)
+    processes.wait()
+    return scores
+
+
+def _scores(model: IndexCacheForCausalLM, held_out: Windows, run: RunOptions) -> dict[str, Any]:
+    device = "cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda"
+    found = evaluate_windows(model.to(device).eval(), held_out.ids, held_out.recall)
+    model.to("cpu")
+    return {name: value for name, value in asdict(found).items() if value is not None}

@@ -1,0 +1,187 @@
+"""Whole runs: what they write, killed and resumed, spread over processes, diverging, on an output that is taken."""
+
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_run import run, run_processes, write_source
+
+from indexcache import IndexCacheForCausalLM
+from indexcache.configuration.share_pattern import SharePattern
+from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.convert import ConvertOptions, convert
+from indexcache.conversion.hub import check_complete
+from indexcache.conversion.verify import verify
+from indexcache.distillation.errors import DistillationDiverged, DistillationError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distillation")
+    # With dropout the random state, too, must be resumed.
+    write_source(folder, attention_dropout=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    document = run(folder, folder / "finished")
+    return document, folder / "finished"
+
+
+def weights(output):
+    return load_file(output / "model.safetensors")
+
+
+def entries(output):
+    logs = json.loads((output / "training_log.json").read_text())
+    return {stage: [entry for entry in log if "kl" in entry] for stage, log in logs.items()}
+
+
+def test_a_run_writes_a_whole_checkpoint_and_what_it_measured(finished, folder):
+    document, output = finished
+    check_complete(output)
+    assert not (output / "training").exists()
+    checkpoint = read_checkpoint(FolderSource(output))
+    assert checkpoint.config["index_share_pattern"] == "FSFS"
+    indexers = {name.split(".")[2] for name in checkpoint.tensors if ".indexer." in name}
+    assert indexers == {"0", "2"}
+    assert set(document["scores"]) == {"source", "before", "after"}
+    assert document["scores"]["after"]["loss"] != document["scores"]["before"]["loss"]
+    card = (output / "README.md").read_text()
+    assert "All weights were trained for this pattern by multi-layer distillation: 4 warm-up steps" in card
+    assert f"| this checkpoint | {document['scores']['after']['loss']:.4f} |" in card
+    log = entries(output)
+    assert [len(log[stage]) for stage in ("dense", "sparse")] == [4, 6]
+    assert {"kl/full_00", "kl/layer_03", "recall/layer_01", "lm_loss"} <= set(log["sparse"][0])
+    assert log["dense"][-1]["kl"] < log["dense"][0]["kl"]
+    changed = weights(output)
+    before = load_file(folder / "source" / "model.safetensors")
+    assert all(changed[name].shape == before[name].shape for name in changed)
+    assert not torch.equal(changed["lm_head.weight"], before["lm_head.weight"].to(changed["lm_head.weight"].dtype))
+
+
+def test_the_result_converts_verifies_loads_and_generates(finished, tmp_path):
+    _, output = finished
+    convert(FolderSource(output), tmp_path / "again", ConvertOptions(SharePattern("FSSS")))
+    result = verify(FolderSource(output), FolderSource(tmp_path / "again"))
+    assert result.ok
+    model = IndexCacheForCausalLM.from_pretrained(output)
+    assert model.generate(torch.arange(20)[None], max_new_tokens=3, do_sample=False).shape == (1, 23)
+
+
+def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
+    _, undisturbed = finished
+    output = folder / "killed"
+    assert run_processes(folder, output, kill_at=3, check=False).returncode == -signal.SIGKILL
+    assert (output / "training/dense/checkpoint-2").exists() and not (output / "config.json").exists()
+    with pytest.raises(ConversionError, match="interrupted run: finish it with --resume"):
+        run(folder, output)
+    with pytest.raises(ConversionError, match="another conversion that was interrupted"):
+        run(folder, output, resume=True, learning_rate=2e-3)
+    # 2 steps of the warm-up are left, and 3 of the sparse stage are made: one of them behind its checkpoint.
+    assert run_processes(folder, output, kill_at=5, check=False).returncode == -signal.SIGKILL
+    # A checkpoint that was being written is none.
+    (output / "training/sparse/checkpoint-4").mkdir()
+    run(folder, output, resume=True)
+    assert (output / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    for stage, log in entries(undisturbed).items():
+        for found, expected in zip(entries(output)[stage], log, strict=True):
+            assert found == expected
+    # Resumed once more there is nothing to do.
+    assert run(folder, output, resume=True)["index_share_pattern"] == "FSFS"
+
+
+def test_two_processes_equal_one_to_rounding(folder, tmp_path):
+    write_source(tmp_path)
+    one = run(tmp_path, tmp_path / "one", dtype="float32", batch_size=2, accumulation=1)
+    two = tmp_path / "two"
+    run_processes(tmp_path, two, count=2, dtype="float32", accumulation=1)
+    assert one["distillation"]["processes"] == 1
+    assert json.loads((two / "indexcache_recipe.json").read_text())["distillation"]["processes"] == 2
+    here, there = weights(tmp_path / "one"), weights(two)
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=0, atol=2e-5, msg=name)
+    for stage, log in entries(two).items():
+        for found, expected in zip(log, entries(tmp_path / "one")[stage], strict=True):
+            assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4)
+            assert found["recall"] == pytest.approx(expected["recall"], rel=1e-4)
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path):
+    write_source(tmp_path)
+    few = {"dense_steps": 2, "sparse_steps": 3, "dtype": "float32"}
+    run(tmp_path, tmp_path / "one", batch_size=2, accumulation=1, **few)
+    run(tmp_path, tmp_path / "parts", batch_size=1, accumulation=2, **few)
+    here, there = weights(tmp_path / "one"), weights(tmp_path / "parts")
+    for name, value in here.items():
+        torch.testing.assert_close(there[name], value, rtol=0, atol=2e-5, msg=name)
+
+
+def test_a_diverging_loss_stops_with_a_checkpoint(tmp_path):
+    write_source(tmp_path)
+    with pytest.raises(DistillationDiverged, match=r"--learning-rate .*stopped-at-\d+, a checkpoint") as caught:
+        run(tmp_path, tmp_path / "out", learning_rate=30.0, sparse_steps=40, max_grad_norm=1e6)
+    stopped = next((tmp_path / "out/training/sparse").glob("stopped-at-*"))
+    assert str(stopped) in str(caught.value)
+    IndexCacheForCausalLM.from_pretrained(stopped)
+
+
+def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folder, tmp_path):
+    _, output = finished
+    with pytest.raises(ConversionError, match="not empty"):
+        run(folder, output)
+    with pytest.raises(ConversionError, match="another finished"):
+        run(folder, output, resume=True, learning_rate=2e-3)
+    with pytest.raises(ConversionError, match="lies inside the source"):
+        run(folder, folder / "source" / "inside")
+    (tmp_path / "file.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="not empty"):
+        run(folder, tmp_path)
+    assert (tmp_path / "file.txt").read_text() == "mine"
+
+
+def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(DistillationError, match=r"indexcache\[train\]"):
+        run(folder, tmp_path / "out")
+
+
+def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
+    from indexcache.distillation.trainer import DistillationTrainer
+
+    def out_of_memory(self, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
+    with pytest.raises(DistillationError, match=r"--batch-size 2 with --accumulation 4.*--seqlen below 40.*FSDP"):
+        run(folder, tmp_path / "out", batch_size=4)
+
+
+def test_adapters_train_all_but_the_base_weights_and_are_merged(finished, folder, tmp_path):
+    pytest.importorskip("peft")
+    write_source(tmp_path)
+    output = tmp_path / "adapted"
+    document = run(tmp_path, output, lora_rank=4, dtype="float32", keep_checkpoints=True)
+    assert "adapters of rank 4, merged" in (output / "README.md").read_text()
+    assert document["scores"]["after"]["loss"] < 10
+    before, after = load_file(tmp_path / "source/model.safetensors"), weights(output)
+    assert {name for name in before if ".layers.1.self_attn.indexer" not in name} >= set(after)
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name].to(value.dtype))}
+    assert "model.layers.1.self_attn.kv_b_proj.weight" in changed
+    assert any(".indexer." in name for name in changed)
+    kept = {name for name in after if any(mark in name for mark in ("embed", "lm_head", "layernorm", "mlp.experts"))}
+    assert not changed & kept and len(kept) > 20
+    # Checkpoints hold what is trained alone.
+    small = output / "training/sparse/checkpoint-6/adapters.safetensors"
+    assert all("lora_" in name or ".indexer." in name for name in load_file(small))
+    # Killed and resumed it is the same.
+    assert run_processes(
+        tmp_path, tmp_path / "killed", kill_at=7, check=False, lora_rank=4, dtype="float32"
+    ).returncode
+    run(tmp_path, tmp_path / "killed", resume=True, lora_rank=4, dtype="float32")
+    for name, value in weights(tmp_path / "killed").items():
+        assert torch.equal(value, after[name]), name
