@@ -107,7 +107,7 @@ def documents_of(data: str, tokenizer: Tokenizer | None, sampling: Sampling) -> 
 
 
 def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None) -> Windows:
-    """The windows `NAME_ids` of a safetensors file, all or `count` of them chosen at random."""
+    """The windows `NAME_ids` (or plain `ids`) of a safetensors file, all or `count` of them chosen at random."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -117,18 +117,21 @@ def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise EvaluationError(f"{path} is no readable safetensors file: {error}") from error
-    names = [key.removesuffix("_ids") for key in tensors if key.endswith("_ids")]
+    keys = {key.removesuffix("ids").removesuffix("_"): key for key in tensors if key == "ids" or key.endswith("_ids")}
+    names = list(keys)
     if not names:
         raise EvaluationError(f"{path} holds no NAME_ids tensor (it has {', '.join(tensors) or 'none'})")
-    name = name or (names[0] if len(names) == 1 else "calibration")
+    if not name and name not in keys:
+        name = names[0] if len(names) == 1 else "calibration"
     if name not in names:
-        raise EvaluationError(f"{path} holds no {name}_ids (it has {', '.join(names)}): choose with {path}:NAME")
-    recall = tensors.get(f"{name}_recall")
-    ids = tensors[f"{name}_ids"]
+        raise EvaluationError(
+            f"{path} holds no {name}_ids (it has {', '.join(keys.values())}): choose with {path}:NAME"
+        )
+    ids, recall = tensors[keys[name]], tensors.get(keys[name].removesuffix("ids") + "recall")
     windows = Windows(
         ids.long() if not ids.is_floating_point() else ids,
         None if recall is None else recall.bool(),
-        f"{path.name}:{name}",
+        f"{path.name}:{name}" if name else path.name,
     )
     if sampling.seqlen is not None and sampling.seqlen > windows.seqlen:
         raise EvaluationError(

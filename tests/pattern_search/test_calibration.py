@@ -97,6 +97,15 @@ def test_tensors_are_taken_as_they_are(tensors):
     assert cut.seqlen == rest.seqlen == 16 and len(cut) == 4
 
 
+def test_tensors_without_a_name_are_taken_too(tmp_path):
+    path = tmp_path / "windows.safetensors"
+    ids = torch.arange(99).view(3, 33)
+    save_file({"ids": ids, "recall": ids % 7 == 0, "test_ids": ids + 1}, path)
+    unnamed, named = load(path, held_out=f"{path}:test")
+    assert torch.equal(unnamed.ids, ids) and unnamed.recall_tokens > 0 and unnamed.origin == path.name
+    assert torch.equal(named.ids, ids + 1) and named.recall is None
+
+
 def test_a_dataset_by_name(monkeypatch, text):
     datasets = pytest.importorskip("datasets")
     asked = {}
