@@ -40,3 +40,10 @@ def quantize_for_scoring(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.exp2(torch.ceil(torch.log2(largest / E4M3_MAX)))
     values = (x / scale.unsqueeze(-1).to(x.dtype)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values, scale
+
+
+def scaled_back(
+    q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 queries and keys in a wider dtype, the keys times their scales; exact, for scales are powers of two."""
+    return q.to(dtype), k.to(dtype) * k_scale.unsqueeze(-1).to(dtype)

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from .indexer_quantization import quantize_for_scoring
+from .indexer_quantization import quantize_for_scoring, scaled_back
 from .lightning_indexer_reference import lightning_indexer_reference
 from .lightning_indexer_triton import hopper_takes, lightning_indexer_triton, unsupported_reason
 
@@ -88,9 +88,7 @@ def _lightning_indexer(
     if k_scale is not None:
         if q.is_cuda and allow_triton and hopper_takes(q, k, topk):
             return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start, k_scale)
-        # Exact: powers of two on three bits of mantissa.
-        dtype = torch.bfloat16 if q.is_cuda and allow_triton else torch.float32
-        q, k = q.to(dtype), k.to(dtype) * k_scale.unsqueeze(-1).to(dtype)
+        q, k = scaled_back(q, k, k_scale, torch.bfloat16 if q.is_cuda and allow_triton else torch.float32)
     if q.is_cuda and allow_triton:
         reason = unsupported_reason(q, k, topk, scale, key_mask)
         if reason is None:

@@ -83,8 +83,12 @@ def guess_rank(topk: int) -> int:
     return int(expected + 5.5 * expected**0.5 + 4)
 
 
-def lightning_indexer_hopper(q, k, k_scale, weights, topk, starts, first_keys, mask, out, programs) -> torch.Tensor:
+def lightning_indexer_hopper(
+    q, k, k_scale, weights, topk, starts, first_keys, mask, out, programs
+) -> torch.Tensor | None:
     """Fill `out`; returns `redo` int32 `[B, S]`, 1 for rows whose guess was too high: their selection is not right.
+
+    None where nothing had to be guessed, and all rows are right.
 
     `weights`: fp32 `[B, S, H]`, contiguous, times the scale; the rest as in `lightning_indexer_triton`.
     """
@@ -116,7 +120,7 @@ def lightning_indexer_hopper(q, k, k_scale, weights, topk, starts, first_keys, m
     _launch(
         q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, k.shape[1] - 1, programs, False
     )
-    return redo
+    return None if guesses is None else redo
 
 
 def _launch(
@@ -170,6 +174,7 @@ def _launch(
 
 
 if gluon is not None:
+    _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
 
     @gluon.jit
     def _score_group(
@@ -273,7 +278,7 @@ if gluon is not None:
         line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
         row = gl.arange(0, BQ, layout=rows)
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
-        ROW: gl.constexpr = 2 * CAPACITY + 16
+        ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
         lists += gl.program_id(0).to(gl.int64) * (2 * BQ * ROW)
         # Tiles between two rows of the block before that are finished.
         PERIOD: gl.constexpr = 4 if SAMPLING else 8

@@ -16,6 +16,7 @@ import functools
 
 import torch
 
+from .indexer_quantization import scaled_back
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -83,8 +84,10 @@ def lightning_indexer_triton(
         redo = lightning_indexer_hopper(
             q, k, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
         )
+        if redo is None:
+            return out
         if k_scale is not None:
-            q, k = q.bfloat16(), k.bfloat16() * k_scale.unsqueeze(-1).bfloat16()
+            q, k = scaled_back(q, k, k_scale, torch.bfloat16)
         programs = multiprocessors
     elif B * -(-S // config["BQ"]) < programs:
         indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)

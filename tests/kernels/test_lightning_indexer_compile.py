@@ -1,13 +1,10 @@
 """The lightning indexer's Triton kernels compile for every architecture, without a GPU, within its shared memory."""
 
-import os
-import re
-import subprocess
-
 import pytest
 
 triton = pytest.importorskip("triton")
 
+from compiled_kernels import compile_kernel, stack_bytes  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
@@ -126,22 +123,7 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
         name: f"tensordesc<{dtype}{block},{gl.NVMMASharedLayout.get_default_for(block, element)!r}>"
         for name, block in blocks.items()
     }
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in POINTERS and n not in constants
-    }
-    positions = {(kernel.arg_names.index(n),): value for n, value in constants.items()}
-    source = GluonASTSource(kernel, signature, positions, aligned)
-    return triton.compile(source, target=TARGETS["sm90"][0], options={"num_warps": 4})
-
-
-def stack_bytes(kernel, folder):
-    """Local memory of a thread, from the compiled code's own resource table."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    report = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"STACK:(\d+)", report).group(1))
+    return compile_kernel(kernel, 90, constants, types, GluonASTSource, num_warps=4)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +136,10 @@ def stack_bytes(kernel, folder):
         pytest.param(16, 64, "bf16", False, True, marks=pytest.mark.slow),
     ],
 )
-def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(tmp_path, H, D, dtype, sampling, masked):
+def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(H, D, dtype, sampling, masked):
     kernel = hopper_compiled(H, D, dtype, sampling, masked)
     assert kernel.metadata.shared <= TARGETS["sm90"][1] * 1024
-    assert stack_bytes(kernel, tmp_path) == 0
+    assert stack_bytes(kernel) == 0
     ptx = kernel.asm["ptx"]
     product = "m64n256k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n256k16.f32.bf16"
     assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "cp.async.bulk.tensor.2d" in ptx
