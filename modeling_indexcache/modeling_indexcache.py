@@ -98,18 +98,20 @@ class IndexCacheAttention(nn.Module):
             position_embeddings: `(cos, sin)`, each `[B, S, R]`.
             visibility: which keys each query may see.
             past_key_values: the cache, updated in place.
-            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`.
+            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`,
+                or a `MergedSelection`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`; `overwrite_input` lets the output take the memory of
-                `hidden_states`; `indexer_training`.
+            **kwargs: `output_attentions`, `output_topk_indices`; `input_norm`, a module that `hidden_states` have yet
+                to pass; `accumulate`, a tensor that the output is added to in place; `merge_selection`, whether a
+                `MergedSelection` may be returned; `indexer_training`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
             only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
         """
+        input_norm, accumulate = kwargs.get("input_norm"), kwargs.get("accumulate")
         training: IndexerTraining | None = kwargs.get("indexer_training")
         if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
-            return_all = bool(kwargs.get("output_topk_indices"))
             out, topk_indices = attend_streamed(
                 self,
                 hidden_states,
@@ -118,10 +120,14 @@ class IndexCacheAttention(nn.Module):
                 past_key_values,
                 topk_indices,
                 run_indexer,
-                return_all,
-                bool(kwargs.get("overwrite_input")),
+                bool(kwargs.get("output_topk_indices")),
+                input_norm,
+                accumulate,
+                bool(kwargs.get("merge_selection")),
             )
             return out, None, topk_indices
+        if input_norm is not None:
+            hidden_states = input_norm(hidden_states)
         batch, num_queries = hidden_states.shape[:2]
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         q_resid: Any = None
@@ -167,7 +173,7 @@ class IndexCacheAttention(nn.Module):
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
-        return out, weights, topk_indices
+        return out if accumulate is None else accumulate.add_(out), weights, topk_indices
 
     def _attend_selected(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
@@ -318,15 +324,21 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
-        # Nobody else reads what the norm makes, so that attention may write where it stood.
-        overwrite = works_in_place(self.self_attn, hidden_states) and works_in_place(
-            self.input_layernorm, hidden_states
-        )
-        attended, _, topk_indices = self.self_attn(
-            self.input_layernorm(hidden_states), overwrite_input=overwrite, **kwargs
-        )
-        hidden_states = hidden_states + attended
+        """`[B, S, hidden_size]` to the same and the selection in use.
+
+        `kwargs` as `IndexCacheAttention.forward`; `overwrite_hidden_states` lets the result take the input's memory.
+        """
+        overwrite = kwargs.pop("overwrite_hidden_states", False)
+        if works_in_place(self.self_attn, hidden_states):
+            # The norm is handed over, so that what it makes is free as soon as it has been read.
+            residual = hidden_states if overwrite else None
+            attended, _, topk_indices = self.self_attn(
+                hidden_states, input_norm=self.input_layernorm, accumulate=residual, **kwargs
+            )
+        else:
+            overwrite = False
+            attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = attended if overwrite else hidden_states + attended
         del attended
         normed = self.post_attention_layernorm(hidden_states)
         if works_in_place(self.mlp, hidden_states):
@@ -501,8 +513,11 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             position_ids = slots.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
+        # What a layer returns may be overwritten by the next where nobody watches them.
+        in_place = hidden_states.shape[1] > 1 and all(works_in_place(layer, hidden_states) for layer in self.layers)
+        full = [self._running_pattern.is_full(layer_idx) for layer_idx in range(len(self.layers))]
         for layer_idx, layer in enumerate(self.layers):
-            run_indexer = self._running_pattern.is_full(layer_idx)
+            run_indexer = full[layer_idx]
             if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
             hidden_states, topk_indices = layer(
@@ -512,6 +527,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
                 run_indexer=run_indexer,
+                merge_selection=run_indexer and not all(full[layer_idx + 1 : layer_idx + 2]),
+                overwrite_hidden_states=in_place and layer_idx > 0,
                 **(kwargs or {}),
             )
             if traces is not None and kwargs and "indexer_training" in kwargs:

@@ -4,7 +4,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.generation import CompileConfig
 
+from indexcache.kernels import merged_selection
+from indexcache.kernels.merged_selection import MergedSelection
+from indexcache.modeling_indexcache import indexer, inference_attention
 from indexcache.modeling_indexcache.decode_graph import DecodeGraph
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -72,3 +76,46 @@ def test_generate_gives_the_same_tokens_with_and_without_graphs(model, ids, opti
     expected = greedy()
     model.model.decode_graphs = True
     assert (got == expected).float().mean() > 0.9  # near ties may fall the other way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_decoding_step_compiles_in_one_graph(model, ids, backend):
+    torch.compiler.reset()
+
+    def steps(call):
+        cache = StaticCache(model.config, max_cache_len=48)
+        model(ids[:1, :24], past_key_values=cache)
+        return torch.cat([call(ids[:1, i : i + 1], past_key_values=cache).logits for i in range(24, 30)], dim=1)
+
+    model.model.decode_graphs = False
+    expected = steps(model.forward)
+    got = steps(torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend))
+    model.model.decode_graphs = True
+    torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
+def test_generate_compiles_where_it_is_asked_to(model, ids):
+    torch.compiler.reset()
+    options = dict(
+        max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=1, cache_implementation="static"
+    )
+    expected = model.generate(ids[:1], **options)
+    compiled = CompileConfig(fullgraph=True, dynamic=False, mode="default")
+    got = model.generate(ids[:1], compile_config=compiled, **options)
+    assert (got == expected).float().mean() > 0.9  # near ties may fall the other way
+
+
+@torch.no_grad()
+def test_a_long_prefill_attends_by_merged_lists_as_by_single_ones(model, monkeypatch):
+    monkeypatch.setattr(merged_selection, "LEAST_QUERIES", 64)
+    monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**17)
+    ids = torch.randint(2, 96, (2, 250), generator=torch.Generator().manual_seed(5)).cuda()
+    merged = []
+    fill = MergedSelection.fill
+    monkeypatch.setattr(MergedSelection, "fill", lambda self, *a: (merged.append(a[0]), fill(self, *a))[1])
+    got = model(ids).logits
+    assert merged
+    monkeypatch.setattr(inference_attention, "merging_group", lambda *_: 1)
+    expected = model(ids).logits
+    assert torch.equal(got, expected)

@@ -64,6 +64,22 @@ def test_hidden_states_and_hooks_see_what_they_saw(model, ids):
     torch.testing.assert_close(out.hidden_states[2] + attended + fed, out.hidden_states[3], atol=1e-5, rtol=1e-5)
 
 
+def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, ids):
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+        given = embedded.clone()
+        expected = model(ids).logits
+        torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(embedded, given)
+        seen = []
+        handle = model.model.layers[1].register_forward_hook(lambda *a: seen.append((a[2][0], a[2][0].clone())))
+        try:
+            model(ids)
+        finally:
+            handle.remove()
+    assert torch.equal(*seen[0])
+
+
 def decoded(model, ids, cache, first):
     with torch.no_grad():
         return [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(first, ids.shape[1])]
