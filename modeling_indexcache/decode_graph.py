@@ -19,7 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import runs_expert_kernels
+from .feed_forward import is_foreign, runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
 
@@ -308,19 +308,13 @@ def _capturable(model: Any, hidden_states: torch.Tensor) -> bool:
         return False
     for module in model.modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module) or any(map(_is_foreign, hooks)):
+        if "forward" in vars(module) or any(map(is_foreign, hooks)):
             return False
     sparse = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "experts")]
     tokens = hidden_states.view(-1, hidden_states.shape[-1])
     return all(runs_expert_kernels(mlp, tokens) for mlp in sparse) and all(
         parameter.device == hidden_states.device for parameter in model.layers.parameters()
     )
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Whether a hook is anything but transformers' own capturing, which is idle unless outputs are wanted."""
-    module = getattr(getattr(hook, "func", hook), "__module__", "")
-    return module != "transformers.utils.output_capturing"
 
 
 def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:

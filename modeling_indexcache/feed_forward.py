@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.utils import output_capturing
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.routed_experts import unsupported_experts_reason
@@ -46,9 +47,26 @@ def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not is_watched(module)
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return bool(hooks) and (recording() or any(map(is_foreign, hooks)))
+
+
+def is_foreign(hook: Any) -> bool:
+    """Whether a hook is anything but transformers' own recorder of outputs."""
+    module = getattr(getattr(hook, "func", hook), "__module__", "")
+    return module != "transformers.utils.output_capturing"
+
+
+def recording() -> bool:
+    """Whether transformers' recorders record; True where this transformers does not say."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is None or collector.get() is not None
 
 
 def row_blocks(x: torch.Tensor, wide: nn.Module) -> Iterator[torch.Tensor]:

@@ -233,8 +233,8 @@ def _chunk_multiples(
         return queries_per_launch(latents.device, heads, topk_indices.group), topk_indices.group
     if not latents.is_cuda:
         return 1, 1
-    slots, queries, topk = latents.shape[1], *topk_indices.shape[1:]
-    group = selection_group(latents.device, heads, queries, topk, slots)
+    queries, topk = topk_indices.shape[1:]
+    group = selection_group(latents.device, heads, queries, topk, latents.shape[1])
     return queries_per_launch(latents.device, heads, group), 1
 
 

@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from transformers import DynamicCache
 
 from indexcache.modeling_indexcache import feed_forward, growing_cache, indexer, inference_attention
+from indexcache.modeling_indexcache.feed_forward import works_in_place
 
 PATTERN = "FSFS"
 
@@ -71,9 +72,15 @@ def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, 
         expected = model(ids).logits
         torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(embedded, given)
+        recorded = model(ids, output_hidden_states=True).hidden_states[2]
+        kept = recorded.clone()
+        model(ids)
+        assert torch.equal(recorded, kept)
+        assert works_in_place(model.model.layers[1], embedded)  # transformers' recorder stays, and is idle
         seen = []
         handle = model.model.layers[1].register_forward_hook(lambda *a: seen.append((a[2][0], a[2][0].clone())))
         try:
+            assert not works_in_place(model.model.layers[1], embedded)
             model(ids)
         finally:
             handle.remove()
