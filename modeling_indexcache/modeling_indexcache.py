@@ -32,7 +32,7 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
-from ..kernels.sparse_mla import sparse_mla
+from .absorbed_attention import attend_absorbed
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
@@ -167,36 +167,13 @@ class IndexCacheAttention(nn.Module):
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
-            out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+            out, lse = attend_absorbed(self, q_nope, q_rope, latents, topk_indices)
         if training is not None:
             topk_indices = compare_attention(
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
         return out if accumulate is None else accumulate.add_(out), weights, topk_indices
-
-    def _attend_selected(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Absorbed form on the selected latents alone: `[B, S, H, V]` and lse `[B, S, H]`, cost S x K."""
-        to_latent, to_value = self._absorbed_weights()
-        batch, num_queries, heads, _ = q_nope.shape
-        row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-        outs, lses = [], []
-        for first, last in chunks(num_queries, row_bytes):
-            q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
-            q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
-            out, lse = sparse_mla(
-                q_absorbed,
-                latents,
-                topk_indices[:, first:last],
-                scale=self.scaling,
-                value_dim=self.kv_lora_rank,
-                allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
-            )
-            outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
-            lses.append(lse)
-        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=1))
 
     def _attend_expanded(
         self,
