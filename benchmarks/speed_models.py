@@ -75,16 +75,12 @@ SHAPE_TINY: dict[str, Any] = {
 SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
 
 
-def random_model(
-    shape: str, experts: int | None, device: torch.device, dtype: torch.dtype, layers: int | None = None
-) -> IndexCacheForCausalLM:
-    """A shape with random weights and every indexer, made on the device, see `let_neighbours_agree`.
+def random_config(shape: str, experts: int | None, layers: int | None) -> IndexCacheConfig:
+    """The config of a shape with every indexer.
 
     Args:
         shape: a key of `SHAPES`.
         experts: routed experts in place of the shape's; the work per token stays the same.
-        device: where to make it.
-        dtype: of its weights.
         layers: decoder layers in place of the shape's.
     """
     fields = dict(SHAPES[shape])
@@ -92,9 +88,16 @@ def random_model(
         fields["n_routed_experts"] = experts
     if layers is not None:
         fields["num_hidden_layers"] = layers
+    return IndexCacheConfig(**fields)
+
+
+def random_model(
+    shape: str, experts: int | None, layers: int | None, device: torch.device, dtype: torch.dtype
+) -> IndexCacheForCausalLM:
+    """`random_config`'s model with random weights, made on the device; see `let_neighbours_agree`."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = IndexCacheForCausalLM._from_config(IndexCacheConfig(**fields), dtype=dtype).eval()
+        model = IndexCacheForCausalLM._from_config(random_config(shape, experts, layers), dtype=dtype).eval()
     let_neighbours_agree(model)
     return model
 
@@ -109,35 +112,36 @@ def checkpoint_model(
     return model.to(device).eval()
 
 
-def peer_model(model: IndexCacheForCausalLM, pattern: str, device: torch.device) -> Any:
-    """Transformers' own `glm_moe_dsa` of the shape and dtype of `model`, with random weights.
+def peer_model(config: IndexCacheConfig, dtype: torch.dtype, pattern: str, device: torch.device) -> Any:
+    """Transformers' own `glm_moe_dsa` of our config's shape, with random weights.
 
     Its experts, attention and cache are transformers' defaults.
     """
     from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
-    fields = model.config.to_dict()
+    fields = config.to_dict()
     for name in ("model_type", "architectures", "layer_types", "indexer_types", "transformers_version"):
         fields.pop(name, None)
-    config = GlmMoeDsaConfig(**{**fields, "indexer_types": SharePattern(pattern).indexer_types})
+    types = SharePattern(pattern).indexer_types
     torch.manual_seed(0)
     with torch.device(device):
-        peer = GlmMoeDsaForCausalLM._from_config(config, dtype=model.dtype).eval()
+        theirs = GlmMoeDsaConfig(**{**fields, "indexer_types": types})
+        peer = GlmMoeDsaForCausalLM._from_config(theirs, dtype=dtype).eval()
     let_neighbours_agree(peer)
     return peer
 
 
-def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, str]:
+def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
     """Patterns by name: the paper's for 47 layers, evenly spaced ones for others, or patterns spelled out.
 
     Args:
-        model: whose layers they cover; they may ask for no indexer that it lacks.
+        config: of the model whose layers they cover; they may ask for no indexer that it lacks.
         wanted: `all full`, `own` (the checkpoint's), a share such as `1/4`, or letters.
 
     Raises:
         BenchError: a name or pattern that does not fit the model.
     """
-    layers, own = model.config.num_hidden_layers, str(model.config.share_pattern)
+    layers, own = config.num_hidden_layers, str(config.share_pattern)
     found: dict[str, str] = {}
     for name in wanted:
         try:
