@@ -82,7 +82,7 @@ def sparse_mla_triton(
     if splits > 1:
         return _decode(q, kv, indices, scale, out, lse, splits, tile)
     group = selection_group(q.device, H, S, indices.shape[-1], kv.shape[1])
-    step = max(1, queries_per_launch(q.device, H, group) // B)
+    step = max(1, _queries_per_launch(q.device, H, group) // B)
     for first in range(0, S, step):
         rows = slice(first, first + step)
         keys, counts = indices[:, rows], None
@@ -105,11 +105,8 @@ def sparse_mla_merged(
     B, S, H, _ = q.shape
     out = q.new_empty(B, S, H, value_dim)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
-    step = max(group, queries_per_launch(q.device, H, group) // B // group * group)
-    for first in range(0, S, step):
-        rows, lists = slice(first, first + step), slice(first // group, (first + step) // group)
-        parts = keys[:, lists], counts[:, lists].contiguous()
-        _prefill(q[:, rows], kv, *parts, group, scale, out[:, rows], lse[:, rows])
+    if out.numel():
+        _prefill(q, kv, keys, counts.contiguous(), group, scale, out, lse)
     return out, lse
 
 
@@ -121,9 +118,14 @@ def selection_group(device: torch.device, heads: int, queries: int, topk: int, s
     return group_size(heads, HOPPER_ROWS, queries, topk, slots)
 
 
-def queries_per_launch(device: torch.device, heads: int, group: int) -> int:
-    """About `QUERIES_PER_LAUNCH`, so many that every multiprocessor runs equally many programs of 64 rows."""
-    wave = max(1, _processors(device) * group // triton.cdiv(group * heads, HOPPER_ROWS))
+def queries_per_wave(device: torch.device, heads: int, group: int) -> int:
+    """Queries for which every multiprocessor runs one program of 64 rows."""
+    return max(1, _processors(device) * group // triton.cdiv(group * heads, HOPPER_ROWS))
+
+
+def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
+    """About `QUERIES_PER_LAUNCH`, in whole waves."""
+    wave = queries_per_wave(device, heads, group)
     return triton.cdiv(QUERIES_PER_LAUNCH, wave) * wave
 
 

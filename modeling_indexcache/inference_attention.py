@@ -6,6 +6,7 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..kernels.merged_selection import MergedSelection
 from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
 from ..kernels.sparse_mla import merging_group, sparse_mla
-from ..kernels.sparse_mla_triton import queries_per_launch, selection_group
+from ..kernels.sparse_mla_triton import queries_per_wave, selection_group
 from .attention_backends import TRITON_ATTENTION
 from .feed_forward import works_in_place
 from .few_token_linears import is_plain_linear, linears
@@ -27,6 +28,8 @@ from .latent_cache import append_latents
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
+# The same of the sparse kernels' absorbed queries on a GPU, where longer chunks waste less at their ends.
+SPARSE_BLOCK_BYTES = 320 * 2**20
 
 
 def runs_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> bool:
@@ -179,8 +182,7 @@ def _attend_to_selected(
     out = accumulate
     if out is None:
         out = queries_from.new_empty(batch, num_queries, module.config.hidden_size)
-    row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-    for first, last in chunks(num_queries, row_bytes, *_chunk_multiples(heads, latents, topk_indices)):
+    for first, last in _sparse_chunks(heads, num_queries, latents, topk_indices, allow_triton):
         rows = batch * (last - first)
         q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
@@ -192,6 +194,7 @@ def _attend_to_selected(
             module.config.rope_interleave,
             allow_triton,
         )
+        del q
         latent_out, _ = sparse_mla(
             absorbed.view(batch, last - first, heads, -1),
             latents,
@@ -200,7 +203,8 @@ def _attend_to_selected(
             value_dim=rank,
             allow_triton=allow_triton,
         )
-        values = q.new_empty(rows, heads, module.v_head_dim)
+        del absorbed
+        values = latent_out.new_empty(rows, heads, module.v_head_dim)
         latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)
         torch.bmm(latent_out, to_value.transpose(1, 2), out=values.transpose(0, 1))
         _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], accumulate is not None)
@@ -225,22 +229,34 @@ def _of_queries(topk_indices: torch.Tensor | MergedSelection, first: int, last: 
     return topk_indices[:, first:last]
 
 
-def _chunk_multiples(
-    heads: int, latents: torch.Tensor, topk_indices: torch.Tensor | MergedSelection
-) -> tuple[int, int]:
-    """What chunks of queries are multiples of: what the sparse kernel launches at once, or at least whole groups."""
+def _sparse_chunks(
+    heads: int,
+    num_queries: int,
+    latents: torch.Tensor,
+    topk_indices: torch.Tensor | MergedSelection,
+    allow_triton: bool,
+) -> list[tuple[int, int]]:
+    """Ranges of queries whose absorbed form stays bounded; with the sparse kernels whole waves of their programs."""
+    batch, slots, width = latents.shape
+    row_bytes = batch * heads * width * latents.element_size()
     if isinstance(topk_indices, MergedSelection):
-        return queries_per_launch(latents.device, heads, topk_indices.group), topk_indices.group
-    if not latents.is_cuda:
-        return 1, 1
-    queries, topk = topk_indices.shape[1:]
-    group = selection_group(latents.device, heads, queries, topk, latents.shape[1])
-    return queries_per_launch(latents.device, heads, group), 1
+        group = topk_indices.group
+    elif allow_triton and latents.is_cuda:
+        group = selection_group(latents.device, heads, num_queries, topk_indices.shape[-1], slots)
+    else:
+        return chunks(num_queries, row_bytes)
+    wave = queries_per_wave(latents.device, heads, group)
+    return chunks(num_queries, row_bytes, wave // math.gcd(wave, batch), group, SPARSE_BLOCK_BYTES)
 
 
-def chunks(num_rows: int, row_bytes: int, multiple: int = 1, least: int = 1) -> list[tuple[int, int]]:
-    """Ranges of rows whose temporaries stay within `ATTENTION_BLOCK_BYTES`, of multiples of `multiple` or `least`."""
-    step = max(1, ATTENTION_BLOCK_BYTES // max(1, row_bytes))
-    unit = multiple if step > multiple else least
+def chunks(
+    num_rows: int, row_bytes: int, multiple: int = 1, least: int = 1, block_bytes: int | None = None
+) -> list[tuple[int, int]]:
+    """Ranges of rows whose temporaries stay within `block_bytes` (`ATTENTION_BLOCK_BYTES`).
+
+    Their sizes are multiples of `multiple`, or of `least` where so many rows do not fit.
+    """
+    step = (ATTENTION_BLOCK_BYTES if block_bytes is None else block_bytes) // max(1, row_bytes)
+    unit = multiple if step >= multiple else least
     step = max(least, step - step % unit)
     return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]

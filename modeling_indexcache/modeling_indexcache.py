@@ -492,9 +492,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         topk_indices = None
         # What a layer returns may be overwritten by the next where nobody watches them.
         in_place = hidden_states.shape[1] > 1 and all(works_in_place(layer, hidden_states) for layer in self.layers)
-        full = [self._running_pattern.is_full(layer_idx) for layer_idx in range(len(self.layers))]
         for layer_idx, layer in enumerate(self.layers):
-            run_indexer = full[layer_idx]
+            run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
             hidden_states, topk_indices = layer(
@@ -504,7 +503,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
                 run_indexer=run_indexer,
-                merge_selection=run_indexer and not all(full[layer_idx + 1 : layer_idx + 2]),
+                merge_selection=True,
                 overwrite_hidden_states=in_place and layer_idx > 0,
                 **(kwargs or {}),
             )

@@ -86,23 +86,22 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
     assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
 
 
-@pytest.mark.parametrize("tokens", [50])
-def test_shared_layers_attend_by_lists_merged_ahead(calls, monkeypatch, tokens):
+def test_shared_layers_attend_by_lists_merged_ahead(calls, monkeypatch):
     model = tiny_model(index_share_pattern="FSSFF", num_hidden_layers=5, n_group=1)
-    ids = torch.randint(2, 96, (2, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(2, 96, (2, 50), generator=torch.Generator().manual_seed(1))
     model.config._attn_implementation_internal = "triton"
     merged = []
     fill = MergedSelection.fill
     monkeypatch.setattr(MergedSelection, "fill", lambda self, *a: (merged.append(a[0]), fill(self, *a))[1])
     monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**13)
-    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**13)
+    monkeypatch.setattr(inference_attention, "SPARSE_BLOCK_BYTES", 2**13)
     with torch.no_grad():
         expected = model(ids).logits
         assert not merged
         monkeypatch.setattr(inference_attention, "merging_group", lambda *_: 3)
         got = model(ids).logits
-        assert merged == [0, 24, 48][: -(-tokens // 24)]  # layer 0 alone serves others
+        assert merged == 3 * [0, 24, 48]  # three full layers
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         listed = model(ids, output_topk_indices=True)
-    assert len(listed.topk_indices) == 3 and listed.topk_indices[0].shape == (2, tokens, 12)
-    assert merged == [0, 24, 48][: -(-tokens // 24)]
+    assert len(listed.topk_indices) == 3 and listed.topk_indices[0].shape == (2, 50, 12)
+    assert merged == 3 * [0, 24, 48]
