@@ -13,7 +13,7 @@ from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate, rotate_into
 from .attention_backends import TRITON_ATTENTION
-from .few_token_linears import linears
+from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
 
@@ -23,6 +23,8 @@ QUERY_BLOCK_BYTES = 512 * 2**20
 QUERY_MULTIPLE = 8
 # Tokens whose hidden states are widened at once for fp32 head weights.
 WIDENED_TOKENS = 16384
+# From so many tokens on the fp32 weight is taken apart instead.
+LEAST_PARTED_TOKENS = 1024
 
 
 class IndexCacheIndexer(nn.Module):
@@ -171,17 +173,39 @@ class IndexCacheIndexer(nn.Module):
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
     def head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """fp32 `[B, S, H]`; a wider weight widens a block of tokens at a time."""
-        dtype = self.weights_proj.weight.dtype
+        """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
+        module = self.weights_proj
+        dtype = module.weight.dtype
+        if not torch.compiler.is_compiling() and _multiplies_in_parts(hidden_states, module):
+            rows = hidden_states.flatten(0, -2)
+            # An fp32 number is the sum of three bf16 numbers, and their products with bf16 are exact in fp32.
+            high = module.weight.to(rows.dtype)
+            middle = (module.weight - high).to(rows.dtype)
+            low = (module.weight - high - middle).to(rows.dtype)
+            parts = torch.mm(rows, torch.cat((high, middle, low)).t(), out_dtype=dtype)
+            weights = parts.view(-1, 3, self.n_heads).sum(1).view(*hidden_states.shape[:-1], -1)
+            return weights * self.n_heads**-0.5
         blocks = [hidden_states]
         if dtype != hidden_states.dtype and not torch.compiler.is_compiling():
             blocks = hidden_states.split(WIDENED_TOKENS, dim=1)
-        weights = [self.weights_proj(block.to(dtype)).float() for block in blocks]
-        return (weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)) * self.n_heads**-0.5
+        made = [module(block.to(dtype)).float() for block in blocks]
+        return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
+
+
+def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:
+    """Whether an fp32 weight meets so many bf16 rows on a GPU that widening them would take long."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and linear.weight.dtype == torch.float32
+        and x.shape[:-1].numel() >= LEAST_PARTED_TOKENS
+        and is_plain_linear(linear)
+        and linear.bias is None
+    )
 
 
 def refuse_missing_indexers(config: IndexCacheConfig, missing_keys: Iterable[str], source: object) -> None:

@@ -119,3 +119,16 @@ def test_a_long_prefill_attends_by_merged_lists_as_by_single_ones(model, monkeyp
     monkeypatch.setattr(inference_attention, "merging_group", lambda *_: 1)
     expected = model(ids).logits
     assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_fp32_head_weights_of_many_bf16_tokens_are_exact_in_fp32(model):
+    made = model.model.layers[0].self_attn.indexer
+    x = torch.randn(1, indexer.LEAST_PARTED_TOKENS, 48, device="cuda", dtype=torch.bfloat16)
+    bf16 = made.weights_proj.weight.data
+    made.weights_proj.to(torch.float32).weight.data.normal_()
+    got = made.head_weights(x)
+    exact = torch.nn.functional.linear(x.double(), made.weights_proj.weight.double()) * made.n_heads**-0.5
+    made.weights_proj.weight.data = bf16
+    assert got.dtype == torch.float32
+    assert (got - exact).norm() <= 1e-6 * exact.norm()
