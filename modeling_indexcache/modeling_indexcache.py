@@ -38,7 +38,7 @@ from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import IndexCacheMLP, runs_expert_kernels, shared_linears, works_in_place
+from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears, works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
@@ -317,10 +317,9 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
             attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = attended if overwrite else hidden_states + attended
         del attended
-        normed = self.post_attention_layernorm(hidden_states)
         if works_in_place(self.mlp, hidden_states):
-            return self.mlp(normed, accumulate=hidden_states), topk_indices
-        return hidden_states + self.mlp(normed), topk_indices
+            return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):

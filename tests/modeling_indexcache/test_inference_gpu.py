@@ -1,5 +1,7 @@
 """Inference on a GPU: fused passes and decoding graphs against PyTorch, step by step."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -42,6 +44,8 @@ def decoded(model, ids, cache, first, graphs):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("first", [4, 24])
 def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
+    """A dynamic cache's first steps attend to everything, a graph's to a selection of everything: another rounding."""
+
     def new_cache():
         return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
 
@@ -49,7 +53,11 @@ def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
     got = decoded(model, ids[:batch], cache, first, True)
     assert isinstance(vars(cache)["_indexcache_decode_graph"], DecodeGraph)
     expected = decoded(model, ids[:batch], new_cache(), first, False)
-    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+    if first > model.config.index_topk or kind == "static":
+        torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+        return
+    exact = copy.deepcopy(model).float()(ids[:batch]).logits[:, first:]
+    assert (got - exact).pow(2).mean() <= 2.25 * (expected - exact).pow(2).mean()
 
 
 def test_fused_passes_err_as_pytorch_does(model, ids):
