@@ -166,8 +166,11 @@ def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float = 0.02) -> None:
+def let_neighbours_agree(model: Any, step: float = 0.01, position_weight: float = 0.02) -> None:
     """Let consecutive token ids select nearly the same keys, as neighbours in trained models do.
+
+    What layers add to the residual is scaled by `1 / sqrt(2 layers)`, as GPT-2 initialises: with the weights as they
+    are drawn, deep hidden states say little about the token.
 
     Args:
         model: with random weights; ours or transformers' glm_moe_dsa.
@@ -175,15 +178,19 @@ def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float 
         position_weight: weight of the index keys' RoPE entries against the others; random weights give position half
             of the say, and every step of a query then reorders its keys.
     """
+    residual = (2 * model.config.num_hidden_layers) ** -0.5
     for layer in model.model.layers:
         indexer = getattr(layer.self_attn, "indexer", None)
         if indexer is not None:
             indexer.k_norm.weight[: model.config.qk_rope_head_dim] = position_weight
+        for name, weight in layer.named_parameters():
+            if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
+                weight.mul_(residual)
     table = model.get_input_embeddings().weight
     table.copy_(drifting_walk(*table.shape, table.device, step) * table.float().std())
 
 
-def drifting_walk(rows: int, width: int, device: torch.device, step: float = 0.03) -> torch.Tensor:
+def drifting_walk(rows: int, width: int, device: torch.device, step: float) -> torch.Tensor:
     """fp32 `[rows, width]` of unit variance, each row a random step of relative size `step` from the one before."""
     generator = torch.Generator(device=device).manual_seed(1)
     walk = torch.randn(rows, width, device=device, generator=generator)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .sparse_mla_triton import QUERIES_PER_LAUNCH, selection_group
+from .sparse_mla_triton import QUERIES_PER_LAUNCH, queries_per_wave, selection_group
 from .sparse_mla_union_triton import merge_key_lists
 
 # Fewer queries are not worth merging ahead.
@@ -48,7 +48,9 @@ class MergedSelection(NamedTuple):
 
     def fill(self, first: int, indices: torch.Tensor, slots: int) -> None:
         """Merge the selection int32 `[B, n, K]` among `slots` key slots of the queries from `first` on."""
-        step = QUERIES_PER_LAUNCH // self.group * self.group
+        # Two programs a multiprocessor merge, so that launches of as many waves leave none idle.
+        wave = 2 * queries_per_wave(indices.device, 1, self.group)
+        step = QUERIES_PER_LAUNCH // wave * wave or QUERIES_PER_LAUNCH // self.group * self.group
         for start in range(0, indices.shape[1], step):
             rows = indices[:, start : start + step]
             part = self.of_queries(first + start, first + start + rows.shape[1])

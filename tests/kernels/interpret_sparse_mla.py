@@ -88,17 +88,17 @@ def test_repeated_keys_count_as_often_as_they_are_listed():
 
 
 @pytest.mark.parametrize("order", ["ascending", "scattered"])
-@pytest.mark.parametrize("queries", [23, 24])
-def test_lists_merged_ahead_block_by_block_serve_any_chunk_of_queries(monkeypatch, order, queries):
-    monkeypatch.setattr(merged_selection, "QUERIES_PER_LAUNCH", 7)
+@pytest.mark.parametrize(("queries", "launch"), [(23, 7), (52, 30)])
+def test_lists_merged_ahead_block_by_block_serve_any_chunk_of_queries(monkeypatch, order, queries, launch):
+    monkeypatch.setattr(merged_selection, "QUERIES_PER_LAUNCH", launch)
     monkeypatch.setattr(kernels, "QUERIES_PER_LAUNCH", 4)
     q, kv, indices = problem(2, queries, 50, 20, 40, 17, order)
     group = kernels.selection_group(q.device, 20, queries, 17, 50)
     assert group == 3
     selection = MergedSelection.empty(2, queries, 17, group, q.device)
     selection.keys.fill_(-(2**31))
-    for first in (0, 15):
-        selection.fill(first, indices[:, first : first + 15], 50)
+    for first in range(0, queries, 39):
+        selection.fill(first, indices[:, first : first + 39], 50)
     for first, last in ((0, 9), (9, queries), (0, queries)):
         result = sparse_mla(q[:, first:last], kv, selection.of_queries(first, last), scale=0.2, value_dim=32)
         assert_close(result, q[:, first:last], kv, indices[:, first:last], 32, 0.2)
