@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -65,7 +65,8 @@ def attend_streamed(
     run_indexer: bool,
     return_all: bool = False,
     input_norm: nn.Module | None = None,
-    accumulate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    overwrite_residual: bool = False,
     merge_selection: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | MergedSelection | None]:
     """What `IndexCacheAttention.forward` computes, with its arguments: the output and the selection that was used.
@@ -74,18 +75,23 @@ def attend_streamed(
     """
     config = module.config
     allow_triton = config._attn_implementation == TRITON_ATTENTION
-    # Memory of nobody else's, free as soon as everything that reads it is made.
-    normed = hidden_states if input_norm is None else input_norm(hidden_states)
+    indexer = module.indexer if run_indexer else None
+    # What a norm makes is memory of nobody else's, free as soon as everything that reads it is made. Where linear
+    # layers alone read it, the norm is theirs.
+    normed, q_norm = hidden_states, None
+    if input_norm is not None and (indexer is not None or config.q_lora_rank is None):
+        normed, input_norm = input_norm(hidden_states), None
     if config.q_lora_rank is None:
         queries_from, q_proj = normed, module.q_proj
         kv = module.kv_a_proj_with_mqa(normed)
     else:
-        q_a, kv = linears(normed, (module.q_a_proj, module.kv_a_proj_with_mqa), allow_triton)
-        queries_from, q_proj = module.q_a_layernorm(q_a), module.q_b_proj
-        del q_a
+        projections = module.q_a_proj, module.kv_a_proj_with_mqa
+        queries_from, kv = linears(normed, projections, allow_triton, norm=input_norm)
+        q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
+        if indexer is not None:
+            queries_from, q_norm = q_norm(queries_from), None
     latents = _latents(module, kv, position_embeddings, allow_triton)
     del kv
-    indexer = module.indexer if run_indexer else None
     choose = None
     if indexer is not None and (return_all or not works_in_place(indexer, normed)):
         topk_indices = indexer(
@@ -107,12 +113,13 @@ def attend_streamed(
     latents = append_latents(past_key_values, latents, module.layer_idx)
     if choose is not None:
         topk_indices = choose()
+    queries = _Queries(queries_from, q_norm, q_proj, position_embeddings)
     if topk_indices is None:
-        out = _attend_to_all(module, queries_from, q_proj, position_embeddings, latents, visibility)
-        return out if accumulate is None else accumulate.add_(out), None
-    out = _attend_to_selected(
-        module, queries_from, q_proj, position_embeddings, latents, topk_indices, allow_triton, accumulate
-    )
+        out = _attend_to_all(module, queries, latents, visibility)
+        if residual is not None:
+            out = residual.add_(out) if overwrite_residual else residual + out
+        return out, None
+    out = _attend_to_selected(module, queries, latents, topk_indices, allow_triton, residual, overwrite_residual)
     return out, topk_indices
 
 
@@ -135,21 +142,28 @@ def _latents(
     return latent_rows(kv, norm.weight, norm.variance_epsilon, *position_embeddings, interleaved, allow_triton)
 
 
-def _attend_to_all(
-    module: Any,
-    queries_from: torch.Tensor,
-    q_proj: nn.Module,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
-    visibility: KeyVisibility,
-) -> torch.Tensor:
+class _Queries(NamedTuple):
+    """What queries are made of: `proj(norm(x))` of `x [B, S, width]`, turned by `angles`, each `[B or 1, S, R]`."""
+
+    x: torch.Tensor
+    norm: nn.Module | None
+    proj: nn.Module
+    angles: tuple[torch.Tensor, torch.Tensor]
+
+    def projected(self, first: int, last: int) -> torch.Tensor:
+        """Queries `first` to `last`, before they are turned, `[B, last - first, H head_dim]`."""
+        part = self.x[:, first:last]
+        return self.proj(part if self.norm is None else self.norm(part))
+
+
+def _attend_to_all(module: Any, queries: _Queries, latents: torch.Tensor, visibility: KeyVisibility) -> torch.Tensor:
     """Dense attention, for sequences no longer than the selection."""
-    batch, num_queries = queries_from.shape[:2]
-    q = q_proj(queries_from).view(batch, num_queries, -1, module.head_dim)
+    batch, num_queries = queries.x.shape[:2]
+    q = queries.projected(0, num_queries).view(batch, num_queries, -1, module.head_dim)
     rotate_into(
         q[..., module.nope_dim :],
         q[..., module.nope_dim :],
-        *position_embeddings,
+        *queries.angles,
         module.config.rope_interleave,
         module.config._attn_implementation == TRITON_ATTENTION,
     )
@@ -160,37 +174,38 @@ def _attend_to_all(
 
 def _attend_to_selected(
     module: Any,
-    queries_from: torch.Tensor,
-    q_proj: nn.Module,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    queries: _Queries,
     latents: torch.Tensor,
     topk_indices: torch.Tensor | MergedSelection,
     allow_triton: bool,
-    accumulate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    overwrite_residual: bool,
 ) -> torch.Tensor:
-    """Absorbed form on the selected latents, chunk by chunk of queries, added to `accumulate` if given."""
+    """Absorbed form on the selected latents, chunk by chunk of queries, added to `residual` if given."""
     to_latent, to_value = module._absorbed_weights()
-    batch, num_queries = queries_from.shape[:2]
+    batch, num_queries = queries.x.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
-    if allow_triton and takes_absorbed_vector(queries_from, to_latent, to_value):
-        (q,) = linears(queries_from, (q_proj,), allow_triton)
+    if allow_triton and takes_absorbed_vector(queries.x, to_latent, to_value):
+        (q,) = linears(queries.x, (queries.proj,), allow_triton, norm=queries.norm)
         q = q.view(batch, num_queries, heads, module.head_dim)
-        absorbed = absorb_queries(q, to_latent, *position_embeddings, module.config.rope_interleave)
+        absorbed = absorb_queries(q, to_latent, *queries.angles, module.config.rope_interleave)
         few_out, _ = sparse_mla(absorbed, latents, topk_indices, scale=module.scaling, value_dim=rank)
-        (projected,) = linears(expand_values(few_out, to_value).flatten(2), (module.o_proj,), allow_triton)
-        return projected if accumulate is None else accumulate.add_(projected)
-    out = accumulate
+        values = expand_values(few_out, to_value).flatten(2)
+        return linears(values, (module.o_proj,), allow_triton, base=residual)[0]
+    out = residual
     if out is None:
-        out = queries_from.new_empty(batch, num_queries, module.config.hidden_size)
+        out = queries.x.new_empty(batch, num_queries, module.config.hidden_size)
+    elif not overwrite_residual:
+        out = out.clone()
     for first, last in _sparse_chunks(heads, num_queries, latents, topk_indices, allow_triton):
         rows = batch * (last - first)
-        q = q_proj(queries_from[:, first:last]).view(rows, heads, module.head_dim)
+        q = queries.projected(first, last).view(rows, heads, module.head_dim)
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
         torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
         rotate_into(
             absorbed.view(batch, -1, *absorbed.shape[1:])[..., rank:],
             q.view(batch, -1, *q.shape[1:])[..., module.nope_dim :],
-            *(angles[:, first:last] for angles in position_embeddings),
+            *(angles[:, first:last] for angles in queries.angles),
             module.config.rope_interleave,
             allow_triton,
         )
@@ -207,7 +222,7 @@ def _attend_to_selected(
         values = latent_out.new_empty(rows, heads, module.v_head_dim)
         latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)
         torch.bmm(latent_out, to_value.transpose(1, 2), out=values.transpose(0, 1))
-        _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], accumulate is not None)
+        _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], residual is not None)
     return out
 
 

@@ -102,14 +102,14 @@ class IndexCacheAttention(nn.Module):
                 or a `MergedSelection`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
             **kwargs: `output_attentions`, `output_topk_indices`; `input_norm`, a module that `hidden_states` have yet
-                to pass; `accumulate`, a tensor that the output is added to in place; `merge_selection`, whether a
-                `MergedSelection` may be returned; `indexer_training`.
+                to pass; `residual`, what the output is added to, and `overwrite_residual`, whether it may be in place;
+                `merge_selection`, whether a `MergedSelection` may be returned; `indexer_training`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
             only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
         """
-        input_norm, accumulate = kwargs.get("input_norm"), kwargs.get("accumulate")
+        input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
         training: IndexerTraining | None = kwargs.get("indexer_training")
         if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
             out, topk_indices = attend_streamed(
@@ -122,7 +122,8 @@ class IndexCacheAttention(nn.Module):
                 run_indexer,
                 bool(kwargs.get("output_topk_indices")),
                 input_norm,
-                accumulate,
+                residual,
+                bool(kwargs.get("overwrite_residual")),
                 bool(kwargs.get("merge_selection")),
             )
             return out, None, topk_indices
@@ -173,7 +174,7 @@ class IndexCacheAttention(nn.Module):
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
-        return out if accumulate is None else accumulate.add_(out), weights, topk_indices
+        return out if residual is None else residual + out, weights, topk_indices
 
     def _attend_expanded(
         self,
@@ -307,16 +308,18 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         """
         overwrite = kwargs.pop("overwrite_hidden_states", False)
         if works_in_place(self.self_attn, hidden_states):
-            # The norm is handed over, so that what it makes is free as soon as it has been read.
-            residual = hidden_states if overwrite else None
-            attended, _, topk_indices = self.self_attn(
-                hidden_states, input_norm=self.input_layernorm, accumulate=residual, **kwargs
+            # Norm and residual are handed over: what they make is freed early, or never made.
+            hidden_states, _, topk_indices = self.self_attn(
+                hidden_states,
+                input_norm=self.input_layernorm,
+                residual=hidden_states,
+                overwrite_residual=overwrite,
+                **kwargs,
             )
         else:
-            overwrite = False
             attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = attended if overwrite else hidden_states + attended
-        del attended
+            hidden_states = hidden_states + attended
+            del attended
         if works_in_place(self.mlp, hidden_states):
             return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices

@@ -19,7 +19,7 @@ POINTERS = {
     **dict.fromkeys(("x", "out", "weight", "cos", "sin", "gate_up", "gate", "up", "hidden", "down"), "*bf16"),
     **dict.fromkeys(("shared_down", "base", "routed", "shared"), "*bf16"),
     **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
-    **dict.fromkeys(("weight0", "weight1", "weight2", "weight3"), "*bf16"),
+    **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "order", "place"), "*i64"),
 }
@@ -73,7 +73,7 @@ CASES = {
     ),
     "linear": (
         vector_linear_triton.vector_linear_kernel,
-        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048),
+        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048, HAS_NORM=True, HAS_BASE=True),
         4,
         3,
     ),

@@ -158,6 +158,18 @@ def test_linear_layers_side_by_side(tokens, width, sizes):
     assert_as_exact_as(vector_linear_triton(x, weights), vector_linear_reference(x, weights), exact)
 
 
+@pytest.mark.parametrize(("tokens", "width", "sizes"), [(1, 700, (9, 30)), (2, 2048, (5,)), (2, 40, (13, 8, 3))])
+def test_linear_layers_behind_a_norm_and_before_a_residual(tokens, width, sizes):
+    x, norm = 3 * torch.randn(tokens, width, dtype=DTYPE), torch.randn(width, dtype=DTYPE)
+    weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
+    base = torch.randn(tokens, sum(sizes), dtype=DTYPE)
+    for arguments in ((norm, 1e-5, None), (None, 0.0, base), (norm, 1e-5, base)):
+        wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        exact = vector_linear_reference(x.double(), [weight.double() for weight in weights], *wide)
+        plain = vector_linear_reference(x, weights, *arguments)
+        assert_as_exact_as(vector_linear_triton(x, weights, *arguments), plain, exact)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_absorbed_queries_and_expanded_values_of_a_few_tokens(shape, interleaved):
