@@ -47,6 +47,15 @@ CASES = {
         )
         for experts, few in ((64, True), (64, False), (160, False), (256, True))
     },
+    **{
+        f"route one token, {experts} experts": (
+            expert_topk_triton.expert_topk_vector_kernel,
+            dict(E=experts, EP=experts, D=WIDTH, K=4, COLUMNS=8192 // experts, NORMALISE=True),
+            8,
+            3,
+        )
+        for experts in (16, 64)
+    },
     "up": (
         routed_experts_triton.experts_up_vector_kernel,
         dict(D=WIDTH, INNER=INNER, SHARED=INNER, K=4, ROWS=4, COLUMNS=2048),

@@ -79,7 +79,10 @@ def test_rotation_into_a_slice_and_in_place(interleaved, angle_batch):
     assert torch.equal(x[..., 21:], before[..., 21:])
 
 
-@pytest.mark.parametrize(("tokens", "count", "k", "width"), [(1, 8, 2, 48), (70, 24, 3, 200), (600, 160, 8, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "count", "k", "width"),
+    [(1, 8, 2, 48), (3, 40, 4, 700), (9, 64, 4, 130), (70, 24, 3, 200), (600, 160, 8, 64)],
+)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_routing(tokens, count, k, width, normalise):
     x, bias = torch.randn(tokens, width, dtype=DTYPE), torch.randn(count) * 0.1
@@ -98,8 +101,9 @@ def test_routing(tokens, count, k, width, normalise):
     torch.testing.assert_close(got, expected.gather(1, chosen_order)[same], atol=1e-5, rtol=1e-5)
 
 
-def test_routing_prefers_the_first_of_equal_experts_and_survives_nan():
-    x, bias = torch.ones(2, 16, dtype=DTYPE), torch.zeros(4)
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_routing_prefers_the_first_of_equal_experts_and_survives_nan(tokens):
+    x, bias = torch.ones(tokens, 16, dtype=DTYPE), torch.zeros(4)
     x[1] = float("nan")
     _, _, experts = expert_topk_triton(x, torch.ones(4, 16, dtype=DTYPE), bias, 2, 1.0, True)
     assert experts[0].tolist() == [0, 1]
