@@ -9,10 +9,12 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..kernels.index_keys import index_key_rows
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate, rotate_into
 from .attention_backends import TRITON_ATTENTION
+from .feed_forward import is_watched
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
@@ -79,8 +81,15 @@ class IndexCacheIndexer(nn.Module):
         past_key_values: Cache | None,
     ) -> torch.Tensor:
         """Cache the new tokens' index keys; those of all slots, `[B, T, D_I]`."""
-        (k,) = linears(hidden_states, (self.wk,), self.config._attn_implementation == TRITON_ATTENTION)
-        return append_index_keys(past_key_values, self._turn(self.k_norm(k), position_embeddings), self.layer_idx)
+        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
+        (k,) = linears(hidden_states, (self.wk,), allow_triton)
+        norm = self.k_norm
+        if type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not is_watched(norm):
+            turns = (*position_embeddings, self.interleaved)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton)
+        else:
+            k = self._turn(norm(k), position_embeddings)
+        return append_index_keys(past_key_values, k, self.layer_idx)
 
     def selects_all(self, keys: torch.Tensor) -> bool:
         """Whether no query can have more than `index_topk` of `keys [B, T, D_I]`."""

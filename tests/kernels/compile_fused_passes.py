@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from indexcache.kernels import (
     absorbed_vector_triton,
     expert_topk_triton,
+    index_keys_triton,
     rms_norm_triton,
     rotary_triton,
     routed_experts_triton,
@@ -28,6 +29,12 @@ WIDTH, INNER = 2048, 1536
 CASES = {
     "norm": (rms_norm_triton.rms_norm_rope_kernel, dict(N=WIDTH, R=0, ROWS=2, BLOCK=2048, INTERLEAVED=False), 4, 3),
     "latent": (rms_norm_triton.rms_norm_rope_kernel, dict(N=512, R=64, ROWS=8, BLOCK=512, INTERLEAVED=True), 4, 3),
+    "index keys": (
+        index_keys_triton.index_key_kernel,
+        dict(D=128, R=64, ROWS=16, BLOCK=128, INTERLEAVED=True),
+        4,
+        3,
+    ),
     "rotate": (rotary_triton.rotate_kernel, dict(H=20, R=64, PAIRS=64, INTERLEAVED=True), 4, 3),
     "rotate halves": (rotary_triton.rotate_kernel, dict(H=64, R=64, PAIRS=64, INTERLEAVED=False), 4, 3),
     **{

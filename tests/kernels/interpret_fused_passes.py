@@ -14,6 +14,8 @@ from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.expert_topk import expert_topk_reference
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.index_keys import index_key_rows
+from indexcache.kernels.index_keys_triton import index_key_rows_triton
 from indexcache.kernels.rms_norm import latent_rows, rms_norm
 from indexcache.kernels.rms_norm_triton import latent_rows_triton, rms_norm_triton
 from indexcache.kernels.rotary import rotate
@@ -49,6 +51,17 @@ def test_rms_norm(shape):
     x, weight = torch.randn(shape, dtype=DTYPE), torch.randn(shape[-1], dtype=DTYPE)
     exact = rms_norm(x.double(), weight.double(), 1e-6)
     assert_as_exact_as(rms_norm_triton(x, weight, 1e-6), rms_norm(x, weight, 1e-6), exact)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("angle_batch", "width", "turned"), [(1, 40, 16), (2, 128, 64), (2, 32, 32)])
+def test_index_keys_of_strided_input(interleaved, angle_batch, width, turned):
+    k = (3 * torch.randn(2, 37, width + 20, dtype=DTYPE) + 1)[..., 2 : 2 + width]
+    weight, bias, turns = (*torch.randn(2, width, dtype=DTYPE), angles(angle_batch, 37, turned))
+    wide = (k.double(), weight.double(), bias.double(), 1e-6, *(t.double() for t in turns), interleaved)
+    got = index_key_rows_triton(k, weight, bias, 1e-6, *turns, interleaved)
+    plain = index_key_rows(k, weight, bias, 1e-6, *turns, interleaved, allow_triton=False)
+    assert_as_exact_as(got, plain, index_key_rows(*wide))
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -10,7 +10,7 @@ from grouped_mm_loop import grouped_mm
 from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 
-from indexcache.kernels import expert_topk, rms_norm, rotary, routed_experts
+from indexcache.kernels import expert_topk, index_keys, rms_norm, rotary, routed_experts
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
 from indexcache.kernels.merged_selection import MergedSelection
@@ -36,6 +36,8 @@ def calls(monkeypatch):
     for module, name, value in (
         (rms_norm, "runs_triton", lambda *t: True),
         (rotary, "runs_triton", lambda *t: True),
+        (index_keys, "runs_triton", lambda *t: True),
+        (index_keys, "index_key_rows_triton", spied(ran, "index keys", index_keys.index_key_rows_triton)),
         (rms_norm, "rms_norm_triton", spied(ran, "norm", rms_norm.rms_norm_triton)),
         (rms_norm, "latent_rows_triton", spied(ran, "latents", rms_norm.latent_rows_triton)),
         (rotary, "rotate_into_triton", spied(ran, "rotate", rotary.rotate_into_triton)),
@@ -82,7 +84,7 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
     allowed = (plain - exact).abs().max()
     assert (fused - exact).abs().max() <= 2 * allowed
     assert (torch.cat(steps, dim=1) - exact[:, 5:]).abs().max() <= 2 * allowed
-    expected = {"norm", "latents", "rotate", "route", "experts of few", "experts of many", "linears"}
+    expected = {"norm", "latents", "index keys", "rotate", "route", "experts of few", "experts of many", "linears"}
     assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
 
 
