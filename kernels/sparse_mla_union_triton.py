@@ -86,7 +86,7 @@ def merge_key_lists(
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "lists", "packed_stride_b", "counts_stride_b", "counts_stride_l"])
     def _merge_key_lists_kernel(
         indices,
         packed,
