@@ -32,6 +32,7 @@ from ..evaluation.windows import Windows
 from ..modeling_indexcache.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import load_windows
+from .machine import machine
 
 # Sums over tokens: loss, KL to the predictions of the source and of dense attention, loss and hits of the tokens to be
 # recalled.
@@ -335,21 +336,21 @@ def main() -> None:
         seconds=arguments.seconds, batch=arguments.batch_size,
     )  # fmt: skip
     torch.save(found, arguments.output / "every_pattern.pt")
-    document: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     for count, part in found.items():
-        rows = document[str(count)] = report(part, calibration, test, arguments.also)
+        rows = result[str(count)] = report(part, calibration, test, arguments.also)
         print(f"--- {count} full layers of {len(model.config.share_pattern)}, {part['all']} patterns")
         print("\n".join(map(_line, rows)), flush=True)
-    (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if arguments.again_fp32:
-        tree = PrefixTree(load("float32"), test, arguments.batch_size // 4)
-        for count, part in document.items():
-            chosen = [row for row in part if row["rank"] <= arguments.again_fp32 or row["pattern"] in arguments.also]
+        tree = PrefixTree(load("float32"), test, max(1, arguments.batch_size // 4))
+        for count, rows in result.items():
+            chosen = [row for row in rows if row["rank"] <= arguments.again_fp32 or row["pattern"] in arguments.also]
             for row, sums in zip(chosen, tree.score([row["pattern"] for row in chosen], list(range(len(test))))):
                 row["fp32"] = means(sums, test)
                 exact = f"{row['fp32']['loss']:.4f} recall {row['fp32'].get('recall', float('nan')):.3f}"
                 print(f"{count}: {row['pattern']} {arguments.dtype} {row['loss']:.4f}, fp32 {exact}", flush=True)
-        (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    document = {"machine": machine(), "dtype": arguments.dtype, "result": result}
+    (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ all full, on each set of test windows.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +34,7 @@ from ..pattern_search.greedy import greedy
 from ..pattern_search.lazy_greedy import lazy_greedy
 from ..pattern_search.prefix_cache import PrefixCache
 from .every_pattern import PrefixTree, means
+from .machine import machine
 
 RESULTS = Path(__file__).with_name("results")
 DEPTHS = (8, 12, 16, 24, 32, 47)
@@ -199,19 +197,6 @@ def search_draws(arguments: argparse.Namespace) -> dict[str, Any]:
             scores.setdefault(pattern, {})[Path(name).name] = means(sums, tested)
             print(pattern, name, scores[pattern][Path(name).name], flush=True)
     return {"searches": searches, "scores": scores}
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of a shared machine"
-    )
-    return {
-        "device": f"{device}, {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def main() -> None:
