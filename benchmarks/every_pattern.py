@@ -295,6 +295,39 @@ def means(sums: torch.Tensor, windows: Windows) -> dict[str, float]:
     return means
 
 
+def draw_every(found: dict[int, dict[str, Any]], seqlen: int, named: dict[str, str], path: Path) -> None:
+    """Loss on the test windows against loss on the calibration windows, a panel a number of full layers.
+
+    Args:
+        found: of `every_pattern`.
+        seqlen: tokens a window.
+        named: patterns to be marked, and what to call them.
+        path: of the picture.
+    """
+    import matplotlib.pyplot as plt
+
+    from ..evaluation.figures import BLUE, GREY, ORANGE, plain, save
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.0 * len(found), 4.0), squeeze=False)
+    for axis, (count, part) in zip(axes[0], sorted(found.items(), reverse=True)):
+        (names, table), (chosen, tested) = part["calibration"], part["test"]
+        before = dict(zip(names, (table[:, :, LOSS].double().mean(1) / seqlen).tolist()))
+        after = dict(zip(chosen, (tested[:, :, LOSS].double().mean(1) / seqlen).tolist()))
+        axis.scatter([before[name] for name in chosen], [after[name] for name in chosen], s=7, color=GREY, linewidth=0)
+        for name in filter(after.__contains__, named):
+            colour = BLUE if after[name] == min(after.values()) else ORANGE
+            axis.scatter([before[name]], [after[name]], s=20, color=colour, zorder=3)
+            axis.annotate(
+                f"{named[name]} {after[name]:.3f}", (before[name], after[name]), xytext=(8, 0), fontsize=8,
+                textcoords="offset points", va="center", color=colour,
+            )  # fmt: skip
+        axis.set_title(f"all {len(chosen)} patterns with {count} full layers", fontsize=9, loc="left")
+        axis.set_xlabel("loss on the calibration windows")
+        axis.set_ylabel("loss on the test windows (nats a token)")
+        plain(axis)
+    save(figure, path)
+
+
 def _line(row: dict[str, Any]) -> str:
     figures = f"{row['loss']:.4f} text {row['text_loss']:.4f} recall {row.get('recall', float('nan')):.3f}"
     before = " ".join(
@@ -319,10 +352,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further number of layers after this")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--picture", type=Path, help="both losses of every pattern; --also NAME=LETTERS names one")
     parser.add_argument("--output", type=Path, default=Path("."))
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    named = {letters: name or letters for name, _, letters in (text.rpartition("=") for text in arguments.also)}
+    arguments.also = list(named)
 
     def load(dtype: str) -> IndexCacheForCausalLM:
         return load_source(arguments.checkpoint, dtype=getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
@@ -336,6 +372,8 @@ def main() -> None:
         seconds=arguments.seconds, batch=arguments.batch_size,
     )  # fmt: skip
     torch.save(found, arguments.output / "every_pattern.pt")
+    if arguments.picture:
+        draw_every(found, test.seqlen, named, arguments.picture)
     result: dict[str, Any] = {}
     for count, part in found.items():
         rows = result[str(count)] = report(part, calibration, test, arguments.also)
