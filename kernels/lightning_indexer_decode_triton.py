@@ -59,6 +59,8 @@ def indexer_score_slab(
     config = score_config(S, H, D)
     rows = max(1, SLAB_BYTES // (4 * T))
     batches = max(1, min(B, rows // S))
+    # Slabs of equal size: a last one of few rows would leave the device idle.
+    batches = -(-B // -(-B // batches))
     queries = S if rows >= S else max(config["BQ"], rows // config["BQ"] * config["BQ"])
     pieces = -(-T // PIECE_KEYS)
     slab_rows = batches * queries

@@ -103,7 +103,7 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
     constants = {
         "H": H,
         "BQ": BQ,
-        "CAPACITY": hopper.SAMPLE_LIST_KEYS if sampling else hopper.LIST_KEYS,
+        "CAPACITY": hopper.sample_list_keys(BQ) if sampling else hopper.LIST_KEYS,
         "STRIDE": hopper.SAMPLE_STRIDE if sampling else 1,
         "HAS_FIRST": masked,
         "HAS_MASK": masked,
@@ -112,7 +112,8 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
         "SAMPLING": sampling,
         "STAGES": hopper.KEY_STAGES,
         "SLOTS": hopper.SCORE_SLOT_QUERIES // max(BQ, 8),
-        "CHECK": hopper.CHECK_TILES,
+        "CHECK": hopper.sample_list_keys(BQ) // 128 if sampling else hopper.CHECK_TILES,
+        "PERIOD": hopper.ROW_TILES,
     }
     constants |= {} if masked else {"first_keys": None, "mask": None}
     constants |= {} if fp8 else {"k_scale": None}
@@ -134,6 +135,8 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
         (32, 128, "fp8e4nv", False, False),
         pytest.param(64, 128, "bf16", False, True, marks=pytest.mark.slow),
         pytest.param(16, 64, "bf16", False, True, marks=pytest.mark.slow),
+        pytest.param(16, 64, "bf16", True, True, marks=pytest.mark.slow),
+        pytest.param(32, 128, "fp8e4nv", True, False, marks=pytest.mark.slow),
     ],
 )
 def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(H, D, dtype, sampling, masked):
