@@ -43,7 +43,7 @@ if gluon is not None:
         Only ties at it let more reach it. Found by interpolation.
         """
         gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
-        # n >> 24 is 0, which the compiler does not know: else it keeps what follows from `offset` over the loops around
+        # n >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops around
         # this search, and spills.
         offset = gl.arange(0, 2048, layout=layout) + (n >> 24)
         key0 = _load_ordered(scores, 0, n, offset)
