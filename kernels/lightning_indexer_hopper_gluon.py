@@ -58,15 +58,17 @@ LEAST_GUESSED_TOPK = 1024
 
 
 def hopper_supports(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
-    """Whether the kernel takes these tensors: 16, 32 or 64 heads of width 64 or 128, rows at multiples of 16 bytes."""
+    """Whether the kernel takes these tensors: 16, 32 or 64 heads of width 64 or 128, rows at multiples of 16 bytes.
+
+    Keys for e4m3 queries may still be in a wider dtype.
+    """
     B, S, H, D = q.shape
     T = k.shape[1]
     return (
         gluon is not None
         and H in (16, 32, 64)
         and D in (64, 128)
-        and k.dtype == q.dtype
-        and (q.dtype != torch.float8_e4m3fn or MULTIPLY_E4M3)
+        and (MULTIPLY_E4M3 if q.dtype == torch.float8_e4m3fn else k.dtype == q.dtype)
         and q.is_contiguous()
         and q.data_ptr() % 16 == 0
         and k.data_ptr() % 16 == 0

@@ -16,7 +16,7 @@ import functools
 
 import torch
 
-from .indexer_quantization import scaled_back
+from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -59,11 +59,10 @@ def lightning_indexer_triton(
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
     key_start: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
 
-    With `k_scale`, fp32 `[B, T]`, q and k are e4m3 and `hopper_takes` them.
+    `q` may be e4m3 where `hopper_takes` it; `k` are rows of `quantized_rows` then.
     """
     B, S, H, D = q.shape
     T = k.shape[1]
@@ -80,14 +79,13 @@ def lightning_indexer_triton(
     redo = None
     if hopper_takes(q, k, topk):
         scaled = (weights.float() * scale).contiguous()
-        scales = None if k_scale is None else k_scale.contiguous()
+        keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
         redo = lightning_indexer_hopper(
-            q, k, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
+            q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
         )
         if redo is None:
             return out
-        if k_scale is not None:
-            q, k = scaled_back(q, k, k_scale, torch.bfloat16)
+        q = q.to(k.dtype)
         programs = multiprocessors
     elif B * -(-S // config["BQ"]) < programs:
         indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)

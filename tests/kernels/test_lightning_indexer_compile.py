@@ -10,6 +10,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from indexcache.kernels import indexer_quantization_triton as quantization  # noqa: E402
 from indexcache.kernels import lightning_indexer_decode_triton as decode  # noqa: E402
 from indexcache.kernels import lightning_indexer_hopper_gluon as hopper  # noqa: E402
 from indexcache.kernels import lightning_indexer_triton as prefill  # noqa: E402
@@ -87,6 +88,14 @@ def test_decode_compiles(name):
         compiled(decode.indexer_select_kernel, target, 8, PIECES=128, PIECE=decode.PIECE_KEYS, EPOCH=2048, CAP=8192),
     )
     assert all(kernel.metadata.shared <= limit * 1024 for kernel in kernels)
+
+
+@pytest.mark.parametrize("architecture", [89, 90])
+def test_quantisation_compiles_where_e4m3_is_in_hardware(architecture):
+    types = {"x": "*bf16", "values": "*fp8e4nv", "scale": "*fp32", "norm": "fp32"}
+    constants = {"D": 128, "ROWS": quantization.ROWS}
+    kernel = compile_kernel(quantization.quantize_rows_kernel, architecture, constants, types, num_warps=4)
+    assert "cvt.rn.satfinite.e4m3x2.f32" in kernel.asm["ptx"] and stack_bytes(kernel) == 0
 
 
 @pytest.mark.slow

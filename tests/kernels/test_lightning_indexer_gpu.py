@@ -94,6 +94,19 @@ def test_a_thousand_runs_are_bit_identical(bench, B, S, T, H, fp8):
     assert changed == 0
 
 
+@pytest.mark.parametrize("D", [128, 32])
+def test_quantises_as_pytorch(bench, D):
+    from indexcache.kernels.indexer_quantization import quantize_for_scoring
+
+    x, _, _ = bench.make_inputs(2, 333, 1, 5, D)
+    x[0] *= torch.randn(333, 5, 1, device="cuda").exp()
+    x[1, 0] = 0.0
+    (values, scale), (want, want_scale) = quantize_for_scoring(x), quantize_for_scoring(x, allow_triton=False)
+    assert torch.equal(scale, want_scale)
+    # The order of fp32 sums may decide where a value lies between two of bf16, and then of e4m3.
+    assert (values.float() != want.float()).float().mean() < 1e-3
+
+
 @pytest.mark.parametrize("multiply_e4m3", [False, True])
 @pytest.mark.parametrize("S, T", [(1, 20000), (8192, 8192), (20000, 20000)])
 def test_fp8_selects_by_the_quantised_scores(bench, monkeypatch, S, T, multiply_e4m3):
