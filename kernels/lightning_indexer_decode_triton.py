@@ -271,7 +271,7 @@ if triton is not None:
                 expected = TOPK.to(tl.float32) * SAMPLE / n.to(tl.float32)
                 rank = (expected + 5.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
                 if rank < SAMPLE:
-                    kth, _ = kth_largest(sample, stratum >= 0, rank, rank // 4)
+                    kth, _ = kth_largest(sample, rank, rank // 4)
                     guess = float_of_ordered(kth)
             key = first + tl.arange(0, PIECE)
             score = tl.load(scores + key, mask=key < n, other=float("-inf"))

@@ -26,7 +26,7 @@ try:
 except ImportError:
     triton = None
 
-# Columns (queries * heads) of a score tile: K is read once for every 256 of them.
+# Columns (queries * heads) of a score tile at most: K is read once for every so many of them.
 TILE_COLUMNS = 256
 MAX_TOPK = 4096
 
@@ -105,7 +105,8 @@ def prefill_config(H: int, D: int, architecture: int) -> dict:
     """Tile sizes of the prefill kernel for an architecture (80, 86, 89, 90, 100, 120; 0 for others)."""
     heads, width = next_power_of_2(H), max(16, next_power_of_2(D))
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
-    columns = TILE_COLUMNS if architecture in (90, 100) else TILE_COLUMNS // 2
+    # Only sm100 has room for the products of 256 columns outside the registers; elsewhere they spill.
+    columns = TILE_COLUMNS if architecture == 100 else TILE_COLUMNS // 2
     columns = max(heads, min(columns, columns * 128 // width))
     BQ = max(1, min(8, columns // heads))
     while BQ * heads < 16:
@@ -207,9 +208,11 @@ if triton is not None:
         BQ: tl.constexpr,
     ):
         """Q of BQ queries, `[DP, BQ * HP]`, and their head weights times `scale`, `[BQ * HP]`; zero where padded."""
-        column = tl.arange(0, BQ * HP)
+        # 0, which the compiler does not know: else it keeps what follows over the loop around, and spills.
+        zero = first_query >> 30
+        column = tl.arange(0, BQ * HP) + zero
         head = column % HP
-        dim = tl.arange(0, DP)
+        dim = tl.arange(0, DP) + zero
         query = (first_query + column // HP).to(tl.int64)
         real = (query < S) & (head < H)
         rows = q + query * q_stride_s + head * q_stride_h

@@ -58,11 +58,14 @@ def compiled(kernel, target, warps, **constants):
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3})
 
 
-def prefill_constants(H, D, architecture, topk=2048):
+def prefill_constants(H, D, architecture, topk=2048, masked=True):
     config = prefill.prefill_config(H, D, architecture)
     epoch = 32 * config["BK"]
     shapes = {"H": H, "D": D, "EPOCH": epoch, "CAP": prefill.list_capacity(topk, epoch)}
-    shapes |= {"HAS_FIRST": True, "HAS_MASK": True, "HAS_REDO": True}
+    # Rows are selected again only after the Hopper kernel.
+    shapes |= {"HAS_FIRST": masked, "HAS_MASK": masked, "HAS_REDO": architecture == 90}
+    shapes |= {} if masked else {"first_keys": None, "mask": None}
+    shapes |= {} if architecture == 90 else {"redo": None}
     return shapes | {name: config[name] for name in ("HP", "DP", "BQ", "BK", "STAGES", "PARTS")}, config["num_warps"]
 
 
@@ -77,6 +80,24 @@ def test_prefill_compiles(name):
     assert kernel.metadata.shared <= limit * 1024
 
 
+@pytest.mark.parametrize(
+    "name, H, masked",
+    [
+        ("sm80", 32, False),
+        ("sm90", 32, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("sm80", 64, False), ("sm80", 32, True), ("sm90", 20, False), ("sm90", 32, True)]
+        ),
+    ],
+)
+def test_prefill_does_not_spill(name, H, masked):
+    target, _ = TARGETS[name]
+    constants, warps = prefill_constants(H, 128, target.arch, masked=masked)
+    kernel = compiled(prefill.lightning_indexer_prefill_kernel, target, warps, **constants)
+    assert stack_bytes(kernel) == 0
+
+
 @pytest.mark.parametrize("name", ["sm90", "sm86", "gfx942"])
 def test_decode_compiles(name):
     target, limit = TARGETS[name]
@@ -88,6 +109,7 @@ def test_decode_compiles(name):
         compiled(decode.indexer_select_kernel, target, 8, PIECES=128, PIECE=decode.PIECE_KEYS, EPOCH=2048, CAP=8192),
     )
     assert all(kernel.metadata.shared <= limit * 1024 for kernel in kernels)
+    assert name != "sm90" or all(stack_bytes(kernel) == 0 for kernel in kernels)
 
 
 @pytest.mark.parametrize("architecture", [89, 90])
