@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,7 @@ def judged(exact: PreTrainedModel, prompts: torch.Tensor, eager: tuple, fast: tu
 @torch.inference_mode()
 def compare(
     folder: Path, windows: Path, patterns: list[str], dtype: torch.dtype, tensor: str, count: int, new_tokens: int
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One record a pattern: losses by backend, and where the generations of the fast one part from eager's."""
     tensors = load_file(windows)
     ids = next(value for name, value in tensors.items() if name.endswith(tensor))[:count].long()
@@ -85,8 +87,8 @@ def compare(
     model = load_source(folder, dtype=dtype, attn_implementation=fast).to(device).eval()
     exact = load_source(folder, dtype=torch.float32, attn_implementation="eager").to(device).eval()
     prompts = ids[:, : min(600, ids.shape[1] // 2)].to(device)
-    records = []
     for pattern in patterns:
+        start = time.perf_counter()
         model.set_index_share_pattern(pattern)
         exact.set_index_share_pattern(pattern)
         losses, generated = {}, {}
@@ -94,6 +96,7 @@ def compare(
             model.set_attn_implementation(backend)
             losses[backend] = evaluate_windows(model, ids, batch_size=4).loss
             generated |= {(backend, cache): generate(model, prompts, new_tokens, cache) for cache in caches}
+            print(f"{folder.name} {pattern} {backend}: {time.perf_counter() - start:.1f} s", flush=True)
         eager = generated["eager", "dynamic"]
         sequences = {cache: judged(exact, prompts, eager, generated[fast, cache]) for cache in CACHES}
         # How far eager is off in the difference of two logits: the measure of a near tie.
@@ -119,12 +122,11 @@ def compare(
             "wrong": sum(not one["near_tie"] for found in parted.values() for one in found),
             "divergences": parted,
         }
-        records.append(record)
         print({name: value for name, value in record.items() if name != "divergences"}, flush=True)
         for cache, found in parted.items():
             for one in found:
                 print("  ", cache, {k: round(v, 5) if isinstance(v, float) else v for k, v in one.items()}, flush=True)
-    return records
+        yield record
 
 
 def main() -> None:
@@ -144,7 +146,7 @@ def main() -> None:
     patterns = arguments.patterns or [SharePattern.uniform(layers, keep).letters for keep in ("1/1", "1/2", "1/4")]
     records = []
     for name in arguments.dtypes:
-        records += compare(
+        for record in compare(
             arguments.checkpoint,
             arguments.windows,
             patterns,
@@ -152,9 +154,10 @@ def main() -> None:
             arguments.tensor,
             arguments.count,
             arguments.new_tokens,
-        )
-        if arguments.output:
-            arguments.output.write_text(json.dumps(records, indent=2) + "\n")
+        ):
+            records.append(record)
+            if arguments.output:
+                arguments.output.write_text(json.dumps(records, indent=2) + "\n")
     worst = max(record["loss_difference"] for record in records)
     equal = sum(r[f"equal_{cache}"] for r in records for cache in CACHES)
     print(
