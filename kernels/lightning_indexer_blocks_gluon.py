@@ -59,14 +59,18 @@ if gluon is not None:
         """Start to copy a block's queries, and write its weights, into the buffers of the turn's parity."""
         # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
         zero = turn >> 24
-        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0])) + zero
+        HALF: gl.constexpr = BQ * H // 2
+        column = gl.arange(0, HALF, layout=gl.BlockedLayout([1], [32], [4], [0])) + zero
         if first_query >= 0:
             parity = turn & 1
             first_row = b * S + first_query
             mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
             load_tile(q_desc, [first_row * H, 0], q_full.index(parity), q_tiles.index(parity))
-            w = gl.load(weights + first_row.to(gl.int64) * H + column, mask=first_query + column // H < S, other=0.0)
-            w_tiles.index(parity).store(w * 0.5)
+            weights += first_row.to(gl.int64) * H
+            for half in gl.static_range(2):
+                place = half * HALF + column
+                w = gl.load(weights + place, mask=first_query + place // H < S, other=0.0)
+                w_tiles.index(2 * parity + half).store(w * 0.5)
             barrier()
             mbarrier.arrive(q_full.index(parity), count=1)
 
@@ -97,7 +101,7 @@ if gluon is not None:
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             row = b * T + begin
         if turn < turns:
-            stage = tile % STAGES
+            stage = tile & (STAGES - 1)
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             load_tile(k_desc, [row + (tile - done) * 64, 0], k_full.index(stage), k_tiles.index(stage))
         return turn, done, row, tiles

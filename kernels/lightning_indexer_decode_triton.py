@@ -18,8 +18,8 @@ try:
 except ImportError:
     triton = None
 
-# Score slab in bytes: it should stay in L2.
-SLAB_BYTES = 48 * 2**20
+# Score slab in bytes: little more than L2 holds. 64 rows of 200K keys in one took 1.334 ms, in two of 48 MiB 1.374.
+SLAB_BYTES = 64 * 2**20
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
-from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sum_over_heads
+from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sums_in_lanes, sums_of_lanes
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
 
@@ -46,7 +46,7 @@ SCORE_SLOT_QUERIES = 128
 CHECK_TILES = 16
 # Tiles at least between two rows of the block before that are finished.
 ROW_TILES = 8
-SAMPLE_STRIDE = 64
+SAMPLE_STRIDE = 32
 # The product of e4m3 tiles compiles, but no card has checked it yet: until then such scores are made in bf16, exactly.
 MULTIPLY_E4M3 = False
 # Lists of fewer than this many keys need no guess.
@@ -191,6 +191,13 @@ if gluon is not None:
     _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
 
     @gluon.jit
+    def _weighted(products, weights):
+        """Twice relu of the products times the halved weights of their columns."""
+        w = weights.load(gl.SliceLayout(0, products.type.layout))
+        # x + |x| is twice relu(x), exactly, and runs where the sums do.
+        return (products + gl.abs(products)) * w[None, :]
+
+    @gluon.jit
     def _score_group(
         group: gl.constexpr,
         k_desc,
@@ -207,10 +214,11 @@ if gluon is not None:
         SLOTS: gl.constexpr,
     ):
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
+        HALF: gl.constexpr = BQ * H // 2
+        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, depth])
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty = bars
         # The next tile to load, and the block it is in.
         ahead = gl.full((), 0, gl.int32) + group
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
@@ -221,29 +229,29 @@ if gluon is not None:
             )
             ahead += 2
         done = gl.full((), 0, gl.int32)
-        mine = gl.full((), 0, gl.int32)
+        zeros = gl.zeros([64, HALF], gl.float32, acc_layout)
         for turn in range(turns):
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            if first_query >= 0:
+            first_tile = done + ((group + done) & 1)
+            end = done + tiles
+            if first_tile < end:
                 parity = turn & 1
                 mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
-                for t in range((group + done) & 1, tiles, 2):
-                    stage = (done + t) % STAGES
-                    slot = (done + t) % SLOTS
-                    mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
-                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
-                    acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
-                    k_tile = k_tiles.index(stage)
-                    q_tile = q_tiles.index(parity).permute((1, 0))
-                    acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
-                    mbarrier.arrive(my_turn.index(1 - group), count=1)
-                    mine += 1
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
-                    # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
-                    terms = (acc + gl.abs(acc)) * w[None, :]
-                    score = sum_over_heads(terms, BQ, H)  # [64, BQ]
-                    mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
+                q_left = q_tiles.index(parity).slice(0, HALF).permute((1, 0))
+                q_right = q_tiles.index(parity).slice(HALF, HALF).permute((1, 0))
+                for tile in range(first_tile, end, 2):
+                    stage = tile & (STAGES - 1)
+                    slot = tile & (SLOTS - 1)
+                    mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
+                    # While the second half of the queries is multiplied, the first is summed.
+                    left = warpgroup_mma(k_tiles.index(stage), q_left, zeros, use_acc=False, is_async=True)
+                    right = warpgroup_mma(k_tiles.index(stage), q_right, zeros, use_acc=False, is_async=True)
+                    left = warpgroup_mma_wait(1, deps=[left])
+                    left_sums = sums_in_lanes(_weighted(left, w_tiles.index(2 * parity)), BQ // 2, H)
+                    right = warpgroup_mma_wait(0, deps=[right])
+                    right_sums = sums_in_lanes(_weighted(right, w_tiles.index(2 * parity + 1)), BQ // 2, H)
+                    score = sums_of_lanes(left_sums, right_sums)  # [64, BQ]
+                    mbarrier.wait(slot_empty.index(slot), ((tile // SLOTS) & 1) ^ 1)
                     slots.index(slot).permute((1, 0)).store(score)
                     barrier()
                     mbarrier.arrive(slot_full.index(slot), count=1)
@@ -284,7 +292,7 @@ if gluon is not None:
     ):
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty = bars
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -454,17 +462,15 @@ if gluon is not None:
         D: gl.constexpr = k_desc.block_type.shape[1]
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
-        w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
+        w_tiles = gl.allocate_shared_memory(gl.float32, [4, BQ * H // 2], WEIGHTS_LAYOUT)
         slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             # One arrival with the queries' bytes, one when the weights are written.
             mbarrier.init(q_full.index(i), count=2)
-            mbarrier.init(my_turn.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=1)
         for i in gl.static_range(SLOTS):
@@ -474,7 +480,7 @@ if gluon is not None:
         blocks = (S + BQ - 1) // BQ * B
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
+        bars = (q_full, k_full, slot_full, slot_empty)
         if SAMPLING:
             gl.warp_specialize(
                 [
