@@ -175,5 +175,5 @@ def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(H, D, d
     assert kernel.metadata.shared <= TARGETS["sm90"][1] * 1024
     assert stack_bytes(kernel) == 0
     ptx = kernel.asm["ptx"]
-    product = "m64n256k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n256k16.f32.bf16"
+    product = "m64n128k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n128k16.f32.bf16"
     assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "cp.async.bulk.tensor.2d" in ptx
