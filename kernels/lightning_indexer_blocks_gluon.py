@@ -43,6 +43,31 @@ if gluon is not None:
         return b, first_query, begin, tiles
 
     @gluon.jit
+    def visible_slots(starts, first_keys, sizes, b, first_query, row, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
+        """A block's first row in `[B * S]`; for each of its rows: is it real, its first and its last key's slot."""
+        turns, B, S, T, last_slot = sizes
+        first_row = b.to(gl.int64) * S + first_query
+        real = (first_query + row < S) & (first_query >= 0)
+        slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
+        slot = gl.where(real, slot, -1)
+        first_slot = row * 0
+        if HAS_FIRST:
+            first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+            first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
+        return first_row, real, first_slot, slot
+
+    @gluon.jit
+    def keys_above(score, key, bound, first_slot, slot, mask, b, T, HAS_FIRST: gl.constexpr, HAS_MASK: gl.constexpr):
+        """Which of the scores `[BQ, 32]` of 32 keys are above their row's bound, and their keys visible to the row."""
+        keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+        if HAS_FIRST:
+            keep = keep & (key[None, :] >= first_slot[:, None])
+        if HAS_MASK:
+            allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+            keep = keep & (allowed != 0)[None, :]
+        return keep
+
+    @gluon.jit
     def load_queries(
         q_desc,
         weights,
@@ -107,4 +132,4 @@ if gluon is not None:
         return turn, done, row, tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    block_of = load_keys = load_queries = None
+    block_of = keys_above = load_keys = load_queries = visible_slots = None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
+from .lightning_indexer_blocks_gluon import block_of, keys_above, load_keys, load_queries, visible_slots
 from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sums_in_lanes, sums_of_lanes
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
@@ -200,12 +200,8 @@ if gluon is not None:
     @gluon.jit
     def _score_group(
         group: gl.constexpr,
-        k_desc,
-        starts,
-        first_keys,
-        buffers,
-        bars,
-        sizes,
+        inputs,
+        shared,
         H: gl.constexpr,
         BQ: gl.constexpr,
         STRIDE: gl.constexpr,
@@ -213,6 +209,8 @@ if gluon is not None:
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
     ):
+        q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists = inputs
+        buffers, bars, sizes = shared
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
         HALF: gl.constexpr = BQ * H // 2
         acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, depth])
@@ -262,24 +260,13 @@ if gluon is not None:
 
     @gluon.jit
     def _select_group(
-        q_desc,
-        weights,
-        k_scale,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        out,
-        redo,
-        lists,
-        buffers,
-        bars,
-        sizes,
-        topk,
-        width,
+        inputs,
+        shared,
+        results,
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
+        STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
         HAS_SCALE: gl.constexpr,
@@ -288,6 +275,9 @@ if gluon is not None:
         CHECK: gl.constexpr,
         PERIOD: gl.constexpr,
     ):
+        q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists = inputs
+        buffers, bars, sizes = shared
+        out, redo, topk, width = results
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
         q_full, k_full, slot_full, slot_empty = bars
@@ -306,24 +296,19 @@ if gluon is not None:
         pending = gl.full((), 0, gl.int32)
         pending_rows = gl.full((), 0, gl.int32)
         pending_first = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
         load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
         # One turn more than there are blocks, to finish the last.
         for turn in range(turns + 1):
             # All tiles of the block before last are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
-            first_row = b.to(gl.int64) * S + first_query
+            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            first_row, real, first_slot, slot = visible_slots(
+                starts, first_keys, sizes, b, first_query, row, STRIDE, HAS_FIRST
+            )
             block_lists = lists + (turn & 1) * (BQ * ROW)
             pending_lists = lists + ((turn + 1) & 1) * (BQ * ROW)
-            real = (first_query + row < S) & (first_query >= 0)
-            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
-            slot = gl.where(real, slot, -1)  # [BQ]
-            first_slot = gl.zeros([BQ], gl.int32, rows)
-            if HAS_FIRST:
-                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-                first_slot = gl.maximum(first_slot, 0)
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             if HAS_GUESS:
                 guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
@@ -355,12 +340,7 @@ if gluon is not None:
                 for side in gl.static_range(2):
                     score = score_left if side == 0 else score_right
                     key = begin + t * 64 + side * 32 + lane  # [32]
-                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-                    if HAS_FIRST:
-                        keep = keep & (key[None, :] >= first_slot[:, None])
-                    if HAS_MASK:
-                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
-                        keep = keep & (allowed != 0)[None, :]
+                    keep = keys_above(score, key, bound, first_slot, slot, mask, b, T, HAS_FIRST, HAS_MASK)
                     rank, number = rank_in_warp(keep)
                     place = row_lists[:, None] + (count + rank)
                     gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
@@ -423,6 +403,46 @@ if gluon is not None:
             pending_first = first_row.to(gl.int32)
             done += tiles
 
+    @gluon.jit
+    def _third_group(
+        inputs,
+        shared,
+        results,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        HAS_MASK: gl.constexpr,
+        HAS_SCALE: gl.constexpr,
+        HAS_GUESS: gl.constexpr,
+        SLOTS: gl.constexpr,
+        CHECK: gl.constexpr,
+        PERIOD: gl.constexpr,
+        SAMPLING: gl.constexpr,
+    ):
+        if SAMPLING:
+            sample_group(
+                inputs, shared, results, H, BQ, CAPACITY, STRIDE, HAS_FIRST, HAS_MASK, HAS_SCALE, SLOTS, CHECK
+            )
+        else:
+            _select_group(
+                inputs,
+                shared,
+                results,
+                H,
+                BQ,
+                CAPACITY,
+                STRIDE,
+                HAS_FIRST,
+                HAS_MASK,
+                HAS_SCALE,
+                HAS_GUESS,
+                SLOTS,
+                CHECK,
+                PERIOD,
+            )
+
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
     def lightning_indexer_hopper_kernel(
         q_desc,
@@ -479,89 +499,33 @@ if gluon is not None:
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
         bars = (q_full, k_full, slot_full, slot_empty)
-        if SAMPLING:
-            gl.warp_specialize(
-                [
+        inputs = (q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists)
+        shared = (buffers, bars, sizes)
+        gl.warp_specialize(
+            [
+                (
+                    _third_group,
                     (
-                        sample_group,
-                        (
-                            q_desc,
-                            weights,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            mask,
-                            guesses,
-                            lists,
-                            buffers,
-                            bars,
-                            sizes,
-                            topk,
-                            H,
-                            BQ,
-                            CAPACITY,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_MASK,
-                            HAS_SCALE,
-                            SLOTS,
-                            CHECK,
-                        ),
+                        inputs,
+                        shared,
+                        (out, redo, topk, width),
+                        H,
+                        BQ,
+                        CAPACITY,
+                        STRIDE,
+                        HAS_FIRST,
+                        HAS_MASK,
+                        HAS_SCALE,
+                        HAS_GUESS,
+                        SLOTS,
+                        CHECK,
+                        PERIOD,
+                        SAMPLING,
                     ),
-                    (
-                        _score_group,
-                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
-                    ),
-                    (
-                        _score_group,
-                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
-                    ),
-                ],
-                [4, 4],
-                [160, 160],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _select_group,
-                        (
-                            q_desc,
-                            weights,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            mask,
-                            guesses,
-                            out,
-                            redo,
-                            lists,
-                            buffers,
-                            bars,
-                            sizes,
-                            topk,
-                            width,
-                            H,
-                            BQ,
-                            CAPACITY,
-                            HAS_FIRST,
-                            HAS_MASK,
-                            HAS_SCALE,
-                            HAS_GUESS,
-                            SLOTS,
-                            CHECK,
-                            PERIOD,
-                        ),
-                    ),
-                    (
-                        _score_group,
-                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
-                    ),
-                    (
-                        _score_group,
-                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
-                    ),
-                ],
-                [4, 4],
-                [160, 160],
-            )
+                ),
+                (_score_group, (0, inputs, shared, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS)),
+                (_score_group, (1, inputs, shared, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS)),
+            ],
+            [4, 4],
+            [160, 160],
+        )
