@@ -89,10 +89,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--checkpoint and --windows go together")
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    print(ceilings)
-    groups = {name: GROUPS[name]() for name in options.groups}
+    print(ceilings, flush=True)
+    groups = {name: GROUPS[name]() for name in options.groups if name != "distillation"}
     if options.checkpoint:
         groups["captured"] = captured_cases(options.checkpoint, options.windows)
+    if "distillation" in options.groups:
+        groups["distillation"] = distillation.cases()
     records: list[dict[str, Any]] = []
     for name, cases in groups.items():
         for case in cases:
