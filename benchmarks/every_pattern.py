@@ -1,14 +1,14 @@
 """Score every share pattern with so many full layers: how near a search comes to the best pattern there is.
 
-    python -m indexcache.benchmarks.every_pattern CHECKPOINT WINDOWS.safetensors --keep 3 --keep 4 --output FOLDER
+    python -m indexcache.benchmarks.every_pattern CHECKPOINT WINDOWS.safetensors --keep 3 --keep 4 --everywhere
 
 Patterns that begin alike share their first layers (a walk through the tree of prefixes, many patterns in one batch),
 so that all 455 patterns of 16 layers with four full ones cost five layers each. Where there are too many patterns
 (6,435 with eight) they are thinned out on the first calibration windows, generously. Every pattern left is scored on
-all calibration windows, the best by any of the scores on the test windows too.
+all calibration windows, the best by any of the scores on the test windows too, or every one with `--everywhere`.
 
 Writes `every_pattern.pt`: by number of full layers and set of windows the patterns and their sums over the tokens of
-each window, fp32 `[patterns, windows, len(COLUMNS)]`.
+each window, fp32 `[patterns, windows, len(COLUMNS)]`; and `every_pattern.json`: the report.
 
 Legend: P prefixes, W windows, S tokens, E hidden size, V vocabulary.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,16 @@ from ..evaluation.windows import Windows
 from ..modeling_indexcache.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import load_windows
+from .machine import machine
 
-# Sums over tokens: loss, KL to the source's predictions and from them, rises of the loss cut off at 2 and at half a
-# nat either way, squared rises, loss and hits of the tokens to be recalled.
-COLUMNS = ("loss", "kl", "reverse_kl", "rise_2", "rise_half", "rise_squared", "recall_loss", "recall_hits")
+# Sums over tokens: loss, KL to the predictions of the source and of dense attention, loss and hits of the tokens to be
+# recalled.
+COLUMNS = ("loss", "source_kl", "dense_kl", "recall_loss", "recall_hits")
+LOSS, SOURCE_KL, DENSE_KL, RECALL_LOSS, RECALL_HITS = range(len(COLUMNS))
 # Windows in one call of a layer, such calls whose states are held between two layers, rows of logits at a time.
-BATCH, POOL, LOGIT_ROWS = 48, 12, 2**16
+BATCH, POOL, LOGIT_ROWS = 64, 12, 2**16
+# Patterns of a report, the best on the test windows.
+SHOWN = 10
 
 
 class PrefixTree:
@@ -56,7 +61,8 @@ class PrefixTree:
         self._head = model.get_output_embeddings().weight.float()
         self._ids = windows.ids.to(model.device)
         self._recall = None if windows.recall is None else windows.recall[:, 1:].to(model.device).bool()
-        self._reference: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # By window the states behind the last layer, with the source's selections and with dense attention.
+        self._reference: dict[int, list[torch.Tensor]] = {}
 
     @torch.inference_mode()
     def score(self, patterns: list[str], rows: list[int]) -> torch.Tensor:
@@ -64,7 +70,9 @@ class PrefixTree:
         missing = [row for row in rows if row not in self._reference]
         for first in range(0, len(missing), self.batch):
             part = missing[first : first + self.batch]
-            self._run([FULL * len(self._decoder.layers)], part, self._set_reference)
+            # A shared layer that no full layer stands before reads everything.
+            for letter in (FULL, SHARED):
+                self._run([letter * len(self._decoder.layers)], part, partial(self._add_reference, part))
         found: dict[str, torch.Tensor] = {}
         for first in range(0, len(rows), self.batch):
             part = rows[first : first + self.batch]
@@ -141,36 +149,29 @@ class PrefixTree:
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
-    def _set_reference(self, names: list[str], hidden: torch.Tensor) -> None:
-        missing = [row for row in range(len(self._ids)) if row not in self._reference]
-        for row, states in zip(missing, hidden[0]):
-            self._reference[row] = (states, self._losses(states, row))
+    def _add_reference(self, rows: list[int], names: list[str], hidden: torch.Tensor) -> None:
+        for row, states in zip(rows, hidden[0]):
+            self._reference.setdefault(row, []).append(states)
 
     def _logits(self, states: torch.Tensor) -> torch.Tensor:
         # In fp32 whatever the model's dtype: rounded to bf16, logits would put a floor under every KL.
         return states.float() @ self._head.T
 
-    def _losses(self, states: torch.Tensor, row: int) -> torch.Tensor:
-        logits, targets = self._logits(states), self._ids[row, 1:]
-        return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).squeeze(-1)
-
     def _table(self, hidden: torch.Tensor, rows: list[int]) -> list[torch.Tensor]:
         """`hidden [P, W, S, E]` to `[W, COLUMNS]` of each prefix."""
         out = torch.zeros(len(hidden), len(rows), len(COLUMNS), dtype=torch.float64)
         for column, row in enumerate(rows):
-            reference, reference_loss = self._reference[row]
-            log_p = self._logits(reference).log_softmax(-1)  # [S, V]
-            p, targets = log_p.exp(), self._ids[row, 1:]
+            teachers = [self._logits(states).log_softmax(-1) for states in self._reference[row]]  # [S, V]
+            targets = self._ids[row, 1:]
             recalled = None if self._recall is None else self._recall[row]
-            step = max(1, LOGIT_ROWS // len(log_p))
+            step = max(1, LOGIT_ROWS // len(targets))
             for first in range(0, len(hidden), step):
                 log_q = self._logits(hidden[first : first + step, column]).log_softmax(-1)  # [P, S, V]
                 loss = -log_q.gather(-1, targets.expand(len(log_q), -1)[..., None]).squeeze(-1)  # [P, S]
-                rise = loss - reference_loss
-                q = log_q.exp()
-                cross, reverse = (p * log_q).sum(-1), (q * (log_q - log_p)).sum(-1)
-                kl = (p * log_p).sum(-1) - cross
-                sums = [loss, kl, reverse, rise.clamp(-2, 2), rise.clamp(-0.5, 0.5), rise.square()]
+                sums = [loss]
+                for log_p in teachers:
+                    p = log_p.exp()
+                    sums.append((p * log_p).sum(-1) - (p * log_q).sum(-1))
                 if recalled is None:
                     sums += [torch.zeros_like(loss)] * 2
                 else:
@@ -192,9 +193,10 @@ def patterns_with(num_layers: int, full: int) -> list[str]:
 
 
 def best(patterns: list[str], table: torch.Tensor, count: int) -> list[str]:
-    """The `count` best by each of loss, KL, reverse KL, cut-off rises and hits, the sum of loss and KL; together."""
+    """The `count` best by each of loss, either KL, hits, and the sum of loss and KL to the source; together."""
     sums = table.sum(1)
-    keys = [sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3], sums[:, 0] + sums[:, 1], -sums[:, 7] + 1e-9 * sums[:, 0]]
+    keys = [sums[:, LOSS], sums[:, SOURCE_KL], sums[:, DENSE_KL], sums[:, LOSS] + sums[:, SOURCE_KL]]
+    keys.append(1e-9 * sums[:, LOSS] - sums[:, RECALL_HITS])
     chosen = {int(i): None for key in keys for i in key.argsort()[:count]}
     return [patterns[i] for i in chosen]
 
@@ -207,12 +209,25 @@ def every_pattern(
     *,
     thin: tuple[tuple[int, int], ...] = ((1, 1200), (4, 400)),
     thin_above: int = 1000,
-    tested: int = 60,
+    tested: int | None = 60,
     also: list[str] | None = None,
     seconds: float = 1e9,
     batch: int = BATCH,
 ) -> dict[int, dict[str, Any]]:
-    """Score the patterns of each number of full layers; stops early, with what it has, after `seconds`."""
+    """Score the patterns of each number of full layers; stops early, with what it has, after `seconds`.
+
+    Args:
+        model: all its indexers loaded.
+        calibration: windows that thin out and rank.
+        test: windows that judge.
+        counts: numbers of full layers.
+        thin: windows looked at, and patterns left by each score, one pair a thinning.
+        thin_above: more patterns than these are thinned out.
+        tested: patterns that go on to the test windows by each score; None for all.
+        also: patterns that stay in any case.
+        seconds: no further number of layers is begun after these.
+        batch: windows in one call of a layer.
+    """
     begun = time.monotonic()
     trees = {"calibration": PrefixTree(model, calibration, batch), "test": PrefixTree(model, test, batch)}
     found: dict[int, dict[str, Any]] = {}
@@ -227,12 +242,12 @@ def every_pattern(
                 table = trees["calibration"].score(patterns, list(range(windows)))
                 patterns = best(patterns, table, kept)
                 print(f"{count}: {len(patterns)} left by {windows} windows, {_spent(begun, trees)}", flush=True)
-        wanted = [pattern for pattern in also or [] if pattern.count(FULL) == count and pattern not in patterns]
-        patterns += wanted
+        wanted = [pattern for pattern in also or [] if pattern.count(FULL) == count]
+        patterns += [pattern for pattern in wanted if pattern not in patterns]
         table = trees["calibration"].score(patterns, list(range(len(calibration))))
         print(f"{count}: {len(patterns)} on all calibration windows, {_spent(begun, trees)}", flush=True)
-        chosen = best(patterns, table, tested) + wanted
-        chosen += [p for p in also or [] if p.count(FULL) == count and p not in chosen]
+        chosen = patterns if tested is None else best(patterns, table, tested)
+        chosen = chosen + [pattern for pattern in wanted if pattern not in chosen]
         tested_table = trees["test"].score(chosen, list(range(len(test))))
         found[count] = {
             "all": everything,
@@ -240,29 +255,85 @@ def every_pattern(
             "test": (chosen, tested_table.float()),
         }
         print(f"{count}: {len(chosen)} tested, {_spent(begun, trees)}", flush=True)
-        report(count, found[count], calibration.seqlen, test)
     return found
 
 
-def report(count: int, found: dict[str, Any], seqlen: int, test: Windows) -> None:
-    """The best few on the test windows and by each calibration score."""
+def report(found: dict[str, Any], calibration: Windows, test: Windows, also: list[str]) -> list[dict[str, Any]]:
+    """Of one number of full layers: the best on the test windows, the best by each calibration score, and `also`.
+
+    Each with its losses a token and its ranks among the patterns that were tested, 1 for the best.
+    """
     (names, table), (chosen, tested) = found["calibration"], found["test"]
-    place = {name: i for i, name in enumerate(names)}
-    on_test = {
-        name: (float(t[:, 0].mean()) / seqlen, float(t[:, 7].sum()) / max(1, test.recall_tokens))
-        for name, t in zip(chosen, tested)
-    }
-    ranked = sorted(chosen, key=lambda name: on_test[name][0])
-    by = {key: sorted(chosen, key=lambda name: float(table[place[name], :, i].sum())) for i, key in enumerate(COLUMNS)}
-    print(f"--- {count} full layers: the best of {len(chosen)} on the test windows, with their ranks on calibration")
-    for name in dict.fromkeys([*ranked[:8], by["loss"][0], by["kl"][0], by["reverse_kl"][0], by["rise_2"][0]]):
-        ranks = " ".join(f"{key} {by[key].index(name) + 1}" for key in ("loss", "kl", "reverse_kl", "rise_2"))
-        calibration = [float(x) / len(table[0]) / seqlen for x in table[place[name]].sum(0)]
-        print(
-            f"{name} test {on_test[name][0]:.4f} recall {on_test[name][1]:.3f} rank {ranked.index(name) + 1}; "
-            f"calibration loss {calibration[0]:.4f} kl {calibration[1]:.4f}; ranks: {ranks}",
-            flush=True,
-        )
+    scores = dict(zip(chosen, (means(sums, test) for sums in tested)))
+    places = {name: i for i, name in enumerate(names)}
+    calibrated = {name: means(table[places[name]], calibration) for name in chosen}
+    by_test = sorted(chosen, key=lambda name: scores[name]["loss"])
+    by = {key: sorted(chosen, key=lambda name: calibrated[name][key]) for key in COLUMNS[:3]}
+    shown = [*by_test[:SHOWN], *(ranking[0] for ranking in by.values())]
+    shown += [name for name in also if name in scores]
+    return [
+        {
+            "pattern": name,
+            **scores[name],
+            "rank": by_test.index(name) + 1,
+            "of": len(chosen),
+            "calibration": calibrated[name],
+            "calibration_ranks": {key: ranking.index(name) + 1 for key, ranking in by.items()},
+        }
+        for name in sorted(dict.fromkeys(shown), key=by_test.index)
+    ]
+
+
+def means(sums: torch.Tensor, windows: Windows) -> dict[str, float]:
+    """Means a token of sums `[W, COLUMNS]`: loss, both KL, loss without the tokens to be recalled; share recalled."""
+    total, tokens = sums.double().sum(0).tolist(), len(windows) * windows.seqlen
+    means = {key: total[column] / tokens for column, key in enumerate(COLUMNS[:3])}
+    recalled = windows.recall_tokens
+    means["text_loss"] = (total[LOSS] - total[RECALL_LOSS]) / (tokens - recalled)
+    if recalled:
+        means["recall"] = total[RECALL_HITS] / recalled
+    return means
+
+
+def draw_every(found: dict[int, dict[str, Any]], seqlen: int, named: dict[str, str], path: Path) -> None:
+    """Loss on the test windows against loss on the calibration windows, a panel a number of full layers.
+
+    Args:
+        found: of `every_pattern`.
+        seqlen: tokens a window.
+        named: patterns to be marked, and what to call them.
+        path: of the picture.
+    """
+    import matplotlib.pyplot as plt
+
+    from ..evaluation.figures import BLUE, GREY, ORANGE, plain, save
+
+    figure, axes = plt.subplots(1, len(found), figsize=(5.0 * len(found), 4.0), squeeze=False)
+    for axis, (count, part) in zip(axes[0], sorted(found.items(), reverse=True)):
+        (names, table), (chosen, tested) = part["calibration"], part["test"]
+        before = dict(zip(names, (table[:, :, LOSS].double().mean(1) / seqlen).tolist()))
+        after = dict(zip(chosen, (tested[:, :, LOSS].double().mean(1) / seqlen).tolist()))
+        axis.scatter([before[name] for name in chosen], [after[name] for name in chosen], s=7, color=GREY, linewidth=0)
+        for name in filter(after.__contains__, named):
+            colour = BLUE if after[name] == min(after.values()) else ORANGE
+            axis.scatter([before[name]], [after[name]], s=20, color=colour, zorder=3)
+            axis.annotate(
+                f"{named[name]} {after[name]:.3f}", (before[name], after[name]), xytext=(8, 0), fontsize=8,
+                textcoords="offset points", va="center", color=colour,
+            )  # fmt: skip
+        axis.set_title(f"all {len(chosen)} patterns with {count} full layers", fontsize=9, loc="left")
+        axis.set_xlabel("loss on the calibration windows")
+        axis.set_ylabel("loss on the test windows (nats a token)")
+        plain(axis)
+    save(figure, path)
+
+
+def _line(row: dict[str, Any]) -> str:
+    figures = f"{row['loss']:.4f} text {row['text_loss']:.4f} recall {row.get('recall', float('nan')):.3f}"
+    before = " ".join(
+        f"{key} {row['calibration'][key]:.4f} ({rank})" for key, rank in row["calibration_ranks"].items()
+    )
+    return f"{row['pattern']} test {figures}, {row['rank']} of {row['of']}; calibration: {before}"
 
 
 def _spent(begun: float, trees: dict[str, PrefixTree]) -> str:
@@ -275,20 +346,49 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("windows", help="safetensors with calibration_ids and test_ids")
     parser.add_argument("--keep", type=int, action="append", required=True)
-    parser.add_argument("--also", action="append", help="patterns to test in any case")
+    parser.add_argument("--also", action="append", default=[], help="patterns to test in any case")
+    parser.add_argument("--everywhere", action="store_true", help="every pattern on the test windows")
+    parser.add_argument("--again-fp32", type=int, default=0, help="so many of the best, and --also, once more in fp32")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further number of layers after this")
+    parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    parser.add_argument("--picture", type=Path, help="both losses of every pattern; --also NAME=LETTERS names one")
     parser.add_argument("--output", type=Path, default=Path("."))
     arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_source(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)).to(device)  # type: ignore[arg-type]
+    named = {letters: name or letters for name, _, letters in (text.rpartition("=") for text in arguments.also)}
+    arguments.also = list(named)
+
+    def load(dtype: str) -> IndexCacheForCausalLM:
+        return load_source(arguments.checkpoint, dtype=getattr(torch, dtype)).to(device)  # type: ignore[arg-type]
+
+    model = load(arguments.dtype)
     calibration, test = load_windows(
         f"{arguments.windows}:calibration", model.config, None, Sampling(), f"{arguments.windows}:test"
     )
-    found = every_pattern(model, calibration, test, arguments.keep, also=arguments.also, seconds=arguments.seconds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    found = every_pattern(
+        model, calibration, test, arguments.keep, tested=None if arguments.everywhere else 60, also=arguments.also,
+        seconds=arguments.seconds, batch=arguments.batch_size,
+    )  # fmt: skip
     torch.save(found, arguments.output / "every_pattern.pt")
-    print(json.dumps({count: len(part["calibration"][0]) for count, part in found.items()}))
+    if arguments.picture:
+        draw_every(found, test.seqlen, named, arguments.picture)
+    result: dict[str, Any] = {}
+    for count, part in found.items():
+        rows = result[str(count)] = report(part, calibration, test, arguments.also)
+        print(f"--- {count} full layers of {len(model.config.share_pattern)}, {part['all']} patterns")
+        print("\n".join(map(_line, rows)), flush=True)
+    if arguments.again_fp32:
+        tree = PrefixTree(load("float32"), test, max(1, arguments.batch_size // 4))
+        for count, rows in result.items():
+            chosen = [row for row in rows if row["rank"] <= arguments.again_fp32 or row["pattern"] in arguments.also]
+            for row, sums in zip(chosen, tree.score([row["pattern"] for row in chosen], list(range(len(test))))):
+                row["fp32"] = means(sums, test)
+                exact = f"{row['fp32']['loss']:.4f} recall {row['fp32'].get('recall', float('nan')):.3f}"
+                print(f"{count}: {row['pattern']} {arguments.dtype} {row['loss']:.4f}, fp32 {exact}", flush=True)
+    document = {"machine": machine(), "dtype": arguments.dtype, "result": result}
+    (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""What a pattern search costs: layer-forwards by depth on random models, and wall time on a checkpoint.
+"""What a pattern search costs and how much it hangs on its windows.
 
     python -m indexcache.benchmarks.pattern_search growth
     python -m indexcache.benchmarks.pattern_search time CHECKPOINT WINDOWS.safetensors --algorithm greedy --keep 1/8
+    python -m indexcache.benchmarks.pattern_search draws CHECKPOINT --calibration FILE:NAME --test FILE:NAME --keep 4
 
-`growth` counts only (tiny random models, any machine). `time` loads a checkpoint, warms up with one pass over the
-windows, and times the search itself: Algorithm 1 (`greedy`) or the default (`lazy`), no held-out checks.
+`growth` counts layer-forwards by depth (tiny random models, any machine). `time` loads a checkpoint, warms up with one
+pass over the windows, and times the search itself: Algorithm 1 (`greedy`) or the default (`lazy`), no held-out checks.
+`draws` searches with each set of calibration windows, by each objective asked for, and scores every pattern found, and
+all full, on each set of test windows.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +24,23 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..conversion.load_source import load_source
-from ..evaluation.window_sources import Sampling
+from ..evaluation.window_sources import Sampling, read_windows
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import load_windows
-from ..pattern_search.evaluator import Evaluator
+from ..pattern_search.evaluator import Evaluation, Evaluator
 from ..pattern_search.floating import refine
 from ..pattern_search.greedy import greedy
 from ..pattern_search.lazy_greedy import lazy_greedy
 from ..pattern_search.prefix_cache import PrefixCache
+from .every_pattern import PrefixTree, means
+from .machine import machine
 
 RESULTS = Path(__file__).with_name("results")
 DEPTHS = (8, 12, 16, 24, 32, 47)
 PATH_ROUNDS = 3
+# What `draws` searches by: objective and teacher.
+SEARCHED_BY = {"dense": ("kl", "dense"), "source": ("kl", "source"), "loss": ("lm", "source")}
 
 
 def random_model(num_layers: int, seed: int = 0) -> IndexCacheForCausalLM:
@@ -94,6 +98,13 @@ def draw_growth(rows: list[dict[str, Any]], path: Path) -> None:
     save_plot(lines, "layers of the model", "layer-forwards a window", path)
 
 
+def searched(evaluator: Evaluator, counts: set[int]) -> list[Evaluation]:
+    """The default search: a lazy path, refined at each number of full layers; the largest first."""
+    steps = lazy_greedy(evaluator, "F" * evaluator.num_layers, min(counts), PATH_ROUNDS)
+    path = {step.pattern.count("F"): step.pattern for step in steps}
+    return [refine(evaluator, path[count]) for count in sorted(counts, reverse=True)]
+
+
 @contextmanager
 def clock(record: dict[str, Any], name: str) -> Iterator[None]:
     """Seconds of a block, the device's work included."""
@@ -141,10 +152,8 @@ def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
             steps = greedy(evaluator, start, keep)
             record["patterns"] = [step.pattern for step in steps]
         else:
-            steps = lazy_greedy(evaluator, start, keep, PATH_ROUNDS)
             counts = {evaluator.num_layers // 2, evaluator.num_layers // 4, keep}
-            path = {step.pattern.count("F"): step.pattern for step in steps}
-            record["patterns"] = [refine(evaluator, path[count]).pattern for count in sorted(counts, reverse=True)]
+            record["patterns"] = [found.pattern for found in searched(evaluator, counts)]
     return record | {
         "windows": len(windows),
         "tokens_a_window": windows.seqlen,
@@ -154,17 +163,40 @@ def timed_search(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of a shared machine"
-    )
-    return {
-        "device": f"{device}, {platform.machine()}",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+def search_draws(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Patterns by calibration windows and objective, and what they score on the test windows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_source(arguments.checkpoint, dtype=getattr(torch, arguments.dtype)).to(device)  # type: ignore[arg-type]
+
+    def windows(name: str) -> Windows:
+        return read_windows(name, None, Sampling(), 0, 0)
+
+    searches = []
+    for name in arguments.calibration:
+        for by in arguments.by or SEARCHED_BY:
+            objective, teacher = SEARCHED_BY[by]
+            evaluator = Evaluator(
+                "calibration", model, windows(name), objective=objective, teacher=teacher,
+                cache=PrefixCache(arguments.cache_gb * 2**30), reference_bytes=2**31,
+            )  # fmt: skip
+            row: dict[str, Any] = {"calibration": Path(name).name, "by": by}
+            with clock(row, "seconds"):
+                row["patterns"] = {
+                    found.pattern.count("F"): found.pattern for found in searched(evaluator, set(arguments.keep))
+                }
+            row["layer_forwards"] = evaluator.layer_forwards
+            searches.append(row)
+            print(row, flush=True)
+    found = {pattern for row in searches for pattern in row["patterns"].values()} | set(arguments.also)
+    patterns = sorted({"F" * model.config.num_hidden_layers, *found})
+    scores: dict[str, dict[str, Any]] = {}
+    for name in arguments.test:
+        tested = windows(name)
+        tree = PrefixTree(model, tested, arguments.batch_size)
+        for pattern, sums in zip(patterns, tree.score(patterns, list(range(len(tested))))):
+            scores.setdefault(pattern, {})[Path(name).name] = means(sums, tested)
+            print(pattern, name, scores[pattern][Path(name).name], flush=True)
+    return {"searches": searches, "scores": scores}
 
 
 def main() -> None:
@@ -184,7 +216,17 @@ def main() -> None:
     timing.add_argument("--cache-gb", type=int, default=4)
     timing.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
     timing.add_argument("--attention", help="triton, sdpa, eager; the best of the machine when not given")
-    for verb in (growing, timing):
+    drawing = verbs.add_parser("draws")
+    drawing.add_argument("checkpoint")
+    drawing.add_argument("--calibration", action="append", default=[], help="windows, FILE.safetensors:NAME; repeat")
+    drawing.add_argument("--test", action="append", required=True, help="windows, FILE.safetensors:NAME; repeat")
+    drawing.add_argument("--keep", type=int, action="append", required=True)
+    drawing.add_argument("--by", choices=SEARCHED_BY, action="append", help="all when not given")
+    drawing.add_argument("--also", action="append", default=[], help="patterns to score too")
+    drawing.add_argument("--cache-gb", type=int, default=4)
+    drawing.add_argument("--batch-size", type=int, default=64 if torch.cuda.is_available() else 4)
+    drawing.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
+    for verb in (growing, timing, drawing):
         verb.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.verb == "growth":
@@ -192,6 +234,9 @@ def main() -> None:
         if arguments.picture:
             draw_growth(found, arguments.picture)
         output = arguments.output or RESULTS / "pattern_search_growth.json"
+    elif arguments.verb == "draws":
+        found = search_draws(arguments)
+        output = arguments.output or RESULTS / "pattern_search_draws.json"
     else:
         found = timed_search(arguments)
         print(json.dumps(found, indent=1))

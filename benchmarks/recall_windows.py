@@ -52,7 +52,7 @@ def recall_windows(corpus: Path, tokenizer: Path, count: int, seqlen: int, seed:
     documents = training_documents(corpus)
     random_.shuffle(documents)
     needed = count * (seqlen + 1)
-    stream = _tokens(documents, encoder, end, needed)
+    stream = tokens_of(documents, encoder, end, needed)
     rows, at = [], 0
     for _ in range(count):
         records = _records(random_, encoder) if random_.random() < RECORD_SHARE else []
@@ -65,18 +65,24 @@ def recall_windows(corpus: Path, tokenizer: Path, count: int, seqlen: int, seed:
             raise SystemExit(f"{corpus} gives {len(stream):,} tokens, less than a window: give more text")
         text = stream[at : at + length]
         at += length
-        rows.append(_with_records(text, records, random_))
+        rows.append(with_records(text, records, random_))
     return torch.stack(rows)
 
 
 def training_documents(corpus: Path) -> list[str]:
     """The documents of a corpus without those held out."""
+    return split_documents(corpus)[0]
+
+
+def split_documents(corpus: Path) -> tuple[list[str], list[str]]:
+    """The documents of a corpus to train on, and those held out."""
     raw = corpus.read_bytes()
     documents = (lzma.decompress(raw) if corpus.suffix == ".xz" else raw).decode().split("\0")
-    return documents[: len(documents) - round(HELD_OUT * len(documents))]
+    first = len(documents) - round(HELD_OUT * len(documents))
+    return documents[:first], documents[first:]
 
 
-def _tokens(documents: list[str], encoder: Any, end: int, enough: int) -> torch.Tensor:
+def tokens_of(documents: list[str], encoder: Any, end: int, enough: int) -> torch.Tensor:
     """The tokens of documents, int32, each followed by the end-of-text token; reading stops when there are enough."""
     pieces, total = [], 0
     for first in range(0, len(documents), 256):
@@ -93,24 +99,27 @@ def _records(random_: random.Random, encoder: Any) -> list[tuple[torch.Tensor, t
     names: set[str] = set()
     wanted = random_.randint(1, MAX_RECORDS)
     while len(names) < wanted:
-        names.add(_word(random_))
-    return [_record(name, _word(random_), encoder) for name in sorted(names)]
+        names.add(word(random_))
+    return [record(name, word(random_), encoder) for name in sorted(names)]
 
 
-def _record(name: str, value: str, encoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def record(name: str, value: str, encoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of a note and of its question, int32."""
     texts = (f"\n{kind}: {name} is {value}.\n" for kind in ("note", "recall"))
     ids = (encoder.encode(text, add_special_tokens=False).ids for text in texts)
     note, question = (torch.tensor(tokens, dtype=torch.int32) for tokens in ids)
     return note, question
 
 
-def _word(random_: random.Random) -> str:
+def word(random_: random.Random) -> str:
+    """Two syllables."""
     return "".join(random_.choice(CONSONANTS) + random_.choice(VOWELS) for _ in range(2))
 
 
-def _with_records(
+def with_records(
     text: torch.Tensor, records: list[tuple[torch.Tensor, torch.Tensor]], random_: random.Random
 ) -> torch.Tensor:
+    """The tokens of a text with notes put into its first part and questions behind it."""
     turn = int(TURN * len(text))
     places = [(random_.randrange(turn), note) for note, _ in records]
     places += [(random_.randrange(turn, len(text)), question) for _, question in records]

@@ -1,7 +1,8 @@
 """Score share patterns on fixed windows: each round of windows once, remembered and journaled.
 
 Windows are run in rounds (a sixteenth of them, then up to an eighth, a quarter, a half, all), so that a pattern that
-costs too much is given up after few of them. Rounds and batches are the same for any number of processes.
+costs too much is given up after few of them. Where every pattern is wanted on every window, rounds are a few batches
+each, so that little has to be kept between layers. Rounds and batches are the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Evaluator:
         teacher: of KL: `dense` (the model with dense attention, which selections approximate), `source` (its own
             pattern), or `auto` for the one with the lower loss on the first round of windows.
         batch_size: windows in one forward.
+        round_size: batches in every round; None for rounds that grow.
         cache: where states between layers are kept.
         reference_bytes: memory for the teacher's probabilities.
         journal: where scores are kept.
@@ -112,6 +114,7 @@ class Evaluator:
         objective: str = "kl",
         teacher: str = "source",
         batch_size: int = 1,
+        round_size: int | None = None,
         cache: PrefixCache | None = None,
         reference_bytes: int = 2**30,
         journal: Journal | None = None,
@@ -128,10 +131,15 @@ class Evaluator:
         self.journal = journal or Journal(None, {})
         self.processes = processes or Processes()
         self.engine = LayerEngine(
-            model, [batch.ids[:, :-1] for batch in self.batches], PrefixCache(2**30) if cache is None else cache
+            model,
+            [batch.ids[:, :-1] for batch in self.batches],
+            PrefixCache(2**30) if cache is None else cache,
+            together=round_size,
         )
         self.scorer = TokenScorer(model, self.batches, reference_bytes=reference_bytes)
-        self.rounds = _rounds(len(self.batches))
+        self.rounds = _rounds(len(self.batches), round_size)
+        # With rounds of a few batches, no pattern is the one that the others start like: each is in its turn.
+        self._follows = round_size is not None
         self._on_evaluation = on_evaluation
         dense_is_the_same = windows.seqlen <= (model.config.index_topk or windows.seqlen)
         self._teacher = "source" if objective == "lm" or dense_is_the_same else teacher
@@ -184,12 +192,23 @@ class Evaluator:
                 break
         return found
 
-    def evaluate_all(self, patterns: Iterable[str]) -> list[Evaluation]:
-        """Score patterns on every window, taking the rounds one after the other: states of a round are kept once."""
-        patterns = list(patterns)
-        for number in range(len(self.rounds)):
+    def evaluate_all(
+        self, patterns: Iterable[str], on_round: Callable[[int], None] = lambda windows: None
+    ) -> list[Evaluation]:
+        """Score patterns on every window, taking the rounds one after the other: states of a round are kept once.
+
+        Args:
+            patterns: their letters; those that begin alike one after the other share the most.
+            on_round: called after every round with the windows done so far.
+        """
+        patterns, windows = list(patterns), 0
+        for number, batches in enumerate(self.rounds):
             for pattern in patterns:
+                if self._follows:
+                    self.pin(pattern)
                 self._round(pattern, number)
+            windows += sum(len(self.batches[batch]) for batch in batches)
+            on_round(windows)
         return [self.evaluate(pattern) for pattern in patterns]
 
     # ---- one round ----------------------------------------------------------------------------------------------
@@ -268,7 +287,9 @@ class Evaluator:
         )
 
 
-def _rounds(num_batches: int) -> list[range]:
-    """Batches in rounds that end at a sixteenth of them, an eighth, ... and all; fewer when there are few batches."""
+def _rounds(num_batches: int, size: int | None = None) -> list[range]:
+    """Batches in rounds that end at a sixteenth of them, an eighth, ... and all, or in rounds of `size`."""
+    if size is not None:
+        return [range(first, min(first + size, num_batches)) for first in range(0, num_batches, size)]
     ends = sorted({max(1, num_batches // part) for part in (16, 8, 4, 2, 1)})
     return [range(first, last) for first, last in zip([0, *ends[:-1]], ends)]

@@ -28,10 +28,19 @@ class LayerEngine:
         model: in evaluation mode; its indexers decide which layers may be full.
         batches: token ids, each `[B, S]`.
         cache: where states between layers are kept.
+        together: batches that patterns are run on before they are run on others, which decides how many layers'
+            states there is room for; all when None.
     """
 
-    def __init__(self, model: IndexCacheForCausalLM, batches: list[torch.Tensor], cache: PrefixCache) -> None:
+    def __init__(
+        self,
+        model: IndexCacheForCausalLM,
+        batches: list[torch.Tensor],
+        cache: PrefixCache,
+        together: int | None = None,
+    ) -> None:
         self.model, self.batches, self.cache = model.eval(), batches, cache
+        self._together = min(together or len(batches), len(batches))
         self.num_layers: int = model.config.num_hidden_layers
         #: Layers run so far, times the windows they ran over.
         self.layer_forwards = 0
@@ -101,5 +110,5 @@ class LayerEngine:
             return
         windows, tokens = embedded.hidden.shape[:2]
         topk = min(self.model.config.index_topk or 0, tokens)
-        self.cache.fit_stride(embedded.hidden.nbytes + 4 * windows * tokens * topk, self.num_layers, len(self.batches))
+        self.cache.fit_stride(embedded.hidden.nbytes + 4 * windows * tokens * topk, self.num_layers, self._together)
         self._sized = True

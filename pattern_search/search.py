@@ -24,6 +24,8 @@ from .processes import Processes
 from .similarity import output_similarity, similarity_patterns
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
+# Batches of held-out windows that all patterns are checked on before the next ones.
+CHECKED_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def search(
     _check_blocks(options, start)
     begun = time.monotonic()
 
-    def evaluator(name: str, windows: Windows, objective: str) -> Evaluator:
+    def evaluator(name: str, windows: Windows, objective: str, round_size: int | None = None) -> Evaluator:
         return Evaluator(
             name,
             model,
@@ -161,6 +163,7 @@ def search(
             objective=objective,
             teacher=options.teacher,
             batch_size=options.batch_size,
+            round_size=round_size,
             journal=journal,
             cache=PrefixCache(cache_bytes, cache_device),
             reference_bytes=cache_bytes,
@@ -178,7 +181,7 @@ def search(
         monitor.step("done")
     if "uniform" in options.baselines:
         outcome.baselines["uniform"] = _uniform(start)
-    checking = evaluator("held_out", held_out, "lm")
+    checking = evaluator("held_out", held_out, "lm", CHECKED_TOGETHER)
     _check(checking, options, outcome, monitor)
     if options.tolerance is not None:
         _choose(calibrating, checking, options, outcome, monitor)
@@ -210,6 +213,7 @@ def search_identity(
         "blocks": options.blocks,
         "batch_size": options.batch_size,
         "path_rounds": options.path_rounds,
+        "checked_together": CHECKED_TOGETHER,
     }
 
 
@@ -290,11 +294,12 @@ def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome,
         wanted += [patterns[count] for count in counts if count in patterns]
     # Neighbours in this order begin alike, so that they share states.
     wanted = sorted(dict.fromkeys(wanted))
-    monitor.begin("held-out checks", len(wanted))
-
-    for pattern in wanted:
-        outcome.held_out[pattern] = evaluator.evaluate(pattern)
-        monitor.step(f"{pattern} {outcome.held_out[pattern].loss:.4f}")
+    monitor.begin("held-out checks", len(evaluator.rounds))
+    found = evaluator.evaluate_all(
+        wanted,
+        lambda windows: monitor.step(f"{len(wanted)} patterns on {windows} of {len(evaluator.windows)} windows"),
+    )
+    outcome.held_out |= {evaluation.pattern: evaluation for evaluation in found}
 
 
 def _choose(

@@ -47,20 +47,24 @@ def test_killed_at_any_point_and_resumed(tiny, tmp_path, monkeypatch, algorithm)
     expected, cost = run(tiny, tmp_path / "whole.jsonl", options)
     total = len(keys(tmp_path / "whole.jsonl"))
     assert total > 20
-    plain = LayerEngine.last_hidden
+    passes = {name: getattr(LayerEngine, name) for name in ("last_hidden", "dense_hidden")}
     for number, kill_after in enumerate(range(1, 60, 9)):
         path = tmp_path / f"{number}.jsonl"
         calls = 0
 
-        def dying(engine, letters, batch, limit=kill_after):
-            nonlocal calls
-            calls += 1
-            if calls > limit:
-                raise Killed
-            return plain(engine, letters, batch)
+        def dying(run_pass, limit=kill_after):
+            def run_or_die(*arguments):
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise Killed
+                return run_pass(*arguments)
+
+            return run_or_die
 
         with monkeypatch.context() as patch:
-            patch.setattr(LayerEngine, "last_hidden", dying)
+            for name, run_pass in passes.items():
+                patch.setattr(LayerEngine, name, dying(run_pass))
             with pytest.raises(Killed):
                 run(tiny, path, options)
         done = len(keys(path))
