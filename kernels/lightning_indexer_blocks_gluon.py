@@ -43,31 +43,6 @@ if gluon is not None:
         return b, first_query, begin, tiles
 
     @gluon.jit
-    def visible_slots(starts, first_keys, sizes, b, first_query, row, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
-        """A block's first row in `[B * S]`; for each of its rows: is it real, its first and its last key's slot."""
-        turns, B, S, T, last_slot = sizes
-        first_row = b.to(gl.int64) * S + first_query
-        real = (first_query + row < S) & (first_query >= 0)
-        slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
-        slot = gl.where(real, slot, -1)
-        first_slot = row * 0
-        if HAS_FIRST:
-            first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-            first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
-        return first_row, real, first_slot, slot
-
-    @gluon.jit
-    def keys_above(score, key, bound, first_slot, slot, mask, b, T, HAS_FIRST: gl.constexpr, HAS_MASK: gl.constexpr):
-        """Which of the scores `[BQ, 32]` of 32 keys are above their row's bound, and their keys visible to the row."""
-        keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-        if HAS_FIRST:
-            keep = keep & (key[None, :] >= first_slot[:, None])
-        if HAS_MASK:
-            allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
-            keep = keep & (allowed != 0)[None, :]
-        return keep
-
-    @gluon.jit
     def load_queries(
         q_desc,
         weights,
@@ -84,18 +59,14 @@ if gluon is not None:
         """Start to copy a block's queries, and write its weights, into the buffers of the turn's parity."""
         # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
         zero = turn >> 24
-        HALF: gl.constexpr = BQ * H // 2
-        column = gl.arange(0, HALF, layout=gl.BlockedLayout([1], [32], [4], [0])) + zero
+        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0])) + zero
         if first_query >= 0:
             parity = turn & 1
             first_row = b * S + first_query
             mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
             load_tile(q_desc, [first_row * H, 0], q_full.index(parity), q_tiles.index(parity))
-            weights += first_row.to(gl.int64) * H
-            for half in gl.static_range(2):
-                place = half * HALF + column
-                w = gl.load(weights + place, mask=first_query + place // H < S, other=0.0)
-                w_tiles.index(2 * parity + half).store(w * 0.5)
+            w = gl.load(weights + first_row.to(gl.int64) * H + column, mask=first_query + column // H < S, other=0.0)
+            w_tiles.index(parity).store(w * 0.5)
             barrier()
             mbarrier.arrive(q_full.index(parity), count=1)
 
@@ -126,10 +97,10 @@ if gluon is not None:
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             row = b * T + begin
         if turn < turns:
-            stage = tile & (STAGES - 1)
+            stage = tile % STAGES
             mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
             load_tile(k_desc, [row + (tile - done) * 64, 0], k_full.index(stage), k_tiles.index(stage))
         return turn, done, row, tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    block_of = keys_above = load_keys = load_queries = visible_slots = None
+    block_of = load_keys = load_queries = None

@@ -9,8 +9,8 @@ except ImportError:
     gluon = None
 
 if gluon is not None:
-    # Of 128 columns. A thread's (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
-    WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64]]))
+    # The weights of a thread's columns (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
+    WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64], [128]]))
 
     @gluon.jit
     def _from_lane(x, DISTANCE: gl.constexpr):
@@ -38,19 +38,13 @@ if gluon is not None:
         return gl.where(upper, second, first) + _from_lane(gl.where(upper, first, second), LANE_BIT)
 
     @gluon.jit
-    def sums_in_lanes(terms, BQ: gl.constexpr, H: gl.constexpr):
-        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ, 4]`: what each lane of a quad holds of the sums."""
+    def sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
+        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ]`, each score in one thread."""
         # Of 8 neighbouring columns a lane holds two and the others of its quad the rest.
         by_lane = gl.permute(gl.reshape(terms, [64, BQ, H // 8, 4, 2]), (0, 1, 3, 2, 4))
-        return gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)
-
-    @gluon.jit
-    def sums_of_lanes(first, second):
-        """The sums of both halves of the queries, `[64, BQ / 2, 4]` each, to `[64, BQ]`, each score in one thread."""
-        BQ: gl.constexpr = 2 * first.shape[1]
-        parts = gl.reshape(gl.permute(gl.join(first, second), (0, 3, 1, 2)), [64, BQ, 4])
+        parts = gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)  # [64, BQ, 4]
         parts = _halve(_halve(parts, 2), 1)  # [64, BQ / 4, 4]
         return gl.reshape(gl.permute(parts, (0, 2, 1)), [64, BQ])
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    WEIGHTS_LAYOUT = sums_in_lanes = sums_of_lanes = None
+    WEIGHTS_LAYOUT = sum_over_heads = None

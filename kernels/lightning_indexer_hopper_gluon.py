@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_blocks_gluon import block_of, keys_above, load_keys, load_queries, visible_slots
-from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sums_in_lanes, sums_of_lanes
+from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
+from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sum_over_heads
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
 
@@ -191,17 +191,14 @@ if gluon is not None:
     _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
 
     @gluon.jit
-    def _weighted(products, weights):
-        """Twice relu of the products times the halved weights of their columns."""
-        w = weights.load(gl.SliceLayout(0, products.type.layout))
-        # x + |x| is twice relu(x), exactly, and runs where the sums do.
-        return (products + gl.abs(products)) * w[None, :]
-
-    @gluon.jit
     def _score_group(
         group: gl.constexpr,
-        inputs,
-        shared,
+        k_desc,
+        starts,
+        first_keys,
+        buffers,
+        bars,
+        sizes,
         H: gl.constexpr,
         BQ: gl.constexpr,
         STRIDE: gl.constexpr,
@@ -209,14 +206,11 @@ if gluon is not None:
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
     ):
-        q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists = inputs
-        buffers, bars, sizes = shared
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
-        HALF: gl.constexpr = BQ * H // 2
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, depth])
+        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # The next tile to load, and the block it is in.
         ahead = gl.full((), 0, gl.int32) + group
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
@@ -227,27 +221,29 @@ if gluon is not None:
             )
             ahead += 2
         done = gl.full((), 0, gl.int32)
-        zeros = gl.zeros([64, HALF], gl.float32, acc_layout)
+        mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             if first_query >= 0:
                 parity = turn & 1
                 mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
-                q_left = q_tiles.index(parity).slice(0, HALF).permute((1, 0))
-                q_right = q_tiles.index(parity).slice(HALF, HALF).permute((1, 0))
-                for tile in range(done + ((group + done) & 1), done + tiles, 2):
-                    stage = tile & (STAGES - 1)
-                    slot = tile & (SLOTS - 1)
-                    mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-                    # While the second half of the queries is multiplied, the first is summed.
-                    left = warpgroup_mma(k_tiles.index(stage), q_left, zeros, use_acc=False, is_async=True)
-                    right = warpgroup_mma(k_tiles.index(stage), q_right, zeros, use_acc=False, is_async=True)
-                    left = warpgroup_mma_wait(1, deps=[left])
-                    left_sums = sums_in_lanes(_weighted(left, w_tiles.index(2 * parity)), BQ // 2, H)
-                    right = warpgroup_mma_wait(0, deps=[right])
-                    right_sums = sums_in_lanes(_weighted(right, w_tiles.index(2 * parity + 1)), BQ // 2, H)
-                    score = sums_of_lanes(left_sums, right_sums)  # [64, BQ]
-                    mbarrier.wait(slot_empty.index(slot), ((tile // SLOTS) & 1) ^ 1)
+                for t in range((group + done) & 1, tiles, 2):
+                    stage = (done + t) % STAGES
+                    slot = (done + t) % SLOTS
+                    mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
+                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
+                    acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
+                    k_tile = k_tiles.index(stage)
+                    q_tile = q_tiles.index(parity).permute((1, 0))
+                    acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
+                    mbarrier.arrive(my_turn.index(1 - group), count=1)
+                    mine += 1
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
+                    # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
+                    terms = (acc + gl.abs(acc)) * w[None, :]
+                    score = sum_over_heads(terms, BQ, H)  # [64, BQ]
+                    mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
                     slots.index(slot).permute((1, 0)).store(score)
                     barrier()
                     mbarrier.arrive(slot_full.index(slot), count=1)
@@ -260,13 +256,24 @@ if gluon is not None:
 
     @gluon.jit
     def _select_group(
-        inputs,
-        shared,
-        results,
+        q_desc,
+        weights,
+        k_scale,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        out,
+        redo,
+        lists,
+        buffers,
+        bars,
+        sizes,
+        topk,
+        width,
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
         HAS_SCALE: gl.constexpr,
@@ -275,12 +282,9 @@ if gluon is not None:
         CHECK: gl.constexpr,
         PERIOD: gl.constexpr,
     ):
-        q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists = inputs
-        buffers, bars, sizes = shared
-        out, redo, topk, width = results
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -296,19 +300,24 @@ if gluon is not None:
         pending = gl.full((), 0, gl.int32)
         pending_rows = gl.full((), 0, gl.int32)
         pending_first = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
         load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
         # One turn more than there are blocks, to finish the last.
         for turn in range(turns + 1):
             # All tiles of the block before last are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
             load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            first_row, real, first_slot, slot = visible_slots(
-                starts, first_keys, sizes, b, first_query, row, STRIDE, HAS_FIRST
-            )
+            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
+            first_row = b.to(gl.int64) * S + first_query
             block_lists = lists + (turn & 1) * (BQ * ROW)
             pending_lists = lists + ((turn + 1) & 1) * (BQ * ROW)
+            real = (first_query + row < S) & (first_query >= 0)
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
+            slot = gl.where(real, slot, -1)  # [BQ]
+            first_slot = gl.zeros([BQ], gl.int32, rows)
+            if HAS_FIRST:
+                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+                first_slot = gl.maximum(first_slot, 0)
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             if HAS_GUESS:
                 guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
@@ -340,7 +349,12 @@ if gluon is not None:
                 for side in gl.static_range(2):
                     score = score_left if side == 0 else score_right
                     key = begin + t * 64 + side * 32 + lane  # [32]
-                    keep = keys_above(score, key, bound, first_slot, slot, mask, b, T, HAS_FIRST, HAS_MASK)
+                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+                    if HAS_FIRST:
+                        keep = keep & (key[None, :] >= first_slot[:, None])
+                    if HAS_MASK:
+                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+                        keep = keep & (allowed != 0)[None, :]
                     rank, number = rank_in_warp(keep)
                     place = row_lists[:, None] + (count + rank)
                     gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
@@ -403,46 +417,6 @@ if gluon is not None:
             pending_first = first_row.to(gl.int32)
             done += tiles
 
-    @gluon.jit
-    def _third_group(
-        inputs,
-        shared,
-        results,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        HAS_SCALE: gl.constexpr,
-        HAS_GUESS: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-        PERIOD: gl.constexpr,
-        SAMPLING: gl.constexpr,
-    ):
-        if SAMPLING:
-            sample_group(
-                inputs, shared, results, H, BQ, CAPACITY, STRIDE, HAS_FIRST, HAS_MASK, HAS_SCALE, SLOTS, CHECK
-            )
-        else:
-            _select_group(
-                inputs,
-                shared,
-                results,
-                H,
-                BQ,
-                CAPACITY,
-                STRIDE,
-                HAS_FIRST,
-                HAS_MASK,
-                HAS_SCALE,
-                HAS_GUESS,
-                SLOTS,
-                CHECK,
-                PERIOD,
-            )
-
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
     def lightning_indexer_hopper_kernel(
         q_desc,
@@ -480,15 +454,17 @@ if gluon is not None:
         D: gl.constexpr = k_desc.block_type.shape[1]
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
-        w_tiles = gl.allocate_shared_memory(gl.float32, [4, BQ * H // 2], WEIGHTS_LAYOUT)
+        w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
         slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             # One arrival with the queries' bytes, one when the weights are written.
             mbarrier.init(q_full.index(i), count=2)
+            mbarrier.init(my_turn.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=1)
         for i in gl.static_range(SLOTS):
@@ -498,34 +474,90 @@ if gluon is not None:
         blocks = (S + BQ - 1) // BQ * B
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty)
-        inputs = (q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists)
-        shared = (buffers, bars, sizes)
-        gl.warp_specialize(
-            [
-                (
-                    _third_group,
+        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
+        if SAMPLING:
+            gl.warp_specialize(
+                [
                     (
-                        inputs,
-                        shared,
-                        (out, redo, topk, width),
-                        H,
-                        BQ,
-                        CAPACITY,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_MASK,
-                        HAS_SCALE,
-                        HAS_GUESS,
-                        SLOTS,
-                        CHECK,
-                        PERIOD,
-                        SAMPLING,
+                        sample_group,
+                        (
+                            q_desc,
+                            weights,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            mask,
+                            guesses,
+                            lists,
+                            buffers,
+                            bars,
+                            sizes,
+                            topk,
+                            H,
+                            BQ,
+                            CAPACITY,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_MASK,
+                            HAS_SCALE,
+                            SLOTS,
+                            CHECK,
+                        ),
                     ),
-                ),
-                (_score_group, (0, inputs, shared, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS)),
-                (_score_group, (1, inputs, shared, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS)),
-            ],
-            [4, 4],
-            [160, 160],
-        )
+                    (
+                        _score_group,
+                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                    (
+                        _score_group,
+                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                ],
+                [4, 4],
+                [160, 160],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (
+                        _select_group,
+                        (
+                            q_desc,
+                            weights,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            mask,
+                            guesses,
+                            out,
+                            redo,
+                            lists,
+                            buffers,
+                            bars,
+                            sizes,
+                            topk,
+                            width,
+                            H,
+                            BQ,
+                            CAPACITY,
+                            HAS_FIRST,
+                            HAS_MASK,
+                            HAS_SCALE,
+                            HAS_GUESS,
+                            SLOTS,
+                            CHECK,
+                            PERIOD,
+                        ),
+                    ),
+                    (
+                        _score_group,
+                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                    (
+                        _score_group,
+                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                ],
+                [4, 4],
+                [160, 160],
+            )

@@ -20,7 +20,7 @@ except (ImportError, AttributeError):
 SEARCH_TURNS = 10
 
 if gluon is not None:
-    from .lightning_indexer_blocks_gluon import block_of, keys_above, load_queries, visible_slots
+    from .lightning_indexer_blocks_gluon import block_of, load_queries
     from .lightning_indexer_select_gluon import float_of_ordered, ordered_int, rank_in_warp
 
     _SEARCH_TURNS = gl.constexpr(SEARCH_TURNS)
@@ -94,9 +94,18 @@ if gluon is not None:
 
     @gluon.jit
     def sample_group(
-        inputs,
-        shared,
-        results,
+        q_desc,
+        weights,
+        k_scale,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        lists,
+        buffers,
+        bars,
+        sizes,
+        rank,
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
@@ -108,12 +117,9 @@ if gluon is not None:
         CHECK: gl.constexpr,
     ):
         """The third warp group of a sampling pass, as the head of this file tells."""
-        q_desc, k_desc, weights, k_scale, starts, first_keys, mask, guesses, lists = inputs
-        buffers, bars, sizes = shared
-        out, redo, rank, width = results
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -128,9 +134,14 @@ if gluon is not None:
             b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            first_row, real, first_slot, slot = visible_slots(
-                starts, first_keys, sizes, b, first_query, row, STRIDE, HAS_FIRST
-            )
+            first_row = b.to(gl.int64) * S + first_query
+            real = (first_query + row < S) & (first_query >= 0)
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
+            slot = gl.where(real, slot, -1)  # [BQ]
+            first_slot = gl.zeros([BQ], gl.int32, rows)
+            if HAS_FIRST:
+                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+                first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(tiles):
@@ -145,7 +156,12 @@ if gluon is not None:
                     key = begin + t * 64 + side * 32 + lane  # [32]
                     if HAS_SCALE:
                         score *= gl.load(k_scale + b.to(gl.int64) * T + key, mask=key < T, other=0.0)[None, :]
-                    keep = keys_above(score, key, bound, first_slot, slot, mask, b, T, HAS_FIRST, HAS_MASK)
+                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+                    if HAS_FIRST:
+                        keep = keep & (key[None, :] >= first_slot[:, None])
+                    if HAS_MASK:
+                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+                        keep = keep & (allowed != 0)[None, :]
                     left, number = rank_in_warp(keep)
                     gl.store(row_lists[:, None] + (count + left), score.to(gl.int32, bitcast=True), mask=keep)
                     count += number

@@ -42,16 +42,20 @@ if gluon is not None:
 
         Only ties at it let more reach it. Found by interpolation.
         """
-        gl.static_assert(CAPACITY == 6144)
+        gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
         # n >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops around
         # this search, and spills.
         offset = gl.arange(0, 2048, layout=layout) + (n >> 24)
         key0 = _load_ordered(scores, 0, n, offset)
         key1 = _load_ordered(scores, 2048, n, offset)
-        key2 = _load_ordered(scores, 4096, n, offset)
+        key2 = key1
+        high = gl.maximum(key0, key1)
         low = gl.minimum(_unless(offset >= n, key0, 2147483647), _unless(2048 + offset >= n, key1, 2147483647))
-        low = gl.minimum(low, _unless(4096 + offset >= n, key2, 2147483647))
-        top = gl.max(gl.maximum(gl.maximum(key0, key1), key2), 0)
+        if CAPACITY == 6144:
+            key2 = _load_ordered(scores, 4096, n, offset)
+            high = gl.maximum(high, key2)
+            low = gl.minimum(low, _unless(4096 + offset >= n, key2, 2147483647))
+        top = gl.max(high, 0)
         least = gl.min(low, 0)
         # `inside` is reached by at least topk, `beyond` by fewer. Near the top scores thin out exponentially, so the
         # logarithm of their count falls evenly; `over` and `under` are how far it is from the goal at either end.
@@ -73,13 +77,16 @@ if gluon is not None:
                 high = gl.maximum(high, _unless(key1 >= beyond, key1, -2147483648))
                 low = _unless(key0 < inside, key0, 2147483647)
                 low = gl.minimum(low, _unless(key1 < inside, key1, 2147483647))
-                high = gl.maximum(high, _unless(key2 >= beyond, key2, -2147483648))
-                low = gl.minimum(low, _unless(key2 < inside, key2, 2147483647))
+                if CAPACITY == 6144:
+                    high = gl.maximum(high, _unless(key2 >= beyond, key2, -2147483648))
+                    low = gl.minimum(low, _unless(key2 < inside, key2, 2147483647))
                 inside = gl.min(low, 0)
                 beyond = gl.max(high, 0) + 1
                 trial = (inside >> 1) + (beyond >> 1) + (inside & beyond & 1)
             trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
-            number = (key0 >= trial).to(gl.int32) + (key1 >= trial).to(gl.int32) + (key2 >= trial).to(gl.int32)
+            number = (key0 >= trial).to(gl.int32) + (key1 >= trial).to(gl.int32)
+            if CAPACITY == 6144:
+                number += (key2 >= trial).to(gl.int32)
             count = gl.sum(number, 0)
             distance = gl.log2(gl.maximum(count.to(gl.float32), 0.5)) - goal
             # An end that stays twice pulls half as much (the Illinois rule).

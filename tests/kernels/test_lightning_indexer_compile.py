@@ -164,9 +164,8 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
         (32, 128, "bf16", False, False, 0),
         (32, 128, "bf16", True, False, 0),
         (32, 128, "fp8e4nv", False, False, 0),
-        # Numbers read once a block of queries.
-        pytest.param(64, 128, "bf16", False, False, 8, marks=pytest.mark.slow),
-        pytest.param(64, 128, "bf16", False, True, 24, marks=pytest.mark.slow),
+        pytest.param(64, 128, "bf16", False, False, 0, marks=pytest.mark.slow),
+        pytest.param(64, 128, "bf16", False, True, 0, marks=pytest.mark.slow),
         pytest.param(16, 64, "bf16", False, True, 0, marks=pytest.mark.slow),
         pytest.param(16, 64, "bf16", True, True, 0, marks=pytest.mark.slow),
         pytest.param(32, 128, "fp8e4nv", True, False, 0, marks=pytest.mark.slow),
@@ -177,5 +176,5 @@ def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(H, D, d
     assert kernel.metadata.shared <= TARGETS["sm90"][1] * 1024
     assert stack_bytes(kernel) <= spilled
     ptx = kernel.asm["ptx"]
-    product = "m64n128k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n128k16.f32.bf16"
+    product = "m64n256k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n256k16.f32.bf16"
     assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "cp.async.bulk.tensor.2d" in ptx
