@@ -36,6 +36,7 @@ from ..pattern_search.processes import Processes
 from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
+from .graphed_step import refuse_where_no_graphs_run
 from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
@@ -91,6 +92,7 @@ def run_distillation(
     quiet = monitor if processes.is_first else TrainingMonitor()
     if source.is_dense and not recipe.dense_steps:
         raise DistillationError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
+    refuse_where_no_graphs_run(recipe, run.device == "cpu", processes.count)
     if isinstance(source.opened, FolderSource):
         check_apart(source.opened.folder, run.output)
     tokenizer = load_tokenizer(source.location, revision=source.opened.revision, token=source.token)
