@@ -92,7 +92,10 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     document: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "results": results}
     # One process compiles what all need, and another scores what is there.
-    queue.put((WARM, first, rates[0]))
+    if options.no_warm:
+        warmed.set()
+    else:
+        queue.put((WARM, first, rates[0]))
     if not options.no_untrained:
         queue.put((UNTRAINED, first, rates[0]))
 
@@ -150,6 +153,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("test", help="windows to score on, with a recall mask")
     parser.add_argument("--output", type=Path, default=Path("distillation_quality.json"))
     parser.add_argument("--no-untrained", action="store_true", help="do not score the patterns as they are")
+    parser.add_argument("--no-warm", action="store_true", help="kernels are compiled already")
     parser.add_argument("--runs", nargs="+", default=["all"], choices=["all", *RUNS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1)
@@ -163,6 +167,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--attention", default=None, help="attn_implementation of the training")
     parser.add_argument("--cuda-graph", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--log-every", type=int, default=20)
     return parser
@@ -238,6 +243,9 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
     if run.anew:
         forget_indexers(model, seed)
     use_all_experts(model)
+    usual_attention = model.config._attn_implementation
+    if options.attention is not None:
+        model.set_attn_implementation(options.attention)
     model.to(device)
     if device == "cuda":
         take_whole_batches()
@@ -274,6 +282,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
             f"{time.monotonic() - started:.1f} s in all",
             flush=True,
         )
+    model.set_attn_implementation(usual_attention)
     last = score(model, test)
     return {
         **result,
