@@ -61,14 +61,14 @@ class Run:
 
 RUNS = {
     "uniform 1/4": Run("1/4"),
-    "uniform 1/4, longer": Run("1/4", longer=3, once=True),
+    "uniform 1/4, longer": Run("1/4", longer=2),
     "dense, uniform 1/2": Run("1/2", anew=True, longer=2, once=True),
     "all full": Run("1/1"),
     "uniform 1/4, no cross-layer": Run("1/4", cross_layer=False),
     "uniform 1/2": Run("1/2"),
     "uniform 1/2, no cross-layer": Run("1/2", cross_layer=False),
     "searched 1/4": Run("searched"),
-    "all full, longer": Run("1/1", longer=3, once=True, last=True),
+    "all full, longer": Run("1/1", longer=2, once=True, last=True),
 }
 SEARCHED = "FSFSSSSSSSSFFSSS"
 WARM, UNTRAINED = "warm", "untrained"
