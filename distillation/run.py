@@ -34,6 +34,7 @@ from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import short_window_warning
 from ..pattern_search.processes import Processes
 from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
+from .all_experts import use_all_experts
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
 from .graphed_step import refuse_where_no_graphs_run
@@ -213,6 +214,9 @@ def _train_stage(
         )
     if stage == SPARSE and recipe.lora_rank is not None and checkpoint is None:
         add_adapters(model, recipe.lora_rank)
+    if recipe.cuda_graph:
+        # Routing weights in fp32 looks at how many tokens go to each expert, which a graph cannot.
+        use_all_experts(model)
     freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:
