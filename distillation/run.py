@@ -35,6 +35,7 @@ from ..pattern_search.calibration import short_window_warning
 from ..pattern_search.processes import Processes
 from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
 from .all_experts import use_all_experts
+from .autocast_experts import use_autocast_experts
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
 from .graphed_step import refuse_where_no_graphs_run
@@ -217,6 +218,8 @@ def _train_stage(
     if recipe.cuda_graph:
         # Routing weights in fp32 looks at how many tokens go to each expert, which a graph cannot.
         use_all_experts(model)
+    elif recipe.precision == "bf16":
+        use_autocast_experts(model)
     freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:
