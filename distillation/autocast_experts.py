@@ -1,7 +1,7 @@
 """Routed experts in the dtype of autocast.
 
-Autocast does not know grouped products: under it, transformers' grouped experts multiply in the dtype of their weights.
-With a training's fp32 weights that is fp32, one expert after the other, waiting for the device before each.
+Autocast does not know grouped products: under it, transformers' grouped experts multiply in their weights' dtype. With
+the fp32 weights of a training that is fp32, one expert after the other, waiting for the device before them.
 """
 
 from __future__ import annotations
