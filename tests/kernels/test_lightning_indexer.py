@@ -63,6 +63,14 @@ def test_ties_go_to_the_smaller_index():
     assert torch.equal(got, torch.arange(5, dtype=torch.int32).expand(1, 4, 5))
 
 
+def test_selecting_by_sorting_is_the_same_with_ties_and_missing_keys():
+    scores = torch.randint(0, 6, (40, 30), generator=torch.Generator().manual_seed(3)).float()
+    scores[:5, 7:] = float("-inf")
+    scores[5] = float("-inf")
+    for topk in (1, 9, 30, 50):
+        assert torch.equal(reference.select_topk_by_sorting(scores, topk), reference.select_topk(scores, topk))
+
+
 def test_chunks_of_queries_give_what_the_whole_gives(monkeypatch):
     q, k, weights = inputs(2, 17, 30)
     whole = lightning_indexer(q, k, weights, 6)
