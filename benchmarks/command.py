@@ -12,7 +12,7 @@ import typer
 from ..evaluation.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
 
 if TYPE_CHECKING:
-    from .speed_run import Row
+    from .speed_plan import Row
 
 _WHAT = "What to measure"
 LENGTHS = {"cuda": (10_000, 60_000, 120_000, 200_000), "cpu": (512, 1024, 2048)}
@@ -61,6 +61,10 @@ def bench(
         list[int] | None, typer.Option(help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Calls; the best counts.", rich_help_panel=_WHAT)] = 2,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="JSON file that lists what to measure in which order instead.", rich_help_panel=_WHAT),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and page.")] = Path(
         "indexcache_bench"
     ),
@@ -82,6 +86,7 @@ def bench(
     import torch
 
     from .errors import BenchError
+    from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
     kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,14 +95,20 @@ def bench(
         raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
     if source is not None and (shape or experts or layers):
         raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
-    lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"])
+    if plan is not None and (length or pattern or cache or batch_size or peer or peer_length):
+        raise BenchError(
+            "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and peer"
+        )
+    lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"]) if plan is None else ()
     options = BenchOptions(
         source=source,
         shape=shape or ("30b" if kind == "cuda" else "tiny"),
         experts=experts,
         layers=layers,
         lengths=lengths,
-        patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"]))),
+        patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"])))
+        if plan is None
+        else (),
         input=input or ("random" if source else "drift"),
         ways=ways,
         decode_steps=decode_steps,
@@ -109,6 +120,7 @@ def bench(
         dtype=dtype,
         revision=revision,
         token=token,
+        rows=tuple(read_plan(plan)) if plan is not None else (),
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
     drawn = _draw(document, output, as_json) if pictures else []
@@ -129,7 +141,11 @@ def _line(row: Row, found: dict[str, Any], resumed: bool) -> None:
         f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, float) and name != "took_seconds"
     )
     shown = found.get("out_of_memory") or shown or f"took {found['took_seconds']} s"
-    way = f" {row.way}" * bool(row.way) + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
+    way = (
+        f" {row.way}" * bool(row.way)
+        + f" {row.input}" * bool(row.input)
+        + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
+    )
     mark = " (from the journal)" * resumed
     typer.echo(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
 

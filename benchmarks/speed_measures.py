@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 GIB = 2**30
 
@@ -48,7 +48,9 @@ class _Clock(LogitsProcessor):
         return scores
 
 
-def measure_generate(model: Any, ids: torch.Tensor, way: str, steps: int, repeats: int) -> dict[str, Any]:
+def measure_generate(
+    model: Any, ids: torch.Tensor, way: str, steps: int, repeats: int, prefill_chunk: int | None = None
+) -> dict[str, Any]:
     """`model.generate` after a prompt, batch 1, greedy: prefill and decoding.
 
     Args:
@@ -57,6 +59,7 @@ def measure_generate(model: Any, ids: torch.Tensor, way: str, steps: int, repeat
         way: `static` (`cache_implementation="static"`) or `dynamic` (what `generate` does unasked).
         steps: tokens to time, after 8 to warm up (recording or compilation included).
         repeats: calls; the first prefill of a kind compiles kernels.
+        prefill_chunk: tokens of the prompt at a time (`prefill_chunk_size`); None: all.
 
     Returns:
         `prefill_seconds`, from the call to the first token's logits, and `tokens_per_second` of decoding, the best
@@ -77,6 +80,7 @@ def measure_generate(model: Any, ids: torch.Tensor, way: str, steps: int, repeat
             pad_token_id=0,
             logits_processor=LogitsProcessorList([clock]),
             return_dict_in_generate=True,
+            prefill_chunk_size=prefill_chunk,
             **({"cache_implementation": "static"} if way == "static" else {}),
         )
         synchronize(device)
@@ -157,21 +161,22 @@ def captured(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def neighbour_overlap(model: Any, ids: torch.Tensor, rows: int = 256) -> list[float]:
-    """For each full layer, the mean share of a query's selection that the query before it selected too.
+def neighbour_overlap(model: Any, ids: torch.Tensor, cache: Any) -> dict[str, list[float]]:
+    """How far neighbouring queries agree, by full layer, measured on tokens `ids [1, n]` that go on from `cache`.
 
-    Of the last `rows` queries; empty when the input is no longer than the selection.
+    Returns:
+        `layers`: the mean share of a query's selection that the query before it selected too; `unions_of_4`: keys that
+        four adjacent queries select together, in selections of one. Empty when nothing need be left out.
     """
-    length = ids.shape[1]
-    rows = min(rows, length // 2)
-    cache = DynamicCache(config=model.config)
-    model(ids[:, :-rows], past_key_values=cache, logits_to_keep=1)
-    out = model(ids[:, -rows:], past_key_values=cache, logits_to_keep=1, output_topk_indices=True)
-    shares = []
+    out = model(ids, past_key_values=cache, logits_to_keep=1, output_topk_indices=True)
+    length = cache.get_seq_length()
+    found: dict[str, list[float]] = {"layers": [], "unions_of_4": []}
     for indices in out.topk_indices or ():
+        rows = indices.shape[1] // 4 * 4
+        slots = indices[0, :rows].long()
         chosen = torch.zeros(rows, length + 1, dtype=torch.bool, device=indices.device)
-        slots = indices[0].long()
-        chosen.scatter_(1, slots.masked_fill(slots < 0, length), True)
-        chosen = chosen[:, :length]
-        shares.append(float((chosen[1:] & chosen[:-1]).sum() / chosen[1:].sum()))
-    return shares
+        chosen = chosen.scatter_(1, slots.masked_fill(slots < 0, length), True)[:, :length]
+        found["layers"].append(float((chosen[1:] & chosen[:-1]).sum() / chosen[1:].sum()))
+        together = chosen.view(rows // 4, 4, length).any(1)
+        found["unions_of_4"].append(float(4 * together.sum() / chosen.sum()))
+    return found

@@ -75,16 +75,12 @@ SHAPE_TINY: dict[str, Any] = {
 SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
 
 
-def random_model(
-    shape: str, experts: int | None, device: torch.device, dtype: torch.dtype, layers: int | None = None
-) -> IndexCacheForCausalLM:
-    """A shape with random weights and every indexer, made on the device, see `let_neighbours_agree`.
+def random_config(shape: str, experts: int | None, layers: int | None) -> IndexCacheConfig:
+    """The config of a shape with every indexer.
 
     Args:
         shape: a key of `SHAPES`.
         experts: routed experts in place of the shape's; the work per token stays the same.
-        device: where to make it.
-        dtype: of its weights.
         layers: decoder layers in place of the shape's.
     """
     fields = dict(SHAPES[shape])
@@ -92,9 +88,16 @@ def random_model(
         fields["n_routed_experts"] = experts
     if layers is not None:
         fields["num_hidden_layers"] = layers
+    return IndexCacheConfig(**fields)
+
+
+def random_model(
+    shape: str, experts: int | None, layers: int | None, device: torch.device, dtype: torch.dtype
+) -> IndexCacheForCausalLM:
+    """`random_config`'s model with random weights, made on the device; see `let_neighbours_agree`."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = IndexCacheForCausalLM._from_config(IndexCacheConfig(**fields), dtype=dtype).eval()
+        model = IndexCacheForCausalLM._from_config(random_config(shape, experts, layers), dtype=dtype).eval()
     let_neighbours_agree(model)
     return model
 
@@ -109,35 +112,36 @@ def checkpoint_model(
     return model.to(device).eval()
 
 
-def peer_model(model: IndexCacheForCausalLM, pattern: str, device: torch.device) -> Any:
-    """Transformers' own `glm_moe_dsa` of the shape and dtype of `model`, with random weights.
+def peer_model(config: IndexCacheConfig, dtype: torch.dtype, pattern: str, device: torch.device) -> Any:
+    """Transformers' own `glm_moe_dsa` of our config's shape, with random weights.
 
     Its experts, attention and cache are transformers' defaults.
     """
     from transformers import GlmMoeDsaConfig, GlmMoeDsaForCausalLM
 
-    fields = model.config.to_dict()
+    fields = config.to_dict()
     for name in ("model_type", "architectures", "layer_types", "indexer_types", "transformers_version"):
         fields.pop(name, None)
-    config = GlmMoeDsaConfig(**{**fields, "indexer_types": SharePattern(pattern).indexer_types})
+    types = SharePattern(pattern).indexer_types
     torch.manual_seed(0)
     with torch.device(device):
-        peer = GlmMoeDsaForCausalLM._from_config(config, dtype=model.dtype).eval()
+        theirs = GlmMoeDsaConfig(**{**fields, "indexer_types": types})
+        peer = GlmMoeDsaForCausalLM._from_config(theirs, dtype=dtype).eval()
     let_neighbours_agree(peer)
     return peer
 
 
-def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, str]:
+def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
     """Patterns by name: the paper's for 47 layers, evenly spaced ones for others, or patterns spelled out.
 
     Args:
-        model: whose layers they cover; they may ask for no indexer that it lacks.
+        config: of the model whose layers they cover; they may ask for no indexer that it lacks.
         wanted: `all full`, `own` (the checkpoint's), a share such as `1/4`, or letters.
 
     Raises:
         BenchError: a name or pattern that does not fit the model.
     """
-    layers, own = model.config.num_hidden_layers, str(model.config.share_pattern)
+    layers, own = config.num_hidden_layers, str(config.share_pattern)
     found: dict[str, str] = {}
     for name in wanted:
         try:
@@ -162,8 +166,11 @@ def patterns_of(model: IndexCacheForCausalLM, wanted: list[str]) -> dict[str, st
 
 
 @torch.no_grad()
-def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float = 0.02) -> None:
+def let_neighbours_agree(model: Any, step: float = 0.01, position_weight: float = 0.02) -> None:
     """Let consecutive token ids select nearly the same keys, as neighbours in trained models do.
+
+    What layers add to the residual is scaled by `1 / sqrt(2 layers)`, as GPT-2 initialises: with the weights as they
+    are drawn, deep hidden states say little about the token.
 
     Args:
         model: with random weights; ours or transformers' glm_moe_dsa.
@@ -171,15 +178,19 @@ def let_neighbours_agree(model: Any, step: float = 0.03, position_weight: float 
         position_weight: weight of the index keys' RoPE entries against the others; random weights give position half
             of the say, and every step of a query then reorders its keys.
     """
+    residual = (2 * model.config.num_hidden_layers) ** -0.5
     for layer in model.model.layers:
         indexer = getattr(layer.self_attn, "indexer", None)
         if indexer is not None:
             indexer.k_norm.weight[: model.config.qk_rope_head_dim] = position_weight
+        for name, weight in layer.named_parameters():
+            if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
+                weight.mul_(residual)
     table = model.get_input_embeddings().weight
     table.copy_(drifting_walk(*table.shape, table.device, step) * table.float().std())
 
 
-def drifting_walk(rows: int, width: int, device: torch.device, step: float = 0.03) -> torch.Tensor:
+def drifting_walk(rows: int, width: int, device: torch.device, step: float) -> torch.Tensor:
     """fp32 `[rows, width]` of unit variance, each row a random step of relative size `step` from the one before."""
     generator = torch.Generator(device=device).manual_seed(1)
     walk = torch.randn(rows, width, device=device, generator=generator)

@@ -49,23 +49,27 @@ def tables(document: dict[str, Any]) -> list[Table]:
             found.append((f"Where the time goes, ms of one {way}", ["tokens", *used, "sum"], lines))
     overlaps = [row for row in rows if row["kind"] == "overlap" and row.get("layers")]
     if overlaps:
-        lines = [[f"{row['tokens']:,}", f"{min(row['layers']):.2f}", f"{max(row['layers']):.2f}"] for row in overlaps]
-        found.append(
-            ("Share of its keys that a query has in common with the one before", ["", "least", "most"], lines)
-        )
+        columns = ["", "least", "most", "union of 4, most"]
+        lines = [
+            [f"{row['tokens']:,}" + f", {row['input']} tokens" * bool(row.get("input"))]
+            + [f"{value:.2f}" for value in (min(row["layers"]), max(row["layers"]), max(row["unions_of_4"]))]
+            for row in overlaps
+        ]
+        found.append(("Share of its keys that a query has in common with the one before", columns, lines))
     return found
 
 
 def _table(title: str, rows: list[dict[str, Any]], names: list[str], value: str, digits: int) -> Table:
     """Lengths (and ways or batch sizes) down, patterns across, and how many times the first pattern's speed."""
-    keys = sorted({(row["tokens"], row["way"], row["batch"]) for row in rows})
-    cells = {(row["tokens"], row["way"], row["batch"], row["pattern"]): row for row in rows}
-    several_ways = len({way for _, way, _ in keys}) > 1
-    several_batches = len({batch for *_, batch in keys}) > 1
+    cells = {(*_key(row), row["pattern"]): row for row in rows}
+    keys = sorted({key[:-1] for key in cells})
+    several_ways = len({way for _, way, *_ in keys}) > 1
+    several_batches = len({batch for *_, batch, _ in keys}) > 1
     lines = []
     for key in keys:
-        tokens, way, batch = key
+        tokens, way, batch, given = key
         label = f"{tokens:,}" + (f", {way}" if several_ways else "") + (f", batch {batch or 'most'}" * several_batches)
+        label += f", {given} tokens" * bool(given)
         line = [label]
         first = cells.get((*key, names[0]), {}).get(value)
         for name in names:
@@ -79,6 +83,10 @@ def _table(title: str, rows: list[dict[str, Any]], names: list[str], value: str,
             line.append(text)
         lines.append(line)
     return title, ["tokens", *names], lines
+
+
+def _key(row: dict[str, Any]) -> tuple[int, str, int, str]:
+    return row["tokens"], row["way"], row["batch"], row.get("input", "")
 
 
 def write_page(document: dict[str, Any], pictures: list[tuple[str, Path]], path: Path) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from ..evaluation.journal import Journal
+from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
@@ -23,11 +25,15 @@ from .speed_measures import (
     measure_generate,
     neighbour_overlap,
 )
-from .speed_models import checkpoint_model, patterns_of, peer_model, prompt, random_model
+from .speed_models import checkpoint_model, patterns_of, peer_model, prompt, random_config, random_model
 from .speed_parts import breakdown
+from .speed_plan import OURS, PEER, Row
 
 JOURNAL_FILE, RESULT_FILE = "journal.jsonl", "bench.json"
-OURS, PEER = "indexcache", "transformers"
+# The peer has no memory for longer prompts at once and takes them in chunks, as `generate` offers.
+PEER_ONE_SHOT, PEER_CHUNK = 8192, 512
+# Queries behind the context whose selections are compared with one another.
+OVERLAP_QUERIES = 256
 
 
 @dataclass
@@ -48,6 +54,7 @@ class BenchOptions:
         parts: break the time down.
         peer_lengths: lengths at which transformers' own model runs beside ours.
         repeats: calls of `generate`, of which the best counts.
+        rows: what to measure in which order, in place of what `lengths` to `repeats` ask for.
     """
 
     source: str | None = None
@@ -67,18 +74,7 @@ class BenchOptions:
     dtype: str = "auto"
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement: `kind` generate, full cache, parts or overlap."""
-
-    kind: str
-    model: str
-    tokens: int
-    pattern: str
-    way: str = ""
-    batch: int = 1
+    rows: tuple[Row, ...] = ()
 
 
 class RowJournal(Journal):
@@ -135,38 +131,82 @@ def run_bench(
         "dtype": str(dtype).removeprefix("torch."),
     }
     journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
-    if options.source is not None:
-        model = checkpoint_model(options.source, device, dtype, options.revision, options.token)
-    else:
-        model = random_model(options.shape, options.experts, device, dtype, options.layers)
-    patterns = patterns_of(model, list(options.patterns))
-    _check_lengths(options, model)
-    bench = _Bench(options, journal, progress, model, patterns)
+    models = _Models(options, device, dtype)
+    wanted = list(options.patterns) + [row.pattern for row in options.rows]
+    patterns = patterns_of(models.config, list(dict.fromkeys(wanted)))
+    _check_lengths(options, models.config)
+
+    def write() -> dict[str, Any]:
+        document = _document(options, identity, models.config, patterns, journal)
+        partial = output / f"{RESULT_FILE}.partial"
+        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        partial.replace(output / RESULT_FILE)
+        return document
+
+    bench = _Bench(options, journal, progress, models, patterns)
     for row in bench.plan():
-        bench.measure(row)
-    document = _document(options, identity, model, patterns, journal)
-    bench.close()
-    path = output / RESULT_FILE
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return document
+        if bench.measure(row):
+            write()
+    journal.close()
+    return write()
+
+
+class _Models:
+    """Our model and transformers' own, one at a time where their weights are random."""
+
+    def __init__(self, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> None:
+        self.options, self.device, self.dtype = options, device, dtype
+        self._ours: Any = None
+        self._peer: tuple[str, Any] | None = None
+        if options.source is not None:
+            self._ours = checkpoint_model(options.source, device, dtype, options.revision, options.token)
+        self.config = self._ours.config if self._ours is not None else random_config(*self._shape)
+
+    @property
+    def _shape(self) -> tuple[str, int | None, int | None]:
+        return self.options.shape, self.options.experts, self.options.layers
+
+    def ours(self, pattern: str) -> Any:
+        """Our model, running `pattern`."""
+        self._peer = None
+        if self._ours is None:
+            _release(self.device)
+            self._ours = random_model(*self._shape, self.device, self.dtype)
+        self._ours.to(self.device).set_index_share_pattern(pattern)
+        return self._ours
+
+    def peer(self, pattern: str) -> Any:
+        """Transformers' own with random weights."""
+        if self._peer is None or self._peer[0] != pattern:
+            # Both would not fit at the lengths where they are compared.
+            self._peer = None
+            self._ours = None if self.options.source is None else self._ours.to("cpu")
+            _release(self.device)
+            self._peer = (pattern, peer_model(self.config, self.dtype, pattern, self.device))
+        return self._peer[1]
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class _Bench:
-    """Runs rows, keeping the model and its peer between them."""
+    """Runs rows."""
 
     def __init__(
-        self, options: BenchOptions, journal: RowJournal, progress: Progress, model: Any, patterns: dict
+        self, options: BenchOptions, journal: RowJournal, progress: Progress, models: _Models, patterns: dict
     ) -> None:
         self.options, self.journal, self.progress, self.patterns = options, journal, progress, patterns
-        self.model: Any = model
-        self.shape = model
-        self.peer: tuple[str, Any] | None = None
+        self.models = models
+        self._inspected: tuple[Any, dict[str, Any]] = (None, {})
 
     def plan(self) -> Iterator[Row]:
         """Rows in order: kernels are compiled at the shortest length, and a cut-off loses what matters least."""
         options, names = self.options, list(self.patterns)
+        if options.rows:
+            yield from options.rows
+            return
         lengths = sorted(set(options.lengths))
         for way in options.ways:
             for tokens in lengths:
@@ -176,7 +216,7 @@ class _Bench:
             for name in names:
                 yield Row("parts", OURS, lengths[-1], name, "prefill")
                 yield Row("parts", OURS, lengths[-1], name, "decode")
-        for tokens in lengths:
+        for tokens in reversed(lengths):
             yield Row("overlap", OURS, tokens, names[-1])
         for tokens in lengths:
             for batch in options.batch_sizes:
@@ -186,76 +226,60 @@ class _Bench:
             for tokens in sorted(set(options.peer_lengths)):
                 yield Row("generate", PEER, tokens, name, "dynamic")
 
-    def measure(self, row: Row) -> None:
-        """Measure a row unless the journal has it. Out of memory is a result."""
+    def measure(self, row: Row) -> bool:
+        """Measure a row unless the journal has it; whether it was measured. Out of memory is a result."""
         if row in self.journal.rows:
             self.progress(row, self.journal.rows[row], True)
-            return
+            return False
         start = time.perf_counter()
         try:
             found = self._measure(row)
         except torch.cuda.OutOfMemoryError as error:
             found = {"out_of_memory": str(error).split(". ")[0]}
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _release(self.models.device)
         found["took_seconds"] = round(time.perf_counter() - start, 2)
         self.journal.add_row(row, found)
         self.progress(row, found, False)
-
-    def close(self) -> None:
-        """Let go of the models and the file."""
-        self.journal.close()
-        self.model = self.peer = None
+        return True
 
     def _measure(self, row: Row) -> dict[str, Any]:
-        options = self.options
-        model = self._model(row)
+        options, pattern = self.options, self.patterns[row.pattern]
+        model = self.models.ours(pattern) if row.model == OURS else self.models.peer(pattern)
         if row.kind == "full cache":
             batch = row.batch or _largest_batch(model, row.tokens)
             if batch == 0:
                 return {"out_of_memory": "not one sequence fits beside the weights"}
             found = measure_full_cache_decode(model, row.tokens, batch, options.decode_steps)
             return {**found, "batch": batch}
-        ids = prompt(model, row.tokens, options.input)
+        kind = row.input or options.input
         if row.kind == "generate":
-            return measure_generate(model, ids, row.way, options.decode_steps, options.repeats)
-        if row.kind == "overlap":
-            return {"layers": neighbour_overlap(model, ids)}
-        return {"milliseconds": self._parts(model, ids, row.way)}
+            chunk = PEER_CHUNK if row.model == PEER and row.tokens > PEER_ONE_SHOT else None
+            ids, repeats = prompt(model, row.tokens, kind), row.repeats or options.repeats
+            return measure_generate(model, ids, row.way, options.decode_steps, repeats, chunk)
+        inspected = row.tokens, row.pattern, kind
+        if self._inspected[0] != inspected:
+            self._inspected = (None, {})
+            self._inspected = (inspected, _inspect(model, row.tokens, kind))
+        found = self._inspected[1]
+        return found["overlap"] if row.kind == "overlap" else {"milliseconds": found[row.way]}
 
-    @torch.no_grad()
-    def _parts(self, model: Any, ids: torch.Tensor, way: str) -> dict[str, float]:
-        cache = DynamicCache(config=model.config)
 
-        def prefill() -> None:
-            model(ids, past_key_values=cache, logits_to_keep=1)
+@torch.no_grad()
+def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
+    """Parts of a prefill and of a decoding step behind it, and how far the queries after them agree."""
+    steps = 7
+    ids = prompt(model, tokens + steps + OVERLAP_QUERIES, kind)
+    cache = DynamicCache(config=model.config)
 
-        if way == "prefill":
-            return breakdown(prefill, model.device)
-        prefill()
-        token = torch.full((1, 1), 7, device=model.device)
-        for _ in range(6):
-            model(token, past_key_values=cache)
-        return breakdown(lambda: model(token, past_key_values=cache), model.device)
+    def run(first: int, last: int) -> Callable[[], Any]:
+        return lambda: model(ids[:, first:last], past_key_values=cache, logits_to_keep=1)
 
-    def _model(self, row: Row) -> Any:
-        pattern = self.patterns[row.pattern]
-        if row.model == OURS:
-            self.model.set_index_share_pattern(pattern)
-            return self.model
-        if self.peer is None or self.peer[0] != pattern:
-            self.peer = None
-            if self.model is not None and self.model.device.type == "cuda":
-                # Both would not fit at the lengths where they are compared.
-                self.model.to("meta") if self.options.source is None else self.model.to("cpu")
-                torch.cuda.empty_cache()
-            self.peer = (pattern, peer_model(self.shape, pattern, self.device))
-        return self.peer[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where to measure."""
-        return torch.device(self.options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found: dict[str, Any] = {"prefill": breakdown(run(0, tokens), ids.device)}
+    for step in range(tokens, tokens + steps - 1):
+        run(step, step + 1)()
+    found["decode"] = breakdown(run(tokens + steps - 1, tokens + steps), ids.device)
+    found["overlap"] = neighbour_overlap(model, ids[:, tokens + steps :], cache)
+    return found
 
 
 def _largest_batch(model: Any, tokens: int) -> int:
@@ -277,37 +301,42 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _check_lengths(options: BenchOptions, model: Any) -> None:
-    longest = model.config.max_position_embeddings
-    for name, lengths in (("--length", options.lengths), ("--peer-length", options.peer_lengths)):
+def _check_lengths(options: BenchOptions, config: Any) -> None:
+    longest = config.max_position_embeddings
+    planned = tuple(row.tokens for row in options.rows)
+    for name, lengths in (
+        ("--length", options.lengths),
+        ("--peer-length", options.peer_lengths),
+        ("--plan: length", planned),
+    ):
         for tokens in lengths:
             if not 16 <= tokens <= longest:
                 raise BenchError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
     if options.source is not None and options.input == "drift":
         raise BenchError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
-    if not options.lengths:
+    if not options.lengths and not planned:
         raise BenchError("--length: give at least one context length")
-    family = model.config.source_model_type
-    if options.source is not None and options.peer_lengths and family not in (None, "glm_moe_dsa"):
+    family = config.source_model_type
+    peers = options.peer_lengths or any(row.model == PEER for row in options.rows)
+    if options.source is not None and peers and family not in (None, "glm_moe_dsa"):
         raise BenchError(f"--peer runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
 
 
 def _document(
-    options: BenchOptions, identity: dict[str, Any], model: Any, patterns: dict[str, str], journal: RowJournal
+    options: BenchOptions, identity: dict[str, Any], config: Any, patterns: dict[str, str], journal: RowJournal
 ) -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "transformers")}
     try:
         versions["triton"] = metadata.version("triton")
     except metadata.PackageNotFoundError:
         versions["triton"] = "none"
-    config = model.config
     return {
         "what": options.source or f"{options.shape} shape, random weights",
         **identity,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "versions": versions,
-        "backend": config._attn_implementation,
+        "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,
         "patterns": patterns,

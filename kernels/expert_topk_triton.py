@@ -1,4 +1,5 @@
-"""Routing in Triton: logits of a block of tokens in one matmul, then the k best by k rounds of maximum.
+"""Routing in Triton: logits of a block of tokens in one matmul, or of one token by reading the weight at full width;
+then the k best by k rounds of maximum.
 
 Half-precision products are exact in fp32 and summed there, so logits are what an fp32 matmul gives.
 """
@@ -15,6 +16,8 @@ except ImportError:
 
 # Scores of a block of tokens stay in registers.
 MAX_EXPERTS = 512
+# Up to so many tokens, and experts, each token is a program of its own, which holds so many weights at once.
+VECTOR_TOKENS, VECTOR_EXPERTS, VECTOR_TILE = 4, 64, 8192
 
 
 def expert_topk_triton(
@@ -29,6 +32,25 @@ def expert_topk_triton(
     if tokens == 0:
         return logits, weights, chosen
     padded = max(16, triton.next_power_of_2(experts))
+    if tokens <= VECTOR_TOKENS and padded <= VECTOR_EXPERTS:
+        expert_topk_vector_kernel[(tokens,)](
+            x if x.stride(1) == 1 else x.contiguous(),
+            weight.contiguous(),
+            bias,
+            logits,
+            weights,
+            chosen,
+            scaling,
+            x.stride(0),
+            E=experts,
+            EP=padded,
+            D=width,
+            K=k,
+            COLUMNS=VECTOR_TILE // padded,
+            NORMALISE=normalise,
+            num_warps=8,
+        )
+        return logits, weights, chosen
     few = tokens <= 512
     block = 16 if few or padded > 128 else 64
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -90,14 +112,62 @@ if triton is not None:
             w_tile = tl.load(w_ptr, mask=known & inside[:, None], other=0.0)  # [BLOCK_D, EP]
             total = tl.dot(x_tile, w_tile, acc=total)
         tl.store(logits + token[:, None] * E + expert[None, :], total, mask=real & known)
+        best, best_score = _best(total, bias, E, EP, K, NORMALISE)
+        slot = tl.arange(0, triton.next_power_of_2(K))
+        out = token[:, None] * K + slot[None, :]
+        inside = real & (slot < K)[None, :]
+        tl.store(weights + out, best_score * scaling, mask=inside)
+        tl.store(chosen + out, best.to(tl.int64), mask=inside)
+
+    @triton.jit
+    def expert_topk_vector_kernel(
+        x,
+        weight,
+        bias,
+        logits,
+        weights,
+        chosen,
+        scaling,
+        x_stride,
+        E: tl.constexpr,
+        EP: tl.constexpr,
+        D: tl.constexpr,
+        K: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NORMALISE: tl.constexpr,
+    ):
+        """Logits, weights and experts of one token."""
+        token = tl.program_id(0).to(tl.int64)
+        expert = tl.arange(0, EP)
+        known = expert < E
+        column = tl.arange(0, COLUMNS)
+        acc = tl.zeros([EP, COLUMNS], tl.float32)
+        for first in tl.static_range(0, D, COLUMNS):
+            inside = first + column < D
+            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
+            rows = weight + expert[:, None] * D + first + column[None, :]
+            acc += tl.load(rows, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+        total = tl.sum(acc, 1)[None, :]  # [1, EP]
+        tl.store(logits + token * E + expert[None, :], total, mask=known[None, :])
+        best, best_score = _best(total, bias, E, EP, K, NORMALISE)
+        slot = tl.arange(0, triton.next_power_of_2(K))
+        out = token * K + slot[None, :]
+        tl.store(weights + out, best_score * scaling, mask=(slot < K)[None, :])
+        tl.store(chosen + out, best.to(tl.int64), mask=(slot < K)[None, :])
+
+    @triton.jit
+    def _best(total, bias, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
+        """The K best experts by logits `total [N, EP]`, and their scores, `[N, K rounded up]` each."""
+        expert = tl.arange(0, EP)
+        known = (expert < E)[None, :]
         score = tl.sigmoid(total)
         gain = tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
         choice = tl.where(known, score + gain[None, :], float("-inf"))
         # NaN would match no maximum; an expert must be named all the same.
         choice = tl.where(choice == choice, choice, -1e30)
         slot = tl.arange(0, triton.next_power_of_2(K))
-        best = tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.int32)
-        best_score = tl.zeros([BLOCK, triton.next_power_of_2(K)], tl.float32)
+        best = tl.zeros([total.shape[0], triton.next_power_of_2(K)], tl.int32)
+        best_score = tl.zeros([total.shape[0], triton.next_power_of_2(K)], tl.float32)
         for i in tl.static_range(K):
             top = tl.max(choice, 1)
             winner = tl.min(tl.where(choice == top[:, None], expert[None, :], EP), 1)  # [BLOCK]
@@ -108,7 +178,4 @@ if triton is not None:
             choice = tl.where(is_winner, float("-inf"), choice)
         if NORMALISE:
             best_score = best_score / (tl.sum(best_score, 1)[:, None] + 1e-20)
-        out = token[:, None] * K + slot[None, :]
-        inside = real & (slot < K)[None, :]
-        tl.store(weights + out, best_score * scaling, mask=inside)
-        tl.store(chosen + out, best.to(tl.int64), mask=inside)
+        return best, best_score

@@ -18,8 +18,8 @@ from .routed_experts_triton import combine, experts_vector, gated, gather_rows, 
 _NAMESPACE = __name__.replace(".", "_")
 # Up to so many tokens the matrix-vector kernels are faster than sorting and grouping.
 VECTOR_TOKENS = 6
-# Largest temporaries of a block of tokens in the grouped matmuls, in bytes.
-BLOCK_BYTES = 256 * 2**20
+# Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail an expert.
+BLOCK_BYTES = 640 * 2**20
 
 Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -137,7 +137,7 @@ def _grouped(
     grouped_mm: Any = _grouped_mm()
     tokens, k = experts.shape
     count, inner = down.shape[0], down.shape[2]
-    step = max(1, BLOCK_BYTES // (x.element_size() * k * (2 * x.shape[1] + 3 * inner)))
+    step = block_tokens(x, k, inner)
     blocks = -(-tokens // step)
     # One sort by (block, expert) serves all blocks.
     token_block = torch.arange(tokens, device=x.device, dtype=torch.int32).div_(step, rounding_mode="floor")
@@ -162,6 +162,14 @@ def _grouped(
             always = F.linear(gated(F.linear(part, shared[0]), F.linear(part, shared[1])), shared[2])
         part_base = None if base is None else base[first:last]
         combine(routed, place[first:last], weights[first:last], always, part_base, out[first:last])
+        del routed, always, hidden
+
+
+def block_tokens(x: torch.Tensor, k: int, inner: int) -> int:
+    """Tokens of `x [T, D]` in a block, of `k` experts of `inner` width each."""
+    # The most at once: rows by expert and both halves of their projection, or these and the gated half.
+    row = x.element_size() * k * max(x.shape[1] + 2 * inner, 3 * inner)
+    return max(1, BLOCK_BYTES // row)
 
 
 def _on_triton(x: torch.Tensor) -> bool:

@@ -12,9 +12,10 @@ from functools import lru_cache
 
 import torch
 
+from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
-from .sparse_mla_triton import sparse_mla_triton, triton
+from .sparse_mla_triton import sparse_mla_merged, sparse_mla_triton, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -25,7 +26,7 @@ _MAX_HEADS, _MAX_TOPK, _MAX_WIDTH = 128, 8192, 576
 def sparse_mla(
     q: torch.Tensor,
     kv: torch.Tensor,
-    indices: torch.Tensor,
+    indices: torch.Tensor | MergedSelection,
     *,
     scale: float,
     value_dim: int,
@@ -37,7 +38,8 @@ def sparse_mla(
         q: absorbed queries of shape `[B, S, H, D]`: `[q_nope W_UK | rope(q_rope)]`; bf16, fp16, fp32 or fp64.
         kv: latents of shape `[B, T, D]`: `[c | rope(k_rope)]`, one row a token, shared by all heads.
         indices: int32 of shape `[B, S, K]`: slots in `kv`, -1 where a query has fewer keys (anywhere in the row).
-            Causality and padding are the caller's business: whatever is listed is read.
+            Causality and padding are the caller's business: whatever is listed is read. Or a `MergedSelection` of S
+            queries, without gradient and for the Triton kernels alone.
         scale: factor on the dot products.
         value_dim: leading entries of a latent that are its value.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
@@ -56,6 +58,8 @@ def sparse_mla(
     """
     if q.dim() != 4 or kv.dim() != 3 or q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1]:
         raise ValueError(f"q [B, S, H, D] and kv [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(kv.shape)}")
+    if isinstance(indices, MergedSelection):
+        return _attend_by_merged(q, kv, indices, scale, value_dim)
     if indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or indices.dtype != torch.int32:
         raise ValueError(f"indices must be int32 [B, S, K], got {indices.dtype} of {tuple(indices.shape)}")
     if not 0 < value_dim <= kv.shape[-1]:
@@ -67,6 +71,41 @@ def sparse_mla(
         if not torch.compiler.is_compiling():
             _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
+
+
+def merging_group(
+    like: torch.Tensor, heads: int, width: int, value_dim: int, queries: int, topk: int, slots: int
+) -> int:
+    """How many adjacent queries' selections `sparse_mla` would rather be given merged, see `MergedSelection`; 1: none.
+
+    Args:
+        like: any tensor of the queries' and latents' dtype and device.
+        heads: attention heads.
+        width: D of `sparse_mla`.
+        value_dim: of `sparse_mla`.
+        queries: S.
+        topk: K.
+        slots: T.
+    """
+    if not like.is_cuda:
+        return 1
+    q, kv = like.new_empty(1, 0, heads, width), like.new_empty(1, 0, width)
+    if _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is not None:
+        return 1
+    return merges_ahead(like.device, heads, queries, topk, slots)
+
+
+def _attend_by_merged(
+    q: torch.Tensor, kv: torch.Tensor, selection: MergedSelection, scale: float, value_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if selection.queries != q.shape[1] or selection.keys.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"the selection is of {selection.keys.shape[0]} x {selection.queries} queries, q is {tuple(q.shape)}"
+        )
+    if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
+        raise ValueError("merged selections have no gradient: give indices [B, S, K]")
+    keys, counts, group, _ = selection
+    return sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::sparse_mla", mutates_args=())

@@ -80,7 +80,7 @@ def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, own
 
 if gluon is not None:
 
-    @gluon.jit
+    @gluon.jit(do_not_specialize=["S", "lists", "lse_stride_b", "lse_stride_s"])
     def _sparse_mla_hopper_kernel(
         q,
         kv,

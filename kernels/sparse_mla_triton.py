@@ -26,7 +26,7 @@ except ImportError:
     triton = None
 
 LOG2_E = 1.4426950408889634
-# Queries of one launch: bounds the merged lists and their scratch memory (14 bytes a selected key).
+# Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
 
 
@@ -81,21 +81,58 @@ def sparse_mla_triton(
     splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, q.device)
     if splits > 1:
         return _decode(q, kv, indices, scale, out, lse, splits, tile)
-    step = max(1, QUERIES_PER_LAUNCH // B)
+    group = selection_group(q.device, H, S, indices.shape[-1], kv.shape[1])
+    step = max(1, _queries_per_launch(q.device, H, group) // B)
     for first in range(0, S, step):
         rows = slice(first, first + step)
-        _prefill(q[:, rows], kv, indices[:, rows], scale, out[:, rows], lse[:, rows], target)
+        keys, counts = indices[:, rows], None
+        if group > 1:
+            keys, counts = merge_key_lists(keys, group, kv.shape[1])
+        _prefill(q[:, rows], kv, keys, counts, group, scale, out[:, rows], lse[:, rows])
     return out, lse
 
 
-def _prefill(q, kv, indices, scale, out, lse, target) -> None:
-    _, S, H, D = q.shape
+def sparse_mla_merged(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    keys: torch.Tensor,
+    counts: torch.Tensor,
+    group: int,
+    scale: float,
+    value_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sparse_mla_triton`, from lists that `merge_key_lists` made of every `group` queries."""
+    B, S, H, _ = q.shape
+    out = q.new_empty(B, S, H, value_dim)
+    lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
+    if out.numel():
+        _prefill(q, kv, keys, counts.contiguous(), group, scale, out, lse)
+    return out, lse
+
+
+def selection_group(device: torch.device, heads: int, queries: int, topk: int, slots: int) -> int:
+    """Adjacent queries whose lists a prefill merges; 1: none."""
+    backend, arch = gpu_target(device)
+    if backend != "cuda" or arch not in GROUPING_ARCHITECTURES:
+        return 1
+    return group_size(heads, HOPPER_ROWS, queries, topk, slots)
+
+
+def queries_per_wave(device: torch.device, heads: int, group: int) -> int:
+    """Queries for which every multiprocessor runs one program of 64 rows."""
+    return max(1, _processors(device) * group // triton.cdiv(group * heads, HOPPER_ROWS))
+
+
+def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
+    """About `QUERIES_PER_LAUNCH`, in whole waves."""
+    wave = queries_per_wave(device, heads, group)
+    return triton.cdiv(QUERIES_PER_LAUNCH, wave) * wave
+
+
+def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
+    H, D = q.shape[2:]
+    target = gpu_target(q.device)
     on_hopper = target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1])
-    group, keys, counts = 1, indices, None
-    if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
-        group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
-    if group > 1:
-        keys, counts = merge_key_lists(indices, group, kv.shape[1])
     if not (on_hopper and _run_on_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))):
         _launch(q, kv, keys, counts, scale, out, lse, _tile(target, group * H, D), group, splits=1)
 

@@ -1,6 +1,6 @@
 """Linear layers of one or two tokens, as decoding has them: bound by reading the weights once.
 
-Several layers of the same input run in one launch.
+Several layers of the same input run in one launch, the RMSNorm before them and the residual behind them included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .vector_linear_triton import MAX_WEIGHTS, triton, vector_linear_triton
+from .rms_norm import rms_norm
+from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, triton, vector_linear_triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -18,17 +19,26 @@ _NAMESPACE = __name__.replace(".", "_")
 VECTOR_TOKENS = 2
 
 
-def vector_linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The outputs of one or several linear layers without bias, side by side.
+def vector_linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The outputs of one or several linear layers without bias, side by side: `base + rms_norm(x) W^T`.
 
     Args:
         x: `[T, D]`.
         weights: up to `MAX_WEIGHTS` of `[N_i, D]`.
+        norm: weight `[D]` of an RMSNorm that `x` has yet to pass, or None.
+        eps: of that norm.
+        base: `[T, N]` to add, or None.
 
     Returns:
         `[T, N]`, N the sum of N_i. No gradient flows.
     """
-    return _vector_linear(x, list(weights))
+    return _vector_linear(x, list(weights), norm, eps, base)
 
 
 def takes_vector_linear(x: torch.Tensor, *weights: torch.Tensor) -> bool:
@@ -44,18 +54,35 @@ def takes_vector_linear(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     )
 
 
-def vector_linear_reference(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+def vector_linear_reference(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Arguments and results as `vector_linear`, in PyTorch."""
-    return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    if norm is not None:
+        x = rms_norm(x, norm, eps, allow_triton=False)
+    out = torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    return out if base is None else base + out
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::vector_linear", mutates_args=())
-def _vector_linear(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+def _vector_linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm: torch.Tensor | None,
+    eps: float,
+    base: torch.Tensor | None,
+) -> torch.Tensor:
     if x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS:
-        return vector_linear_triton(x, weights)
-    return vector_linear_reference(x, weights)
+        if norm is not None and x.shape[1] > MAX_NORMED:
+            x, norm = rms_norm(x, norm, eps), None
+        return vector_linear_triton(x, weights, norm, eps, base)
+    return vector_linear_reference(x, weights, norm, eps, base)
 
 
 @_vector_linear.register_fake
-def _(x, weights):
+def _(x, weights, norm, eps, base):
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

@@ -11,19 +11,27 @@ except ImportError:
     triton = None
 
 MAX_WEIGHTS = 4
+# Widest rows that are normed: a program must hold all of one.
+MAX_NORMED = 2048
 # Weights that a program holds at once, in entries.
 TILE = 8192
 
 
-def vector_linear_triton(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
-    """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows."""
+def vector_linear_triton(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    base: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows, `MAX_NORMED` wide if normed."""
     tokens, width = x.shape
     sizes = [weight.shape[0] for weight in weights]
     total = sum(sizes)
     out = torch.empty(tokens, total, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    columns = min(2048, triton.next_power_of_2(width))
+    columns = min(MAX_NORMED, triton.next_power_of_2(width))
     rows = max(1, TILE // columns)
     padded = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     sizes += [0] * (MAX_WEIGHTS - len(weights))
@@ -33,7 +41,11 @@ def vector_linear_triton(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.
         x,
         *padded,
         out,
+        out if norm is None else norm,
+        out if base is None else base,
+        eps,
         x.stride(0),
+        0 if base is None else base.stride(0),
         *(weight.stride(0) for weight in padded),
         D=width,
         N0=sizes[0],
@@ -42,6 +54,8 @@ def vector_linear_triton(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.
         N3=sizes[3],
         ROWS=rows,
         COLUMNS=columns,
+        HAS_NORM=norm is not None,
+        HAS_BASE=base is not None,
         num_warps=4,
     )
     return out
@@ -57,7 +71,11 @@ if triton is not None:
         weight2,
         weight3,
         out,
+        norm,
+        base,
+        eps,
         x_stride,
+        base_stride,
         stride0,
         stride1,
         stride2,
@@ -69,6 +87,8 @@ if triton is not None:
         N3: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        HAS_BASE: tl.constexpr,
     ):
         """ROWS outputs of one token; the second grid axis counts the tiles of all weights."""
         token = tl.program_id(0).to(tl.int64)
@@ -104,6 +124,17 @@ if triton is not None:
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                # The whole row is here. Rounded where a norm of its own would.
+                value = (value * tl.rsqrt(tl.sum(value * value, 0) / D + eps)).to(dtype).to(tl.float32)
+                value = (
+                    (value * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+                )
             weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             acc += weight.to(tl.float32) * value[None, :]
-        tl.store(out + token * (N0 + N1 + N2 + N3) + target, tl.sum(acc, 1).to(dtype), mask=real)
+        total = tl.sum(acc, 1).to(dtype)
+        if HAS_BASE:
+            total = (total.to(tl.float32) + tl.load(base + token * base_stride + target, mask=real).to(tl.float32)).to(
+                dtype
+            )
+        tl.store(out + token * (N0 + N1 + N2 + N3) + target, total, mask=real)

@@ -19,13 +19,14 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import runs_expert_kernels
+from .feed_forward import is_foreign, runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
 
 # Steps in a row that must have found a cache where it was before it is captured.
 STEPS_BEFORE_CAPTURE = 2
 _ATTRIBUTE = "_indexcache_decode_graph"
+_ROWS = ("keys", "indexer_keys")
 _OUTPUTS = ("hidden_states", "attentions", "router_logits", "topk_indices")
 
 
@@ -45,12 +46,10 @@ class _Watch(NamedTuple):
 
 
 class _BufferLayer:
-    """One layer's buffers as a layer of fixed length, written at a position that the device knows."""
+    """One layer's memory as a layer of fixed length, written at a position that the device knows."""
 
-    def __init__(self, buffers: dict[str, Buffer], position: torch.Tensor) -> None:
-        self.keys = buffers["keys"].rows
-        self.indexer_keys = buffers["indexer_keys"].rows if "indexer_keys" in buffers else None
-        self.position = position
+    def __init__(self, keys: torch.Tensor, indexer_keys: torch.Tensor | None, position: torch.Tensor) -> None:
+        self.keys, self.indexer_keys, self.position = keys, indexer_keys, position
 
     def update(self, rows: torch.Tensor) -> torch.Tensor:
         return self.keys.index_copy_(2, self.position, rows)
@@ -127,14 +126,26 @@ class DecodeGraph:
     def capture(self, run_layers: Any, inputs: StepInputs) -> None:
         """Run the step once as it is and once to record it; both write what a replay writes."""
         self._load(inputs)
-        cache: Any = self.cache()
-        if not self.is_static:
-            cache = _BufferCache([_BufferLayer(buffers, self.position) for buffers in self.buffers])
+        rows: list[tuple[torch.Tensor, torch.Tensor | None]]
+        if self.is_static:
+            found: Any = self.cache()
+            rows = [(layer.keys, layer.indexer_keys) for layer in found.layers]
+        else:
+            rows = [(own["keys"].rows, own["indexer_keys"].rows if len(own) > 1 else None) for own in self.buffers]
+        cache = _BufferCache([_BufferLayer(*pair, self.position) for pair in rows])
+        # A static cache counts its rows on the device, each layer for itself and all alike.
+        lengths = [length for length, _ in self.lengths]
+        if lengths and len(set(torch.stack(lengths).tolist())) > 1:
+            raise RuntimeError("layers of the static cache hold different numbers of rows")
 
         def run() -> torch.Tensor:
-            start = cache.get_seq_length().clone() if self.is_static else self.position.squeeze(0)
-            visibility = KeyVisibility(start, self.key_mask)
-            return run_layers(self.hidden_states, self.position_ids, visibility, cache)
+            if lengths:
+                self.position.copy_(lengths[0])
+            visibility = KeyVisibility(self.position.squeeze(0), self.key_mask)
+            out = run_layers(self.hidden_states, self.position_ids, visibility, cache)
+            if lengths:
+                torch._foreach_add_(lengths, 1)
+            return out
 
         self.out, self.replay = record(run, self.rewind, self.hidden_states.device)
 
@@ -290,7 +301,7 @@ def _memory(cache: Any) -> tuple[int, ...] | None:
     for layer in cache.layers:
         if type(layer) not in (DynamicIndexedLayer, StaticIndexedLayer) or layer.keys is None:
             return None
-        for name, tensor in (("keys", layer.keys), ("indexer_keys", layer.indexer_keys)):
+        for name, tensor in zip(_ROWS, (layer.keys, layer.indexer_keys)):
             if tensor is None:
                 continue
             grows = type(layer) is DynamicIndexedLayer
@@ -308,19 +319,13 @@ def _capturable(model: Any, hidden_states: torch.Tensor) -> bool:
         return False
     for module in model.modules():
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module) or any(map(_is_foreign, hooks)):
+        if "forward" in vars(module) or any(map(is_foreign, hooks)):
             return False
     sparse = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "experts")]
     tokens = hidden_states.view(-1, hidden_states.shape[-1])
     return all(runs_expert_kernels(mlp, tokens) for mlp in sparse) and all(
         parameter.device == hidden_states.device for parameter in model.layers.parameters()
     )
-
-
-def _is_foreign(hook: Any) -> bool:
-    """Whether a hook is anything but transformers' own capturing, which is idle unless outputs are wanted."""
-    module = getattr(getattr(hook, "func", hook), "__module__", "")
-    return module != "transformers.utils.output_capturing"
 
 
 def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
@@ -343,7 +348,7 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
 
 def _buffers(layer: Any) -> dict[str, Buffer]:
     found = {}
-    for name in ("keys", "indexer_keys"):
+    for name in _ROWS:
         tensor = getattr(layer, name)
         if tensor is not None:
             buffer = buffer_of(layer, name, tensor, tensor.shape[-2] + 1)

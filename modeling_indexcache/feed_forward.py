@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.utils import output_capturing
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..kernels.routed_experts import unsupported_experts_reason
+from ..kernels.routed_experts import block_tokens, unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
 
@@ -46,16 +47,55 @@ def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(hidden_states.device.type)
         and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not is_watched(module)
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return bool(hooks) and (recording() or any(map(is_foreign, hooks)))
+
+
+def is_foreign(hook: Any) -> bool:
+    """Whether a hook is anything but transformers' own recorder of outputs."""
+    module = getattr(getattr(hook, "func", hook), "__module__", "")
+    return module != "transformers.utils.output_capturing"
+
+
+def recording() -> bool:
+    """Whether transformers' recorders record; True where this transformers does not say."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is None or collector.get() is not None
+
+
+def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`hidden_states += mlp(norm(hidden_states))`, `[..., hidden_size]`, in place and block by block of tokens."""
+    rows = hidden_states.view(-1, hidden_states.shape[-1])
+    blocks = -(-rows.shape[0] // _tokens_at_once(mlp, rows))
+    if blocks <= 1 or any(map(is_watched, (norm, *mlp.modules()))):
+        return mlp(norm(hidden_states), accumulate=hidden_states)
+    for part in rows.chunk(blocks):
+        mlp(norm(part), accumulate=part)
+    return hidden_states
+
+
+def _tokens_at_once(mlp: Any, hidden_states: torch.Tensor) -> int:
+    """Tokens whose temporaries in a feed-forward layer stay bounded."""
+    experts: Any = getattr(mlp, "experts", None)
+    if experts is None:
+        return _rows_at_once(hidden_states, mlp.gate_proj)
+    return block_tokens(hidden_states, mlp.config.num_experts_per_tok, experts.intermediate_dim)
 
 
 def row_blocks(x: torch.Tensor, wide: nn.Module) -> Iterator[torch.Tensor]:
     """Views of the rows of `x [..., D]`, so many at once that `wide`'s outputs for them stay bounded."""
-    rows = x.view(-1, x.shape[-1])
+    return iter(x.view(-1, x.shape[-1]).split(_rows_at_once(x, wide)))
+
+
+def _rows_at_once(x: torch.Tensor, wide: nn.Module) -> int:
     width = getattr(wide, "out_features", x.shape[-1])
-    return iter(rows.split(max(1, FEED_FORWARD_BLOCK_BYTES // (width * x.element_size()))))
+    return max(1, FEED_FORWARD_BLOCK_BYTES // (width * x.element_size()))
 
 
 def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:

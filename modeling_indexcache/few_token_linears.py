@@ -9,17 +9,54 @@ import torch
 from torch import nn
 
 from ..kernels.vector_linear import takes_vector_linear, vector_linear
+from .normalization import IndexCacheRMSNorm
 
 
-def linears(x: torch.Tensor, modules: Sequence[nn.Module], allow_triton: bool) -> Sequence[torch.Tensor]:
-    """Each module's output for `x [..., D]`; for one or two tokens on a GPU in one launch."""
+def linears(
+    x: torch.Tensor,
+    modules: Sequence[nn.Module],
+    allow_triton: bool,
+    norm: nn.Module | None = None,
+    base: torch.Tensor | None = None,
+) -> Sequence[torch.Tensor]:
+    """Each module's output for `x [..., D]`; for one or two tokens on a GPU in one launch.
+
+    Args:
+        x: `[..., D]`.
+        modules: linear layers.
+        allow_triton: use the Triton kernel where it takes these.
+        norm: an RMSNorm that `x` has yet to pass, or None.
+        base: what is added to the output of a single module, or None.
+    """
     if allow_triton and x.shape[:-1].numel() <= 2 and all(map(is_plain_linear, modules)):
         weights: list[Any] = [module.weight for module in modules]
         rows = x.reshape(-1, x.shape[-1])
         if all(module.bias is None for module in modules) and takes_vector_linear(rows, *weights):
-            out = vector_linear(rows, weights).view(*x.shape[:-1], -1)
+            gain: Any = None
+            eps: Any = 0.0
+            if norm is not None:
+                if is_plain_norm(norm) and norm.weight.dtype == x.dtype:
+                    gain, eps = norm.weight, norm.variance_epsilon
+                else:
+                    rows = norm(x).view_as(rows)
+            added = None if base is None else base.reshape(rows.shape[0], -1)
+            out = vector_linear(rows, weights, gain, eps, added).view(*x.shape[:-1], -1)
             return out.split([weight.shape[0] for weight in weights], dim=-1)
-    return [module(x) for module in modules]
+    if norm is not None:
+        x = norm(x)
+    outs = [module(x) for module in modules]
+    return outs if base is None else [base + outs[0]]
+
+
+def is_plain_norm(module: Any) -> bool:
+    """Whether an `IndexCacheRMSNorm` does nothing but norm by its weight."""
+    return (
+        type(module) is IndexCacheRMSNorm
+        and type(module.weight) is nn.Parameter
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and "forward" not in vars(module)
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -9,18 +9,25 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..kernels.index_keys import index_key_rows
 from ..kernels.indexer_quantization import quantized_rows
 from ..kernels.lightning_indexer import lightning_indexer
+from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate, rotate_into
 from .attention_backends import TRITON_ATTENTION
-from .few_token_linears import linears
+from .feed_forward import is_watched
+from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
 QUERY_BLOCK_BYTES = 512 * 2**20
+# Blocks are multiples of so many groups of queries, as many as a program of the kernel takes.
+QUERY_MULTIPLE = 8
 # Tokens whose hidden states are widened at once for fp32 head weights.
 WIDENED_TOKENS = 16384
+# From so many tokens on the fp32 weight is taken apart instead.
+LEAST_PARTED_TOKENS = 1024
 
 
 class IndexCacheIndexer(nn.Module):
@@ -61,34 +68,80 @@ class IndexCacheIndexer(nn.Module):
             int32 `[B, S, min(index_topk, T)]`, or None when no query can have more than `index_topk` keys: dense
             attention is exact then.
         """
-        batch, num_queries = hidden_states.shape[:2]
+        keys = self.append_keys(hidden_states, position_embeddings, past_key_values)
+        if self.selects_all(keys):
+            return visibility.every_index(q_resid.shape[1], keys.shape[1], keys.shape[0]) if return_all else None
+        chosen = self.choose(q_resid, self.head_weights(hidden_states), keys, position_embeddings, visibility)
+        assert isinstance(chosen, torch.Tensor)
+        return chosen
+
+    def append_keys(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: Cache | None,
+    ) -> torch.Tensor:
+        """Cache the new tokens' index keys; those of all slots, `[B, T, D_I]`."""
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         (k,) = linears(hidden_states, (self.wk,), allow_triton)
-        k = self._turn(self.k_norm(k), position_embeddings)
+        norm = self.k_norm
+        if type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not is_watched(norm):
+            turns = (*position_embeddings, self.interleaved)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton)
+        else:
+            k = self._turn(norm(k), position_embeddings)
         if self.config.indexer_fp8:
             k = quantized_rows(k, allow_triton)
-        keys = append_index_keys(past_key_values, k, self.layer_idx)
-        num_keys = keys.shape[1]
-        if num_keys <= self.index_topk:
-            return visibility.every_index(num_queries, num_keys, batch) if return_all else None
-        row_bytes = batch * self.n_heads * self.head_dim * hidden_states.element_size()
+        return append_index_keys(past_key_values, k, self.layer_idx)
+
+    def selects_all(self, keys: torch.Tensor) -> bool:
+        """Whether no query can have more than `index_topk` of `keys [B, T, D_I]`."""
+        return keys.shape[1] <= self.index_topk
+
+    def choose(
+        self,
+        q_resid: torch.Tensor,
+        weights: torch.Tensor,
+        keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        visibility: KeyVisibility,
+        group: int = 1,
+    ) -> torch.Tensor | MergedSelection:
+        """The selection of queries `[B, S, q_lora_rank]` with head weights `[B, S, H]` among keys `[B, T, D_I]`.
+
+        int32 `[B, S, index_topk]`, or with a `group` the lists of so many adjacent queries merged.
+        """
+        batch, num_queries = q_resid.shape[:2]
+        row_bytes = batch * self.n_heads * self.head_dim * q_resid.element_size()
         step = num_queries if torch.compiler.is_compiling() else max(1, QUERY_BLOCK_BYTES // row_bytes)
-        if step >= num_queries:
-            return self._select(hidden_states, q_resid, position_embeddings, keys, visibility)
-        chosen = k.new_empty(batch, num_queries, self.index_topk, dtype=torch.int32)
+        if step >= num_queries and group == 1:
+            return self._select(q_resid, weights, keys, position_embeddings, visibility)
+        # Blocks of equal size, and of whole groups.
+        blocks = -(-num_queries // step)
+        step = -(-num_queries // (blocks * group * QUERY_MULTIPLE)) * group * QUERY_MULTIPLE
+        device, merged = q_resid.device, None
+        chosen = torch.empty(0)
+        if group > 1:
+            merged = MergedSelection.empty(batch, num_queries, self.index_topk, group, device)
+        else:
+            chosen = torch.empty(batch, num_queries, self.index_topk, dtype=torch.int32, device=device)
         for first in range(0, num_queries, step):
             rows = slice(first, first + step)
             angles = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
             seen = visibility.of_queries(first, first + step)
-            chosen[:, rows] = self._select(hidden_states[:, rows], q_resid[:, rows], angles, keys, seen)
-        return chosen
+            selected = self._select(q_resid[:, rows], weights[:, rows], keys, angles, seen)
+            if merged is not None:
+                merged.fill(first, selected, keys.shape[1])
+            else:
+                chosen[:, rows] = selected
+        return chosen if merged is None else merged
 
     def _select(
         self,
-        hidden_states: torch.Tensor,
         q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        weights: torch.Tensor,
         keys: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
         visibility: KeyVisibility,
     ) -> torch.Tensor:
         """The selection of some queries among `keys [B, T, D_I]`."""
@@ -97,7 +150,7 @@ class IndexCacheIndexer(nn.Module):
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
         rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
-        return self.select(q, keys, self._head_weights(hidden_states), visibility, quantized_keys=True)
+        return self.select(q, keys, weights, visibility, quantized_keys=True)
 
     @torch.no_grad()
     def select(
@@ -140,18 +193,40 @@ class IndexCacheIndexer(nn.Module):
         weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype))
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
-    def _head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """fp32 `[B, S, H]`; a wider weight widens a block of tokens at a time."""
-        dtype = self.weights_proj.weight.dtype
+    def head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
+        module = self.weights_proj
+        dtype = module.weight.dtype
+        if not torch.compiler.is_compiling() and _multiplies_in_parts(hidden_states, module):
+            rows = hidden_states.flatten(0, -2)
+            # An fp32 number is the sum of three bf16 numbers, and their products with bf16 are exact in fp32.
+            high = module.weight.to(rows.dtype)
+            middle = (module.weight - high).to(rows.dtype)
+            low = (module.weight - high - middle).to(rows.dtype)
+            parts = torch.mm(rows, torch.cat((high, middle, low)).t(), out_dtype=dtype)
+            weights = parts.view(-1, 3, self.n_heads).sum(1).view(*hidden_states.shape[:-1], -1)
+            return weights * self.n_heads**-0.5
         blocks = [hidden_states]
         if dtype != hidden_states.dtype and not torch.compiler.is_compiling():
             blocks = hidden_states.split(WIDENED_TOKENS, dim=1)
-        weights = [self.weights_proj(block.to(dtype)).float() for block in blocks]
-        return (weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)) * self.n_heads**-0.5
+        made = [module(block.to(dtype)).float() for block in blocks]
+        return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
         return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
+
+
+def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:
+    """Whether an fp32 weight meets so many bf16 rows on a GPU that widening them would take long."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and linear.weight.dtype == torch.float32
+        and x.shape[:-1].numel() >= LEAST_PARTED_TOKENS
+        and is_plain_linear(linear)
+        and linear.bias is None
+    )
 
 
 def refuse_missing_indexers(config: IndexCacheConfig, missing_keys: Iterable[str], source: object) -> None:

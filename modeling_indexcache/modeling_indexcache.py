@@ -32,13 +32,13 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
-from ..kernels.sparse_mla import sparse_mla
+from .absorbed_attention import attend_absorbed
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import IndexCacheMLP, runs_expert_kernels, shared_linears, works_in_place
+from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears, works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
@@ -98,18 +98,20 @@ class IndexCacheAttention(nn.Module):
             position_embeddings: `(cos, sin)`, each `[B, S, R]`.
             visibility: which keys each query may see.
             past_key_values: the cache, updated in place.
-            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`.
+            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`,
+                or a `MergedSelection`.
             run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`; `overwrite_input` lets the output take the memory of
-                `hidden_states`; `indexer_training`.
+            **kwargs: `output_attentions`, `output_topk_indices`; `input_norm`, a module that `hidden_states` have yet
+                to pass; `residual`, what the output is added to, and `overwrite_residual`, whether it may be in place;
+                `merge_selection`, whether a `MergedSelection` may be returned; `indexer_training`.
 
         Returns:
             The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
             only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
         """
+        input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
         training: IndexerTraining | None = kwargs.get("indexer_training")
         if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
-            return_all = bool(kwargs.get("output_topk_indices"))
             out, topk_indices = attend_streamed(
                 self,
                 hidden_states,
@@ -118,10 +120,15 @@ class IndexCacheAttention(nn.Module):
                 past_key_values,
                 topk_indices,
                 run_indexer,
-                return_all,
-                bool(kwargs.get("overwrite_input")),
+                bool(kwargs.get("output_topk_indices")),
+                input_norm,
+                residual,
+                bool(kwargs.get("overwrite_residual")),
+                bool(kwargs.get("merge_selection")),
             )
             return out, None, topk_indices
+        if input_norm is not None:
+            hidden_states = input_norm(hidden_states)
         batch, num_queries = hidden_states.shape[:2]
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         q_resid: Any = None
@@ -161,36 +168,13 @@ class IndexCacheAttention(nn.Module):
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
-            out, lse = self._attend_selected(q_nope, q_rope, latents, topk_indices)
+            out, lse = attend_absorbed(self, q_nope, q_rope, latents, topk_indices)
         if training is not None:
             topk_indices = compare_attention(
                 self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
-        return out, weights, topk_indices
-
-    def _attend_selected(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, topk_indices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Absorbed form on the selected latents alone: `[B, S, H, V]` and lse `[B, S, H]`, cost S x K."""
-        to_latent, to_value = self._absorbed_weights()
-        batch, num_queries, heads, _ = q_nope.shape
-        row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
-        outs, lses = [], []
-        for first, last in chunks(num_queries, row_bytes):
-            q_latent = torch.einsum("bshn,hnc->bshc", q_nope[:, first:last], to_latent)
-            q_absorbed = torch.cat((q_latent, q_rope[:, first:last]), dim=-1)
-            out, lse = sparse_mla(
-                q_absorbed,
-                latents,
-                topk_indices[:, first:last],
-                scale=self.scaling,
-                value_dim=self.kv_lora_rank,
-                allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
-            )
-            outs.append(torch.einsum("bshc,hvc->bshv", out, to_value))
-            lses.append(lse)
-        return (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+        return out if residual is None else residual + out, weights, topk_indices
 
     def _attend_expanded(
         self,
@@ -318,20 +302,27 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """`[B, S, hidden_size]` to the same and the selection in use; `kwargs` as `IndexCacheAttention.forward`."""
-        # Nobody else reads what the norm makes, so that attention may write where it stood.
-        overwrite = works_in_place(self.self_attn, hidden_states) and works_in_place(
-            self.input_layernorm, hidden_states
-        )
-        attended, _, topk_indices = self.self_attn(
-            self.input_layernorm(hidden_states), overwrite_input=overwrite, **kwargs
-        )
-        hidden_states = hidden_states + attended
-        del attended
-        normed = self.post_attention_layernorm(hidden_states)
+        """`[B, S, hidden_size]` to the same and the selection in use.
+
+        `kwargs` as `IndexCacheAttention.forward`; `overwrite_hidden_states` lets the result take the input's memory.
+        """
+        overwrite = kwargs.pop("overwrite_hidden_states", False)
+        if works_in_place(self.self_attn, hidden_states):
+            # Norm and residual are handed over: what they make is freed early, or never made.
+            hidden_states, _, topk_indices = self.self_attn(
+                hidden_states,
+                input_norm=self.input_layernorm,
+                residual=hidden_states,
+                overwrite_residual=overwrite,
+                **kwargs,
+            )
+        else:
+            attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+            hidden_states = hidden_states + attended
+            del attended
         if works_in_place(self.mlp, hidden_states):
-            return self.mlp(normed, accumulate=hidden_states), topk_indices
-        return hidden_states + self.mlp(normed), topk_indices
+            return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -501,6 +492,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             position_ids = slots.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
+        # What a layer returns may be overwritten by the next where nobody watches them.
+        in_place = hidden_states.shape[1] > 1 and all(works_in_place(layer, hidden_states) for layer in self.layers)
         for layer_idx, layer in enumerate(self.layers):
             run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
@@ -512,6 +505,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
                 run_indexer=run_indexer,
+                merge_selection=True,
+                overwrite_hidden_states=in_place and layer_idx > 0,
                 **(kwargs or {}),
             )
             if traces is not None and kwargs and "indexer_training" in kwargs:

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from indexcache.benchmarks import speed_run
+from indexcache.benchmarks import speed_plan, speed_run
 from indexcache.benchmarks.speed_figures import paper_speed_ups, speed_ups
 from indexcache.benchmarks.speed_parts import PARTS, part_of_kernel
+from indexcache.benchmarks.speed_plan import Row, read_plan
 from indexcache.cli import app
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
@@ -47,6 +48,7 @@ def test_every_row_is_measured_and_written(run):
             assert row["tokens_per_second"] > 0
         if row["kind"] == "overlap":
             assert all(0 < share <= 1 for share in row["layers"])
+            assert all(1 <= union <= 4 for union in row["unions_of_4"])
     for name in ("speedup.png", "parts.png", "report.html"):
         assert (output / name).stat().st_size > 1000
 
@@ -91,6 +93,78 @@ def test_resume_measures_only_what_is_missing(run, monkeypatch):
     other = bench(*command, "--resume", "--input", "random")
     assert other.exit_code == 2
     assert "belongs to another benchmark (input: drift there, random now)" in " ".join(other.output.split())
+
+
+def test_a_plan_is_followed_in_its_order_and_on_disk_after_every_row(tmp_path, monkeypatch):
+    entries = [
+        {"kind": "generate", "model": "transformers", "tokens": [40], "patterns": ["FSSS", "all full"]},
+        {"kind": "generate", "tokens": [96], "patterns": ["all full"], "way": ["dynamic", "static"], "repeats": 2},
+        {"kind": "generate", "tokens": [96], "patterns": ["FSSS"], "input": "random"},
+        {"kind": "parts", "tokens": [96], "patterns": ["FSSS"]},
+        {"kind": "overlap", "tokens": [96], "patterns": ["FSSS"]},
+    ]
+    (tmp_path / "plan.json").write_text(json.dumps({"rows": entries}))
+    monkeypatch.setattr(speed_run, "PEER_ONE_SHOT", 16)
+    monkeypatch.setattr(speed_run, "PEER_CHUNK", 16)
+    inspected, written = [], []
+    inspect, measure = speed_run._inspect, speed_run._Bench.measure
+    monkeypatch.setattr(speed_run, "_inspect", lambda *a: inspected.append(a) or inspect(*a))
+
+    def noted(self, row):
+        measured = measure(self, row)
+        written.append(json.loads((tmp_path / "out" / "bench.json").read_text()) if written else None)
+        return measured
+
+    monkeypatch.setattr(speed_run._Bench, "measure", noted)
+    plan = ("--plan", tmp_path / "plan.json", "--output", tmp_path / "out")
+    finished = bench("--shape", "tiny", "--layers", 4, "--decode-steps", 4, "--repeats", 1, *plan, "--json")
+    assert finished.exit_code == 0, finished.output
+    document = json.loads(finished.stdout)
+    rows = document["rows"]
+    assert [(row["kind"], row["model"], row["pattern"], row["way"], row["input"]) for row in rows] == [
+        ("generate", "transformers", "FSSS", "dynamic", ""),
+        ("generate", "transformers", "all full", "dynamic", ""),
+        ("generate", "indexcache", "all full", "dynamic", ""),
+        ("generate", "indexcache", "all full", "static", ""),
+        ("generate", "indexcache", "FSSS", "static", "random"),
+        ("parts", "indexcache", "FSSS", "prefill", ""),
+        ("parts", "indexcache", "FSSS", "decode", ""),
+        ("overlap", "indexcache", "FSSS", "", ""),
+    ]
+    assert [len(row["all_prefill_seconds"]) for row in rows[:5]] == [1, 1, 2, 2, 1]
+    assert len(inspected) == 1
+    assert [len(earlier["rows"]) for earlier in written[1:]] == list(range(1, 8))
+    assert document["patterns"] == {"FSSS": "FSSS", "all full": "FFFF"}
+    assert "random tokens" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is not a JSON file of"),
+        ('{"rows": [{"kind": "generate", "tokens": [64]}]}', "entry 0"),
+        (
+            '{"rows": [{"kind": "speed", "tokens": [64], "patterns": ["1/4"]}]}',
+            "no such measurement: speed of indexcache",
+        ),
+        (
+            '{"rows": [{"kind": "parts", "tokens": [64], "patterns": ["1/4"], "way": "static"}]}',
+            "parts has no way static",
+        ),
+        ('{"rows": [{"kind": "generate", "tokens": [4], "patterns": ["1/4"]}]}', "--plan: length 4 must lie in"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(tmp_path, text, message):
+    (tmp_path / "plan.json").write_text(text)
+    refused = bench("--shape", "tiny", "--plan", tmp_path / "plan.json", "--output", tmp_path / "out")
+    assert refused.exit_code == 2, refused.output
+    assert message in " ".join(refused.output.split())
+
+
+def test_the_plan_of_the_published_figures_can_be_read():
+    rows = read_plan(Path(speed_plan.__file__).with_name("long_context_plan.json"))
+    assert rows[0] == Row("generate", "transformers", 32768, "all full", "dynamic", repeats=1)
+    assert len(rows) == len(set(rows)) > 30
 
 
 def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):

@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from indexcache.kernels import (
     absorbed_vector_triton,
     expert_topk_triton,
+    index_keys_triton,
     rms_norm_triton,
     rotary_triton,
     routed_experts_triton,
@@ -19,7 +20,7 @@ POINTERS = {
     **dict.fromkeys(("x", "out", "weight", "cos", "sin", "gate_up", "gate", "up", "hidden", "down"), "*bf16"),
     **dict.fromkeys(("shared_down", "base", "routed", "shared"), "*bf16"),
     **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
-    **dict.fromkeys(("weight0", "weight1", "weight2", "weight3"), "*bf16"),
+    **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "order", "place"), "*i64"),
 }
@@ -28,6 +29,12 @@ WIDTH, INNER = 2048, 1536
 CASES = {
     "norm": (rms_norm_triton.rms_norm_rope_kernel, dict(N=WIDTH, R=0, ROWS=2, BLOCK=2048, INTERLEAVED=False), 4, 3),
     "latent": (rms_norm_triton.rms_norm_rope_kernel, dict(N=512, R=64, ROWS=8, BLOCK=512, INTERLEAVED=True), 4, 3),
+    "index keys": (
+        index_keys_triton.index_key_kernel,
+        dict(D=128, R=64, ROWS=16, BLOCK=128, INTERLEAVED=True),
+        4,
+        3,
+    ),
     "rotate": (rotary_triton.rotate_kernel, dict(H=20, R=64, PAIRS=64, INTERLEAVED=True), 4, 3),
     "rotate halves": (rotary_triton.rotate_kernel, dict(H=64, R=64, PAIRS=64, INTERLEAVED=False), 4, 3),
     **{
@@ -46,6 +53,15 @@ CASES = {
             4 if experts <= 128 else 2,
         )
         for experts, few in ((64, True), (64, False), (160, False), (256, True))
+    },
+    **{
+        f"route one token, {experts} experts": (
+            expert_topk_triton.expert_topk_vector_kernel,
+            dict(E=experts, EP=experts, D=WIDTH, K=4, COLUMNS=8192 // experts, NORMALISE=True),
+            8,
+            3,
+        )
+        for experts in (16, 64)
     },
     "up": (
         routed_experts_triton.experts_up_vector_kernel,
@@ -73,7 +89,7 @@ CASES = {
     ),
     "linear": (
         vector_linear_triton.vector_linear_kernel,
-        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048),
+        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048, HAS_NORM=True, HAS_BASE=True),
         4,
         3,
     ),

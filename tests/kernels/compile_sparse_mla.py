@@ -79,6 +79,6 @@ def test_the_hopper_kernel_does_not_spill_and_uses_its_instructions(heads, group
 
 
 def test_merging_key_lists_compiles(group=3):
-    constants = {"GROUP": group, "OWNER_SHIFT": owner_shift(group), "BLOCK_K": 2048}
-    pointers = {"indices": "*i32", "packed": "*i32", "counts": "*i32", "gaps": "*i32", "scratch": "*i16"}
+    constants = {"K": 2048, "GROUP": group, "OWNER_SHIFT": owner_shift(group), "BLOCK_K": 2048}
+    pointers = {"indices": "*i32", "packed": "*i32", "counts": "*i32", "scratch": "*i16"}
     compile_kernel(_merge_key_lists_kernel, 90, constants, pointers, num_warps=16, maxnreg=64)

@@ -14,6 +14,8 @@ from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.expert_topk import expert_topk_reference
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.index_keys import index_key_rows
+from indexcache.kernels.index_keys_triton import index_key_rows_triton
 from indexcache.kernels.rms_norm import latent_rows, rms_norm
 from indexcache.kernels.rms_norm_triton import latent_rows_triton, rms_norm_triton
 from indexcache.kernels.rotary import rotate
@@ -52,6 +54,17 @@ def test_rms_norm(shape):
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("angle_batch", "width", "turned"), [(1, 40, 16), (2, 128, 64), (2, 32, 32)])
+def test_index_keys_of_strided_input(interleaved, angle_batch, width, turned):
+    k = (3 * torch.randn(2, 37, width + 20, dtype=DTYPE) + 1)[..., 2 : 2 + width]
+    weight, bias, turns = (*torch.randn(2, width, dtype=DTYPE), angles(angle_batch, 37, turned))
+    wide = (k.double(), weight.double(), bias.double(), 1e-6, *(t.double() for t in turns), interleaved)
+    got = index_key_rows_triton(k, weight, bias, 1e-6, *turns, interleaved)
+    plain = index_key_rows(k, weight, bias, 1e-6, *turns, interleaved, allow_triton=False)
+    assert_as_exact_as(got, plain, index_key_rows(*wide))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("angle_batch", [1, 2])
 def test_latent_rows_of_strided_input(interleaved, angle_batch):
     kv = torch.randn(2, 7, 60, dtype=DTYPE)[..., 2:58]
@@ -79,7 +92,10 @@ def test_rotation_into_a_slice_and_in_place(interleaved, angle_batch):
     assert torch.equal(x[..., 21:], before[..., 21:])
 
 
-@pytest.mark.parametrize(("tokens", "count", "k", "width"), [(1, 8, 2, 48), (70, 24, 3, 200), (600, 160, 8, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "count", "k", "width"),
+    [(1, 8, 2, 48), (3, 40, 4, 700), (9, 64, 4, 130), (70, 24, 3, 200), (600, 160, 8, 64)],
+)
 @pytest.mark.parametrize("normalise", [True, False])
 def test_routing(tokens, count, k, width, normalise):
     x, bias = torch.randn(tokens, width, dtype=DTYPE), torch.randn(count) * 0.1
@@ -98,8 +114,9 @@ def test_routing(tokens, count, k, width, normalise):
     torch.testing.assert_close(got, expected.gather(1, chosen_order)[same], atol=1e-5, rtol=1e-5)
 
 
-def test_routing_prefers_the_first_of_equal_experts_and_survives_nan():
-    x, bias = torch.ones(2, 16, dtype=DTYPE), torch.zeros(4)
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_routing_prefers_the_first_of_equal_experts_and_survives_nan(tokens):
+    x, bias = torch.ones(tokens, 16, dtype=DTYPE), torch.zeros(4)
     x[1] = float("nan")
     _, _, experts = expert_topk_triton(x, torch.ones(4, 16, dtype=DTYPE), bias, 2, 1.0, True)
     assert experts[0].tolist() == [0, 1]
@@ -156,6 +173,18 @@ def test_linear_layers_side_by_side(tokens, width, sizes):
     weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
     exact = vector_linear_reference(x.double(), [weight.double() for weight in weights])
     assert_as_exact_as(vector_linear_triton(x, weights), vector_linear_reference(x, weights), exact)
+
+
+@pytest.mark.parametrize(("tokens", "width", "sizes"), [(1, 700, (9, 30)), (2, 2048, (5,)), (2, 40, (13, 8, 3))])
+def test_linear_layers_behind_a_norm_and_before_a_residual(tokens, width, sizes):
+    x, norm = 3 * torch.randn(tokens, width, dtype=DTYPE), torch.randn(width, dtype=DTYPE)
+    weights = [torch.randn(size, width, dtype=DTYPE) / width**0.5 for size in sizes]
+    base = torch.randn(tokens, sum(sizes), dtype=DTYPE)
+    for arguments in ((norm, 1e-5, None), (None, 0.0, base), (norm, 1e-5, base)):
+        wide = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        exact = vector_linear_reference(x.double(), [weight.double() for weight in weights], *wide)
+        plain = vector_linear_reference(x, weights, *arguments)
+        assert_as_exact_as(vector_linear_triton(x, weights, *arguments), plain, exact)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from indexcache.kernels import merged_selection
 from indexcache.kernels import sparse_mla_triton as kernels
+from indexcache.kernels.merged_selection import MergedSelection
+from indexcache.kernels.sparse_mla import sparse_mla
 from indexcache.kernels.sparse_mla_reference import sparse_mla_reference
 from indexcache.kernels.sparse_mla_union_triton import merge_key_lists, owner_shift
 
@@ -82,6 +85,27 @@ def test_repeated_keys_count_as_often_as_they_are_listed():
     out, lse = torch.empty(1, 3, 4, 32, dtype=DTYPE), torch.empty(1, 3, 4)
     kernels._launch(q, kv, keys, counts, 0.2, out, lse, kernels.Tile(16, 16, 4, 2), 3, 1)
     assert_close((out, lse), q, kv, indices, 32, 0.2)
+
+
+@pytest.mark.parametrize("order", ["ascending", "scattered"])
+@pytest.mark.parametrize(("queries", "launch"), [(23, 7), (52, 30)])
+def test_lists_merged_ahead_block_by_block_serve_any_chunk_of_queries(monkeypatch, order, queries, launch):
+    monkeypatch.setattr(merged_selection, "QUERIES_PER_LAUNCH", launch)
+    monkeypatch.setattr(kernels, "QUERIES_PER_LAUNCH", 4)
+    q, kv, indices = problem(2, queries, 50, 20, 40, 17, order)
+    group = kernels.selection_group(q.device, 20, queries, 17, 50)
+    assert group == 3
+    selection = MergedSelection.empty(2, queries, 17, group, q.device)
+    selection.keys.fill_(-(2**31))
+    for first in range(0, queries, 39):
+        selection.fill(first, indices[:, first : first + 39], 50)
+    for first, last in ((0, 9), (9, queries), (0, queries)):
+        result = sparse_mla(q[:, first:last], kv, selection.of_queries(first, last), scale=0.2, value_dim=32)
+        assert_close(result, q[:, first:last], kv, indices[:, first:last], 32, 0.2)
+    with pytest.raises(ValueError, match="multiples of 3"):
+        selection.of_queries(4, 9)
+    with pytest.raises(ValueError, match="is of 2 x 6 queries"):
+        sparse_mla(q, kv, selection.of_queries(0, 6), scale=0.2, value_dim=32)
 
 
 @pytest.mark.parametrize("splits", [2, 5])

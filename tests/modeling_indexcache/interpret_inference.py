@@ -10,11 +10,12 @@ from grouped_mm_loop import grouped_mm
 from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 
-from indexcache.kernels import expert_topk, rms_norm, rotary, routed_experts
+from indexcache.kernels import expert_topk, index_keys, rms_norm, rotary, routed_experts
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.kernels.vector_linear_triton import vector_linear_triton
-from indexcache.modeling_indexcache import feed_forward, few_token_linears, inference_attention
+from indexcache.modeling_indexcache import feed_forward, few_token_linears, indexer, inference_attention
 
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
 DTYPE = torch.float16
@@ -35,6 +36,8 @@ def calls(monkeypatch):
     for module, name, value in (
         (rms_norm, "runs_triton", lambda *t: True),
         (rotary, "runs_triton", lambda *t: True),
+        (index_keys, "runs_triton", lambda *t: True),
+        (index_keys, "index_key_rows_triton", spied(ran, "index keys", index_keys.index_key_rows_triton)),
         (rms_norm, "rms_norm_triton", spied(ran, "norm", rms_norm.rms_norm_triton)),
         (rms_norm, "latent_rows_triton", spied(ran, "latents", rms_norm.latent_rows_triton)),
         (rotary, "rotate_into_triton", spied(ran, "rotate", rotary.rotate_into_triton)),
@@ -81,5 +84,26 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
     allowed = (plain - exact).abs().max()
     assert (fused - exact).abs().max() <= 2 * allowed
     assert (torch.cat(steps, dim=1) - exact[:, 5:]).abs().max() <= 2 * allowed
-    expected = {"norm", "latents", "rotate", "route", "experts of few", "experts of many", "linears"}
+    expected = {"norm", "latents", "index keys", "rotate", "route", "experts of few", "experts of many", "linears"}
     assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
+
+
+def test_shared_layers_attend_by_lists_merged_ahead(calls, monkeypatch):
+    model = tiny_model(index_share_pattern="FSSFF", num_hidden_layers=5, n_group=1)
+    ids = torch.randint(2, 96, (2, 50), generator=torch.Generator().manual_seed(1))
+    model.config._attn_implementation_internal = "triton"
+    merged = []
+    fill = MergedSelection.fill
+    monkeypatch.setattr(MergedSelection, "fill", lambda self, *a: (merged.append(a[0]), fill(self, *a))[1])
+    monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**13)
+    monkeypatch.setattr(inference_attention, "SPARSE_BLOCK_BYTES", 2**13)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert not merged
+        monkeypatch.setattr(inference_attention, "merging_group", lambda *_: 3)
+        got = model(ids).logits
+        assert merged == 3 * [0, 24, 48]  # three full layers
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        listed = model(ids, output_topk_indices=True)
+    assert len(listed.topk_indices) == 3 and listed.topk_indices[0].shape == (2, 50, 12)
+    assert merged == 3 * [0, 24, 48]

@@ -219,3 +219,17 @@ def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkey
         tokens = greedy(model, ids, cache_implementation=cache)
     assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
     assert torch.equal(tokens, without_graphs(model, ids))
+
+
+def test_static_layers_of_unequal_length_are_not_recorded(model, replays, ids):
+    cache = StaticCache(model.config, max_cache_len=40)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 22):
+            model(ids[:, i : i + 1], past_key_values=cache)
+        cache.layers[2].indexer_cumulative_length -= 1
+        with pytest.warns(UserWarning, match="hold different numbers of rows"):
+            model(ids[:, 22:23], past_key_values=cache)
+    assert not replays
+    lengths = [int(layer.cumulative_length) for layer in cache.layers]
+    assert lengths == [23] * 4 and int(cache.layers[2].indexer_cumulative_length) == 22

@@ -127,7 +127,8 @@ def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, b
     monkeypatch.setattr(
         sys.modules["indexcache.modeling_indexcache.indexer"], "lightning_indexer", spy(lightning_indexer)
     )
-    monkeypatch.setattr(sys.modules[type(model).__module__], "sparse_mla", spy(sparse_mla))
+    for name in ("absorbed_attention", "inference_attention"):
+        monkeypatch.setattr(sys.modules[f"indexcache.modeling_indexcache.{name}"], "sparse_mla", spy(sparse_mla))
     model.config._attn_implementation_internal = backend
     logits(model, ids)
     assert set(seen) == {allowed}

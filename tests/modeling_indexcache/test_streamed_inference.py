@@ -7,7 +7,9 @@ import torch
 from tiny_models import tiny_model
 from transformers import DynamicCache
 
+from indexcache.kernels import routed_experts
 from indexcache.modeling_indexcache import feed_forward, growing_cache, indexer, inference_attention
+from indexcache.modeling_indexcache.feed_forward import works_in_place
 
 PATTERN = "FSFS"
 
@@ -35,6 +37,7 @@ def test_blocks_of_a_few_tokens_equal_one_forward_with_gradient(any_model, ids, 
     monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**14)
     monkeypatch.setattr(indexer, "WIDENED_TOKENS", 3)
     monkeypatch.setattr(feed_forward, "FEED_FORWARD_BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(routed_experts, "BLOCK_BYTES", 2**13)
     mask, seen = None, torch.ones_like(ids, dtype=torch.bool)
     if mask_kind != "none":
         seen[1, :9] = False
@@ -60,8 +63,31 @@ def test_hidden_states_and_hooks_see_what_they_saw(model, ids):
     plain = model(ids, output_hidden_states=True)
     for got, expected in zip(out.hidden_states, plain.hidden_states):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    assert seen[1].shape == (3, 40, 48)  # whole, where somebody looks
     attended, fed = seen[0][0], seen[1]
     torch.testing.assert_close(out.hidden_states[2] + attended + fed, out.hidden_states[3], atol=1e-5, rtol=1e-5)
+
+
+def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, ids):
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(ids)
+        given = embedded.clone()
+        expected = model(ids).logits
+        torch.testing.assert_close(model(inputs_embeds=embedded).logits, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(embedded, given)
+        recorded = model(ids, output_hidden_states=True).hidden_states[2]
+        kept = recorded.clone()
+        model(ids)
+        assert torch.equal(recorded, kept)
+        assert works_in_place(model.model.layers[1], embedded)  # transformers' recorder stays, and is idle
+        seen = []
+        handle = model.model.layers[1].register_forward_hook(lambda *a: seen.append((a[2][0], a[2][0].clone())))
+        try:
+            assert not works_in_place(model.model.layers[1], embedded)
+            model(ids)
+        finally:
+            handle.remove()
+    assert torch.equal(*seen[0])
 
 
 def decoded(model, ids, cache, first):
