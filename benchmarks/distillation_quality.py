@@ -4,8 +4,8 @@ r"""What multi-layer distillation gives: quality by pattern, with and without it
         --output results.json --seeds 0 1 2 --jobs 6
 
 Every run trains the same number of steps from the same checkpoint and is scored on the test windows. `--jobs`
-processes share one GPU: a model of a few million parameters leaves most of it idle. Results are written as they come;
-behind `--deadline` seconds no run is begun that would not end before it.
+processes share the GPUs that are there: a model of a few million parameters leaves most of one idle. Results are
+written as they come; behind `--deadline` seconds no run is begun that would not end before it.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class Run:
 
 RUNS = {
     "uniform 1/4": Run("1/4"),
-    "uniform 1/4, longer": Run("1/4", longer=3, once=True),
+    "uniform 1/4, longer": Run("1/4", longer=2),
     "dense, uniform 1/2": Run("1/2", anew=True, longer=2, once=True),
     "all full": Run("1/1"),
     "uniform 1/4, no cross-layer": Run("1/4", cross_layer=False),
     "uniform 1/2": Run("1/2"),
     "uniform 1/2, no cross-layer": Run("1/2", cross_layer=False),
     "searched 1/4": Run("searched"),
-    "all full, longer": Run("1/1", longer=3, once=True, last=True),
+    "all full, longer": Run("1/1", longer=2, once=True, last=True),
 }
 SEARCHED = "FSFSSSSSSSSFFSSS"
 WARM, UNTRAINED = "warm", "untrained"
@@ -82,14 +82,22 @@ def main() -> None:
     first, rates = options.seeds[0], list(options.learning_rate)
     context = multiprocessing.get_context("spawn")
     queue, found = context.Queue(), context.Queue()
-    workers = [context.Process(target=work, args=(options, queue, found), daemon=True) for _ in range(options.jobs)]
+    warmed, gpus = context.Event(), torch.cuda.device_count()
+    workers = [
+        context.Process(target=work, args=(options, gpu_of(number, gpus), queue, found, warmed), daemon=True)
+        for number in range(options.jobs)
+    ]
     for worker in workers:
         worker.start()
     results: list[dict[str, Any]] = []
     document: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "results": results}
-    # While the first runs train their indexers, others compile what the sparse stage needs, and score what is there.
-    queue.put((WARM, first, rates[0]))
-    queue.put((UNTRAINED, first, rates[0]))
+    # One process compiles what all need, and another scores what is there.
+    if options.no_warm:
+        warmed.set()
+    else:
+        queue.put((WARM, first, rates[0]))
+    if not options.no_untrained:
+        queue.put((UNTRAINED, first, rates[0]))
 
     def take() -> bool:
         """Write down one result; False when a worker has left."""
@@ -144,6 +152,8 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("train", help="windows to train on: FILE.safetensors:NAME")
     parser.add_argument("test", help="windows to score on, with a recall mask")
     parser.add_argument("--output", type=Path, default=Path("distillation_quality.json"))
+    parser.add_argument("--no-untrained", action="store_true", help="do not score the patterns as they are")
+    parser.add_argument("--no-warm", action="store_true", help="kernels are compiled already")
     parser.add_argument("--runs", nargs="+", default=["all"], choices=["all", *RUNS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=1)
@@ -157,12 +167,26 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--schedule", default="cosine")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--attention", default=None, help="attn_implementation of the training")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay steps as CUDA graphs")
     parser.add_argument("--log-every", type=int, default=20)
     return parser
 
 
-def work(options: argparse.Namespace, queue: Any, found: Any) -> None:
+def gpu_of(job: int, gpus: int) -> str | None:
+    """The device that a job sees: the GPUs in turn, as they are numbered outside; None without any."""
+    if not gpus:
+        return None
+    outside = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = outside.split(",") if outside else [str(gpu) for gpu in range(gpus)]
+    return names[job % gpus]
+
+
+def work(options: argparse.Namespace, gpu: str | None, queue: Any, found: Any, warmed: Any) -> None:
     """One process: run what the queue gives, as long as there is time."""
+    if gpu is not None:
+        # Before anything touches CUDA.
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     deadline = time.monotonic() + options.deadline
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.jobs))
     if torch.cuda.is_available():
@@ -176,7 +200,10 @@ def work(options: argparse.Namespace, queue: Any, found: Any) -> None:
                 found.put({"untrained": score_untrained(options)}) if name == UNTRAINED else warm(options, rate)
             except Exception:
                 found.put({"run": name, "seed": seed, "failed": traceback.format_exc()})
+            if name == WARM:
+                warmed.set()
             continue
+        warmed.wait()
         longer = RUNS[name].longer
         if time.monotonic() + 0.9 * usual * longer > deadline:
             print(f"no time for {name}, seed {seed}", flush=True)
@@ -206,6 +233,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
         cross_layer=run.cross_layer,
         precision=options.precision,
         gradient_checkpointing=False,
+        cuda_graph=options.cuda_graph,
         seed=seed,
         log_every=options.log_every,
     )
@@ -215,6 +243,9 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
     if run.anew:
         forget_indexers(model, seed)
     use_all_experts(model)
+    usual_attention = model.config._attn_implementation
+    if options.attention is not None:
+        model.set_attn_implementation(options.attention)
     model.to(device)
     if device == "cuda":
         take_whole_batches()
@@ -251,6 +282,7 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
             f"{time.monotonic() - started:.1f} s in all",
             flush=True,
         )
+    model.set_attn_implementation(usual_attention)
     last = score(model, test)
     return {
         **result,
@@ -261,8 +293,8 @@ def train_one(options: argparse.Namespace, name: str, seed: int, rate: float) ->
 
 
 def warm(options: argparse.Namespace, rate: float) -> None:
-    """Compile the kernels of the sparse stage."""
-    few = argparse.Namespace(**{**vars(options), "dense_steps": 0, "sparse_steps": 2, "log_every": 1})
+    """Compile the kernels of both stages."""
+    few = argparse.Namespace(**{**vars(options), "dense_steps": 2, "sparse_steps": 2, "log_every": 2})
     train_one(few, "uniform 1/4", 0, rate)
 
 

@@ -31,6 +31,7 @@ class Case:
         call: the function timed, called with those inputs.
         check: returns None if the result is right, else what is wrong; called once with the first inputs.
         flops: useful floating-point operations of a call.
+        matmul: the ceiling that `flops` are judged by, `bf16_tflops` or `fp8_tflops`.
         bytes: bytes that a call must move through HBM.
         l2_bytes: bytes that it must move through L2 (gathers).
         copies: input sets rotated through while timing, so that inputs do not stay in L2 by accident.
@@ -42,6 +43,7 @@ class Case:
     call: Callable[..., Any]
     check: Callable[[tuple], str | None] | None = None
     flops: float = 0.0
+    matmul: str = "bf16_tflops"
     bytes: float = 0.0
     l2_bytes: float = 0.0
     copies: int = 2
@@ -154,7 +156,7 @@ def _rates(case: Case, ms: float, ceilings: dict[str, float]) -> dict[str, float
     """Rates reached, the time that the ceilings allow, and the share of it."""
     rates, floors = {}, [0.0]
     for amount, unit, ceiling in (
-        (case.flops, "tflops", "bf16_tflops"),
+        (case.flops, "tflops", case.matmul),
         (case.bytes, "hbm_tbs", "copy_tbs"),
         (case.l2_bytes, "l2_tbs", "gather_l2_tbs"),
     ):

@@ -83,22 +83,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--checkpoint", type=Path, help="a trained checkpoint to capture selections from")
     parser.add_argument("--windows", type=Path, help="safetensors with an ..ids tensor [N, L], for --checkpoint")
-    parser.add_argument("--output", type=Path, help="write a JSON here, anew after every group")
+    parser.add_argument("--output", type=Path, help="write a JSON here, anew after every case")
     options = parser.parse_args(arguments)
     if bool(options.checkpoint) != bool(options.windows):
         parser.error("--checkpoint and --windows go together")
     torch.manual_seed(0)
     ceilings = measure_ceilings()
-    print(ceilings)
-    groups = {name: GROUPS[name]() for name in options.groups}
+    print(ceilings, flush=True)
+    groups = {name: GROUPS[name]() for name in options.groups if name != "distillation"}
     if options.checkpoint:
         groups["captured"] = captured_cases(options.checkpoint, options.windows)
+    if "distillation" in options.groups:
+        groups["distillation"] = distillation.cases()
     records: list[dict[str, Any]] = []
     for name, cases in groups.items():
-        found = run_cases([case for case in cases if options.only in case.name], ceilings)
-        records += [{"group": name, **record} for record in found]
-        if options.output:
-            write_json(options.output, "python -m indexcache.benchmarks.kernels", ceilings, records)
+        for case in cases:
+            if options.only not in case.name:
+                continue
+            records += [{"group": name, **record} for record in run_cases([case], ceilings)]
+            if options.output:
+                write_json(options.output, "python -m indexcache.benchmarks.kernels", ceilings, records)
     return int(any("wrong" in record for record in records))
 
 

@@ -109,9 +109,10 @@ def prefill_case(L: int, H: int, S: int | None = None, fp8: bool = False) -> Cas
         call=_select_fp8 if fp8 else partial(_select, start),
         check=check_fp8 if fp8 else partial(check_case, query_start=start),
         flops=2.0 * HEAD_DIM * H * pairs,
+        matmul="fp8_tflops" if fp8 else "bf16_tflops",
         bytes=2.0 * HEAD_DIM * L + 4.0 * S * TOPK,
         copies=1,
-        info={"S": S, "L": L, "H": H, "D": HEAD_DIM, "topk": TOPK},
+        info={"S": S, "L": L, "H": H, "D": HEAD_DIM, "topk": TOPK, "dtype": "e4m3" if fp8 else "bf16"},
     )
 
 
@@ -142,7 +143,7 @@ def cases() -> list[Case]:
     """Every case of the group."""
     prefill = [prefill_case(L, 32) for L in (8192, 32768, 65536, 200_000)]
     prefill += [prefill_case(L, 64) for L in (32768, 65536, 200_000)]
-    prefill += [prefill_case(200_000, 32, fp8=True)]
+    prefill += [prefill_case(L, 32, fp8=True) for L in (32768, 65536, 200_000)] + [prefill_case(200_000, 64, fp8=True)]
     chunks = [prefill_case(200_000, 32, S=S) for S in (512, 4096)]
     decode = [decode_case(B, 200_000, 32) for B in (1, 8, 64)]
     return prefill + chunks + decode + [decode_case(1, 8192, 32, slots=200_000), decode_case(1, 65536, 32)]

@@ -36,13 +36,18 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4608)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record-share", type=float, default=RECORD_SHARE, help="of the windows, with records")
     options = parser.parse_args()
-    ids = recall_windows(options.corpus, options.tokenizer, options.windows, options.seqlen, options.seed)
+    ids = recall_windows(
+        options.corpus, options.tokenizer, options.windows, options.seqlen, options.seed, options.record_share
+    )
     save_file({"train_ids": ids.to(torch.int16) if int(ids.max()) < 2**15 else ids}, options.output)
     print(f"{options.output}: {tuple(ids.shape)}")
 
 
-def recall_windows(corpus: Path, tokenizer: Path, count: int, seqlen: int, seed: int) -> torch.Tensor:
+def recall_windows(
+    corpus: Path, tokenizer: Path, count: int, seqlen: int, seed: int, record_share: float = RECORD_SHARE
+) -> torch.Tensor:
     """`count` windows int32 `[count, seqlen + 1]` from randomly drawn training documents."""
     from tokenizers import Tokenizer
 
@@ -55,7 +60,7 @@ def recall_windows(corpus: Path, tokenizer: Path, count: int, seqlen: int, seed:
     stream = tokens_of(documents, encoder, end, needed)
     rows, at = [], 0
     for _ in range(count):
-        records = _records(random_, encoder) if random_.random() < RECORD_SHARE else []
+        records = _records(random_, encoder) if random_.random() < record_share else []
         spare = sum(len(note) + len(question) for note, question in records)
         length = seqlen + 1 - spare
         if at + length > len(stream):

@@ -101,6 +101,14 @@ def distill(
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Less memory, more time.", rich_help_panel=_STAGES)
     ] = True,
+    cuda_graph: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graph",
+            help="Replay steps as CUDA graphs: for small models, whose kernels take longer to start than to run.",
+            rich_help_panel=_STAGES,
+        ),
+    ] = False,
     lora_rank: Annotated[
         int | None,
         typer.Option(
@@ -185,6 +193,7 @@ def distill(
         max_grad_norm=max_grad_norm,
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
+        cuda_graph=cuda_graph,
         lora_rank=lora_rank,
         seed=seed,
         log_every=log_every,

@@ -11,6 +11,7 @@ Legend: B batch, S queries, K keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -42,7 +43,14 @@ def multi_layer_loss(kl: torch.Tensor, pattern: SharePattern, cross_layer: bool 
         pattern: which layers run their indexer.
         cross_layer: see `layer_weights`.
     """
-    return (kl * layer_weights(pattern, cross_layer).to(kl)).sum()
+    return (kl * _weights_like(pattern, cross_layer, kl.device, kl.dtype)).sum()
+
+
+@lru_cache(maxsize=64)
+def _weights_like(pattern: SharePattern, cross_layer: bool, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """`layer_weights` on a device, copied there once: a copy waits for what the device is doing."""
+    with torch.inference_mode(False):
+        return layer_weights(pattern, cross_layer).to(device, dtype)
 
 
 def averaged_target(attention: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -38,6 +38,7 @@ class Recipe:
         max_grad_norm: gradients are clipped to this norm.
         precision: `bf16` (autocast, weights and optimiser in fp32) or `fp32`.
         gradient_checkpointing: run layers again in the backward pass of the sparse stage.
+        cuda_graph: replay a step's forward, loss and backward as one CUDA graph (`graphed_step.py`).
         lora_rank: train low-rank adapters in place of all weights but the indexers'; None trains the weights.
         seed: of new indexers and of the order of windows.
         log_every: steps between log entries.
@@ -63,6 +64,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     precision: str = "bf16"
     gradient_checkpointing: bool = True
+    cuda_graph: bool = False
     lora_rank: int | None = None
     seed: int = 0
     log_every: int = 10
@@ -96,6 +98,25 @@ class Recipe:
             raise DistillationError(f"--schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
         if self.precision not in ("bf16", "fp32"):
             raise DistillationError(f"--precision must be bf16 or fp32 (got {self.precision!r})")
+        if self.cuda_graph:
+            self._check_graph()
+
+    def _check_graph(self) -> None:
+        """A graph holds whole steps of one kind, in memory."""
+        if self.gradient_checkpointing:
+            raise DistillationError(
+                "--cuda-graph keeps a step's activations, --gradient-checkpointing drops them: give "
+                "--no-gradient-checkpointing, or leave out --cuda-graph"
+            )
+        if self.accumulation > 1:
+            raise DistillationError(
+                f"--cuda-graph holds a whole step: give --accumulation 1 (got {self.accumulation}) with a larger "
+                "--batch-size, or leave out --cuda-graph"
+            )
+        if self.isolate_documents:
+            raise DistillationError(
+                "--cuda-graph cannot look where documents begin: leave it out, or --isolate-documents"
+            )
 
     @property
     def stages(self) -> list[str]:

@@ -34,8 +34,11 @@ from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import short_window_warning
 from ..pattern_search.processes import Processes
 from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
+from .all_experts import use_all_experts
+from .autocast_experts import use_autocast_experts
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
+from .graphed_step import refuse_where_no_graphs_run
 from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
@@ -91,6 +94,7 @@ def run_distillation(
     quiet = monitor if processes.is_first else TrainingMonitor()
     if source.is_dense and not recipe.dense_steps:
         raise DistillationError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
+    refuse_where_no_graphs_run(recipe, run.device == "cpu", processes.count)
     if isinstance(source.opened, FolderSource):
         check_apart(source.opened.folder, run.output)
     tokenizer = load_tokenizer(source.location, revision=source.opened.revision, token=source.token)
@@ -211,6 +215,11 @@ def _train_stage(
         )
     if stage == SPARSE and recipe.lora_rank is not None and checkpoint is None:
         add_adapters(model, recipe.lora_rank)
+    if recipe.cuda_graph:
+        # Routing weights in fp32 looks at how many tokens go to each expert, which a graph cannot.
+        use_all_experts(model)
+    elif recipe.precision == "bf16":
+        use_autocast_experts(model)
     freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:

@@ -6,7 +6,9 @@ checkpoints with optimiser, schedule, data order and random state.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..modeling_indexcache.indexer_training import IndexerTraining
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .adapters import save_adapters
 from .errors import DistillationDiverged
+from .graphed_step import GraphedSteps, refuse_where_no_graphs_run
 from .losses import group_means, multi_layer_loss
 from .recipe import DENSE, SPARSE, Recipe
 
@@ -71,6 +74,8 @@ def training_arguments(stage: str, recipe: Recipe, output: Path, use_cpu: bool =
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=not use_cpu,
+        # Batches are copied while the GPU is still at the step before.
+        accelerator_config={"non_blocking": not use_cpu},
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         use_cpu=use_cpu,
@@ -115,14 +120,18 @@ class DistillationTrainer(Trainer):
         self.stage, self.recipe, self.check_every = stage, recipe, check_every
         self.pattern: SharePattern = model.config.share_pattern
         self.tokens_in_step: torch.Tensor | int = 1
+        self._found: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._micro_batches = 0
+        self._flops: dict[torch.Size, int] = {}
         self._start_loss: list[float] = []
         super().__init__(model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         # Progress is the monitor's business.
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
+        refuse_where_no_graphs_run(recipe, args.device.type != "cuda", self.accelerator.num_processes)
+        self._graphs: GraphedSteps | None = None
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -152,7 +161,7 @@ class DistillationTrainer(Trainer):
         loss = self.recipe.kl_weight * kl
         if outputs.loss is not None:
             loss = loss + outputs.loss * processes
-        self._note(outputs, kl, share, processes)
+        self._found = _found(outputs, kl, share, processes)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(
@@ -163,10 +172,33 @@ class DistillationTrainer(Trainer):
         Raises:
             DistillationDiverged: on all processes at once.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.recipe.cuda_graph:
+            loss = self._graphed_step(model, inputs, num_items_in_batch)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._note()
         if self.state.global_step % self.check_every == 0:
             self._check(loss)
         return loss
+
+    def _graphed_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """`Trainer.training_step` from a CUDA graph; steps that measure recall have one of their own."""
+        if self._graphs is None:
+            self._graphs = GraphedSteps(functools.partial(self._run_step, model), model.parameters)
+        given = {**inputs, "num_items_in_batch": num_items_in_batch, "tokens_in_step": self.tokens_in_step}
+        found = dict(self._graphs.step(given, self._logs_this_step()))
+        loss = found.pop("loss").clone()
+        self._found = found
+        return loss
+
+    def _run_step(self, model: nn.Module, given: dict[str, Any], logs: Hashable) -> dict[str, torch.Tensor]:
+        """What a graph captures: the loss, and what the log wants to know, with gradients at the parameters."""
+        inputs = dict(given)
+        num_items_in_batch, self.tokens_in_step = inputs.pop("num_items_in_batch"), inputs.pop("tokens_in_step")
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return {"loss": loss, **self._found}
 
     def _check(self, loss: torch.Tensor) -> None:
         worst = self.accelerator.reduce(loss.detach().float(), "sum")
@@ -195,7 +227,9 @@ class DistillationTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """As Trainer counts targets, count the tokens whose divergence is averaged."""
-        tokens = torch.tensor(float(sum(_real_tokens(batch) for batch in batch_samples)), device=device)
+        count = float(sum(_real_tokens(batch) for batch in batch_samples))
+        # Filled there: a copy would wait for the device.
+        tokens = torch.full((), count, device=device)
         self.tokens_in_step = self.accelerator.reduce(tokens, "sum")
         return super()._get_num_items_in_batch(batch_samples, device)
 
@@ -205,14 +239,10 @@ class DistillationTrainer(Trainer):
         return (self.state.global_step + 1) % self.args.logging_steps == 0
 
     @torch.no_grad()
-    def _note(self, outputs: Any, kl: torch.Tensor, share: torch.Tensor | float, processes: int) -> None:
-        found = {"kl": kl, "layers": outputs.indexer_kl * share}
-        if outputs.loss is not None:
-            found["lm_loss"] = outputs.loss * processes
-        if outputs.attention_recall is not None:
-            found["recall"] = outputs.attention_recall * share
-        for name, value in found.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+    def _note(self) -> None:
+        """Add what the last micro-batch found to the sums of the next log entry."""
+        for name, value in self._found.items():
+            self._sums[name] = self._sums.get(name, 0) + value
         self._micro_batches += 1
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -263,6 +293,13 @@ class DistillationTrainer(Trainer):
         )
         return self.optimizer
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As `Trainer.floating_point_ops`; the model's weights are counted once, not at every step."""
+        shape = inputs["input_ids"].shape
+        if shape not in self._flops:
+            self._flops[shape] = super().floating_point_ops(inputs)
+        return self._flops[shape]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As `Trainer._save`; with adapters what is trained alone."""
         if self.recipe.lora_rank is None or self.stage == DENSE:
@@ -278,6 +315,16 @@ class DistillationTrainer(Trainer):
         """
         if any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _found(outputs: Any, kl: torch.Tensor, share: torch.Tensor | float, processes: int) -> dict[str, torch.Tensor]:
+    """A micro-batch's part of a log entry."""
+    found = {"kl": kl, "layers": outputs.indexer_kl * share}
+    if outputs.loss is not None:
+        found["lm_loss"] = outputs.loss * processes
+    if outputs.attention_recall is not None:
+        found["recall"] = outputs.attention_recall * share
+    return {name: value.detach().float() for name, value in found.items()}
 
 
 def _real_tokens(inputs: dict[str, Any]) -> int | float:

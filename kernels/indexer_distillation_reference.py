@@ -192,5 +192,9 @@ def _in_chunks(
     blocks = []
     for first in range(0, S, chunk):
         arguments = (*(x[:, first : first + chunk] for x in chunked), *whole)
-        blocks.append(checkpoint(function, *arguments, use_reentrant=False) if needs_grad else function(*arguments))
+        blocks.append(
+            checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+            if needs_grad
+            else function(*arguments)
+        )
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)

@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from .indexer_quantization import quantize_for_scoring, scaled_back
+from .indexer_quantization import quantize_for_scoring, quantized_rows
 from .lightning_indexer_reference import lightning_indexer_reference
 from .lightning_indexer_triton import hopper_takes, lightning_indexer_triton, unsupported_reason
 
@@ -29,6 +29,7 @@ def lightning_indexer(
     key_start: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     fp8: bool = False,
+    quantized_keys: bool = False,
     allow_triton: bool = True,
 ) -> torch.Tensor:
     """Select for each query the `topk` visible keys of largest `sum_h weights[h] * relu(scale * q[h] . k)`.
@@ -48,8 +49,9 @@ def lightning_indexer(
             sequence). Default: 0.
         key_mask: bool of shape `[B, T]`, False for padding. `[B, S, T]` (a mask for each query) is accepted by the
             PyTorch path.
-        fp8: score e4m3 queries and keys (`indexer_quantization.py`), so far in bf16 arithmetic. It differs a
-            little from the selection by unquantised scores, not from backend to backend.
+        fp8: score e4m3 queries and keys (`indexer_quantization.py`). The selection differs a little from that by
+            unquantised scores, not from backend to backend.
+        quantized_keys: with `fp8`, `k` holds rows of `quantized_rows` already: a cache quantises each key once.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
     Returns:
@@ -64,43 +66,44 @@ def lightning_indexer(
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q, k, weights, k_scale = q.detach(), k.detach(), weights.detach(), None
-    if fp8:
-        q, q_scale = quantize_for_scoring(q)
-        k, k_scale = quantize_for_scoring(k)
-        weights = weights.float() * q_scale
-    return _lightning_indexer(q, k, k_scale, weights, topk, scale, query_start, key_start, key_mask, allow_triton)
+    q, k, weights = q.detach(), k.detach(), weights.detach()
+    if fp8 and not quantized_keys:
+        k = quantized_rows(k, allow_triton)
+    return _lightning_indexer(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::lightning_indexer", mutates_args=())
 def _lightning_indexer(
     q: torch.Tensor,
     k: torch.Tensor,
-    k_scale: torch.Tensor | None,
     weights: torch.Tensor,
     topk: int,
     scale: float,
     query_start: torch.Tensor,
     key_start: torch.Tensor | None,
     key_mask: torch.Tensor | None,
+    fp8: bool,
     allow_triton: bool,
 ) -> torch.Tensor:
-    if k_scale is not None:
-        if q.is_cuda and allow_triton and hopper_takes(q, k, topk):
-            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start, k_scale)
-        q, k = scaled_back(q, k, k_scale, torch.bfloat16 if q.is_cuda and allow_triton else torch.float32)
+    reason = None
     if q.is_cuda and allow_triton:
         reason = unsupported_reason(q, k, topk, scale, key_mask)
-        if reason is None:
-            return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start)
-        if reason not in _warned:
+        if reason and reason not in _warned:
             _warned.add(reason)
             warnings.warn(f"lightning_indexer runs in PyTorch, not in Triton: {reason}", stacklevel=2)
+    in_triton = q.is_cuda and allow_triton and reason is None
+    if fp8:
+        q, q_scale = quantize_for_scoring(q, allow_triton)
+        weights = weights.float() * q_scale
+        if not (in_triton and hopper_takes(q, k, topk)):
+            q = q.to(k.dtype)
+    if in_triton:
+        return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start)
     return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask, key_start)
 
 
 @_lightning_indexer.register_fake
-def _(q, k, k_scale, weights, topk, scale, query_start, key_start, key_mask, allow_triton):
+def _(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton):
     return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 

@@ -57,7 +57,9 @@ if gluon is not None:
         BQ: gl.constexpr,
     ):
         """Start to copy a block's queries, and write its weights, into the buffers of the turn's parity."""
-        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0]))
+        # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
+        zero = turn >> 24
+        column = gl.arange(0, BQ * H, layout=gl.BlockedLayout([2], [32], [4], [0])) + zero
         if first_query >= 0:
             parity = turn & 1
             first_row = b * S + first_query

@@ -18,8 +18,8 @@ try:
 except ImportError:
     triton = None
 
-# Score slab in bytes: it should stay in L2.
-SLAB_BYTES = 48 * 2**20
+# Score slab in bytes: little more than L2 holds. 64 rows of 200K keys in one took 1.334 ms, in two of 48 MiB 1.374.
+SLAB_BYTES = 64 * 2**20
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048
@@ -59,6 +59,8 @@ def indexer_score_slab(
     config = score_config(S, H, D)
     rows = max(1, SLAB_BYTES // (4 * T))
     batches = max(1, min(B, rows // S))
+    # Slabs of equal size: a last one of few rows would leave the device idle.
+    batches = -(-B // -(-B // batches))
     queries = S if rows >= S else max(config["BQ"], rows // config["BQ"] * config["BQ"])
     pieces = -(-T // PIECE_KEYS)
     slab_rows = batches * queries
@@ -269,7 +271,7 @@ if triton is not None:
                 expected = TOPK.to(tl.float32) * SAMPLE / n.to(tl.float32)
                 rank = (expected + 5.0 * tl.sqrt(expected) + 4.0).to(tl.int32)
                 if rank < SAMPLE:
-                    kth, _ = kth_largest(sample, stratum >= 0, rank, rank // 4)
+                    kth, _ = kth_largest(sample, rank, rank // 4)
                     guess = float_of_ordered(kth)
             key = first + tl.arange(0, PIECE)
             score = tl.load(scores + key, mask=key < n, other=float("-inf"))

@@ -19,6 +19,7 @@ import torch
 
 from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
 from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sum_over_heads
+from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
 
 try:
@@ -43,12 +44,13 @@ KEY_STAGES = 4
 SCORE_SLOT_QUERIES = 128
 # Tiles between two looks at the lists' lengths.
 CHECK_TILES = 16
+# Tiles at least between two rows of the block before that are finished.
+ROW_TILES = 8
 SAMPLE_STRIDE = 32
-# The product of e4m3 tiles compiles, but no card has checked it yet: until then such scores are made in bf16, exactly.
-MULTIPLY_E4M3 = False
+# False: e4m3 queries are scored in bf16, exactly as well.
+MULTIPLY_E4M3 = True
 # Lists of fewer than this many keys need no guess.
 LIST_KEYS = 6144
-SAMPLE_LIST_KEYS = 4096
 # Entries behind a list's scores and keys: what is known of it (a multiple of 4 keeps rows aligned).
 LIST_EXTRA = 16
 # Below this top-k a list holds so many times its keys that cuts are rare without a guess.
@@ -56,15 +58,17 @@ LEAST_GUESSED_TOPK = 1024
 
 
 def hopper_supports(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
-    """Whether the kernel takes these tensors: 16, 32 or 64 heads of width 64 or 128, rows at multiples of 16 bytes."""
+    """Whether the kernel takes these tensors: 16, 32 or 64 heads of width 64 or 128, rows at multiples of 16 bytes.
+
+    Keys for e4m3 queries may still be in a wider dtype.
+    """
     B, S, H, D = q.shape
     T = k.shape[1]
     return (
         gluon is not None
         and H in (16, 32, 64)
         and D in (64, 128)
-        and k.dtype == q.dtype
-        and (q.dtype != torch.float8_e4m3fn or MULTIPLY_E4M3)
+        and (MULTIPLY_E4M3 if q.dtype == torch.float8_e4m3fn else k.dtype == q.dtype)
         and q.is_contiguous()
         and q.data_ptr() % 16 == 0
         and k.data_ptr() % 16 == 0
@@ -72,6 +76,11 @@ def hopper_supports(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
         and (B == 1 or k.stride(0) == T * k.stride(1))
         and topk + CHECK_TILES * TILE_KEYS < LIST_KEYS
     )
+
+
+def sample_list_keys(BQ: int) -> int:
+    """Scores in a list of a sampling pass: half is room for what comes between two looks at the lengths."""
+    return 512 if BQ <= 8 else 256
 
 
 def guess_rank(topk: int) -> int:
@@ -129,9 +138,13 @@ def _launch(
     B, S, H, D = q.shape
     T = k.shape[1]
     BQ = COLUMNS // H
-    capacity = SAMPLE_LIST_KEYS if sampling else LIST_KEYS
-    # Of this block and the one before, for each row: bits of fp32 scores, keys, then their number and the first bound.
-    lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
+    if sampling:
+        capacity = sample_list_keys(BQ)
+        lists = torch.empty(programs, BQ, capacity, dtype=torch.int32, device=q.device)
+    else:
+        capacity = LIST_KEYS
+        # Of this block and the one before, for each row: bits of fp32 scores, keys, their number and the first bound.
+        lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}.get(q.dtype, gl.float8e4nv)
     q_rows, k_rows = q.view(B * S * H, D), k.as_strided((B * T, D), (k.stride(1), 1))
     q_block, k_block = [COLUMNS, D], [TILE_KEYS, D]
@@ -166,7 +179,8 @@ def _launch(
         SAMPLING=sampling,
         STAGES=KEY_STAGES,
         SLOTS=SCORE_SLOT_QUERIES // max(BQ, 8),
-        CHECK=CHECK_TILES,
+        CHECK=capacity // 128 if sampling else CHECK_TILES,
+        PERIOD=ROW_TILES,
         num_warps=4,
         # Products and sums as one instruction, which is Triton's default until 3.9 only.
         enable_fp_fusion=True,
@@ -260,14 +274,13 @@ if gluon is not None:
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
         HAS_SCALE: gl.constexpr,
         HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
+        PERIOD: gl.constexpr,
     ):
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
@@ -280,35 +293,31 @@ if gluon is not None:
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
         ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
         lists += gl.program_id(0).to(gl.int64) * (2 * BQ * ROW)
-        # Tiles between two rows of the block before that are finished.
-        PERIOD: gl.constexpr = 4 if SAMPLING else 8
-        # A guess need not be the very score of its rank.
-        slack = topk // 8 if SAMPLING else topk * 0
         done = gl.full((), 0, gl.int32)
         kth = gl.full((), 0, gl.int32)
         room = gl.full((), 0, gl.int32)
         # The block before, whose rows are finished while this one's first tiles are scored.
         pending = gl.full((), 0, gl.int32)
         pending_rows = gl.full((), 0, gl.int32)
-        pending_first = gl.full((), 0, gl.int64)
-        pending_lists = lists
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        pending_first = gl.full((), 0, gl.int32)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
         load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
         # One turn more than there are blocks, to finish the last.
         for turn in range(turns + 1):
             # All tiles of the block before last are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
             load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
             first_row = b.to(gl.int64) * S + first_query
             block_lists = lists + (turn & 1) * (BQ * ROW)
+            pending_lists = lists + ((turn + 1) & 1) * (BQ * ROW)
             real = (first_query + row < S) & (first_query >= 0)
-            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
             slot = gl.where(real, slot, -1)  # [BQ]
             first_slot = gl.zeros([BQ], gl.int32, rows)
             if HAS_FIRST:
                 first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-                first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
+                first_slot = gl.maximum(first_slot, 0)
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             if HAS_GUESS:
                 guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
@@ -321,6 +330,9 @@ if gluon is not None:
                 k_scale_b = k_scale + b.to(gl.int64) * T
                 scale_left = gl.load(k_scale_b + begin + lane, mask=begin + lane < T, other=0.0)
                 scale_right = gl.load(k_scale_b + begin + 32 + lane, mask=begin + 32 + lane < T, other=0.0)
+            # Tiles between two rows of the block before that are finished, spread over the block.
+            period = gl.maximum(tiles // (BQ + 1), PERIOD)
+            next_row = period - 1
             for t in range(tiles):
                 at = (done + t) % SLOTS
                 mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
@@ -362,42 +374,39 @@ if gluon is not None:
                                 counts = gl.where(row == i, kept, counts)
                         count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
                 # Halfway between, so that neither half delays the scores for long.
-                if (t % PERIOD == PERIOD // 2 - 1) & (pending < pending_rows):
+                if (t == next_row - period // 2) & (pending < pending_rows):
                     list_i = pending_lists + pending * ROW
-                    kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
-                if (t % PERIOD == PERIOD - 1) & (pending < pending_rows):
+                    kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
+                if (t == next_row) & (pending < pending_rows):
                     write_row(
                         pending_lists + pending * ROW,
                         kth,
                         room,
                         topk,
                         width,
-                        guesses,
                         redo,
                         out,
                         pending_first + pending,
                         HAS_GUESS,
-                        SAMPLING,
                         CAPACITY,
                         line,
                     )
                     pending += 1
+                    next_row += period
             barrier()
             for i in range(pending, pending_rows):
                 list_i = pending_lists + i * ROW
-                kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, slack, CAPACITY, line)
+                kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
                 write_row(
                     list_i,
                     kth,
                     room,
                     topk,
                     width,
-                    guesses,
                     redo,
                     out,
                     pending_first + i,
                     HAS_GUESS,
-                    SAMPLING,
                     CAPACITY,
                     line,
                 )
@@ -405,8 +414,7 @@ if gluon is not None:
             barrier()
             pending = gl.full((), 0, gl.int32)
             pending_rows = gl.where(first_query >= 0, gl.minimum(BQ, S - first_query), 0)
-            pending_first = first_row
-            pending_lists = block_lists
+            pending_first = first_row.to(gl.int32)
             done += tiles
 
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
@@ -440,6 +448,7 @@ if gluon is not None:
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
+        PERIOD: gl.constexpr,
     ):
         """Scores and selection of whole query blocks, or with SAMPLING the guesses, as the head of this file tells."""
         D: gl.constexpr = k_desc.block_type.shape[1]
@@ -466,76 +475,89 @@ if gluon is not None:
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
         bars = (q_full, k_full, slot_full, slot_empty, my_turn)
-        gl.warp_specialize(
-            [
-                (
-                    _select_group,
+        if SAMPLING:
+            gl.warp_specialize(
+                [
                     (
-                        q_desc,
-                        weights,
-                        k_scale,
-                        starts,
-                        first_keys,
-                        mask,
-                        guesses,
-                        out,
-                        redo,
-                        lists,
-                        buffers,
-                        bars,
-                        sizes,
-                        topk,
-                        width,
-                        H,
-                        BQ,
-                        CAPACITY,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_MASK,
-                        HAS_SCALE,
-                        HAS_GUESS,
-                        SAMPLING,
-                        SLOTS,
-                        CHECK,
+                        sample_group,
+                        (
+                            q_desc,
+                            weights,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            mask,
+                            guesses,
+                            lists,
+                            buffers,
+                            bars,
+                            sizes,
+                            topk,
+                            H,
+                            BQ,
+                            CAPACITY,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_MASK,
+                            HAS_SCALE,
+                            SLOTS,
+                            CHECK,
+                        ),
                     ),
-                ),
-                (
-                    _score_group,
                     (
-                        0,
-                        k_desc,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        STAGES,
-                        SLOTS,
+                        _score_group,
+                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
                     ),
-                ),
-                (
-                    _score_group,
                     (
-                        1,
-                        k_desc,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        STAGES,
-                        SLOTS,
+                        _score_group,
+                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
                     ),
-                ),
-            ],
-            [4, 4],
-            [160, 160],
-        )
+                ],
+                [4, 4],
+                [160, 160],
+            )
+        else:
+            gl.warp_specialize(
+                [
+                    (
+                        _select_group,
+                        (
+                            q_desc,
+                            weights,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            mask,
+                            guesses,
+                            out,
+                            redo,
+                            lists,
+                            buffers,
+                            bars,
+                            sizes,
+                            topk,
+                            width,
+                            H,
+                            BQ,
+                            CAPACITY,
+                            HAS_FIRST,
+                            HAS_MASK,
+                            HAS_SCALE,
+                            HAS_GUESS,
+                            SLOTS,
+                            CHECK,
+                            PERIOD,
+                        ),
+                    ),
+                    (
+                        _score_group,
+                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                    (
+                        _score_group,
+                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                    ),
+                ],
+                [4, 4],
+                [160, 160],
+            )

@@ -99,6 +99,9 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """
     T = scores.shape[-1]
     k = min(topk, T)
+    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Whether there are ties cannot be looked up there.
+        return select_topk_by_sorting(scores, k)
     values, order = scores.topk(min(k + 1, T), dim=-1)
     kth = values[..., k - 1 : k]
     tied = (values[..., k:] == kth).any(-1) & (kth > float("-inf")).squeeze(-1)
@@ -106,8 +109,19 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     if tied.any():
         order[tied] = _smallest_indices_at_ties(scores[tied], kth[tied], k)
         values[tied] = kth[tied]
-    order = order.masked_fill(values == float("-inf"), T).sort(dim=-1).values
-    return order.masked_fill(order == T, -1).to(torch.int32)
+    return _ascending(order, values, T)
+
+
+def select_topk_by_sorting(scores: torch.Tensor, topk: int) -> torch.Tensor:
+    """As `select_topk`, slower, without looking at values: in a stable sort ties keep their order."""
+    values, order = (part[..., :topk] for part in scores.sort(dim=-1, descending=True, stable=True))
+    return _ascending(order, values, scores.shape[-1])
+
+
+def _ascending(order: torch.Tensor, values: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Selected slots int32, ascending, -1 at the end in place of those whose value is minus infinity."""
+    order = order.masked_fill(values == float("-inf"), num_keys).sort(dim=-1).values
+    return order.masked_fill(order == num_keys, -1).to(torch.int32)
 
 
 def _smallest_indices_at_ties(scores: torch.Tensor, kth: torch.Tensor, k: int) -> torch.Tensor:

@@ -43,7 +43,9 @@ if gluon is not None:
         Only ties at it let more reach it. Found by interpolation.
         """
         gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
-        offset = gl.arange(0, 2048, layout=layout)
+        # n >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops around
+        # this search, and spills.
+        offset = gl.arange(0, 2048, layout=layout) + (n >> 24)
         key0 = _load_ordered(scores, 0, n, offset)
         key1 = _load_ordered(scores, 2048, n, offset)
         key2 = key1
@@ -155,7 +157,7 @@ if gluon is not None:
         """
         STEP: gl.constexpr = 2048
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
-        offset = gl.arange(0, STEP, layout=layout)
+        offset = gl.arange(0, STEP, layout=layout) + (n >> 24)
         written = gl.full((), 0, gl.int32)
         ties = gl.full((), 0, gl.int32)
         for first in range(0, n, STEP):
@@ -189,28 +191,23 @@ if gluon is not None:
         room,
         topk,
         width,
-        guesses,
         redo,
         out,
         row,
         HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
         CAPACITY: gl.constexpr,
         layout: gl.constexpr,
     ):
-        """Write a row's selection, or its guess."""
+        """Write a row's selection, and whether its guess was too high."""
         n = gl.load(list_i + 2 * CAPACITY)
-        if SAMPLING:
-            gl.store(guesses + row, gl.where(n > topk, float_of_ordered(kth), float("-inf")))
-        else:
-            out += row * width
-            written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
-            offset = gl.arange(0, 1024, layout=layout)
-            for first in range(written // 1024 * 1024, width, 1024):
-                entry = first + offset
-                gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
-            if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
-                gl.store(redo + row, 1)
+        out += row.to(gl.int64) * width
+        written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
+        offset = gl.arange(0, 1024, layout=layout)
+        for first in range(written // 1024 * 1024, width, 1024):
+            entry = first + offset
+            gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
+        if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
+            gl.store(redo + row, 1)
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
     bound_of_list = copy_best = float_of_ordered = rank_in_warp = write_row = None

@@ -36,27 +36,27 @@ if triton is not None:
         return ((x * 0x01010101) >> 24).to(tl.int32)
 
     @triton.jit
-    def kth_largest(key, valid, topk, slack):
-        """A value that at least `topk` of the valid int32 `key` reach, and how many do: at most `topk + slack`.
+    def kth_largest(key, topk, slack):
+        """A value that at least `topk` of the int32 `key` reach, and how many do: at most `topk + slack`.
 
-        Entries that are not valid must hold the least int32. The value is one of `key`, the `topk`-th largest if
+        Entries that hold the least int32 do not count. The value is one of `key`, the `topk`-th largest if
         `slack` is 0. Only ties at it let more reach it. Built bit by bit below the leading bits that all keys share.
         """
         high = tl.max(key)
-        low = tl.min(tl.where(valid, key, 2147483647))
+        low = tl.min(tl.where(key > -2147483648, key, 2147483647))
         differ = high ^ low
         for shift in tl.static_range(5):
             differ |= (differ >> (1 << shift)) & (0x7FFFFFFF >> ((1 << shift) - 1))
         kth = tl.where(differ < 0, -2147483648, high & ~differ)
         bit = bits_set(differ) - 1
-        reach = tl.sum(valid.to(tl.int32))
+        reach = tl.sum((key > -2147483648).to(tl.int32))
         while (bit >= 0) & (reach > topk + slack):
             trial = kth + (tl.full((), 1, tl.int32) << bit)
             count = tl.sum((key >= trial).to(tl.int32))
             kth = tl.where(count >= topk, trial, kth)
             reach = tl.where(count >= topk, count, reach)
             bit -= 1
-        return tl.min(tl.where(valid & (key >= kth), key, 2147483647)), reach
+        return tl.min(tl.where(key >= tl.maximum(kth, -2147483647), key, 2147483647)), reach
 
     @triton.jit
     def append_above(score, seen, key, bound, count, lists, CAP: tl.constexpr):
@@ -91,17 +91,19 @@ if triton is not None:
         kth = tl.full((), -2147483648, tl.int32)
         room = count
         if count > topk:
-            entry = tl.arange(0, CAP)
+            # count >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops
+            # around, and spills.
+            entry = tl.arange(0, CAP) + (count >> 24)
             valid = entry < count
             key = ordered_int(score_of(tl.load(list_pairs + entry, mask=valid, other=0)))
             key = tl.where(valid, key, -2147483648)
-            kth, reach = kth_largest(key, valid, topk, slack)
+            kth, reach = kth_largest(key, topk, slack)
             if reach > topk + slack:
                 room = topk - tl.sum((key > kth).to(tl.int32))
         written = tl.full((), 0, tl.int32)
         ties = tl.full((), 0, tl.int32)
         for first in tl.range(0, count, STEP, num_stages=1):
-            entry = first + tl.arange(0, STEP)
+            entry = first + tl.arange(0, STEP) + (count >> 24)
             valid = entry < count
             pair = tl.load(list_pairs + entry, mask=valid, other=0)
             key = ordered_int(score_of(pair))
@@ -126,7 +128,7 @@ if triton is not None:
     def fill_rest(out, count, width, STEP: tl.constexpr):
         """Write -1 to `out[count:width]`."""
         for first in tl.range(0, width, STEP, num_stages=1):
-            entry = first + tl.arange(0, STEP)
+            entry = first + tl.arange(0, STEP) + (count >> 24)
             tl.store(out + entry, tl.full([STEP], -1, tl.int32), mask=(entry >= count) & (entry < width))
 
 else:  # Without triton the kernels that call these do not exist either; importing their names must work.

@@ -16,7 +16,7 @@ import functools
 
 import torch
 
-from .indexer_quantization import scaled_back
+from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -26,7 +26,7 @@ try:
 except ImportError:
     triton = None
 
-# Columns (queries * heads) of a score tile: K is read once for every 256 of them.
+# Columns (queries * heads) of a score tile at most: K is read once for every so many of them.
 TILE_COLUMNS = 256
 MAX_TOPK = 4096
 
@@ -59,11 +59,10 @@ def lightning_indexer_triton(
     query_start: torch.Tensor,
     key_mask: torch.Tensor | None,
     key_start: torch.Tensor | None = None,
-    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
 
-    With `k_scale`, fp32 `[B, T]`, q and k are e4m3 and `hopper_takes` them.
+    `q` may be e4m3 where `hopper_takes` it; `k` are rows of `quantized_rows` then.
     """
     B, S, H, D = q.shape
     T = k.shape[1]
@@ -80,14 +79,13 @@ def lightning_indexer_triton(
     redo = None
     if hopper_takes(q, k, topk):
         scaled = (weights.float() * scale).contiguous()
-        scales = None if k_scale is None else k_scale.contiguous()
+        keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
         redo = lightning_indexer_hopper(
-            q, k, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
+            q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
         )
         if redo is None:
             return out
-        if k_scale is not None:
-            q, k = scaled_back(q, k, k_scale, torch.bfloat16)
+        q = q.to(k.dtype)
         programs = multiprocessors
     elif B * -(-S // config["BQ"]) < programs:
         indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
@@ -107,7 +105,8 @@ def prefill_config(H: int, D: int, architecture: int) -> dict:
     """Tile sizes of the prefill kernel for an architecture (80, 86, 89, 90, 100, 120; 0 for others)."""
     heads, width = next_power_of_2(H), max(16, next_power_of_2(D))
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
-    columns = TILE_COLUMNS if architecture in (90, 100) else TILE_COLUMNS // 2
+    # Only sm100 has room for the products of 256 columns outside the registers; elsewhere they spill.
+    columns = TILE_COLUMNS if architecture == 100 else TILE_COLUMNS // 2
     columns = max(heads, min(columns, columns * 128 // width))
     BQ = max(1, min(8, columns // heads))
     while BQ * heads < 16:
@@ -209,9 +208,11 @@ if triton is not None:
         BQ: tl.constexpr,
     ):
         """Q of BQ queries, `[DP, BQ * HP]`, and their head weights times `scale`, `[BQ * HP]`; zero where padded."""
-        column = tl.arange(0, BQ * HP)
+        # 0, which the compiler does not know: else it keeps what follows over the loop around, and spills.
+        zero = first_query >> 30
+        column = tl.arange(0, BQ * HP) + zero
         head = column % HP
-        dim = tl.arange(0, DP)
+        dim = tl.arange(0, DP) + zero
         query = (first_query + column // HP).to(tl.int64)
         real = (query < S) & (head < H)
         rows = q + query * q_stride_s + head * q_stride_h

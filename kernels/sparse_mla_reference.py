@@ -27,7 +27,9 @@ def sparse_mla_reference(
     for first in range(0, S, chunk):
         rows = slice(first, min(first + chunk, S))
         args = (q_BSHD[:, rows], kv_BTD, indices_BSK[:, rows], scale, value_dim)
-        blocks.append(checkpoint(_attend, *args, use_reentrant=False) if needs_grad else _attend(*args))
+        blocks.append(
+            checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if needs_grad else _attend(*args)
+        )
     if not blocks:
         empty_lse = torch.empty(B, S, H, dtype=torch.promote_types(q_BSHD.dtype, torch.float32), device=q_BSHD.device)
         return q_BSHD.new_empty(B, S, H, value_dim), empty_lse

@@ -41,7 +41,9 @@ def causal_lm_loss(
     rows = max(1, LOGITS_BLOCK_BYTES // (4 * head.out_features))
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for x, target in zip(hidden.split(rows), targets.split(rows)):
-        total = total + checkpoint(_sum_of_losses, x, head, target, ignore_index, use_reentrant=False)
+        total = total + checkpoint(
+            _sum_of_losses, x, head, target, ignore_index, use_reentrant=False, preserve_rng_state=False
+        )
     count = (targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.index_keys import index_key_rows
+from ..kernels.indexer_quantization import quantized_rows
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate, rotate_into
@@ -89,6 +90,8 @@ class IndexCacheIndexer(nn.Module):
             k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton)
         else:
             k = self._turn(norm(k), position_embeddings)
+        if self.config.indexer_fp8:
+            k = quantized_rows(k, allow_triton)
         return append_index_keys(past_key_values, k, self.layer_idx)
 
     def selects_all(self, keys: torch.Tensor) -> bool:
@@ -147,13 +150,21 @@ class IndexCacheIndexer(nn.Module):
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
         rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
-        return self.select(q, keys, weights, visibility)
+        return self.select(q, keys, weights, visibility, quantized_keys=True)
 
     @torch.no_grad()
     def select(
-        self, q: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, visibility: KeyVisibility
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        weights: torch.Tensor,
+        visibility: KeyVisibility,
+        quantized_keys: bool = False,
     ) -> torch.Tensor:
-        """The selection int32 `[B, S, min(index_topk, T)]` of queries `[B, S, H, D_I]` among keys `[B, T, D_I]`."""
+        """The selection int32 `[B, S, min(index_topk, T)]` of queries `[B, S, H, D_I]` among keys `[B, T, D_I]`.
+
+        `quantized_keys`: with `indexer_fp8`, the keys were quantised when they were cached.
+        """
         seen = visibility.for_keys(keys.shape[1])
         return lightning_indexer(
             q,
@@ -164,6 +175,7 @@ class IndexCacheIndexer(nn.Module):
             key_start=seen.key_start,
             key_mask=seen.key_mask,
             fp8=self.config.indexer_fp8,
+            quantized_keys=quantized_keys,
             allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
         )
 

@@ -50,8 +50,12 @@ class KeyVisibility:
             key_start: see `packed_key_start`.
         """
         past = 0 if cache is None else cache.get_seq_length()
-        # A copy: static caches count on in place, layer by layer.
-        query_start = torch.as_tensor(past, dtype=torch.int64, device=device).clone()
+        if isinstance(past, torch.Tensor):
+            # A copy: static caches count on in place, layer by layer.
+            query_start = past.to(device=device, dtype=torch.int64, copy=True)
+        else:
+            # Filled there: a copy from the host would wait for the device.
+            query_start = torch.full((), past, dtype=torch.int64, device=device)
         if isinstance(attention_mask, dict):
             attention_mask = next(iter(attention_mask.values()), None)
         if attention_mask is None:

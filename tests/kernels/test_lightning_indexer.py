@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from indexcache.kernels import lightning_indexer_reference as reference
-from indexcache.kernels.indexer_quantization import quantize_for_scoring
+from indexcache.kernels.indexer_quantization import e4m3_of_rows, quantize_for_scoring, quantized_rows
 from indexcache.kernels.lightning_indexer import lightning_indexer
 from indexcache.kernels.lightning_indexer_triton import unsupported_reason
 
@@ -61,6 +61,14 @@ def test_ties_go_to_the_smaller_index():
     q, k, weights = inputs(1, 4, 12)
     got = lightning_indexer(q, k[:, :1].expand(1, 12, 16), weights, 5)
     assert torch.equal(got, torch.arange(5, dtype=torch.int32).expand(1, 4, 5))
+
+
+def test_selecting_by_sorting_is_the_same_with_ties_and_missing_keys():
+    scores = torch.randint(0, 6, (40, 30), generator=torch.Generator().manual_seed(3)).float()
+    scores[:5, 7:] = float("-inf")
+    scores[5] = float("-inf")
+    for topk in (1, 9, 30, 50):
+        assert torch.equal(reference.select_topk_by_sorting(scores, topk), reference.select_topk(scores, topk))
 
 
 def test_chunks_of_queries_give_what_the_whole_gives(monkeypatch):
@@ -123,12 +131,28 @@ def test_fp8_selects_by_the_scores_of_the_quantised_rows():
     assert not torch.equal(got, lightning_indexer(q, k, weights, 9))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_quantised_when_cached_are_not_changed_by_the_next_step(dtype):
+    q, k, weights = inputs(2, 6, 50, H=4, D=32)
+    k[0, :7] *= torch.tensor([1e-30, 1e-6, 1e-3, 7.0, 448.0, 1e5, 1e20]).unsqueeze(-1)
+    q, k = q.to(dtype), k.to(dtype)
+    cached = quantized_rows(k)
+    (values, scale), (first, first_scale) = e4m3_of_rows(cached), quantize_for_scoring(k)
+    back = first.double() * first_scale.double().unsqueeze(-1)
+    assert cached.dtype == dtype and torch.equal(cached.double(), back)
+    assert torch.equal(values.double() * scale.double().unsqueeze(-1), back)
+    chunks = torch.cat([quantized_rows(part) for part in k.split(9, dim=1)], 1)
+    got = lightning_indexer(q, chunks, weights, 9, fp8=True, quantized_keys=True)
+    assert torch.equal(got, lightning_indexer(q, k, weights, 9, fp8=True))
+
+
 def test_compiles_without_graph_breaks():
     q, k, weights = inputs(2, 3, 20)
-    select = lambda start: lightning_indexer(q, k, weights, 4, query_start=start)
-    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
     start = torch.tensor([5, 17])
-    assert torch.equal(compiled(start), select(start))
+    for fp8 in (False, True):
+        select = lambda start, fp8=fp8: lightning_indexer(q, k, weights, 4, query_start=start, fp8=fp8)
+        compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(start), select(start))
 
 
 @pytest.mark.parametrize(

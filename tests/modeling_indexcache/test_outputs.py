@@ -3,6 +3,9 @@
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import DynamicCache
+
+from indexcache.kernels.indexer_quantization import e4m3_of_rows
 
 PATTERN = "FSFS"
 
@@ -46,6 +49,21 @@ def test_indexer_fp8_selects_by_quantised_scores_and_is_off_by_default(model, id
     assert plain.topk_indices[0].shape == rounded.topk_indices[0].shape
     assert any(a != b for a, b in sets)
     assert sum(len(a & b) for a, b in sets) > 0.8 * sum(len(a) for a, _ in sets)
+
+
+def test_indexer_fp8_quantises_each_key_once_when_it_is_cached(model, ids, monkeypatch):
+    monkeypatch.setattr(model.config, "indexer_fp8", True)
+    with torch.no_grad():
+        whole = model(ids, output_topk_indices=True).topk_indices[0]
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :25], past_key_values=cache, use_cache=True)
+        cached = cache.layers[0].indexer_keys.clone()
+        for i in range(25, ids.shape[1]):
+            out = model(ids[:, i : i + 1], past_key_values=cache, use_cache=True, output_topk_indices=True)
+            assert torch.equal(out.topk_indices[0][:, 0], whole[:, i, : i + 1])
+    assert torch.equal(cache.layers[0].indexer_keys[:, :25], cached)
+    values, scale = e4m3_of_rows(cached)
+    assert torch.equal(values.float() * scale.unsqueeze(-1), cached)
 
 
 def test_selection_of_a_short_input_is_everything(model, ids):
