@@ -66,7 +66,8 @@ def is_foreign(hook: Any) -> bool:
 def recording() -> bool:
     """Whether transformers' recorders record; True where this transformers does not say."""
     collector = getattr(output_capturing, "_active_collector", None)
-    return collector is None or collector.get() is not None
+    # In a forward that nothing is wanted of it is there, and empty.
+    return collector is None or bool(collector.get())
 
 
 def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -79,7 +79,6 @@ def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, 
         kept = recorded.clone()
         model(ids)
         assert torch.equal(recorded, kept)
-        assert works_in_place(model.model.layers[1], embedded)  # transformers' recorder stays, and is idle
         seen = []
         handle = model.model.layers[1].register_forward_hook(lambda *a: seen.append((a[2][0], a[2][0].clone())))
         try:
@@ -88,6 +87,21 @@ def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, 
         finally:
             handle.remove()
     assert torch.equal(*seen[0])
+
+
+def test_recorders_that_transformers_leaves_behind_change_nothing_when_idle(ids, monkeypatch):
+    model, overwritten = tiny_model(index_share_pattern=PATTERN), []
+    project = inference_attention._attend_to_selected
+    monkeypatch.setattr(
+        inference_attention, "_attend_to_selected", lambda *args: overwritten.append(args[-1]) or project(*args)
+    )
+    with torch.no_grad():
+        model(ids)
+        model(ids, output_hidden_states=True, output_topk_indices=True)
+        assert model.model.layers[1]._forward_hooks and model.model.layers[0].self_attn.indexer._forward_hooks
+        model(ids)
+    in_place = [False, True, True, True]
+    assert overwritten == [*in_place, *4 * [False], *in_place]
 
 
 def decoded(model, ids, cache, first):
