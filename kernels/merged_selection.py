@@ -51,6 +51,8 @@ class MergedSelection(NamedTuple):
         # Two programs a multiprocessor merge, so that launches of as many waves leave none idle.
         wave = 2 * queries_per_wave(indices.device, 1, self.group)
         step = QUERIES_PER_LAUNCH // wave * wave or QUERIES_PER_LAUNCH // self.group * self.group
+        # Room to merge in grows with the batch.
+        step = max(self.group, step // indices.shape[0] // self.group * self.group)
         for start in range(0, indices.shape[1], step):
             rows = indices[:, start : start + step]
             part = self.of_queries(first + start, first + start + rows.shape[1])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _modules
 from transformers.activations import ACT2FN
 from transformers.utils import output_capturing
 
@@ -53,7 +54,9 @@ def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    # PyTorch's hooks on every module.
+    everywhere = [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *everywhere]
     return bool(hooks) and (recording() or any(map(is_foreign, hooks)))
 
 
@@ -83,10 +86,9 @@ def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> 
 
 def _tokens_at_once(mlp: Any, hidden_states: torch.Tensor) -> int:
     """Tokens whose temporaries in a feed-forward layer stay bounded."""
-    experts: Any = getattr(mlp, "experts", None)
-    if experts is None:
+    if getattr(mlp, "experts", None) is None:
         return _rows_at_once(hidden_states, mlp.gate_proj)
-    return block_tokens(hidden_states, mlp.config.num_experts_per_tok, experts.intermediate_dim)
+    return block_tokens(hidden_states, mlp.config.num_experts_per_tok, mlp.config.moe_intermediate_size)
 
 
 def row_blocks(x: torch.Tensor, wide: nn.Module) -> Iterator[torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.utils import is_torch_greater_or_equal
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.index_keys import index_key_rows
@@ -28,6 +29,8 @@ QUERY_MULTIPLE = 8
 WIDENED_TOKENS = 16384
 # From so many tokens on the fp32 weight is taken apart instead.
 LEAST_PARTED_TOKENS = 1024
+# torch.mm(..., out_dtype=) of bf16 on CUDA.
+_HAS_WIDE_PRODUCTS = is_torch_greater_or_equal("2.8") and torch.version.hip is None
 
 
 class IndexCacheIndexer(nn.Module):
@@ -220,7 +223,8 @@ class IndexCacheIndexer(nn.Module):
 def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:
     """Whether an fp32 weight meets so many bf16 rows on a GPU that widening them would take long."""
     return (
-        x.is_cuda
+        _HAS_WIDE_PRODUCTS
+        and x.is_cuda
         and x.dtype == torch.bfloat16
         and linear.weight.dtype == torch.float32
         and x.shape[:-1].numel() >= LEAST_PARTED_TOKENS

@@ -261,7 +261,9 @@ def _sparse_chunks(
     else:
         return chunks(num_queries, row_bytes)
     wave = queries_per_wave(latents.device, heads, group)
-    return chunks(num_queries, row_bytes, wave // math.gcd(wave, batch), group, SPARSE_BLOCK_BYTES)
+    # Merged lists begin at whole groups of queries.
+    multiple = math.lcm(wave // math.gcd(wave, batch), group)
+    return chunks(num_queries, row_bytes, multiple, group, SPARSE_BLOCK_BYTES)
 
 
 def chunks(

@@ -320,7 +320,7 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
             attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
             hidden_states = hidden_states + attended
             del attended
-        if works_in_place(self.mlp, hidden_states):
+        if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
             return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
 
@@ -493,7 +493,12 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
         # What a layer returns may be overwritten by the next where nobody watches them.
-        in_place = hidden_states.shape[1] > 1 and all(works_in_place(layer, hidden_states) for layer in self.layers)
+        # Whoever keeps a norm's input keeps the residual stream.
+        watched: list[Any] = [layer.input_layernorm for layer in self.layers]
+        watched += [*self.layers, *(layer.post_attention_layernorm for layer in self.layers)]
+        in_place = hidden_states.shape[1] > 1 and all(works_in_place(part, hidden_states) for part in watched)
+        # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
+        merge_selection = not torch.is_grad_enabled()
         for layer_idx, layer in enumerate(self.layers):
             run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
@@ -505,7 +510,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 past_key_values=past_key_values,
                 topk_indices=topk_indices,
                 run_indexer=run_indexer,
-                merge_selection=True,
+                merge_selection=merge_selection,
                 overwrite_hidden_states=in_place and layer_idx > 0,
                 **(kwargs or {}),
             )
