@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .index_keys_triton import index_key_rows_triton
-from .rotary import rotate
+from .rotary import rotate_leading
 from .triton_support import runs_triton
 
 
@@ -42,5 +42,4 @@ def index_key_rows(
     if allow_triton and runs_triton(k, weight, bias, cos, sin) and turned & (turned - 1) == 0:
         return index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved)
     normed = F.layer_norm(k, k.shape[-1:], weight, bias, eps)
-    first, rest = normed.split([turned, k.shape[-1] - turned], dim=-1)
-    return torch.cat((rotate(first, cos, sin, interleaved), rest), dim=-1)
+    return rotate_leading(normed, cos, sin, interleaved)

@@ -48,11 +48,11 @@ class MergedSelection(NamedTuple):
 
     def fill(self, first: int, indices: torch.Tensor, slots: int) -> None:
         """Merge the selection int32 `[B, n, K]` among `slots` key slots of the queries from `first` on."""
-        # Two programs a multiprocessor merge, so that launches of as many waves leave none idle.
+        # Two programs a multiprocessor merge, so that launches of as many waves leave none idle. Scratch memory grows
+        # with the batch.
         wave = 2 * queries_per_wave(indices.device, 1, self.group)
-        step = QUERIES_PER_LAUNCH // wave * wave or QUERIES_PER_LAUNCH // self.group * self.group
-        # Room to merge in grows with the batch.
-        step = max(self.group, step // indices.shape[0] // self.group * self.group)
+        step = QUERIES_PER_LAUNCH // indices.shape[0]
+        step = step // wave * wave or max(self.group, step // self.group * self.group)
         for start in range(0, indices.shape[1], step):
             rows = indices[:, start : start + step]
             part = self.of_queries(first + start, first + start + rows.shape[1])

@@ -31,6 +31,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def rotate_leading(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """`x [B, S, ..., D]` with its first R entries turned, and the rest as they are; arguments as `rotate`."""
+    first, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat((rotate(first, cos, sin, interleaved), rest), dim=-1)
+
+
 def rotate_into(
     out: torch.Tensor,
     x: torch.Tensor,

@@ -52,6 +52,15 @@ def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
     )
 
 
+def layers_work_in_place(layers: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether each layer may overwrite its input: nobody keeps it, as the layer's or as a norm's."""
+    return all(
+        works_in_place(part, hidden_states)
+        for layer in layers
+        for part in (layer, layer.input_layernorm, layer.post_attention_layernorm)
+    )
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
     # PyTorch's hooks on every module.
@@ -77,7 +86,7 @@ def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> 
     """`hidden_states += mlp(norm(hidden_states))`, `[..., hidden_size]`, in place and block by block of tokens."""
     rows = hidden_states.view(-1, hidden_states.shape[-1])
     blocks = -(-rows.shape[0] // _tokens_at_once(mlp, rows))
-    if blocks <= 1 or any(map(is_watched, (norm, *mlp.modules()))):
+    if blocks <= 1 or any(map(is_watched, mlp.modules())):
         return mlp(norm(hidden_states), accumulate=hidden_states)
     for part in rows.chunk(blocks):
         mlp(norm(part), accumulate=part)

@@ -14,7 +14,7 @@ from ..kernels.index_keys import index_key_rows
 from ..kernels.indexer_quantization import quantized_rows
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
-from ..kernels.rotary import rotate, rotate_into
+from ..kernels.rotary import rotate_into, rotate_leading
 from .attention_backends import TRITON_ATTENTION
 from .feed_forward import is_watched
 from .few_token_linears import is_plain_linear, linears
@@ -216,8 +216,7 @@ class IndexCacheIndexer(nn.Module):
         return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        turned, rest = x.split([self.rope_dim, self.head_dim - self.rope_dim], dim=-1)
-        return torch.cat((rotate(turned, *position_embeddings, self.interleaved), rest), dim=-1)
+        return rotate_leading(x, *position_embeddings, self.interleaved)
 
 
 def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:

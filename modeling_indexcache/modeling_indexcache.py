@@ -16,10 +16,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import CompileConfig, GenerationMixin
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -38,7 +35,14 @@ from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears, works_in_place
+from .feed_forward import (
+    IndexCacheMLP,
+    add_feed_forward,
+    layers_work_in_place,
+    runs_expert_kernels,
+    shared_linears,
+    works_in_place,
+)
 from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
@@ -492,11 +496,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             position_ids = slots.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
-        # What a layer returns may be overwritten by the next where nobody watches them.
-        # Whoever keeps a norm's input keeps the residual stream.
-        watched: list[Any] = [layer.input_layernorm for layer in self.layers]
-        watched += [*self.layers, *(layer.post_attention_layernorm for layer in self.layers)]
-        in_place = hidden_states.shape[1] > 1 and all(works_in_place(part, hidden_states) for part in watched)
+        in_place = hidden_states.shape[1] > 1 and layers_work_in_place(self.layers, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
         for layer_idx, layer in enumerate(self.layers):
