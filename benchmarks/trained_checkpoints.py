@@ -79,13 +79,19 @@ def judged(exact: PreTrainedModel, prompts: torch.Tensor, eager: tuple, fast: tu
 
 @torch.inference_mode()
 def compare(
-    folder: Path, windows: Path, patterns: list[str], dtype: torch.dtype, tensor: str, count: int, new_tokens: int
+    folder: Path,
+    windows: Path,
+    patterns: list[str],
+    dtype: torch.dtype,
+    tensor: str,
+    count: int,
+    new_tokens: int,
+    fast: str,
 ) -> Iterator[dict[str, Any]]:
     """One record a pattern: losses by backend, and where the generations of the fast one part from eager's."""
     tensors = load_file(windows)
     ids = next(value for name, value in tensors.items() if name.endswith(tensor))[:count].long()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = "triton" if device == "cuda" else "sdpa"
     model = load_source(folder, dtype=dtype, attn_implementation=fast).to(device).eval()
     exact = load_source(folder, dtype=torch.float32, attn_implementation="eager").to(device).eval()
     prompts = ids[:, : min(600, ids.shape[1] // 2)].to(device)
@@ -112,6 +118,7 @@ def compare(
         record = {
             "checkpoint": folder.name,
             "dtype": str(dtype).removeprefix("torch."),
+            "backend": fast,
             "pattern": pattern,
             "losses": losses,
             "loss_difference": abs(losses["eager"] - losses[fast]),
@@ -140,6 +147,12 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--windows", type=Path, required=True, help="safetensors with an ..ids tensor [N, L]")
     parser.add_argument("--patterns", nargs="+", help="default: all full, 1/2 and 1/4 uniform")
+    parser.add_argument(
+        "--backend",
+        choices=("triton", "sdpa"),
+        default="triton" if torch.cuda.is_available() else "sdpa",
+        help="what is held against eager; sdpa, PyTorch's own, tells how far apart two backends must be expected",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tensor", default="ids", help="how the name of the windows' tensor ends")
     parser.add_argument("--count", type=int, default=16, help="windows scored and continued")
@@ -158,6 +171,7 @@ def main() -> None:
             arguments.tensor,
             arguments.count,
             arguments.new_tokens,
+            arguments.backend,
         ):
             records.append(record)
             if arguments.output:
