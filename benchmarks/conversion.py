@@ -12,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from indexcache.benchmarks.machine import machine
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.checkpoint import FolderSource, read_checkpoint
 from indexcache.conversion.families import convert_config, expected_indexer, expected_tensors, load_config
@@ -196,11 +195,11 @@ def main() -> None:
                 runs.setdefault(name, []).append(found)
                 print(name, found, flush=True)
                 shutil.rmtree(output)
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         copied = min(float(str(run["seconds"])) for run in runs["cp -r"])
         results = {
             "command": f"python -m indexcache.benchmarks.conversion --gigabytes {arguments.gigabytes:g}",
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": _machine(),
+            "machine": {**machine(), "memory_gigabytes": round(pages / 1e9)},
             "checkpoint": {
                 "bytes": checkpoint.nbytes,
                 "tensors": len(checkpoint.tensors),
@@ -223,17 +222,6 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps(results["speed_relative_to_cp"]), json.dumps(results["peak_rss_above_imports_bytes"]))
-
-
-def _machine() -> dict[str, object]:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {
-        "cores": os.cpu_count(),
-        "memory_gigabytes": round(pages / 1e9),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -8,10 +8,7 @@ Each length runs in a process of its own, so that its peak memory is its own.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -19,6 +16,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from .machine import machine
 
 DEMO = Path(__file__).parents[1] / "demo" / "dsa_demo"
 PATTERNS = {"all full": "F" * 12, "4 of 12": "FFSSSSFFSSSS"}
@@ -58,10 +57,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     record = {
         "what": "prefill of dsa_demo (12 layers, top-64), fp32, sdpa backend, CPU",
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "machine": machine(),
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -15,7 +15,6 @@ import copy
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from ..distillation.trainer import DistillationTrainer, freeze_for, training_arg
 from ..evaluation.perplexity import evaluate_windows
 from ..evaluation.window_sources import Sampling, windows_of_file
 from ..evaluation.windows import Windows
+from .machine import machine
 
 
 @dataclass(frozen=True)
@@ -360,17 +360,6 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row["seconds"] = round(statistics.mean(result["seconds"] for result in of_run), 1)
         rows.append(row)
     return rows
-
-
-def machine() -> dict[str, Any]:
-    """What it ran on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "cpu": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ records for `write_json`. Every speed stands beside a bound measured in the same
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from .machine import machine
 
 
 @dataclass
@@ -170,17 +170,6 @@ def _rates(case: Case, ms: float, ceilings: dict[str, float]) -> dict[str, float
 def _line(record: dict[str, Any]) -> str:
     shown = (f"{key}={value:.4g}" for key, value in record.items() if isinstance(value, float))
     return f"{record['name']:<44} {record.get('wrong') or ' '.join(shown)}"
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def write_json(path: Path, command: str, ceilings: dict[str, float], records: list[dict[str, Any]]) -> None:

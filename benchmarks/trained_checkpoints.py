@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from transformers.utils import logging
 from ..configuration.share_pattern import SharePattern
 from ..conversion.load_source import load_source
 from ..evaluation.perplexity import evaluate_windows
+from .machine import machine
 
 LOSS_TOLERANCE = 1e-3
 CACHES = ("dynamic", "static")
@@ -197,7 +199,8 @@ def main() -> None:
         ):
             records.append(record)
             if arguments.output:
-                arguments.output.write_text(json.dumps(records, indent=2) + "\n")
+                document = {"machine": machine(), "command": sys.argv[1:], "cases": records}
+                arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     worst = max(record["loss_difference"] for record in records)
     equal = sum(r[f"equal_{cache}"] for r in records for cache in CACHES)
     print(
