@@ -17,7 +17,7 @@ if gluon is not None:
 
     @gluon.jit
     def block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
-        """Batch, first query (negative: no block), first key and number of tiles of a program's block at a turn.
+        """Batch, first query (negative: no block), first key and even number of tiles of a program's block at a turn.
 
         Longest rows first, back and forth, so that programs end together.
         """
@@ -39,7 +39,7 @@ if gluon is not None:
                     query = gl.minimum(first_query + i, S - 1)
                     begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
                 begin = (gl.maximum(begin, 0) + STRIDE - 1) // STRIDE
-            tiles = gl.maximum(end - begin + 63, 0) // 64
+            tiles = gl.maximum(end - begin + 127, 0) // 128 * 2
         return b, first_query, begin, tiles
 
     @gluon.jit

@@ -1,11 +1,12 @@
-"""The lightning indexer's prefill for Hopper (sm90) in Gluon: scores by two warp groups in turn, selection by a third.
+"""The lightning indexer's prefill for Hopper (sm90) in Gluon: scores by two warp groups, selection by a third.
 
-A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in tiles of 64. Three warp groups:
+A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in pairs of tiles of 64. Three warp groups:
 
-- two score groups take the tiles in turn: while one's matrix product runs, the other reduces its own over the heads;
-  each copies its next tiles to shared memory (TMA) itself;
+- two score groups take a tile of every pair each: while one's matrix product runs, the other reduces its own over the
+  heads; each copies its next tiles to shared memory (TMA) itself;
 - the selector appends the scores above a row's bound to the row's list, in key order, cuts a list that is full, and
-  writes a finished block's selections while the next block's first tiles are scored.
+  writes a finished block's selections while the next block's first tiles are scored. It is a chain of waits, a pair
+  of tiles long, so nothing that can be done elsewhere is done here.
 
 The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE`-th key and gives for each query the
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
@@ -17,19 +18,22 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_blocks_gluon import block_of, load_keys, load_queries
-from .lightning_indexer_heads_gluon import WEIGHTS_LAYOUT, sum_over_heads
+from .lightning_indexer_blocks_gluon import block_of, load_queries
 from .lightning_indexer_sample_gluon import sample_group
-from .lightning_indexer_select_gluon import bound_of_list, copy_best, float_of_ordered, rank_in_warp, write_row
+from .lightning_indexer_scores_gluon import WEIGHTS_LAYOUT, score_group
+from .lightning_indexer_select_gluon import (
+    bound_of_list,
+    copy_best,
+    float_of_ordered,
+    load_scores,
+    rank_in_warp,
+    write_row,
+)
 
 try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        mbarrier,
-        warpgroup_mma,
-        warpgroup_mma_wait,
-    )
+    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     # Renamed after Triton 3.6.
@@ -39,9 +43,8 @@ except (ImportError, AttributeError):
 
 COLUMNS = 256
 TILE_KEYS = 64
-KEY_STAGES = 4
-# Score tiles between the groups and the selector, of 64 keys and BQ queries in fp32: 32 KB.
-SCORE_SLOT_QUERIES = 128
+# Pairs of score tiles between the groups and the selector, of 128 keys and BQ queries in fp32: 32 KB at most.
+SCORE_SLOT_QUERIES = 64
 # Tiles between two looks at the lists' lengths.
 CHECK_TILES = 16
 # Tiles at least between two rows of the block before that are finished.
@@ -76,6 +79,16 @@ def hopper_supports(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
         and (B == 1 or k.stride(0) == T * k.stride(1))
         and topk + CHECK_TILES * TILE_KEYS < LIST_KEYS
     )
+
+
+def key_stages(element_bytes: int) -> int:
+    """Tiles of keys in shared memory: 64 KB at a width of 128."""
+    return 8 // element_bytes
+
+
+def score_slots(BQ: int) -> int:
+    """Pairs of tiles that the selector may be behind."""
+    return SCORE_SLOT_QUERIES // max(BQ, 8)
 
 
 def sample_list_keys(BQ: int) -> int:
@@ -177,8 +190,8 @@ def _launch(
         HAS_SCALE=k_scale is not None,
         HAS_GUESS=guesses is not None and not sampling,
         SAMPLING=sampling,
-        STAGES=KEY_STAGES,
-        SLOTS=SCORE_SLOT_QUERIES // max(BQ, 8),
+        STAGES=key_stages(k.element_size()),
+        SLOTS=score_slots(BQ),
         CHECK=capacity // 128 if sampling else CHECK_TILES,
         PERIOD=ROW_TILES,
         num_warps=4,
@@ -191,74 +204,9 @@ if gluon is not None:
     _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
 
     @gluon.jit
-    def _score_group(
-        group: gl.constexpr,
-        k_desc,
-        starts,
-        first_keys,
-        buffers,
-        bars,
-        sizes,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        STAGES: gl.constexpr,
-        SLOTS: gl.constexpr,
-    ):
-        depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
-        turns, B, S, T, last_slot = sizes
-        q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
-        # The next tile to load, and the block it is in.
-        ahead = gl.full((), 0, gl.int32) + group
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-        place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
-        for _ in gl.static_range(STAGES // 2):
-            place = load_keys(
-                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
-            )
-            ahead += 2
-        done = gl.full((), 0, gl.int32)
-        mine = gl.full((), 0, gl.int32)
-        for turn in range(turns):
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            if first_query >= 0:
-                parity = turn & 1
-                mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
-                for t in range((group + done) & 1, tiles, 2):
-                    stage = (done + t) % STAGES
-                    slot = (done + t) % SLOTS
-                    mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
-                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
-                    acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
-                    k_tile = k_tiles.index(stage)
-                    q_tile = q_tiles.index(parity).permute((1, 0))
-                    acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
-                    mbarrier.arrive(my_turn.index(1 - group), count=1)
-                    mine += 1
-                    acc = warpgroup_mma_wait(0, deps=[acc])
-                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
-                    # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
-                    terms = (acc + gl.abs(acc)) * w[None, :]
-                    score = sum_over_heads(terms, BQ, H)  # [64, BQ]
-                    mbarrier.wait(slot_empty.index(slot), (((done + t) // SLOTS) & 1) ^ 1)
-                    slots.index(slot).permute((1, 0)).store(score)
-                    barrier()
-                    mbarrier.arrive(slot_full.index(slot), count=1)
-                    # The tile's stage is free again: the next but one of this group's tiles goes there.
-                    place = load_keys(
-                        k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
-                    )
-                    ahead += 2
-            done += tiles
-
-    @gluon.jit
     def _select_group(
         q_desc,
         weights,
-        k_scale,
         starts,
         first_keys,
         mask,
@@ -276,7 +224,6 @@ if gluon is not None:
         CAPACITY: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
-        HAS_SCALE: gl.constexpr,
         HAS_GUESS: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
@@ -284,7 +231,7 @@ if gluon is not None:
     ):
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty = bars
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -325,29 +272,18 @@ if gluon is not None:
             row_lists = block_lists + row * ROW  # [BQ]
             gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
             count = gl.zeros([BQ, 32], gl.int32, tile)
-            if HAS_SCALE:
-                # A tile ahead, so that the loop does not wait for them.
-                k_scale_b = k_scale + b.to(gl.int64) * T
-                scale_left = gl.load(k_scale_b + begin + lane, mask=begin + lane < T, other=0.0)
-                scale_right = gl.load(k_scale_b + begin + 32 + lane, mask=begin + 32 + lane < T, other=0.0)
             # Tiles between two rows of the block before that are finished, spread over the block.
-            period = gl.maximum(tiles // (BQ + 1), PERIOD)
-            next_row = period - 1
-            for t in range(tiles):
-                at = (done + t) % SLOTS
-                mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
-                score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
-                score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
+            period = gl.maximum(tiles // (BQ + 1), PERIOD) // 4 * 4
+            next_row = period - 2
+            for t in range(0, tiles, 2):
+                pair = (done + t) // 2
+                at = pair % SLOTS
+                mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
+                scores = load_scores(slots.index(at), tile)
                 barrier()
                 mbarrier.arrive(slot_empty.index(at), count=1)
-                if HAS_SCALE:
-                    score_left *= scale_left[None, :]
-                    score_right *= scale_right[None, :]
-                    ahead = begin + (t + 1) * 64 + lane
-                    scale_left = gl.load(k_scale_b + ahead, mask=ahead < T, other=0.0)
-                    scale_right = gl.load(k_scale_b + ahead + 32, mask=ahead + 32 < T, other=0.0)
-                for side in gl.static_range(2):
-                    score = score_left if side == 0 else score_right
+                for side in gl.static_range(4):
+                    score = scores[side]
                     key = begin + t * 64 + side * 32 + lane  # [32]
                     keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
                     if HAS_FIRST:
@@ -360,7 +296,7 @@ if gluon is not None:
                     gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
                     gl.store(place + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
                     count += number
-                if t % CHECK == CHECK - 1:  # noqa: SIM102
+                if t % CHECK == CHECK - 2:  # noqa: SIM102
                     if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
                         barrier()
                         counts = gl.max(count, 1)
@@ -455,26 +391,25 @@ if gluon is not None:
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
         w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
-        slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 64], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             # One arrival with the queries' bytes, one when the weights are written.
             mbarrier.init(q_full.index(i), count=2)
-            mbarrier.init(my_turn.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=1)
         for i in gl.static_range(SLOTS):
-            mbarrier.init(slot_full.index(i), count=1)
+            # An arrival from either score group.
+            mbarrier.init(slot_full.index(i), count=2)
             mbarrier.init(slot_empty.index(i), count=1)
         barrier()
         blocks = (S + BQ - 1) // BQ * B
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
+        bars = (q_full, k_full, slot_full, slot_empty)
         if SAMPLING:
             gl.warp_specialize(
                 [
@@ -483,7 +418,6 @@ if gluon is not None:
                         (
                             q_desc,
                             weights,
-                            k_scale,
                             starts,
                             first_keys,
                             mask,
@@ -499,18 +433,49 @@ if gluon is not None:
                             STRIDE,
                             HAS_FIRST,
                             HAS_MASK,
-                            HAS_SCALE,
                             SLOTS,
                             CHECK,
                         ),
                     ),
                     (
-                        _score_group,
-                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                        score_group,
+                        (
+                            0,
+                            k_desc,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            buffers,
+                            bars,
+                            sizes,
+                            H,
+                            BQ,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_SCALE,
+                            STAGES,
+                            SLOTS,
+                        ),
                     ),
                     (
-                        _score_group,
-                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                        score_group,
+                        (
+                            1,
+                            k_desc,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            buffers,
+                            bars,
+                            sizes,
+                            H,
+                            BQ,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_SCALE,
+                            STAGES,
+                            SLOTS,
+                        ),
                     ),
                 ],
                 [4, 4],
@@ -524,7 +489,6 @@ if gluon is not None:
                         (
                             q_desc,
                             weights,
-                            k_scale,
                             starts,
                             first_keys,
                             mask,
@@ -542,7 +506,6 @@ if gluon is not None:
                             CAPACITY,
                             HAS_FIRST,
                             HAS_MASK,
-                            HAS_SCALE,
                             HAS_GUESS,
                             SLOTS,
                             CHECK,
@@ -550,12 +513,44 @@ if gluon is not None:
                         ),
                     ),
                     (
-                        _score_group,
-                        (0, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                        score_group,
+                        (
+                            0,
+                            k_desc,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            buffers,
+                            bars,
+                            sizes,
+                            H,
+                            BQ,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_SCALE,
+                            STAGES,
+                            SLOTS,
+                        ),
                     ),
                     (
-                        _score_group,
-                        (1, k_desc, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST, STAGES, SLOTS),
+                        score_group,
+                        (
+                            1,
+                            k_desc,
+                            k_scale,
+                            starts,
+                            first_keys,
+                            buffers,
+                            bars,
+                            sizes,
+                            H,
+                            BQ,
+                            STRIDE,
+                            HAS_FIRST,
+                            HAS_SCALE,
+                            STAGES,
+                            SLOTS,
+                        ),
                     ),
                 ],
                 [4, 4],

@@ -21,7 +21,7 @@ SEARCH_TURNS = 10
 
 if gluon is not None:
     from .lightning_indexer_blocks_gluon import block_of, load_queries
-    from .lightning_indexer_select_gluon import float_of_ordered, ordered_int, rank_in_warp
+    from .lightning_indexer_select_gluon import float_of_ordered, load_scores, ordered_int, rank_in_warp
 
     _SEARCH_TURNS = gl.constexpr(SEARCH_TURNS)
 
@@ -96,7 +96,6 @@ if gluon is not None:
     def sample_group(
         q_desc,
         weights,
-        k_scale,
         starts,
         first_keys,
         mask,
@@ -112,14 +111,13 @@ if gluon is not None:
         STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
-        HAS_SCALE: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
     ):
         """The third warp group of a sampling pass, as the head of this file tells."""
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty = bars
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -144,18 +142,16 @@ if gluon is not None:
                 first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             count = gl.zeros([BQ, 32], gl.int32, tile)
-            for t in range(tiles):
-                at = (done + t) % SLOTS
-                mbarrier.wait(slot_full.index(at), ((done + t) // SLOTS) & 1)
-                score_left = slots.index(at).slice(0, 32, dim=1).load(tile)  # [BQ, 32]
-                score_right = slots.index(at).slice(32, 32, dim=1).load(tile)
+            for t in range(0, tiles, 2):
+                pair = (done + t) // 2
+                at = pair % SLOTS
+                mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
+                scores = load_scores(slots.index(at), tile)
                 barrier()
                 mbarrier.arrive(slot_empty.index(at), count=1)
-                for side in gl.static_range(2):
-                    score = score_left if side == 0 else score_right
+                for side in gl.static_range(4):
+                    score = scores[side]
                     key = begin + t * 64 + side * 32 + lane  # [32]
-                    if HAS_SCALE:
-                        score *= gl.load(k_scale + b.to(gl.int64) * T + key, mask=key < T, other=0.0)[None, :]
                     keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
                     if HAS_FIRST:
                         keep = keep & (key[None, :] >= first_slot[:, None])
@@ -165,7 +161,7 @@ if gluon is not None:
                     left, number = rank_in_warp(keep)
                     gl.store(row_lists[:, None] + (count + left), score.to(gl.int32, bitcast=True), mask=keep)
                     count += number
-                if t % CHECK == CHECK - 1:  # noqa: SIM102
+                if t % CHECK == CHECK - 2:  # noqa: SIM102
                     if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
                         barrier()
                         bound, kept = _cut_lists(

@@ -28,9 +28,12 @@ if gluon is not None:
 
     @gluon.jit
     def _load_ordered(scores, first, n, offset):
-        """The ordered ints of 2,048 scores of a list of n, the least int behind its end."""
-        valid = first + offset < n
-        return gl.where(valid, ordered_int(gl.load(scores + first + offset, mask=valid, other=0.0)), -2147483648)
+        """The ordered ints of scores of a list of n, the least int behind its end.
+
+        What stands there is loaded too: with a mask every entry would be a load of its own.
+        """
+        key = ordered_int(gl.load(scores + first + offset))
+        return gl.where(first + offset < n, key, -2147483648)
 
     @gluon.jit
     def _unless(missing, key, instead: gl.constexpr):
@@ -45,7 +48,7 @@ if gluon is not None:
         gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
         # n >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops around
         # this search, and spills.
-        offset = gl.arange(0, 2048, layout=layout) + (n >> 24)
+        offset = gl.arange(0, 2048, layout=layout) + (n >> 24) * 4
         key0 = _load_ordered(scores, 0, n, offset)
         key1 = _load_ordered(scores, 2048, n, offset)
         key2 = key1
@@ -105,6 +108,16 @@ if gluon is not None:
         return inside, reach
 
     @gluon.jit
+    def load_scores(slot, layout: gl.constexpr):
+        """The scores `[BQ, 128]` of a pair of tiles, as four of 32 keys."""
+        return (
+            slot.slice(0, 32, dim=1).load(layout),
+            slot.slice(32, 32, dim=1).load(layout),
+            slot.slice(64, 32, dim=1).load(layout),
+            slot.slice(96, 32, dim=1).load(layout),
+        )
+
+    @gluon.jit
     def rank_in_warp(keep):
         """For rows of 32 that lie across a warp: how many are kept to the left of each entry, and in its row."""
         return gl.inline_asm_elementwise(
@@ -157,13 +170,13 @@ if gluon is not None:
         """
         STEP: gl.constexpr = 2048
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
-        offset = gl.arange(0, STEP, layout=layout) + (n >> 24)
+        offset = gl.arange(0, STEP, layout=layout) + (n >> 24) * 4
         written = gl.full((), 0, gl.int32)
         ties = gl.full((), 0, gl.int32)
         for first in range(0, n, STEP):
             valid = first + offset < n
-            score = gl.load(scores + first + offset, mask=valid, other=float("-inf"))
-            entry = gl.load(list_i + CAPACITY + first + offset, mask=valid, other=0)
+            score = gl.load(scores + first + offset)
+            entry = gl.load(list_i + CAPACITY + first + offset)
             key = ordered_int(score)
             keep = valid & (key >= kth)
             if room < n:
@@ -210,4 +223,4 @@ if gluon is not None:
             gl.store(redo + row, 1)
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    bound_of_list = copy_best = float_of_ordered = rank_in_warp = write_row = None
+    bound_of_list = copy_best = float_of_ordered = load_scores = rank_in_warp = write_row = None

@@ -141,8 +141,8 @@ def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
         "HAS_SCALE": fp8,
         "HAS_GUESS": not sampling,
         "SAMPLING": sampling,
-        "STAGES": hopper.KEY_STAGES,
-        "SLOTS": hopper.SCORE_SLOT_QUERIES // max(BQ, 8),
+        "STAGES": hopper.key_stages(1 if fp8 else 2),
+        "SLOTS": hopper.score_slots(BQ),
         "CHECK": hopper.sample_list_keys(BQ) // 128 if sampling else hopper.CHECK_TILES,
         "PERIOD": hopper.ROW_TILES,
     }
