@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -49,6 +51,7 @@ def expert_topk_triton(
             COLUMNS=VECTOR_TILE // padded,
             NORMALISE=normalise,
             num_warps=8,
+            **early_launch(),
         )
         return logits, weights, chosen
     few = tokens <= 512
@@ -135,6 +138,7 @@ if triton is not None:
         K: tl.constexpr,
         COLUMNS: tl.constexpr,
         NORMALISE: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """Logits, weights and experts of one token."""
         token = tl.program_id(0).to(tl.int64)
@@ -144,9 +148,13 @@ if triton is not None:
         acc = tl.zeros([EP, COLUMNS], tl.float32)
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
-            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             rows = weight + expert[:, None] * D + first + column[None, :]
-            acc += tl.load(rows, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+            tile = tl.load(rows, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            if EARLY and first == 0:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
+            acc += tile * value[None, :]
         total = tl.sum(acc, 1)[None, :]  # [1, EP]
         tl.store(logits + token * E + expert[None, :], total, mask=known[None, :])
         best, best_score = _best(total, bias, E, EP, K, NORMALISE)

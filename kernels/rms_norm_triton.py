@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -59,6 +61,7 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
         BLOCK=block,
         INTERLEAVED=interleaved,
         num_warps=4 if rows_each * block <= TILE else 8,
+        **early_launch(),
     )
 
 
@@ -82,8 +85,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """ROWS rows: N entries normed, the R behind them turned."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
         column = tl.arange(0, BLOCK)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -70,6 +72,7 @@ def experts_vector(
         ROWS=VECTOR_ROWS,
         COLUMNS=min(VECTOR_COLUMNS, triton.next_power_of_2(width)),
         num_warps=4,
+        **early_launch(),
     )
     experts_down_vector_kernel[(tokens, triton.cdiv(width, VECTOR_ROWS))](
         hidden,
@@ -90,6 +93,7 @@ def experts_vector(
         COLUMNS=min(VECTOR_COLUMNS, triton.next_power_of_2(inner)),
         HAS_BASE=base is not None,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -177,8 +181,12 @@ if triton is not None:
         K: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """`silu(gate x) * (up x)`: one program makes ROWS entries of one token's routed or shared expert."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         token = tl.program_id(0).to(tl.int64)
         TILES: tl.constexpr = (INNER + ROWS - 1) // ROWS
         # Beyond the routed experts' tiles come the shared expert's, however wide it is.
@@ -232,6 +240,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         HAS_BASE: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """ROWS entries of one token's sum over its experts."""
         token = tl.program_id(0).to(tl.int64)
@@ -241,16 +250,22 @@ if triton is not None:
         dtype = out.dtype.element_ty
         hidden += token * (K * INNER + SHARED)
         total = tl.zeros([ROWS], tl.float32)
+        if EARLY and EARLY != 3:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         for part in tl.static_range(K):
             expert = tl.load(experts + token * K + part)
             rows = down + expert * expert_stride + row * row_stride
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
             for first in tl.static_range(0, INNER, COLUMNS):
                 inside = first + column < INNER
-                value = tl.load(hidden + part * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
                 tile = tl.load(
                     rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
                 )
+                if EARLY == 3 and part == 0 and first == 0:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
+                value = tl.load(hidden + part * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
                 acc += tile.to(tl.float32) * value[None, :]
             total += tl.sum(acc, 1).to(dtype).to(tl.float32) * tl.load(weights + token * K + part)
         total = total.to(dtype).to(tl.float32)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .early_launch import early_launch
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
@@ -168,6 +169,7 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
         SPLITS=splits,
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         num_warps=4,
+        **early_launch(),
     )
     return out, lse
 
@@ -211,6 +213,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         SPLITS=splits,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **early_launch(),
     )
 
 
@@ -282,7 +285,11 @@ if triton is not None:
         OWNER_SHIFT: tl.constexpr,
         HEAD_BLOCKS: tl.constexpr,
         SPLITS: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
         list_id = tl.program_id(0) // HEAD_BLOCKS
         batch = (list_id // lists).to(tl.int64)
@@ -382,7 +389,11 @@ if triton is not None:
         BLOCK_V: tl.constexpr,
         SPLITS: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64)
         offs_v = tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)

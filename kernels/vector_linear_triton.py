@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -57,6 +59,7 @@ def vector_linear_triton(
         HAS_NORM=norm is not None,
         HAS_BASE=base is not None,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -89,6 +92,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_BASE: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """ROWS outputs of one token; the second grid axis counts the tiles of all weights."""
         token = tl.program_id(0).to(tl.int64)
@@ -121,8 +125,15 @@ if triton is not None:
         column = tl.arange(0, COLUMNS)
         x += token * x_stride
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+        if EARLY == 2:
+            tl.extra.cuda.gdc_launch_dependents()
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
+            weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            if EARLY and first == 0:
+                tl.extra.cuda.gdc_wait()
+                if EARLY != 2:
+                    tl.extra.cuda.gdc_launch_dependents()
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
                 # The whole row is here. Rounded where a norm of its own would.
@@ -130,7 +141,6 @@ if triton is not None:
                 value = (
                     (value * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
                 )
-            weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             acc += weight.to(tl.float32) * value[None, :]
         total = tl.sum(acc, 1).to(dtype)
         if HAS_BASE:
