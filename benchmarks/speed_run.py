@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -32,6 +33,8 @@ from .speed_plan import OURS, PEER, Row
 JOURNAL_FILE, RESULT_FILE = "journal.jsonl", "bench.json"
 # The peer has no memory for longer prompts at once and takes them in chunks, as `generate` offers.
 PEER_ONE_SHOT, PEER_CHUNK = 8192, 512
+# Tokens of the call before a model's first row: libraries load, allocators grow and clocks rise outside the figures.
+WARM_UP_TOKENS, WARM_UP_STEPS = 2048, 8
 # Queries behind the context whose selections are compared with one another.
 OVERLAP_QUERIES = 256
 
@@ -200,6 +203,7 @@ class _Bench:
         self.options, self.journal, self.progress, self.patterns = options, journal, progress, patterns
         self.models = models
         self._inspected: tuple[Any, dict[str, Any]] = (None, {})
+        self._warm: Callable[[], Any] = lambda: None
 
     def plan(self) -> Iterator[Row]:
         """Rows in order: kernels are compiled at the shortest length, and a cut-off loses what matters least."""
@@ -255,6 +259,10 @@ class _Bench:
         if row.kind == "generate":
             chunk = PEER_CHUNK if row.model == PEER and row.tokens > PEER_ONE_SHOT else None
             ids, repeats = prompt(model, row.tokens, kind), row.repeats or options.repeats
+            warm = min(WARM_UP_TOKENS, row.tokens)
+            if self._warm() is not model:
+                measure_generate(model, ids[:, :warm], row.way, WARM_UP_STEPS, 1, chunk)
+                self._warm = weakref.ref(model)
             return measure_generate(model, ids, row.way, options.decode_steps, repeats, chunk)
         inspected = row.tokens, row.pattern, kind
         if self._inspected[0] != inspected:

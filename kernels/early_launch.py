@@ -11,6 +11,6 @@ MODE = 0
 
 def early_launch(least: int = 1) -> dict[str, Any]:
     """Launch options of a kernel with a constexpr EARLY."""
-    if MODE >= least and torch.cuda.is_current_stream_capturing():
+    if least <= MODE and torch.cuda.is_current_stream_capturing():
         return {"EARLY": MODE, "launch_pdl": True}
     return {}

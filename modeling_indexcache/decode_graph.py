@@ -19,9 +19,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import is_foreign, runs_expert_kernels
+from .feed_forward import runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
+from .module_hooks import hooks_of, is_foreign
 
 # Steps in a row that must have found a cache where it was before it is captured.
 STEPS_BEFORE_CAPTURE = 2
@@ -318,8 +319,7 @@ def _capturable(model: Any, hidden_states: torch.Tensor) -> bool:
     if model.config._attn_implementation != TRITON_ATTENTION:
         return False
     for module in model.modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module) or any(map(is_foreign, hooks)):
+        if "forward" in vars(module) or any(map(is_foreign, hooks_of(module))):
             return False
     sparse = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "experts")]
     tokens = hidden_states.view(-1, hidden_states.shape[-1])

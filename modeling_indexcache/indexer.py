@@ -16,10 +16,10 @@ from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate_into, rotate_leading
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import is_watched
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys
+from .module_hooks import is_watched
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
 QUERY_BLOCK_BYTES = 512 * 2**20

@@ -25,6 +25,7 @@ from .feed_forward import works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_latents
+from .module_hooks import is_watched, runs_as_written
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
@@ -88,7 +89,7 @@ def attend_streamed(
         projections = module.q_a_proj, module.kv_a_proj_with_mqa
         queries_from, kv = linears(normed, projections, allow_triton, norm=input_norm)
         q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
-        if indexer is not None:
+        if indexer is not None or is_watched(q_norm):
             queries_from, q_norm = q_norm(queries_from), None
     latents = _latents(module, kv, position_embeddings, allow_triton)
     del kv
@@ -135,7 +136,7 @@ def _latents(
     """The rows to cache, `[B, S, C + R]`, of the projected `kv`."""
     norm = module.kv_a_layernorm
     interleaved = module.config.rope_interleave
-    if "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not runs_as_written(norm):
         # Offloaded or watched: its weight may be elsewhere until it is called.
         latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
         return torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
