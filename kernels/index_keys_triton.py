@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -50,6 +52,7 @@ def index_key_rows_triton(
         BLOCK=block,
         INTERLEAVED=interleaved,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -75,8 +78,12 @@ if triton is not None:
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        EARLY: tl.constexpr = 0,
     ):
         """ROWS rows: D entries normed, then the first R turned."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
         column = tl.arange(0, BLOCK)
