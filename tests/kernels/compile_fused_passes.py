@@ -104,8 +104,10 @@ CASES = {
 }
 
 
-def compile_case(name, arch):
+def compile_case(name, arch, early=0):
     kernel, constants, warps, stages = CASES[name]
+    if "EARLY" in kernel.arg_names:
+        constants = {**constants, "EARLY": early}
     types = {n: POINTERS.get(n, "fp32" if n in ("eps", "scaling") else "i32") for n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     aligned = {
@@ -118,7 +120,8 @@ def compile_case(name, arch):
     else:
         target = GPUTarget("cuda", arch, 32)
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})
+    return triton.compile(source, target=target, options=options)
 
 
 # Routing alone uses much shared memory; the rest is compiled for one target of each kind.
