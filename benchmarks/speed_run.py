@@ -201,7 +201,7 @@ class _Bench:
         self, options: BenchOptions, journal: RowJournal, progress: Progress, models: _Models, patterns: dict
     ) -> None:
         self.options, self.journal, self.progress, self.patterns = options, journal, progress, patterns
-        self.models = models
+        self.models, self._own_fp8 = models, models.config.indexer_fp8
         self._inspected: tuple[Any, dict[str, Any]] = (None, {})
         self._warm: Callable[[], Any] = lambda: None
 
@@ -249,6 +249,8 @@ class _Bench:
     def _measure(self, row: Row) -> dict[str, Any]:
         options, pattern = self.options, self.patterns[row.pattern]
         model = self.models.ours(pattern) if row.model == OURS else self.models.peer(pattern)
+        if row.model == OURS:
+            model.config.indexer_fp8 = row.indexer == "e4m3" or self._own_fp8
         if row.kind == "full cache":
             batch = row.batch or _largest_batch(model, row.tokens)
             if batch == 0:

@@ -336,6 +336,7 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
         str(model._running_pattern),
         model.config._attn_implementation,
         model.config._experts_implementation,
+        model.config.indexer_fp8,
         hidden_states.shape,
         hidden_states.dtype,
         hidden_states.device,
