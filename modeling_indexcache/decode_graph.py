@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
+from ..kernels.cache_slot import CacheSlot
 from .attention_backends import TRITON_ATTENTION
 from .feed_forward import runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
@@ -52,12 +53,12 @@ class _BufferLayer:
     def __init__(self, keys: torch.Tensor, indexer_keys: torch.Tensor | None, position: torch.Tensor) -> None:
         self.keys, self.indexer_keys, self.position = keys, indexer_keys, position
 
-    def update(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.keys.index_copy_(2, self.position, rows)
+    def slot(self) -> CacheSlot:
+        return CacheSlot(self.keys.squeeze(1), self.position)
 
-    def update_indexer(self, rows: torch.Tensor) -> torch.Tensor:
+    def indexer_slot(self) -> CacheSlot:
         assert self.indexer_keys is not None
-        return self.indexer_keys.index_copy_(1, self.position, rows)
+        return CacheSlot(self.indexer_keys, self.position)
 
 
 class _BufferCache:
@@ -69,10 +70,10 @@ class _BufferCache:
         self.layers = layers
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx].update(keys), values
+        return self.layers[layer_idx].slot().write(keys.squeeze(1)).unsqueeze(1), values
 
     def update_indexer(self, rows: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        return self.layers[layer_idx].update_indexer(rows)
+        return self.layers[layer_idx].indexer_slot().write(rows)
 
 
 class DecodeGraph:

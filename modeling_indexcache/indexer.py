@@ -18,7 +18,7 @@ from ..kernels.rotary import rotate_into, rotate_leading
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
-from .latent_cache import append_index_keys
+from .latent_cache import append_index_keys, index_key_slot
 from .module_hooks import is_watched
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
@@ -88,9 +88,12 @@ class IndexCacheIndexer(nn.Module):
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         (k,) = linears(hidden_states, (self.wk,), allow_triton)
         norm = self.k_norm
+        slot = None if self.config.indexer_fp8 else index_key_slot(past_key_values, self.layer_idx)
         if type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not is_watched(norm):
             turns = (*position_embeddings, self.interleaved)
-            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton, slot)
+            if slot is not None:
+                return k
         else:
             k = self._turn(norm(k), position_embeddings)
         if self.config.indexer_fp8:

@@ -22,16 +22,26 @@ POINTERS = {
     **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
     **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
-    **dict.fromkeys(("chosen", "experts", "order", "place"), "*i64"),
+    **dict.fromkeys(("chosen", "experts", "order", "place", "position"), "*i64"),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
 WIDTH, INNER = 2048, 1536
 CASES = {
-    "norm": (rms_norm_triton.rms_norm_rope_kernel, dict(N=WIDTH, R=0, ROWS=2, BLOCK=2048, INTERLEAVED=False), 4, 3),
-    "latent": (rms_norm_triton.rms_norm_rope_kernel, dict(N=512, R=64, ROWS=8, BLOCK=512, INTERLEAVED=True), 4, 3),
+    "norm": (
+        rms_norm_triton.rms_norm_rope_kernel,
+        dict(N=WIDTH, R=0, ROWS=2, BLOCK=2048, INTERLEAVED=False, HAS_SLOT=False),
+        4,
+        3,
+    ),
+    "latent": (
+        rms_norm_triton.rms_norm_rope_kernel,
+        dict(N=512, R=64, ROWS=8, BLOCK=512, INTERLEAVED=True, HAS_SLOT=True),
+        4,
+        3,
+    ),
     "index keys": (
         index_keys_triton.index_key_kernel,
-        dict(D=128, R=64, ROWS=16, BLOCK=128, INTERLEAVED=True),
+        dict(D=128, R=64, ROWS=16, BLOCK=128, INTERLEAVED=True, HAS_SLOT=True),
         4,
         3,
     ),

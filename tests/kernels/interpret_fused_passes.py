@@ -12,6 +12,7 @@ from grouped_mm_loop import grouped_mm
 from indexcache.kernels import routed_experts
 from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
+from indexcache.kernels.cache_slot import CacheSlot
 from indexcache.kernels.expert_topk import expert_topk_reference
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
 from indexcache.kernels.index_keys import index_key_rows
@@ -72,6 +73,40 @@ def test_latent_rows_of_strided_input(interleaved, angle_batch):
     wide = (kv.double(), weight.double(), 1e-6, *(t.double() for t in turns), interleaved)
     got = latent_rows_triton(kv, weight, 1e-6, *turns, interleaved)
     assert_as_exact_as(got, latent_rows(kv, weight, 1e-6, *turns, interleaved), latent_rows(*wide))
+
+
+@pytest.mark.parametrize("first", [0, 5, 9, 40])
+@pytest.mark.parametrize("kind", ["latents", "index keys"])
+def test_rows_written_to_a_slot_of_a_cache_are_those_of_their_own_memory(kind, first):
+    """What would go behind the end is dropped, and nothing else is touched."""
+    x = torch.randn(2, 7, 64, dtype=DTYPE)
+    gain, shift, turns = torch.randn(40, dtype=DTYPE), torch.randn(64, dtype=DTYPE), angles(2, 7, 24)
+    turns = tuple(t[..., :16].contiguous() for t in turns)
+
+    def make(slot):
+        if kind == "latents":
+            return latent_rows_triton(x[..., :56], gain, 1e-6, *turns, True, slot)
+        return index_key_rows_triton(x, shift, shift, 1e-6, *turns, True, slot)
+
+    expected = make(None)
+    width = expected.shape[-1]
+    memory = torch.randn(3, 2, 12, width, dtype=DTYPE)
+    before = memory.clone()
+    slot = CacheSlot(memory[1], torch.tensor([first]))
+    assert slot.takes(expected)
+    assert make(slot) is slot.rows
+    fitting = max(0, min(7, 12 - first))
+    before[1, :, first : first + fitting] = expected[:, :fitting]
+    assert torch.equal(memory, before)
+
+
+def test_slots_that_no_kernel_can_write_are_known():
+    rows, position = torch.zeros(2, 12, 64, dtype=DTYPE), torch.zeros(1, dtype=torch.int64)
+    new = torch.ones(2, 3, 64, dtype=DTYPE)
+    assert CacheSlot(rows, position).takes(new)
+    assert not CacheSlot(rows[..., :56], position).takes(new[..., :56])
+    assert not CacheSlot(rows.float(), position).takes(new)
+    assert torch.equal(CacheSlot(rows, position + 2).write(new)[:, 2:5], new)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
