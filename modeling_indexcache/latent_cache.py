@@ -66,13 +66,13 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
 
 def latent_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
     """Where a kernel may write the latents of new tokens itself: while a decoding step is recorded."""
-    layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
     return layer.slot() if hasattr(layer, "slot") else None
 
 
 def index_key_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
     """The same of index keys."""
-    layer = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
     return layer.indexer_slot() if hasattr(layer, "indexer_slot") else None
 
 
