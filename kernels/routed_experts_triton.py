@@ -184,22 +184,24 @@ if triton is not None:
         EARLY: tl.constexpr = 0,
     ):
         """`silu(gate x) * (up x)`: one program makes ROWS entries of one token's routed or shared expert."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         token = tl.program_id(0).to(tl.int64)
         TILES: tl.constexpr = (INNER + ROWS - 1) // ROWS
-        # Beyond the routed experts' tiles come the shared expert's, however wide it is.
-        part = tl.minimum(tl.program_id(1) // TILES, K)
+        SHARED_TILES: tl.constexpr = (SHARED + ROWS - 1) // ROWS
+        # Ahead of the routed experts' tiles come the shared expert's, which need not wait to know the experts.
+        tile = tl.program_id(1) - SHARED_TILES
+        part = K
         column = tl.arange(0, COLUMNS)
-        if part < K:
-            row = tl.program_id(1) % TILES * ROWS + tl.arange(0, ROWS)
+        if tile >= 0:
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
+            part = tile // TILES
+            row = tile % TILES * ROWS + tl.arange(0, ROWS)
             real = row < INNER
             expert = tl.load(experts + token * K + part)
             gate_rows = gate_up + expert * expert_stride + row * row_stride
             up_rows = gate_rows + INNER * row_stride
         else:
-            row = (tl.program_id(1) - K * TILES) * ROWS + tl.arange(0, ROWS)
+            row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
             real = row < SHARED
             gate_rows = gate + row.to(tl.int64) * gate_stride
             up_rows = up + row.to(tl.int64) * up_stride
@@ -208,9 +210,12 @@ if triton is not None:
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             mask = real[:, None] & inside[None, :]
-            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_tile = tl.load(gate_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
             up_tile = tl.load(up_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
+            if EARLY and first == 0:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_sum += gate_tile.to(tl.float32) * value[None, :]
             up_sum += up_tile.to(tl.float32) * value[None, :]
         dtype = hidden.dtype.element_ty
