@@ -10,7 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..kernels.routed_experts import block_tokens, unsupported_experts_reason
+from ..kernels.routed_experts import block_tokens, routed_experts, unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
 from .module_hooks import hooks_of, is_watched
@@ -66,6 +66,13 @@ def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> 
         # Whoever watches a part of it sees what that part makes, whole and of all tokens.
         return hidden_states.add_(mlp(norm(hidden_states)))
     rows = hidden_states.view(-1, hidden_states.shape[-1])
+    router = getattr(mlp, "gate", None)
+    if router is not None and router.takes_norm(norm, rows) and runs_expert_kernels(mlp, rows):
+        normed, weights, experts = router.normed(norm, rows)
+        routed = mlp.experts.gate_up_proj, mlp.experts.down_proj
+        shared: Any = tuple(linear.weight for linear in shared_linears(mlp))
+        routed_experts(normed, experts, weights, *routed, shared=shared, accumulate=rows)
+        return hidden_states
     blocks = -(-rows.shape[0] // _tokens_at_once(mlp, rows))
     if blocks <= 1:
         return mlp(norm(hidden_states), accumulate=hidden_states)

@@ -17,7 +17,9 @@ from indexcache.kernels import (
 
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 POINTERS = {
-    **dict.fromkeys(("x", "out", "weight", "cos", "sin", "gate_up", "gate", "up", "hidden", "down"), "*bf16"),
+    **dict.fromkeys(
+        ("x", "out", "weight", "cos", "sin", "normed", "gate_up", "gate", "up", "hidden", "down"), "*bf16"
+    ),
     **dict.fromkeys(("shared_down", "base", "routed", "shared"), "*bf16"),
     **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
     **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
@@ -67,8 +69,17 @@ CASES = {
     **{
         f"route one token, {experts} experts": (
             expert_topk_triton.expert_topk_vector_kernel,
-            dict(E=experts, EP=experts, D=WIDTH, K=4, COLUMNS=8192 // experts, NORMALISE=True),
-            8,
+            dict(
+                E=experts,
+                EP=experts,
+                D=WIDTH,
+                K=4,
+                COLUMNS=min(WIDTH, 16384 // experts) if experts > 16 else WIDTH,
+                NORMALISE=True,
+                HAS_NORM=True,
+                HAS_LOGITS=False,
+            ),
+            16,
             3,
         )
         for experts in (16, 64)

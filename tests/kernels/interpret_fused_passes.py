@@ -14,7 +14,7 @@ from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.cache_slot import CacheSlot
 from indexcache.kernels.expert_topk import expert_topk_reference
-from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.expert_topk_triton import expert_topk_triton, normed_expert_topk_triton
 from indexcache.kernels.index_keys import index_key_rows
 from indexcache.kernels.index_keys_triton import index_key_rows_triton
 from indexcache.kernels.rms_norm import latent_rows, rms_norm
@@ -147,6 +147,19 @@ def test_routing(tokens, count, k, width, normalise):
     assert same.float().mean() > 0.99
     got = weights.gather(1, order)[same]
     torch.testing.assert_close(got, expected.gather(1, chosen_order)[same], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "count", "width"), [(1, 16, 48), (3, 40, 700), (4, 64, 1100), (2, 64, 256)])
+def test_routing_behind_a_norm_is_a_norm_and_then_routing(tokens, count, width):
+    x, bias = 3 * torch.randn(tokens, width + 8, dtype=DTYPE)[:, 3 : 3 + width], torch.randn(count) * 0.1
+    norm = torch.randn(width, dtype=DTYPE)
+    weight = torch.randn(count, width, dtype=DTYPE) / width**0.5
+    got, weights, experts = normed_expert_topk_triton(x, norm, 1e-6, weight, bias, 4, 1.8, True)
+    exact = rms_norm(x.double(), norm.double(), 1e-6)
+    assert_as_exact_as(got, rms_norm(x, norm, 1e-6, allow_triton=False), exact)
+    _, expected, chosen = expert_topk_triton(got, weight, bias, 4, 1.8, True)
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts, chosen)
 
 
 @pytest.mark.parametrize("tokens", [2, 20])
