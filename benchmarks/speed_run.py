@@ -34,7 +34,7 @@ JOURNAL_FILE, RESULT_FILE = "journal.jsonl", "bench.json"
 # The peer has no memory for longer prompts at once and takes them in chunks, as `generate` offers.
 PEER_ONE_SHOT, PEER_CHUNK = 8192, 512
 # Tokens of the call before a model's first row: libraries load, allocators grow and clocks rise outside the figures.
-WARM_UP_TOKENS, WARM_UP_STEPS = 2048, 8
+WARM_UP_TOKENS, WARM_UP_STEPS = 4096, 8
 # Queries behind the context whose selections are compared with one another.
 OVERLAP_QUERIES = 256
 

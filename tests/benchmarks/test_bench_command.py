@@ -188,7 +188,7 @@ def test_a_plan_that_makes_no_sense_is_refused(tmp_path, text, message):
 
 def test_the_plan_of_the_published_figures_can_be_read():
     rows = read_plan(Path(speed_plan.__file__).with_name("long_context_plan.json"))
-    assert rows[0] == Row("generate", "transformers", 32768, "all full", "dynamic", repeats=1)
+    assert Row("generate", "transformers", 32768, "all full", "dynamic", repeats=2) in rows
     assert len(rows) == len(set(rows)) > 30
 
 
