@@ -94,7 +94,7 @@ if triton is not None:
         C: tl.constexpr,
         ENTRIES: tl.constexpr,
         INTERLEAVED: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ENTRIES latent entries of one head; the program behind the last of them turns the head's RoPE part."""
         pair = tl.program_id(0).to(tl.int64)
@@ -148,7 +148,7 @@ if triton is not None:
         C: tl.constexpr,
         BLOCK_C: tl.constexpr,
         ENTRIES: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ENTRIES value entries of one head."""
         pair = tl.program_id(0).to(tl.int64)

@@ -185,7 +185,7 @@ if triton is not None:
         NORMALISE: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_LOGITS: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """Logits, weights and experts of one token."""
         token = tl.program_id(0).to(tl.int64)

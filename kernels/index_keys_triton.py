@@ -88,7 +88,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
         HAS_SLOT: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS rows: D entries normed, then the first R turned."""
         if EARLY:

@@ -196,7 +196,7 @@ if triton is not None:
         HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """Scores of `tiles_each` tiles of keys for BQ rows of the slab, minus infinity where a key is not visible."""
         if EARLY:
@@ -259,7 +259,7 @@ if triton is not None:
         SAMPLE: tl.constexpr,
         PIECE: tl.constexpr,
         CAP: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """The keys of a piece of a row above a guess of the row's k-th best, their number, and the guess."""
         if EARLY:
@@ -315,7 +315,7 @@ if triton is not None:
         PIECE: tl.constexpr,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """The exact selection of a row: among the keys that passed if they suffice, else among all."""
         if EARLY:

@@ -100,7 +100,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
         HAS_SLOT: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS rows: N entries normed, the R behind them turned."""
         if EARLY:

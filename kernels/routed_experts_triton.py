@@ -181,7 +181,7 @@ if triton is not None:
         K: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """`silu(gate x) * (up x)`: one program makes ROWS entries of one token's routed or shared expert."""
         token = tl.program_id(0).to(tl.int64)
@@ -245,7 +245,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         HAS_BASE: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS entries of one token's sum over its experts."""
         token = tl.program_id(0).to(tl.int64)
@@ -255,7 +255,7 @@ if triton is not None:
         dtype = out.dtype.element_ty
         hidden += token * (K * INNER + SHARED)
         total = tl.zeros([ROWS], tl.float32)
-        if EARLY and EARLY != 3:
+        if EARLY:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         for part in tl.static_range(K):
@@ -264,13 +264,10 @@ if triton is not None:
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
             for first in tl.static_range(0, INNER, COLUMNS):
                 inside = first + column < INNER
+                value = tl.load(hidden + part * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
                 tile = tl.load(
                     rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
                 )
-                if EARLY == 3 and part == 0 and first == 0:
-                    tl.extra.cuda.gdc_wait()
-                    tl.extra.cuda.gdc_launch_dependents()
-                value = tl.load(hidden + part * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
                 acc += tile.to(tl.float32) * value[None, :]
             total += tl.sum(acc, 1).to(dtype).to(tl.float32) * tl.load(weights + token * K + part)
         total = total.to(dtype).to(tl.float32)

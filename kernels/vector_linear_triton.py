@@ -92,7 +92,7 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_BASE: tl.constexpr,
-        EARLY: tl.constexpr = 0,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS outputs of one token; the second grid axis counts the tiles of all weights."""
         token = tl.program_id(0).to(tl.int64)
@@ -125,15 +125,12 @@ if triton is not None:
         column = tl.arange(0, COLUMNS)
         x += token * x_stride
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-        if EARLY == 2:
-            tl.extra.cuda.gdc_launch_dependents()
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             if EARLY and first == 0:
                 tl.extra.cuda.gdc_wait()
-                if EARLY != 2:
-                    tl.extra.cuda.gdc_launch_dependents()
+                tl.extra.cuda.gdc_launch_dependents()
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
                 # The whole row is here. Rounded where a norm of its own would.

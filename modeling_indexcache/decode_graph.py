@@ -19,6 +19,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
 from ..kernels.cache_slot import CacheSlot
+from ..kernels.early_launch import early_launches
 from .attention_backends import TRITON_ATTENTION
 from .feed_forward import runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
@@ -194,13 +195,14 @@ def record(
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        run()
-        rewind()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        out = run()
+    with early_launches(device):
+        with torch.cuda.stream(side):
+            run()
+            rewind()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            out = run()
     return out, graph.replay
 
 

@@ -9,9 +9,11 @@ from indexcache.kernels import (
     absorbed_vector_triton,
     expert_topk_triton,
     index_keys_triton,
+    lightning_indexer_decode_triton,
     rms_norm_triton,
     rotary_triton,
     routed_experts_triton,
+    sparse_mla_triton,
     vector_linear_triton,
 )
 
@@ -153,3 +155,24 @@ def compile_case(name, arch, early=0):
 )
 def test_fits_shared_memory(name, arch):
     assert compile_case(name, arch).metadata.shared <= SHARED_KB[arch] * 1024
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "EARLY" in case[0].arg_names])
+def test_an_early_kernel_writes_nothing_before_it_has_waited(name):
+    ptx = compile_case(name, 90, early=True).asm["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+    assert "griddepcontrol" not in compile_case(name, 90).asm["ptx"]
+
+
+def test_weights_are_asked_for_before_the_wait():
+    ptx = compile_case("linear", 90, early=True).asm["ptx"]
+    assert ptx.index("ld.global") < ptx.index("griddepcontrol.wait")
+
+
+@pytest.mark.parametrize("module", [lightning_indexer_decode_triton, sparse_mla_triton])
+def test_the_kernels_between_them_wait_at_once(module):
+    kernels = [value for value in vars(module).values() if "EARLY" in getattr(value, "arg_names", ())]
+    assert len(kernels) >= 2
+    for kernel in kernels:
+        first = kernel.src[kernel.src.index("EARLY: tl.constexpr = False") :].split("\n", 6)
+        assert any("tl.extra.cuda.gdc_wait()" in line for line in first), kernel.__name__
