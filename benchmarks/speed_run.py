@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from ..evaluation.journal import Journal
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
+from . import speed_models
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
@@ -349,6 +350,7 @@ def _document(
         "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,
+        "drift": {"step": speed_models.DRIFT_STEP, "spread": speed_models.DRIFT_SPREAD},
         "patterns": patterns,
         "rows": [{**vars(row), **found} for row, found in journal.rows.items()],
     }
