@@ -15,6 +15,7 @@ from ..kernels.indexer_quantization import quantized_rows
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate_into, rotate_leading
+from ..kernels.vector_linear import takes_wide_vector_linear, wide_vector_linear
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
@@ -203,8 +204,10 @@ class IndexCacheIndexer(nn.Module):
         """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
         module = self.weights_proj
         dtype = module.weight.dtype
+        rows = hidden_states.flatten(0, -2)
+        if self._reads_as_vectors(rows):
+            return wide_vector_linear(rows, module.weight, self.n_heads**-0.5).view(*hidden_states.shape[:-1], -1)
         if not torch.compiler.is_compiling() and _multiplies_in_parts(hidden_states, module):
-            rows = hidden_states.flatten(0, -2)
             # An fp32 number is the sum of three bf16 numbers, and their products with bf16 are exact in fp32.
             high = module.weight.to(rows.dtype)
             middle = (module.weight - high).to(rows.dtype)
@@ -217,6 +220,16 @@ class IndexCacheIndexer(nn.Module):
             blocks = hidden_states.split(WIDENED_TOKENS, dim=1)
         made = [module(block.to(dtype)).float() for block in blocks]
         return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
+
+    def _reads_as_vectors(self, rows: torch.Tensor) -> bool:
+        """Whether head weights of a few tokens, `[tokens, hidden_size]`, take one launch."""
+        module = self.weights_proj
+        return (
+            self.config._attn_implementation == TRITON_ATTENTION
+            and is_plain_linear(module)
+            and module.bias is None
+            and takes_wide_vector_linear(rows, module.weight)
+        )
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return rotate_leading(x, *position_embeddings, self.interleaved)

@@ -112,7 +112,13 @@ CASES = {
     ),
     "linear": (
         vector_linear_triton.vector_linear_kernel,
-        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048, HAS_NORM=True, HAS_BASE=True),
+        dict(D=WIDTH, N0=768, N1=576, N2=0, N3=0, ROWS=4, COLUMNS=2048, HAS_NORM=True, HAS_BASE=True, HAS_SCALE=False),
+        4,
+        3,
+    ),
+    "head weights": (
+        vector_linear_triton.vector_linear_kernel,
+        dict(D=WIDTH, N0=32, N1=0, N2=0, N3=0, ROWS=4, COLUMNS=2048, HAS_NORM=False, HAS_BASE=False, HAS_SCALE=True),
         4,
         3,
     ),
@@ -131,7 +137,7 @@ def compile_case(name, arch, early=0):
     kernel, constants, warps, stages = CASES[name]
     if "EARLY" in kernel.arg_names:
         constants = {**constants, "EARLY": early}
-    types = {n: POINTERS.get(n, "fp32" if n in ("eps", "scaling") else "i32") for n in kernel.arg_names}
+    types = {n: POINTERS.get(n, "fp32" if n in ("eps", "scale", "scaling") else "i32") for n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

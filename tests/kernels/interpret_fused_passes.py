@@ -23,7 +23,7 @@ from indexcache.kernels.rotary import rotate
 from indexcache.kernels.rotary_triton import rotate_into_triton
 from indexcache.kernels.routed_experts import routed_experts_reference
 from indexcache.kernels.routed_experts_triton import experts_vector
-from indexcache.kernels.vector_linear import vector_linear_reference
+from indexcache.kernels.vector_linear import vector_linear_reference, wide_vector_linear
 from indexcache.kernels.vector_linear_triton import vector_linear_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -233,6 +233,20 @@ def test_linear_layers_behind_a_norm_and_before_a_residual(tokens, width, sizes)
         exact = vector_linear_reference(x.double(), [weight.double() for weight in weights], *wide)
         plain = vector_linear_reference(x, weights, *arguments)
         assert_as_exact_as(vector_linear_triton(x, weights, *arguments), plain, exact)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, DTYPE])
+@pytest.mark.parametrize(("tokens", "width", "size"), [(1, 48, 5), (2, 2100, 9)])
+def test_scaled_products_in_fp32_of_one_or_two_tokens(tokens, width, size, weight_dtype):
+    x, weight = torch.randn(tokens, width, dtype=DTYPE), torch.randn(size, width, dtype=weight_dtype) / width**0.5
+    got = wide_vector_linear(x, weight, 0.3)
+    exact = 0.3 * (x.double() @ weight.double().T)
+    assert got.dtype == torch.float32
+    if weight_dtype == torch.float32:
+        torch.testing.assert_close(got.double(), exact, atol=1e-6, rtol=1e-6)
+    else:
+        plain = (x.float() @ weight.float().T).to(DTYPE).float() * 0.3
+        assert_as_exact_as(got, plain, exact)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])

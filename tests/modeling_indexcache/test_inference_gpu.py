@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
-from indexcache.kernels import merged_selection
+from indexcache.kernels import early_launch, merged_selection
 from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.modeling_indexcache import indexer, inference_attention
 from indexcache.modeling_indexcache.decode_graph import DecodeGraph
@@ -58,6 +58,35 @@ def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
         return
     exact = copy.deepcopy(model).float()(ids[:batch]).logits[:, first:]
     assert (got - exact).pow(2).mean() <= 2.25 * (expected - exact).pow(2).mean()
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="launches early from Hopper on"
+)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_kernels_launched_early_give_the_same_bits(model, ids, kind, monkeypatch):
+    def new_cache():
+        return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
+
+    assert early_launch._can_launch_early(model.device)
+    got = decoded(model, ids[:1], new_cache(), 24, True)
+    monkeypatch.setattr(early_launch, "_can_launch_early", lambda device: False)
+    assert torch.equal(got, decoded(model, ids[:1], new_cache(), 24, True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_head_weights_of_one_token_are_those_of_many(model, dtype):
+    made = model.model.layers[0].self_attn.indexer
+    bf16 = made.weights_proj.weight.data
+    made.weights_proj.to(dtype)
+    x = torch.randn(1, 5, 48, device="cuda", dtype=torch.bfloat16)
+    expected = made.head_weights(x)[:, :1]
+    got = made.head_weights(x[:, :1])
+    made.weights_proj.weight.data = bf16
+    assert got.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # bf16 rounds the last bit one way or the other
+    assert (got - expected).norm() <= tolerance * expected.norm()
 
 
 def test_fused_passes_err_as_pytorch_does(model, ids):
