@@ -23,6 +23,7 @@ from . import speed_models
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
+    full_cache_rows,
     measure_full_cache_decode,
     measure_generate,
     neighbour_overlap,
@@ -253,7 +254,7 @@ class _Bench:
         if row.model == OURS:
             model.config.indexer_fp8 = row.indexer == "e4m3" or self._own_fp8
         if row.kind == "full cache":
-            batch = row.batch or _largest_batch(model, row.tokens)
+            batch = row.batch or _largest_batch(model, full_cache_rows(row.tokens, options.decode_steps))
             if batch == 0:
                 return {"out_of_memory": "not one sequence fits beside the weights"}
             found = measure_full_cache_decode(model, row.tokens, batch, options.decode_steps)
@@ -293,7 +294,7 @@ def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
     return found
 
 
-def _largest_batch(model: Any, tokens: int) -> int:
+def _largest_batch(model: Any, rows: int) -> int:
     """Sequences whose caches fit in 95 % of what the weights leave; 8 on the CPU."""
     if model.device.type != "cuda":
         return 8
@@ -303,7 +304,7 @@ def _largest_batch(model: Any, tokens: int) -> int:
     per_token = cache_bytes(cache) / 16
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(model.device)
-    return int(0.95 * free // (per_token * (tokens + 1)))
+    return int(0.95 * free // (per_token * rows))
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
