@@ -7,6 +7,7 @@ from triton.compiler import ASTSource
 
 from indexcache.kernels import (
     absorbed_vector_triton,
+    expert_groups_triton,
     expert_topk_triton,
     index_keys_triton,
     lightning_indexer_decode_triton,
@@ -27,6 +28,7 @@ POINTERS = {
     **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "order", "place", "position"), "*i64"),
+    **dict.fromkeys(("counts", "starts", "ends"), "*i32"),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
 WIDTH, INNER = 2048, 1536
@@ -122,6 +124,15 @@ CASES = {
         4,
         3,
     ),
+    **{
+        f"{name}, {experts} experts": (kernel, dict(E=experts, EP=experts, ROWS=8192 // experts, **more), 4, 3)
+        for name, kernel, more in (
+            ("count", expert_groups_triton.count_experts_kernel, dict(PAIRS=512)),
+            ("starts", expert_groups_triton.start_experts_kernel, {}),
+            ("places", expert_groups_triton.place_pairs_kernel, dict(PAIRS=512)),
+        )
+        for experts in (16, 64, 256)
+    },
     "gather": (routed_experts_triton.gather_rows_kernel, dict(D=WIDTH, BLOCK=2048, ROWS=2), 4, 3),
     "gate": (routed_experts_triton.gated_kernel, dict(D=INNER, BLOCK=1024, ROWS=4), 4, 3),
     "combine": (

@@ -13,6 +13,7 @@ from indexcache.kernels import routed_experts
 from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.cache_slot import CacheSlot
+from indexcache.kernels.expert_groups_triton import group_by_expert_triton
 from indexcache.kernels.expert_topk import expert_topk_reference
 from indexcache.kernels.expert_topk_triton import expert_topk_triton, normed_expert_topk_triton
 from indexcache.kernels.index_keys import index_key_rows
@@ -170,6 +171,29 @@ def test_routing_prefers_the_first_of_equal_experts_and_survives_nan(tokens):
     assert experts[0].tolist() == [0, 1]
     assert len(set(experts[1].tolist())) == 2
     assert 0 <= experts.min() <= experts.max() < 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "count", "block"),
+    [
+        (1, 1, 2, 4),
+        (700, 4, 16, 700),
+        (700, 4, 64, 256),
+        (300, 8, 160, 77),
+        (1030, 2, 5, 1024),
+        (0, 4, 16, 8),
+        (90, 8, 512, 50),
+    ],
+)
+def test_pairs_are_put_in_the_order_of_their_experts(tokens, k, count, block):
+    scores = torch.rand(tokens, count)
+    scores[:, count // 2] = -1 if tokens % 2 else 2  # chosen by none or by all
+    experts = scores.topk(k, dim=-1).indices
+    got = group_by_expert_triton(experts, count, block)
+    expected = routed_experts.group_by_expert(experts, count, block, allow_triton=False)
+    for mine, theirs in zip(got, expected):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
 
 
 def experts_problem(tokens, count, k, width, inner, shared_inner):
