@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..evaluation.journal import Journal
+from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from . import speed_models
 from .errors import BenchError
@@ -287,9 +288,10 @@ def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
         return lambda: model(ids[:, first:last], past_key_values=cache, logits_to_keep=1)
 
     found: dict[str, Any] = {"prefill": breakdown(run(0, tokens), ids.device)}
-    for step in range(tokens, tokens + steps - 1):
-        run(step, step + 1)()
-    found["decode"] = breakdown(run(tokens + steps - 1, tokens + steps), ids.device)
+    with launches_in_turn():
+        for step in range(tokens, tokens + steps - 1):
+            run(step, step + 1)()
+        found["decode"] = breakdown(run(tokens + steps - 1, tokens + steps), ids.device)
     found["overlap"] = neighbour_overlap(model, ids[:, tokens + steps :], cache)
     return found
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from indexcache.kernels import early_launch
-from indexcache.kernels.early_launch import early_launches
+from indexcache.kernels.early_launch import early_launches, launches_in_turn
 
 EARLY = {"EARLY": True, "launch_pdl": True}
 
@@ -17,6 +17,9 @@ def test_kernels_launch_early_inside_alone(monkeypatch):
         with early_launches(torch.device("cpu")):
             assert early_launch.early_launch() == {}
         assert early_launch.early_launch() == EARLY
+    with launches_in_turn():
+        with early_launches(torch.device("cuda")):
+            assert early_launch.early_launch() == {}
     with pytest.raises(RuntimeError, match="stopped"), early_launches(torch.device("cuda")):
         raise RuntimeError("stopped")
     assert early_launch.early_launch() == {}
