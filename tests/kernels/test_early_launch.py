@@ -17,9 +17,8 @@ def test_kernels_launch_early_inside_alone(monkeypatch):
         with early_launches(torch.device("cpu")):
             assert early_launch.early_launch() == {}
         assert early_launch.early_launch() == EARLY
-    with launches_in_turn():
-        with early_launches(torch.device("cuda")):
-            assert early_launch.early_launch() == {}
+    with launches_in_turn(), early_launches(torch.device("cuda")):
+        assert early_launch.early_launch() == {}
     with pytest.raises(RuntimeError, match="stopped"), early_launches(torch.device("cuda")):
         raise RuntimeError("stopped")
     assert early_launch.early_launch() == {}
