@@ -118,7 +118,8 @@ def _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise,
         HAS_NORM=norm is not None,
         HAS_LOGITS=logits is not None,
         num_warps=16,
-        **early_launch(),
+        # A copy of the weight would be younger than what an early kernel may read before it waits.
+        **(early_launch() if weight.is_contiguous() else {}),
     )
 
 

@@ -30,7 +30,7 @@ LOG2_E = 1.4426950408889634
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
-MOST_SPLITS, COMBINED_ENTRIES = 32, 64
+MOST_SPLITS, COMBINED_ENTRIES = 64, 64
 
 
 _hopper_failed = False

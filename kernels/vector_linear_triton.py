@@ -16,7 +16,7 @@ MAX_WEIGHTS = 4
 # Widest rows that are normed: a program must hold all of one.
 MAX_NORMED = 2048
 # Weights that a program holds at once, in entries.
-TILE = 8192
+TILE = 4096
 
 
 def vector_linear_triton(

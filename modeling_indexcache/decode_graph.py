@@ -336,7 +336,7 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
     hidden_states = inputs.hidden_states
     return (
         weakref.ref(model),
-        str(model._running_pattern),
+        model._running_pattern,
         model.config._attn_implementation,
         model.config._experts_implementation,
         model.config.indexer_fp8,
@@ -345,7 +345,7 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
         hidden_states.device,
         None if inputs.position_ids is None else inputs.position_ids.shape,
         inputs.attention_mask is None,
-        next(model.layers.parameters()).data_ptr(),
+        model.layers[0].input_layernorm.weight.data_ptr(),
         torch.is_inference_mode_enabled(),
     )
 
