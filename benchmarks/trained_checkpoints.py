@@ -77,15 +77,30 @@ def judged(exact: PreTrainedModel, prompts: torch.Tensor, eager: tuple, fast: tu
     return found
 
 
+def read_windows(path: Path, tensor: str, count: int) -> torch.Tensor:
+    """The first windows, int64 `[count, L]`, of the tensor whose name ends so."""
+    return next(value for name, value in load_file(path).items() if name.endswith(tensor))[:count].long()
+
+
 @torch.inference_mode()
 def compare(
-    folder: Path, windows: Path, patterns: list[str], dtype: torch.dtype, tensor: str, count: int, new_tokens: int
+    folder: Path,
+    windows: Path,
+    patterns: list[str],
+    dtype: torch.dtype,
+    tensor: str,
+    count: int,
+    new_tokens: int,
+    fast: str,
+    scored: torch.Tensor | None,
 ) -> Iterator[dict[str, Any]]:
-    """One record a pattern: losses by backend, and where the generations of the fast one part from eager's."""
-    tensors = load_file(windows)
-    ids = next(value for name, value in tensors.items() if name.endswith(tensor))[:count].long()
+    """One record a pattern: losses by backend, and where the generations of the fast one part from eager's.
+
+    Windows are continued by generation, and scored where `scored [N, L]` are not given.
+    """
+    ids = read_windows(windows, tensor, count)
+    scored = ids if scored is None else scored
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fast = "triton" if device == "cuda" else "sdpa"
     model = load_source(folder, dtype=dtype, attn_implementation=fast).to(device).eval()
     exact = load_source(folder, dtype=torch.float32, attn_implementation="eager").to(device).eval()
     prompts = ids[:, : min(600, ids.shape[1] // 2)].to(device)
@@ -93,10 +108,10 @@ def compare(
         start = time.perf_counter()
         model.set_index_share_pattern(pattern)
         exact.set_index_share_pattern(pattern)
-        losses, generated = {"fp32": evaluate_windows(exact, ids, batch_size=4).loss}, {}
+        losses, generated = {"fp32": evaluate_windows(exact, scored, batch_size=4).loss}, {}
         for backend, caches in (("eager", CACHES[:1]), (fast, CACHES)):
             model.set_attn_implementation(backend)
-            losses[backend] = evaluate_windows(model, ids, batch_size=4).loss
+            losses[backend] = evaluate_windows(model, scored, batch_size=4).loss
             generated |= {(backend, cache): generate(model, prompts, new_tokens, cache) for cache in caches}
             print(f"{folder.name} {pattern} {backend}: {time.perf_counter() - start:.1f} s", flush=True)
         eager = generated["eager", "dynamic"]
@@ -112,7 +127,9 @@ def compare(
         record = {
             "checkpoint": folder.name,
             "dtype": str(dtype).removeprefix("torch."),
+            "backend": fast,
             "pattern": pattern,
+            "scored_tokens": scored.numel(),
             "losses": losses,
             "loss_difference": abs(losses["eager"] - losses[fast]),
             "generations": len(prompts),
@@ -140,14 +157,31 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--windows", type=Path, required=True, help="safetensors with an ..ids tensor [N, L]")
     parser.add_argument("--patterns", nargs="+", help="default: all full, 1/2 and 1/4 uniform")
+    parser.add_argument(
+        "--backend",
+        choices=("triton", "sdpa"),
+        default="triton" if torch.cuda.is_available() else "sdpa",
+        help="what is held against eager; sdpa, PyTorch's own, tells how far apart two backends must be expected",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--tensor", default="ids", help="how the name of the windows' tensor ends")
     parser.add_argument("--count", type=int, default=16, help="windows scored and continued")
+    parser.add_argument(
+        "--scored",
+        metavar="FILE:TENSOR",
+        help="other windows for the losses: bf16 leaves errors of 0.2 in a token's logits, so that over 30,000 "
+        "tokens two exact backends' losses are 1e-3 apart by chance",
+    )
+    parser.add_argument("--scored-count", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     layers = json.loads((arguments.checkpoint / "config.json").read_text())["num_hidden_layers"]
     patterns = arguments.patterns or [SharePattern.uniform(layers, keep).letters for keep in ("1/1", "1/2", "1/4")]
+    scored = None
+    if arguments.scored:
+        path, _, tensor = arguments.scored.rpartition(":")
+        scored = read_windows(Path(path), tensor, arguments.scored_count)
     records = []
     for name in arguments.dtypes:
         for record in compare(
@@ -158,6 +192,8 @@ def main() -> None:
             arguments.tensor,
             arguments.count,
             arguments.new_tokens,
+            arguments.backend,
+            scored,
         ):
             records.append(record)
             if arguments.output:

@@ -112,12 +112,17 @@ def test_quantises_as_pytorch(bench, D):
 def test_fp8_selects_by_the_quantised_scores(bench, monkeypatch, S, T, multiply_e4m3):
     from indexcache.kernels import lightning_indexer_hopper_gluon as hopper
     from indexcache.kernels.indexer_quantization import quantize_for_scoring
+    from indexcache.kernels.lightning_indexer_triton import hopper_takes
 
     monkeypatch.setattr(hopper, "MULTIPLY_E4M3", multiply_e4m3)
     q, k, weights = bench.make_inputs(1, S, T, 32)
     got = select(q, k, weights, 2048, query_start=T - S, fp8=True)
+    products = None
+    if multiply_e4m3 and hopper_takes(quantize_for_scoring(q)[0], k, 2048):
+        products = bench.tensor_core_products(q, k)
     q, k = ((x8.float() * scale.unsqueeze(-1)).bfloat16() for x8, scale in map(quantize_for_scoring, (q, k)))
-    assert bench.wrong_rows(got, q, k, weights, sorted({0, S // 2, S - 1}), T - S) is None
+    rows = sorted({0, S // 4, S // 3, S // 2, S - 1})
+    assert bench.wrong_rows(got, q, k, weights, rows, T - S, products=products) is None
 
 
 @pytest.mark.parametrize("S", [1, 4096])
