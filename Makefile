@@ -16,10 +16,11 @@ $(VENV)/.installed: setup.cfg constraints.txt
 demo: venv
 	$(BIN)/python demo/walkthrough.py
 
-# Trains the demo checkpoint from nothing, on a GPU in some minutes. TEXT and WINDOWS are described in the script.
+# Trains the demo checkpoint from nothing, on a GPU in ten minutes. TEXT and WINDOWS are described in the script;
+# ARGS=--resume goes on with a run that was stopped.
 OUT ?= build/dsa_demo
 demo-checkpoint: venv
-	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT)
+	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT) $(ARGS)
 
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"

@@ -48,7 +48,7 @@ def speed_ups(document: dict[str, Any], kind: str) -> dict[str, list[tuple[int, 
     found: dict[tuple[str, int], float] = {}
     for row in document["rows"]:
         of_kind = row["kind"] == ("full cache" if kind == "full cache" else "generate")
-        if of_kind and row["model"] == "indexcache" and value in row and not row.get("input"):
+        if of_kind and row["model"] == "indexcache" and value in row and not (row.get("input") or row.get("indexer")):
             speed = 1 / row[value] if kind == "prefill" else row[value]
             key = row["pattern"], row["tokens"]
             found[key] = max(found.get(key, 0.0), speed)

@@ -10,6 +10,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 GIB = 2**30
+# Steps before those that are timed with a full cache; a graph is recorded at the third.
+WARM_STEPS = 5
 
 
 def synchronize(device: torch.device) -> None:
@@ -118,10 +120,10 @@ def _start_peak(device: torch.device) -> int:
 def measure_full_cache_decode(model: Any, tokens: int, batch: int, steps: int) -> dict[str, Any]:
     """Tokens a second of `batch` sequences with `tokens` rows of random latents each in a static cache.
 
-    On CUDA a step is one CUDA graph, on the CPU a call.
+    Steps are calls of the model, which on CUDA replays a graph of its own after the first few.
     """
     device, config = model.device, model.config
-    cache: Any = StaticCache(config=config, max_cache_len=tokens + 1)
+    cache: Any = StaticCache(config=config, max_cache_len=full_cache_rows(tokens, steps))
     token = torch.full((batch, 1), 7, device=device)
     model(token, past_key_values=cache)
     for layer in cache.layers:
@@ -129,35 +131,22 @@ def measure_full_cache_decode(model: Any, tokens: int, batch: int, steps: int) -
             rows = getattr(layer, name, None)
             if rows is not None:
                 rows.normal_()
+        layer.cumulative_length.fill_(tokens)
+        if getattr(layer, "indexer_cumulative_length", None) is not None:
+            layer.indexer_cumulative_length.fill_(tokens)
 
-    def rewind() -> None:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(tokens)
-            if getattr(layer, "indexer_cumulative_length", None) is not None:
-                layer.indexer_cumulative_length.fill_(tokens)
+    def decode(count: int) -> None:
+        for _ in range(count):
+            model(token, past_key_values=cache, use_cache=True)
 
-    def step() -> Any:
-        rewind()
-        return model(token, past_key_values=cache, use_cache=True).logits
-
-    call = captured(step) if device.type == "cuda" else step
-    call()
-    seconds, _ = timed(lambda: [call() for _ in range(steps)], device)
+    decode(WARM_STEPS)
+    seconds, _ = timed(lambda: decode(steps), device)
     return {"tokens_per_second": batch * steps / seconds, "cache_gib": cache_bytes(cache) / GIB, "steps": steps}
 
 
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph's replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        graph.result = call()  # type: ignore[attr-defined]  # lives as long as the graph
-    return graph.replay
+def full_cache_rows(tokens: int, steps: int) -> int:
+    """Rows of a sequence in the cache of `measure_full_cache_decode`."""
+    return tokens + WARM_STEPS + steps
 
 
 @torch.no_grad()

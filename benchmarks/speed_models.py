@@ -73,6 +73,8 @@ SHAPE_TINY: dict[str, Any] = {
     ),
 }
 SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
+# Drifting input: the relative size of a token's step from the one before, and the embeddings' standard deviation.
+DRIFT_STEP, DRIFT_SPREAD = 0.01, 0.1
 
 
 def random_config(shape: str, experts: int | None, layers: int | None) -> IndexCacheConfig:
@@ -166,7 +168,7 @@ def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def let_neighbours_agree(model: Any, step: float = 0.01, position_weight: float = 0.02) -> None:
+def let_neighbours_agree(model: Any, step: float | None = None, position_weight: float = 0.02) -> None:
     """Let consecutive token ids select nearly the same keys, as neighbours in trained models do.
 
     What layers add to the residual is scaled by `1 / sqrt(2 layers)`, as GPT-2 initialises: with the weights as they
@@ -174,7 +176,9 @@ def let_neighbours_agree(model: Any, step: float = 0.01, position_weight: float 
 
     Args:
         model: with random weights; ours or transformers' glm_moe_dsa.
-        step: the token embeddings become a slow walk, token i + 1 a random step of this relative size from token i.
+        step: the token embeddings become a slow walk, token i + 1 a random step of this relative size from token i;
+            None: `DRIFT_STEP`. Its standard deviation is `DRIFT_SPREAD`: the larger, the more a token itself, and not
+            what random layers make of it, decides what deep layers select.
         position_weight: weight of the index keys' RoPE entries against the others; random weights give position half
             of the say, and every step of a query then reorders its keys.
     """
@@ -187,7 +191,7 @@ def let_neighbours_agree(model: Any, step: float = 0.01, position_weight: float 
             if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                 weight.mul_(residual)
     table = model.get_input_embeddings().weight
-    table.copy_(drifting_walk(*table.shape, table.device, step) * table.float().std())
+    table.copy_(drifting_walk(*table.shape, table.device, DRIFT_STEP if step is None else step) * DRIFT_SPREAD)
 
 
 def drifting_walk(rows: int, width: int, device: torch.device, step: float) -> torch.Tensor:

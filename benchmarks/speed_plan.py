@@ -28,6 +28,7 @@ class Row:
         batch: sequences in a full cache; 0: as many as fit.
         input: `drift` or `random` where it is not the run's own.
         repeats: calls of generate where they are not the run's own number.
+        indexer: `e4m3` for products of the indexer in e4m3 (`indexer_fp8`), or as the model has them.
     """
 
     kind: str
@@ -38,13 +39,14 @@ class Row:
     batch: int = 1
     input: str = ""
     repeats: int = 0
+    indexer: str = ""
 
 
 def read_plan(path: Path) -> list[Row]:
     """Rows of a plan file, in its order.
 
     The file is `{"rows": [entry, ...]}`. An entry has `kind`, `tokens` and `patterns` (lists, every pair of them in
-    that order), and may have `model`, `way` (one or a list), `batch`, `input` and `repeats`, as `Row`.
+    that order), and may have `model`, `way` (one or a list), `batch`, `input`, `repeats` and `indexer`, as `Row`.
 
     Raises:
         BenchError: a file that cannot be read or an entry that makes no sense, naming it.
@@ -63,7 +65,7 @@ def read_plan(path: Path) -> list[Row]:
 
 
 def _rows_of(entry: dict[str, Any]) -> list[Row]:
-    known = {"kind", "model", "tokens", "patterns", "way", "batch", "input", "repeats"}
+    known = {"kind", "model", "tokens", "patterns", "way", "batch", "input", "repeats", "indexer"}
     if unknown := set(entry) - known:
         raise ValueError(f"unknown {', '.join(sorted(unknown))}")
     kind, model = entry["kind"], entry.get("model", OURS)
@@ -76,6 +78,8 @@ def _rows_of(entry: dict[str, Any]) -> list[Row]:
         raise ValueError(f"{kind} has no way {', '.join(sorted(unknown))}")
     if entry.get("input", "") not in ("", "drift", "random"):
         raise ValueError(f"input must be drift or random, not {entry['input']}")
+    if entry.get("indexer", "") not in ("", "e4m3") or (model == PEER and entry.get("indexer")):
+        raise ValueError(f"indexer must be e4m3, and {PEER} has none, not {entry['indexer']}")
     return [
         Row(
             kind,
@@ -86,6 +90,7 @@ def _rows_of(entry: dict[str, Any]) -> list[Row]:
             int(entry.get("batch", 1)),
             entry.get("input", ""),
             int(entry.get("repeats", 0)),
+            entry.get("indexer", ""),
         )
         for tokens, pattern, way in itertools.product(entry["tokens"], entry["patterns"], ways)
     ]

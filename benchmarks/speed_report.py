@@ -64,12 +64,12 @@ def _table(title: str, rows: list[dict[str, Any]], names: list[str], value: str,
     cells = {(*_key(row), row["pattern"]): row for row in rows}
     keys = sorted({key[:-1] for key in cells})
     several_ways = len({way for _, way, *_ in keys}) > 1
-    several_batches = len({batch for *_, batch, _ in keys}) > 1
+    several_batches = len({batch for *_, batch, _, _ in keys}) > 1
     lines = []
     for key in keys:
-        tokens, way, batch, given = key
+        tokens, way, batch, given, indexer = key
         label = f"{tokens:,}" + (f", {way}" if several_ways else "") + (f", batch {batch or 'most'}" * several_batches)
-        label += f", {given} tokens" * bool(given)
+        label += f", {given} tokens" * bool(given) + f", indexer in {indexer}" * bool(indexer)
         line = [label]
         first = cells.get((*key, names[0]), {}).get(value)
         for name in names:
@@ -85,8 +85,8 @@ def _table(title: str, rows: list[dict[str, Any]], names: list[str], value: str,
     return title, ["tokens", *names], lines
 
 
-def _key(row: dict[str, Any]) -> tuple[int, str, int, str]:
-    return row["tokens"], row["way"], row["batch"], row.get("input", "")
+def _key(row: dict[str, Any]) -> tuple[int, str, int, str, str]:
+    return row["tokens"], row["way"], row["batch"], row.get("input", ""), row.get("indexer", "")
 
 
 def write_page(document: dict[str, Any], pictures: list[tuple[str, Path]], path: Path) -> None:

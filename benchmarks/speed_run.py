@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -17,10 +18,13 @@ from torch import nn
 from transformers import DynamicCache
 
 from ..evaluation.journal import Journal
+from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
+from . import speed_models
 from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
+    full_cache_rows,
     measure_full_cache_decode,
     measure_generate,
     neighbour_overlap,
@@ -32,6 +36,8 @@ from .speed_plan import OURS, PEER, Row
 JOURNAL_FILE, RESULT_FILE = "journal.jsonl", "bench.json"
 # The peer has no memory for longer prompts at once and takes them in chunks, as `generate` offers.
 PEER_ONE_SHOT, PEER_CHUNK = 8192, 512
+# Tokens of the call before a model's first row: libraries load, allocators grow and clocks rise outside the figures.
+WARM_UP_TOKENS, WARM_UP_STEPS = 4096, 8
 # Queries behind the context whose selections are compared with one another.
 OVERLAP_QUERIES = 256
 
@@ -198,8 +204,9 @@ class _Bench:
         self, options: BenchOptions, journal: RowJournal, progress: Progress, models: _Models, patterns: dict
     ) -> None:
         self.options, self.journal, self.progress, self.patterns = options, journal, progress, patterns
-        self.models = models
+        self.models, self._own_fp8 = models, models.config.indexer_fp8
         self._inspected: tuple[Any, dict[str, Any]] = (None, {})
+        self._warm: Callable[[], Any] = lambda: None
 
     def plan(self) -> Iterator[Row]:
         """Rows in order: kernels are compiled at the shortest length, and a cut-off loses what matters least."""
@@ -245,8 +252,10 @@ class _Bench:
     def _measure(self, row: Row) -> dict[str, Any]:
         options, pattern = self.options, self.patterns[row.pattern]
         model = self.models.ours(pattern) if row.model == OURS else self.models.peer(pattern)
+        if row.model == OURS:
+            model.config.indexer_fp8 = row.indexer == "e4m3" or self._own_fp8
         if row.kind == "full cache":
-            batch = row.batch or _largest_batch(model, row.tokens)
+            batch = row.batch or _largest_batch(model, full_cache_rows(row.tokens, options.decode_steps))
             if batch == 0:
                 return {"out_of_memory": "not one sequence fits beside the weights"}
             found = measure_full_cache_decode(model, row.tokens, batch, options.decode_steps)
@@ -255,6 +264,10 @@ class _Bench:
         if row.kind == "generate":
             chunk = PEER_CHUNK if row.model == PEER and row.tokens > PEER_ONE_SHOT else None
             ids, repeats = prompt(model, row.tokens, kind), row.repeats or options.repeats
+            warm = min(WARM_UP_TOKENS, row.tokens)
+            if self._warm() is not model:
+                measure_generate(model, ids[:, :warm], row.way, WARM_UP_STEPS, 1, chunk)
+                self._warm = weakref.ref(model)
             return measure_generate(model, ids, row.way, options.decode_steps, repeats, chunk)
         inspected = row.tokens, row.pattern, kind
         if self._inspected[0] != inspected:
@@ -275,14 +288,15 @@ def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
         return lambda: model(ids[:, first:last], past_key_values=cache, logits_to_keep=1)
 
     found: dict[str, Any] = {"prefill": breakdown(run(0, tokens), ids.device)}
-    for step in range(tokens, tokens + steps - 1):
-        run(step, step + 1)()
-    found["decode"] = breakdown(run(tokens + steps - 1, tokens + steps), ids.device)
+    with launches_in_turn():
+        for step in range(tokens, tokens + steps - 1):
+            run(step, step + 1)()
+        found["decode"] = breakdown(run(tokens + steps - 1, tokens + steps), ids.device)
     found["overlap"] = neighbour_overlap(model, ids[:, tokens + steps :], cache)
     return found
 
 
-def _largest_batch(model: Any, tokens: int) -> int:
+def _largest_batch(model: Any, rows: int) -> int:
     """Sequences whose caches fit in 95 % of what the weights leave; 8 on the CPU."""
     if model.device.type != "cuda":
         return 8
@@ -292,7 +306,7 @@ def _largest_batch(model: Any, tokens: int) -> int:
     per_token = cache_bytes(cache) / 16
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(model.device)
-    return int(0.95 * free // (per_token * (tokens + 1)))
+    return int(0.95 * free // (per_token * rows))
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -339,6 +353,7 @@ def _document(
         "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,
+        "drift": {"step": speed_models.DRIFT_STEP, "spread": speed_models.DRIFT_SPREAD},
         "patterns": patterns,
         "rows": [{**vars(row), **found} for row, found in journal.rows.items()],
     }

@@ -5,7 +5,8 @@
 TEXT is UTF-8 text under a licence that lets the result be shipped, documents separated by NUL, compressed by xz or
 not; its last 1.5 % of documents are held out. WINDOWS holds test windows made of those (`test_ids`, `test_recall`).
 OUT gets a checkpoint in DeepSeek-V3.2's own format. It may take the place of `demo/dsa_demo` when it is as good: the
-script says so, and never replaces it itself.
+script says so, and never replaces it itself. Takes ten minutes on an H100; what was stopped goes on with `--resume`
+from `OUT.work`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.benchmarks.recall_windows import recall_windows
@@ -55,16 +56,24 @@ def main() -> int:
     parser.add_argument("--train-windows", type=int, default=32768, help="windows cut from the text")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints to resume from")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was stopped")
     options = parser.parse_args()
     if options.output.exists() and any(options.output.iterdir()):
         parser.error(f"{options.output} is not empty: give another folder")
     started = time.monotonic()
-    print(f"cutting {options.train_windows:,} windows of {options.seqlen:,} tokens from {options.text}", flush=True)
-    ids = recall_windows(options.text, DEMO, options.train_windows, options.seqlen, options.seed)
-    work = Path(tempfile.mkdtemp(prefix="demo-checkpoint-"))
-    save_file({"train_ids": ids}, work / "train.safetensors")
-    train_dense(ids, work / "dense", options)
-    print(f"dense language model trained, {time.monotonic() - started:.0f} s", flush=True)
+    work = begin(options, parser)
+    windows = work / "train.safetensors"
+    if not windows.exists():
+        print(
+            f"cutting {options.train_windows:,} windows of {options.seqlen:,} tokens from {options.text}", flush=True
+        )
+        ids = recall_windows(options.text, DEMO, options.train_windows, options.seqlen, options.seed)
+        save_file({"train_ids": ids}, work / "train.part")
+        (work / "train.part").rename(windows)
+    if not (work / "dense").exists():
+        train_dense(load_file(windows)["train_ids"], work / "dense", options)
+        print(f"dense language model trained, {time.monotonic() - started:.0f} s", flush=True)
     recipe = Recipe(
         dense_steps=options.warm_up_steps,
         sparse_steps=options.sparse_steps,
@@ -72,10 +81,11 @@ def main() -> int:
         learning_rate=3e-4,
         batch_size=options.batch,
         gradient_checkpointing=False,
-        save_every=10**6,
+        save_every=options.save_every,
         seed=options.seed,
     )
-    run = RunOptions(str(work / "train.safetensors"), work / "sparse", options.windows, dtype="bfloat16")
+    resume = (work / "sparse").exists()
+    run = RunOptions(str(windows), work / "sparse", options.windows, dtype="bfloat16", resume=resume)
     document = run_distillation(open_distillation_source(str(work / "dense")), recipe, run, TerminalTrainingMonitor())
     export(work / "sparse", options.output, "transformers")
     for name in ("LICENSE", "NOTICE"):
@@ -86,6 +96,20 @@ def main() -> int:
     )
     shutil.rmtree(work)
     return verdict(document["scores"]["after"], options.output, time.monotonic() - started)
+
+
+def begin(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
+    """The folder of what is done so far, which holds the options it is done with."""
+    work = options.output.with_name(f"{options.output.name}.work")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("resume", "save_every")}
+    if work.exists() and not options.resume:
+        parser.error(f"{work} holds a run that was stopped: go on with --resume, or delete it")
+    if work.exists() and json.loads((work / "options.json").read_text()) != settings:
+        parser.error(f"{work} was made with other options, see its options.json: give those, or delete it")
+    if not work.exists():
+        work.mkdir(parents=True)
+        (work / "options.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return work
 
 
 def train_dense(ids: torch.Tensor, output: Path, options: argparse.Namespace) -> None:
@@ -99,8 +123,9 @@ def train_dense(ids: torch.Tensor, output: Path, options: argparse.Namespace) ->
         layer.self_attn.indexer.requires_grad_(False)
     use_all_experts(model)
     on_gpu = torch.cuda.is_available()
+    checkpoints, unfinished = output.with_suffix(".trainer"), output.with_suffix(".part")
     arguments: dict[str, Any] = dict(
-        output_dir=str(output / "trainer"),
+        output_dir=str(checkpoints),
         max_steps=options.dense_lm_steps,
         learning_rate=options.dense_lm_rate,
         lr_scheduler_type="cosine",
@@ -111,20 +136,24 @@ def train_dense(ids: torch.Tensor, output: Path, options: argparse.Namespace) ->
         bf16=True,
         seed=options.seed,
         logging_steps=50,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=options.save_every,
+        save_total_limit=1,
         report_to=[],
         remove_unused_columns=False,
         dataloader_drop_last=True,
         use_cpu=not on_gpu,
         disable_tqdm=True,
     )
-    Trainer(model, TrainingArguments(**arguments), train_dataset=TrainingWindows(ids)).train()
-    model.to("cpu").save_pretrained(output)
+    trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=TrainingWindows(ids))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
+    model.to("cpu").save_pretrained(unfinished)
     for path in DEMO.glob("tokenizer*"):
-        shutil.copy(path, output / path.name)
-    (output / "config.json").write_text(
-        json.dumps({**json.loads((output / "config.json").read_text()), "dtype": "float32"}, indent=2)
-    )
+        shutil.copy(path, unfinished / path.name)
+    fields = json.loads((unfinished / "config.json").read_text())
+    (unfinished / "config.json").write_text(json.dumps({**fields, "dtype": "float32"}, indent=2))
+    unfinished.rename(output)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def verdict(scores: dict[str, Any], output: Path, seconds: float) -> int:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -44,6 +46,7 @@ def absorb_queries_triton(
         ENTRIES=LATENT_ENTRIES,
         INTERLEAVED=interleaved,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -65,6 +68,7 @@ def expand_values_triton(latent_out: torch.Tensor, to_value: torch.Tensor) -> to
         BLOCK_C=triton.next_power_of_2(rank),
         ENTRIES=VALUE_ENTRIES,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -90,6 +94,7 @@ if triton is not None:
         C: tl.constexpr,
         ENTRIES: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ENTRIES latent entries of one head; the program behind the last of them turns the head's RoPE part."""
         pair = tl.program_id(0).to(tl.int64)
@@ -102,15 +107,21 @@ if triton is not None:
             row = tl.arange(0, BLOCK_N)
             column = first + tl.arange(0, ENTRIES)
             inside = (row < N)[:, None] & (column < C)[None, :]
-            value = tl.load(q + row, mask=row < N, other=0.0).to(tl.float32)
             weight = tl.load(
                 to_latent + head * weight_stride_h + row[:, None] * weight_stride_n + column[None, :],
                 mask=inside,
                 other=0.0,
             )
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            value = tl.load(q + row, mask=row < N, other=0.0).to(tl.float32)
             total = tl.sum(weight.to(tl.float32) * value[:, None], 0)  # [ENTRIES]
             tl.store(out + column, total.to(dtype), mask=column < C)
         else:
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
             half = tl.arange(0, BLOCK_R)
             real = half < R // 2
             if INTERLEAVED:
@@ -137,17 +148,21 @@ if triton is not None:
         C: tl.constexpr,
         BLOCK_C: tl.constexpr,
         ENTRIES: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ENTRIES value entries of one head."""
         pair = tl.program_id(0).to(tl.int64)
         head = pair % H
         row = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
         column = tl.arange(0, BLOCK_C)
-        value = tl.load(latent_out + pair * C + column, mask=column < C, other=0.0).to(tl.float32)
         weight = tl.load(
             to_value + head * weight_stride_h + row[:, None] * weight_stride_v + column[None, :],
             mask=(row < V)[:, None] & (column < C)[None, :],
             other=0.0,
         )
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        value = tl.load(latent_out + pair * C + column, mask=column < C, other=0.0).to(tl.float32)
         total = tl.sum(weight.to(tl.float32) * value[None, :], 1)
         tl.store(out + pair * V + row, total.to(out.dtype.element_ty), mask=row < V)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, triton
+from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -50,6 +50,40 @@ def expert_topk(
     return expert_topk_reference(
         x, weight, bias, k, scaling, normalise, groups if grouped else None, topk_groups, masked_score
     )
+
+
+def takes_normed_expert_topk(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
+    """Whether `normed_expert_topk` runs these, `x [tokens, D]` of few tokens and a norm's weight `[D]`."""
+    return is_vector(x.shape[0], weight.shape[0]) and norm.dtype == x.dtype and _fits(x, weight, bias)
+
+
+def normed_expert_topk(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    *,
+    scaling: float = 1.0,
+    normalise: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """RMSNorm and then `expert_topk` in one launch, for a few tokens on a GPU.
+
+    Args:
+        x: `[tokens, D]`, before the norm.
+        norm: `[D]`, its weight.
+        eps: of the norm.
+        weight: `[E, D]`.
+        bias: `[E]`.
+        k: experts a token.
+        scaling: as `expert_topk`.
+        normalise: as `expert_topk`.
+
+    Returns:
+        The normed rows `[tokens, D]`, fp32 weights and int64 experts, `[tokens, k]` each.
+    """
+    return normed_expert_topk_triton(x, norm, eps, weight, bias, k, scaling, normalise)
 
 
 def expert_topk_reference(

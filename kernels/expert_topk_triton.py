@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -16,8 +18,10 @@ except ImportError:
 
 # Scores of a block of tokens stay in registers.
 MAX_EXPERTS = 512
-# Up to so many tokens, and experts, each token is a program of its own, which holds so many weights at once.
-VECTOR_TOKENS, VECTOR_EXPERTS, VECTOR_TILE = 4, 64, 8192
+# Up to so many tokens, and experts, each token is a program of its own.
+VECTOR_TOKENS, VECTOR_EXPERTS = 4, 64
+# Weights that it holds at once: all of them, or some of them several times.
+WHOLE_TILE, PART_TILE = 32768, 16384
 
 
 def expert_topk_triton(
@@ -31,29 +35,13 @@ def expert_topk_triton(
     chosen = torch.empty(tokens, k, dtype=torch.int64, device=x.device)
     if tokens == 0:
         return logits, weights, chosen
-    padded = max(16, triton.next_power_of_2(experts))
-    if tokens <= VECTOR_TOKENS and padded <= VECTOR_EXPERTS:
-        expert_topk_vector_kernel[(tokens,)](
-            x if x.stride(1) == 1 else x.contiguous(),
-            weight.contiguous(),
-            bias,
-            logits,
-            weights,
-            chosen,
-            scaling,
-            x.stride(0),
-            E=experts,
-            EP=padded,
-            D=width,
-            K=k,
-            COLUMNS=VECTOR_TILE // padded,
-            NORMALISE=normalise,
-            num_warps=8,
-        )
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if is_vector(tokens, experts):
+        _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, None, 0.0, None)
         return logits, weights, chosen
+    padded = max(16, triton.next_power_of_2(experts))
     few = tokens <= 512
     block = 16 if few or padded > 128 else 64
-    x = x if x.stride(1) == 1 else x.contiguous()
     expert_topk_kernel[(triton.cdiv(tokens, block),)](
         x,
         weight.contiguous(),
@@ -75,6 +63,64 @@ def expert_topk_triton(
         num_stages=4 if padded <= 128 else 2,
     )
     return logits, weights, chosen
+
+
+def normed_expert_topk_triton(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    scaling: float,
+    normalise: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `kernels.expert_topk.normed_expert_topk`, where `is_vector`."""
+    tokens, device = x.shape[0], x.device
+    normed = torch.empty(x.shape, dtype=x.dtype, device=device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=device)
+    chosen = torch.empty(tokens, k, dtype=torch.int64, device=device)
+    if tokens:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        _launch_vector(x, weight, bias, None, weights, chosen, scaling, normalise, norm, eps, normed)
+    return normed, weights, chosen
+
+
+def is_vector(tokens: int, experts: int) -> bool:
+    """Whether each token is a program of its own."""
+    return tokens <= VECTOR_TOKENS and experts <= VECTOR_EXPERTS
+
+
+def _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, norm, eps, normed) -> None:
+    tokens, width = x.shape
+    experts, padded = weight.shape[0], max(16, triton.next_power_of_2(weight.shape[0]))
+    columns = triton.next_power_of_2(width)
+    if padded * columns > WHOLE_TILE:
+        columns = PART_TILE // padded
+    expert_topk_vector_kernel[(tokens,)](
+        x,
+        weight.contiguous(),
+        bias,
+        weights if logits is None else logits,
+        weights,
+        chosen,
+        x if norm is None else norm,
+        x if normed is None else normed,
+        scaling,
+        eps,
+        x.stride(0),
+        E=experts,
+        EP=padded,
+        D=width,
+        K=weights.shape[1],
+        COLUMNS=columns,
+        NORMALISE=normalise,
+        HAS_NORM=norm is not None,
+        HAS_LOGITS=logits is not None,
+        num_warps=16,
+        # A copy of the weight would be younger than what an early kernel may read before it waits.
+        **(early_launch() if weight.is_contiguous() else {}),
+    )
 
 
 if triton is not None:
@@ -127,7 +173,10 @@ if triton is not None:
         logits,
         weights,
         chosen,
+        norm,
+        normed,
         scaling,
+        eps,
         x_stride,
         E: tl.constexpr,
         EP: tl.constexpr,
@@ -135,20 +184,45 @@ if triton is not None:
         K: tl.constexpr,
         COLUMNS: tl.constexpr,
         NORMALISE: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        HAS_LOGITS: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """Logits, weights and experts of one token."""
         token = tl.program_id(0).to(tl.int64)
         expert = tl.arange(0, EP)
         known = expert < E
         column = tl.arange(0, COLUMNS)
+        rows = weight + expert[:, None] * D + column[None, :]
+        tile = tl.load(rows, mask=known[:, None] & (column < D)[None, :], other=0.0)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        x += token * x_stride
+        factor = 1.0
+        if HAS_NORM:
+            squares = tl.zeros([COLUMNS], tl.float32)
+            for first in tl.static_range(0, D, COLUMNS):
+                value = tl.load(x + first + column, mask=first + column < D, other=0.0).to(tl.float32)
+                squares += value * value
+            factor = tl.rsqrt(tl.sum(squares, 0) / D + eps)
         acc = tl.zeros([EP, COLUMNS], tl.float32)
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
-            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
-            rows = weight + expert[:, None] * D + first + column[None, :]
-            acc += tl.load(rows, mask=known[:, None] & inside[None, :], other=0.0).to(tl.float32) * value[None, :]
+            if first > 0:
+                tile = tl.load(rows + first, mask=known[:, None] & inside[None, :], other=0.0)
+            value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                # Rounded where a norm of its own would.
+                dtype = normed.dtype.element_ty
+                gain = tl.load(norm + first + column, mask=inside, other=0.0).to(tl.float32)
+                row = ((value * factor).to(dtype).to(tl.float32) * gain).to(dtype)
+                tl.store(normed + token * D + first + column, row, mask=inside)
+                value = row.to(tl.float32)
+            acc += tile.to(tl.float32) * value[None, :]
         total = tl.sum(acc, 1)[None, :]  # [1, EP]
-        tl.store(logits + token * E + expert[None, :], total, mask=known[None, :])
+        if HAS_LOGITS:
+            tl.store(logits + token * E + expert[None, :], total, mask=known[None, :])
         best, best_score = _best(total, bias, E, EP, K, NORMALISE)
         slot = tl.arange(0, triton.next_power_of_2(K))
         out = token * K + slot[None, :]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .cache_slot import CacheSlot
 from .index_keys_triton import index_key_rows_triton
 from .rotary import rotate_leading
 from .triton_support import runs_triton
@@ -22,6 +23,7 @@ def index_key_rows(
     sin: torch.Tensor,
     interleaved: bool,
     allow_triton: bool = True,
+    slot: CacheSlot | None = None,
 ) -> torch.Tensor:
     """LayerNorm, then RoPE of the leading entries.
 
@@ -34,12 +36,16 @@ def index_key_rows(
         sin: likewise.
         interleaved: as `rotary.rotate`.
         allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+        slot: where in a cache to write them, or None: to memory of their own.
 
     Returns:
-        `[B, S, D]`.
+        `[B, S, D]`; with a slot its `rows [B, T, D]`.
     """
     turned = cos.shape[-1]
     if allow_triton and runs_triton(k, weight, bias, cos, sin) and turned & (turned - 1) == 0:
-        return index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved)
+        if slot is None or slot.takes(k):
+            return index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot)
+        return slot.write(index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved))
     normed = F.layer_norm(k, k.shape[-1:], weight, bias, eps)
-    return rotate_leading(normed, cos, sin, interleaved)
+    rows = rotate_leading(normed, cos, sin, interleaved)
+    return rows if slot is None else slot.write(rows)

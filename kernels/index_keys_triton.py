@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .cache_slot import CacheSlot
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -22,11 +25,12 @@ def index_key_rows_triton(
     cos: torch.Tensor,
     sin: torch.Tensor,
     interleaved: bool,
+    slot: CacheSlot | None = None,
 ) -> torch.Tensor:
     """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of turned entries."""
     width, turned = k.shape[-1], cos.shape[-1]
     rows = k.reshape(-1, width)
-    out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if slot is None else slot.rows
     if rows.numel() == 0:
         return out
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -44,19 +48,24 @@ def index_key_rows_triton(
         k.shape[1],
         *rows.stride(),
         0 if cos.shape[0] == 1 else cos.stride(0),
+        rows if slot is None else slot.position,
+        out.stride(0),
+        0 if slot is None else out.shape[1],
         D=width,
         R=turned,
         ROWS=rows_each,
         BLOCK=block,
         INTERLEAVED=interleaved,
+        HAS_SLOT=slot is not None,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_rows", "tokens"])
+    @triton.jit(do_not_specialize=["num_rows", "tokens", "capacity"])
     def index_key_kernel(
         x,
         out,
@@ -70,19 +79,32 @@ if triton is not None:
         x_stride_row,
         x_stride_column,
         angle_stride_b,
+        position,
+        out_stride_b,
+        capacity,
         D: tl.constexpr,
         R: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        HAS_SLOT: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS rows: D entries normed, then the first R turned."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
+        if HAS_SLOT:
+            place = tl.load(position) + row % tokens
+            real &= (place < capacity)[:, None]
+            out_rows = (out + row // tokens * out_stride_b + place * D)[:, None]
+        else:
+            out_rows = (out + row * D)[:, None]
         column = tl.arange(0, BLOCK)
         inside = real & (column < D)[None, :]
         x_rows = (x + row * x_stride_row)[:, None]  # [ROWS, 1]
-        out_rows = (out + row * D)[:, None]
         dtype = out.dtype.element_ty
         wide = tl.load(x_rows + column[None, :] * x_stride_column, mask=inside, other=0.0).to(tl.float32)
         mean = (tl.sum(wide, 1) / D)[:, None]

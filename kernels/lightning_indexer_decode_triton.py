@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -111,6 +113,7 @@ def indexer_score_slab(
                 STAGES=config["STAGES"],
                 num_warps=config["num_warps"],
                 num_stages=config["STAGES"],
+                **early_launch(),
             )
             indexer_filter_kernel[(pieces, ns, nb)](
                 scores,
@@ -127,6 +130,7 @@ def indexer_score_slab(
                 PIECE=PIECE_KEYS,
                 CAP=cap,
                 num_warps=4,
+                **early_launch(),
             )
             indexer_select_kernel[(ns, nb)](
                 scores,
@@ -147,6 +151,7 @@ def indexer_score_slab(
                 EPOCH=EPOCH_KEYS,
                 CAP=cap,
                 num_warps=8,
+                **early_launch(),
             )
 
 
@@ -191,8 +196,12 @@ if triton is not None:
         HAS_FIRST: tl.constexpr,
         HAS_MASK: tl.constexpr,
         STAGES: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """Scores of `tiles_each` tiles of keys for BQ rows of the slab, minus infinity where a key is not visible."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b = tl.program_id(2).to(tl.int64)
         first_query = tl.program_id(1) * BQ
         row = tl.arange(0, BQ)
@@ -250,8 +259,12 @@ if triton is not None:
         SAMPLE: tl.constexpr,
         PIECE: tl.constexpr,
         CAP: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """The keys of a piece of a row above a guess of the row's k-th best, their number, and the guess."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b = tl.program_id(2).to(tl.int64)
         piece = tl.program_id(0)
         query = tl.program_id(1)
@@ -302,8 +315,12 @@ if triton is not None:
         PIECE: tl.constexpr,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """The exact selection of a row: among the keys that passed if they suffice, else among all."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         b = tl.program_id(1).to(tl.int64)
         query = tl.program_id(0)
         n = tl.minimum(tl.load(starts + b).to(tl.int32) + s + query, T - 1) + 1

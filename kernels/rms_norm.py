@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .cache_slot import CacheSlot
 from .rms_norm_triton import latent_rows_triton, rms_norm_triton
 from .rotary import rotate
 from .triton_support import runs_triton
@@ -39,6 +40,7 @@ def latent_rows(
     sin: torch.Tensor,
     interleaved: bool,
     allow_triton: bool = True,
+    slot: CacheSlot | None = None,
 ) -> torch.Tensor:
     """The rows that MLA caches, from what `kv_a_proj_with_mqa` gives.
 
@@ -50,13 +52,17 @@ def latent_rows(
         sin: likewise.
         interleaved: as `rotary.rotate`.
         allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+        slot: where in a cache to write them, or None: to memory of their own.
 
     Returns:
-        `[B, S, C + R]`: `[rms_norm(c) | rotate(k)]`.
+        `[B, S, C + R]`: `[rms_norm(c) | rotate(k)]`; with a slot its `rows [B, T, C + R]`.
     """
     width = weight.shape[0]
     if allow_triton and runs_triton(kv, weight, cos, sin) and cos.shape[-1] & (cos.shape[-1] - 1) == 0:
-        return latent_rows_triton(kv, weight, eps, cos, sin, interleaved)
+        if slot is None or slot.takes(kv):
+            return latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot)
+        return slot.write(latent_rows_triton(kv, weight, eps, cos, sin, interleaved))
     latent, k = kv.split([width, kv.shape[-1] - width], dim=-1)
     k = rotate(k, cos, sin, interleaved)
-    return torch.cat((rms_norm(latent, weight, eps, allow_triton=False).to(k.dtype), k), dim=-1)
+    rows = torch.cat((rms_norm(latent, weight, eps, allow_triton=False).to(k.dtype), k), dim=-1)
+    return rows if slot is None else slot.write(rows)

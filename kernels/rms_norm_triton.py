@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from .cache_slot import CacheSlot
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -25,19 +28,25 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
 
 
 def latent_rows_triton(
-    kv: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    slot: CacheSlot | None = None,
 ) -> torch.Tensor:
     """As `kernels.rms_norm.latent_rows`, for one dtype and a power of two of rotated columns."""
     rows = kv.reshape(-1, kv.shape[-1])
-    out = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device)
+    out = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device) if slot is None else slot.rows
     if rows.numel():
         cos, sin = cos.contiguous(), sin.contiguous()
         angle_stride_b = 0 if cos.shape[0] == 1 else cos.stride(0)
-        _launch(rows, out, weight, eps, cos, sin, kv.shape[1], angle_stride_b, cos.shape[-1], interleaved)
+        _launch(rows, out, weight, eps, cos, sin, kv.shape[1], angle_stride_b, cos.shape[-1], interleaved, slot)
     return out
 
 
-def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, interleaved) -> None:
+def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, interleaved, slot=None) -> None:
     normed = rows.shape[1] - rotated
     block = triton.next_power_of_2(normed)
     rows_each = max(1, TILE // block)
@@ -53,18 +62,23 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
         rows.stride(0),
         rows.stride(1),
         angle_stride_b,
+        weight if slot is None else slot.position,
+        out.stride(0),
+        0 if slot is None else out.shape[1],
         N=normed,
         R=rotated,
         ROWS=rows_each,
         BLOCK=block,
         INTERLEAVED=interleaved,
+        HAS_SLOT=slot is not None,
         num_warps=4 if rows_each * block <= TILE else 8,
+        **early_launch(),
     )
 
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_rows", "tokens"])
+    @triton.jit(do_not_specialize=["num_rows", "tokens", "capacity"])
     def rms_norm_rope_kernel(
         x,
         out,
@@ -77,19 +91,32 @@ if triton is not None:
         x_stride_row,
         x_stride_column,
         angle_stride_b,
+        position,
+        out_stride_b,
+        capacity,
         N: tl.constexpr,
         R: tl.constexpr,
         ROWS: tl.constexpr,
         BLOCK: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        HAS_SLOT: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS rows: N entries normed, the R behind them turned."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
+        if HAS_SLOT:
+            place = tl.load(position) + row % tokens
+            real &= (place < capacity)[:, None]
+            out_rows = out + row // tokens * out_stride_b + place * (N + R)
+        else:
+            out_rows = out + row * (N + R)
         column = tl.arange(0, BLOCK)
         inside = real & (column < N)[None, :]
         x_rows = x + row * x_stride_row  # [ROWS]
-        out_rows = out + row * (N + R)
         dtype = out.dtype.element_ty
         wide = tl.load(x_rows[:, None] + column[None, :] * x_stride_column, mask=inside, other=0.0).to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / N + eps)  # [ROWS]

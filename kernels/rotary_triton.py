@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -36,6 +38,7 @@ def rotate_into_triton(
         PAIRS=PAIRS,
         INTERLEAVED=interleaved,
         num_warps=4,
+        **early_launch(),
     )
 
 
@@ -61,8 +64,12 @@ if triton is not None:
         R: tl.constexpr,
         PAIRS: tl.constexpr,
         INTERLEAVED: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """The R entries of PAIRS (token, head) pairs turned."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         batch = tl.program_id(1).to(tl.int64)
         pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
         token, head = pair // H, pair % H

@@ -12,12 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .expert_groups_triton import group_by_expert_triton
 from .routed_experts_triton import combine, experts_vector, gated, gather_rows, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
 # Up to so many tokens the matrix-vector kernels are faster than sorting and grouping.
 VECTOR_TOKENS = 6
+# With more experts PyTorch sorts.
+MAX_COUNTED = 512
 # Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail an expert.
 BLOCK_BYTES = 640 * 2**20
 
@@ -138,17 +141,8 @@ def _grouped(
     tokens, k = experts.shape
     count, inner = down.shape[0], down.shape[2]
     step = block_tokens(x, k, inner)
-    blocks = -(-tokens // step)
-    # One sort by (block, expert) serves all blocks.
-    token_block = torch.arange(tokens, device=x.device, dtype=torch.int32).div_(step, rounding_mode="floor")
-    keys, order = torch.sort((experts.to(torch.int32) + count * token_block[:, None]).flatten(), stable=True)
-    ends = torch.arange(blocks * count, device=x.device, dtype=torch.int32)
-    ends = torch.searchsorted(keys, ends, right=True, out_int32=True).view(blocks, count)
-    ends = ends - step * k * torch.arange(blocks, device=x.device, dtype=torch.int32)[:, None]
-    place = torch.empty_like(order)
-    place[order] = torch.arange(tokens * k, device=x.device) % (step * k)
-    place = place.view(tokens, k)
-    for block in range(blocks):
+    order, place, ends = group_by_expert(experts, count, step)
+    for block in range(ends.shape[0]):
         first, last = block * step, min((block + 1) * step, tokens)
         rows = gather_rows(x, order[first * k : last * k], k)
         both = grouped_mm(rows, gate_up.transpose(1, 2), offs=ends[block])
@@ -163,6 +157,36 @@ def _grouped(
         part_base = None if base is None else base[first:last]
         combine(routed, place[first:last], weights[first:last], always, part_base, out[first:last])
         del routed, always, hidden
+
+
+def group_by_expert(
+    experts: torch.Tensor, count: int, block: int, allow_triton: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs of a token and an expert in the experts' order, block by block of tokens; among equals the first first.
+
+    Args:
+        experts: int64 `[T, K]`, in 0 .. count - 1.
+        count: experts.
+        block: tokens of a block.
+        allow_triton: count in Triton on CUDA; False is PyTorch anywhere.
+
+    Returns:
+        int64 `[T * K]`: each block's pairs (token times K plus choice) in their order; int64 `[T, K]`: each pair's
+        place within its block; int32 `[ceil(T / block), count]`: where in its block each expert's pairs end.
+    """
+    if allow_triton and _on_triton(experts) and count <= MAX_COUNTED:
+        return group_by_expert_triton(experts, count, block)
+    tokens, k = experts.shape
+    blocks, device = -(-tokens // block), experts.device
+    # One sort by (block, expert) serves all blocks.
+    token_block = torch.arange(tokens, device=device, dtype=torch.int32).div_(block, rounding_mode="floor")
+    keys, order = torch.sort((experts.to(torch.int32) + count * token_block[:, None]).flatten(), stable=True)
+    ends = torch.arange(blocks * count, device=device, dtype=torch.int32)
+    ends = torch.searchsorted(keys, ends, right=True, out_int32=True).view(blocks, count)
+    ends = ends - block * k * torch.arange(blocks, device=device, dtype=torch.int32)[:, None]
+    place = torch.empty_like(order)
+    place[order] = torch.arange(tokens * k, device=device) % (block * k)
+    return order, place.view(tokens, k), ends
 
 
 def block_tokens(x: torch.Tensor, k: int, inner: int) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -70,6 +72,7 @@ def experts_vector(
         ROWS=VECTOR_ROWS,
         COLUMNS=min(VECTOR_COLUMNS, triton.next_power_of_2(width)),
         num_warps=4,
+        **early_launch(),
     )
     experts_down_vector_kernel[(tokens, triton.cdiv(width, VECTOR_ROWS))](
         hidden,
@@ -90,6 +93,7 @@ def experts_vector(
         COLUMNS=min(VECTOR_COLUMNS, triton.next_power_of_2(inner)),
         HAS_BASE=base is not None,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -177,21 +181,27 @@ if triton is not None:
         K: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """`silu(gate x) * (up x)`: one program makes ROWS entries of one token's routed or shared expert."""
         token = tl.program_id(0).to(tl.int64)
         TILES: tl.constexpr = (INNER + ROWS - 1) // ROWS
-        # Beyond the routed experts' tiles come the shared expert's, however wide it is.
-        part = tl.minimum(tl.program_id(1) // TILES, K)
+        SHARED_TILES: tl.constexpr = (SHARED + ROWS - 1) // ROWS
+        # Ahead of the routed experts' tiles come the shared expert's, which need not wait to know the experts.
+        tile = tl.program_id(1) - SHARED_TILES
+        part = K
         column = tl.arange(0, COLUMNS)
-        if part < K:
-            row = tl.program_id(1) % TILES * ROWS + tl.arange(0, ROWS)
+        if tile >= 0:
+            if EARLY:
+                tl.extra.cuda.gdc_wait()
+            part = tile // TILES
+            row = tile % TILES * ROWS + tl.arange(0, ROWS)
             real = row < INNER
             expert = tl.load(experts + token * K + part)
             gate_rows = gate_up + expert * expert_stride + row * row_stride
             up_rows = gate_rows + INNER * row_stride
         else:
-            row = (tl.program_id(1) - K * TILES) * ROWS + tl.arange(0, ROWS)
+            row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
             real = row < SHARED
             gate_rows = gate + row.to(tl.int64) * gate_stride
             up_rows = up + row.to(tl.int64) * up_stride
@@ -200,9 +210,12 @@ if triton is not None:
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             mask = real[:, None] & inside[None, :]
-            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_tile = tl.load(gate_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
             up_tile = tl.load(up_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
+            if EARLY and first == 0:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+            value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_sum += gate_tile.to(tl.float32) * value[None, :]
             up_sum += up_tile.to(tl.float32) * value[None, :]
         dtype = hidden.dtype.element_ty
@@ -232,6 +245,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         HAS_BASE: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS entries of one token's sum over its experts."""
         token = tl.program_id(0).to(tl.int64)
@@ -241,6 +255,9 @@ if triton is not None:
         dtype = out.dtype.element_ty
         hidden += token * (K * INNER + SHARED)
         total = tl.zeros([ROWS], tl.float32)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         for part in tl.static_range(K):
             expert = tl.load(experts + token * K + part)
             rows = down + expert * expert_stride + row * row_stride

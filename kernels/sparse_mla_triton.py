@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .early_launch import early_launch
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
@@ -28,6 +29,8 @@ except ImportError:
 LOG2_E = 1.4426950408889634
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
+# Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
+MOST_SPLITS, COMBINED_ENTRIES = 64, 64
 
 
 _hopper_failed = False
@@ -157,17 +160,19 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
     part_out = torch.empty(splits, B, S, H, V, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
     _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
-    _sparse_mla_combine_kernel[(B * S * H,)](
+    block_v = min(COMBINED_ENTRIES, triton.next_power_of_2(V))
+    _sparse_mla_combine_kernel[(B * S * H, triton.cdiv(V, block_v))](
         part_out,
         part_lse,
         out,
         lse,
         B * S * H,
         V=V,
-        BLOCK_V=triton.next_power_of_2(V),
+        BLOCK_V=block_v,
         SPLITS=splits,
         BLOCK_SPLITS=triton.next_power_of_2(splits),
         num_warps=4,
+        **early_launch(),
     )
     return out, lse
 
@@ -211,6 +216,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         SPLITS=splits,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **early_launch(),
     )
 
 
@@ -219,7 +225,7 @@ def _decode_splits(programs: int, topk: int, block_n: int, device: torch.device)
     processors = _processors(device)
     if 4 * programs > 3 * processors:
         return 1
-    return min(32, triton.cdiv(topk, block_n), triton.cdiv(processors, programs))
+    return min(MOST_SPLITS, triton.cdiv(topk, block_n), triton.cdiv(processors, programs))
 
 
 def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
@@ -282,7 +288,11 @@ if triton is not None:
         OWNER_SHIFT: tl.constexpr,
         HEAD_BLOCKS: tl.constexpr,
         SPLITS: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
         list_id = tl.program_id(0) // HEAD_BLOCKS
         batch = (list_id // lists).to(tl.int64)
@@ -382,20 +392,23 @@ if triton is not None:
         BLOCK_V: tl.constexpr,
         SPLITS: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         row = tl.program_id(0).to(tl.int64)
-        offs_v = tl.arange(0, BLOCK_V)
+        offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)
         lse_ptr = part_lse + offs_s.to(tl.int64) * rows + row
         lses = tl.load(lse_ptr, mask=offs_s < SPLITS, other=float("-inf"))  # [SPLITS]
         top = tl.max(lses, 0)
         reference = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp(lses - reference), 0)
-        acc = tl.zeros([BLOCK_V], tl.float32)
-        for split in range(SPLITS):
-            part = split * rows + row
-            weight = tl.exp(tl.load(part_lse + part) - reference)
-            acc += weight * tl.load(part_out + part * V + offs_v, mask=offs_v < V, other=0.0)
+        weight = tl.exp(lses - reference)
+        total = tl.sum(weight, 0)
+        parts = part_out + (offs_s.to(tl.int64) * rows + row)[:, None] * V + offs_v[None, :]
+        part = tl.load(parts, mask=(offs_s < SPLITS)[:, None] & (offs_v < V)[None, :], other=0.0)
+        acc = tl.sum(weight[:, None] * part, 0)
         acc = acc * tl.where(total > 0, 1.0 / total, 0.0)
         tl.store(out + row * V + offs_v, acc.to(out.dtype.element_ty), mask=offs_v < V)
-        tl.store(lse + row, tl.where(total > 0, reference + tl.log(total), float("-inf")))
+        tl.store(lse + row, tl.where(total > 0, reference + tl.log(total), float("-inf")), mask=tl.program_id(1) == 0)

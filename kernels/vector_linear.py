@@ -54,6 +54,26 @@ def takes_vector_linear(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     )
 
 
+def wide_vector_linear(x: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
+    """fp32 `scale * (x W^T)`, `[T, N]`, of half-precision `x [T, D]`.
+
+    `weight [N, D]` is fp32, for fp32 arithmetic, or as `x`, whose precision products are then rounded to first.
+    """
+    return vector_linear_triton(x, [weight], scale=scale)
+
+
+def takes_wide_vector_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `wide_vector_linear` runs these: few tokens on a GPU, no gradient, not inside `torch.compile`."""
+    return (
+        weight.dtype in (torch.float32, x.dtype)
+        and weight.is_cuda
+        and weight.stride(-1) == 1
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and takes_vector_linear(x)
+    )
+
+
 def vector_linear_reference(
     x: torch.Tensor,
     weights: list[torch.Tensor],

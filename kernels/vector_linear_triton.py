@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .early_launch import early_launch
+
 try:
     import triton
     import triton.language as tl
@@ -14,7 +16,7 @@ MAX_WEIGHTS = 4
 # Widest rows that are normed: a program must hold all of one.
 MAX_NORMED = 2048
 # Weights that a program holds at once, in entries.
-TILE = 8192
+TILE = 4096
 
 
 def vector_linear_triton(
@@ -23,12 +25,16 @@ def vector_linear_triton(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     base: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows, `MAX_NORMED` wide if normed."""
+    """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows, `MAX_NORMED` wide if normed.
+
+    With a `scale` as `wide_vector_linear`: results are fp32, and weights may be.
+    """
     tokens, width = x.shape
     sizes = [weight.shape[0] for weight in weights]
     total = sum(sizes)
-    out = torch.empty(tokens, total, dtype=x.dtype, device=x.device)
+    out = torch.empty(tokens, total, dtype=x.dtype if scale is None else torch.float32, device=x.device)
     if out.numel() == 0:
         return out
     columns = min(MAX_NORMED, triton.next_power_of_2(width))
@@ -44,6 +50,7 @@ def vector_linear_triton(
         out if norm is None else norm,
         out if base is None else base,
         eps,
+        1.0 if scale is None else scale,
         x.stride(0),
         0 if base is None else base.stride(0),
         *(weight.stride(0) for weight in padded),
@@ -56,7 +63,9 @@ def vector_linear_triton(
         COLUMNS=columns,
         HAS_NORM=norm is not None,
         HAS_BASE=base is not None,
+        HAS_SCALE=scale is not None,
         num_warps=4,
+        **early_launch(),
     )
     return out
 
@@ -74,6 +83,7 @@ if triton is not None:
         norm,
         base,
         eps,
+        scale,
         x_stride,
         base_stride,
         stride0,
@@ -89,6 +99,8 @@ if triton is not None:
         COLUMNS: tl.constexpr,
         HAS_NORM: tl.constexpr,
         HAS_BASE: tl.constexpr,
+        HAS_SCALE: tl.constexpr,
+        EARLY: tl.constexpr = False,
     ):
         """ROWS outputs of one token; the second grid axis counts the tiles of all weights."""
         token = tl.program_id(0).to(tl.int64)
@@ -123,6 +135,10 @@ if triton is not None:
         acc = tl.zeros([ROWS, COLUMNS], tl.float32)
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
+            weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            if EARLY and first == 0:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
                 # The whole row is here. Rounded where a norm of its own would.
@@ -130,9 +146,12 @@ if triton is not None:
                 value = (
                     (value * tl.load(norm + column, mask=inside, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
                 )
-            weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
             acc += weight.to(tl.float32) * value[None, :]
-        total = tl.sum(acc, 1).to(dtype)
+        total = tl.sum(acc, 1)
+        if HAS_SCALE:
+            # Rounded where a linear layer would, if it is not fp32.
+            total = total.to(weight0.dtype.element_ty).to(tl.float32) * scale
+        total = total.to(dtype)
         if HAS_BASE:
             total = (total.to(tl.float32) + tl.load(base + token * base_stride + target, mask=real).to(tl.float32)).to(
                 dtype

@@ -28,7 +28,15 @@ def attend_absorbed(
 
     Returns:
         `[B, S, H, V]` and lse `[B, S, H]`.
+
+    Raises:
+        TypeError: when the selection is merged (`MergedSelection`), which has no gradient.
     """
+    if not isinstance(topk_indices, torch.Tensor):
+        raise TypeError(
+            f"attention with gradient takes a selection as a tensor of indices, not {type(topk_indices).__name__}: "
+            "pass merge_selection=False to the full layer that made it"
+        )
     to_latent, to_value = module._absorbed_weights()
     batch, num_queries, heads, _ = q_nope.shape
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()

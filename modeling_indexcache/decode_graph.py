@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
+from ..kernels.cache_slot import CacheSlot
+from ..kernels.early_launch import early_launches
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import is_foreign, runs_expert_kernels
+from .feed_forward import runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
+from .module_hooks import hooks_of, is_foreign
 
 # Steps in a row that must have found a cache where it was before it is captured.
 STEPS_BEFORE_CAPTURE = 2
@@ -51,12 +54,12 @@ class _BufferLayer:
     def __init__(self, keys: torch.Tensor, indexer_keys: torch.Tensor | None, position: torch.Tensor) -> None:
         self.keys, self.indexer_keys, self.position = keys, indexer_keys, position
 
-    def update(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.keys.index_copy_(2, self.position, rows)
+    def slot(self) -> CacheSlot:
+        return CacheSlot(self.keys.squeeze(1), self.position)
 
-    def update_indexer(self, rows: torch.Tensor) -> torch.Tensor:
+    def indexer_slot(self) -> CacheSlot:
         assert self.indexer_keys is not None
-        return self.indexer_keys.index_copy_(1, self.position, rows)
+        return CacheSlot(self.indexer_keys, self.position)
 
 
 class _BufferCache:
@@ -68,10 +71,10 @@ class _BufferCache:
         self.layers = layers
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx].update(keys), values
+        return self.layers[layer_idx].slot().write(keys.squeeze(1)).unsqueeze(1), values
 
     def update_indexer(self, rows: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        return self.layers[layer_idx].update_indexer(rows)
+        return self.layers[layer_idx].indexer_slot().write(rows)
 
 
 class DecodeGraph:
@@ -192,13 +195,14 @@ def record(
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
-    with torch.cuda.stream(side):
-        run()
-        rewind()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        out = run()
+    with early_launches(device):
+        with torch.cuda.stream(side):
+            run()
+            rewind()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            out = run()
     return out, graph.replay
 
 
@@ -318,8 +322,7 @@ def _capturable(model: Any, hidden_states: torch.Tensor) -> bool:
     if model.config._attn_implementation != TRITON_ATTENTION:
         return False
     for module in model.modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if "forward" in vars(module) or any(map(is_foreign, hooks)):
+        if "forward" in vars(module) or any(map(is_foreign, hooks_of(module))):
             return False
     sparse = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "experts")]
     tokens = hidden_states.view(-1, hidden_states.shape[-1])
@@ -333,15 +336,16 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
     hidden_states = inputs.hidden_states
     return (
         weakref.ref(model),
-        str(model._running_pattern),
+        model._running_pattern,
         model.config._attn_implementation,
         model.config._experts_implementation,
+        model.config.indexer_fp8,
         hidden_states.shape,
         hidden_states.dtype,
         hidden_states.device,
         None if inputs.position_ids is None else inputs.position_ids.shape,
         inputs.attention_mask is None,
-        next(model.layers.parameters()).data_ptr(),
+        model.layers[0].input_layernorm.weight.data_ptr(),
         torch.is_inference_mode_enabled(),
     )
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..kernels.expert_topk import expert_topk
+from ..kernels.expert_topk import expert_topk, normed_expert_topk, takes_normed_expert_topk
 from .attention_backends import TRITON_ATTENTION
+from .few_token_linears import is_plain_norm
+from .module_hooks import is_watched
 
 
 class IndexCacheTopkRouter(nn.Module):
@@ -40,6 +43,31 @@ class IndexCacheTopkRouter(nn.Module):
                 masked_score=masked,
                 allow_triton=config._attn_implementation == TRITON_ATTENTION,
             )
+
+    def takes_norm(self, norm: Any, rows: torch.Tensor) -> bool:
+        """Whether `normed` serves these few `rows [tokens, hidden_size]`, and nobody watches."""
+        config = self.config
+        return (
+            config._attn_implementation == TRITON_ATTENTION
+            and config.n_group in (None, 1)
+            and is_plain_norm(norm)
+            and not is_watched(self)
+            and "forward" not in vars(self)
+            and takes_normed_expert_topk(rows, norm.weight, self.weight, self.e_score_correction_bias)
+        )
+
+    def normed(self, norm: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`norm(rows)`, and the weights and ids of `forward` for them, in one launch."""
+        return normed_expert_topk(
+            rows,
+            norm.weight,
+            norm.variance_epsilon,
+            self.weight,
+            self.e_score_correction_bias,
+            self.config.num_experts_per_tok,
+            scaling=self.config.routed_scaling_factor,
+            normalise=self.config.norm_topk_prob,
+        )
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:

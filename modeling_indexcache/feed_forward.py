@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _modules
 from transformers.activations import ACT2FN
-from transformers.utils import output_capturing
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..kernels.routed_experts import block_tokens, unsupported_experts_reason
+from ..kernels.routed_experts import block_tokens, routed_experts, unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
+from .module_hooks import hooks_of, is_watched
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
 FEED_FORWARD_BLOCK_BYTES = 256 * 2**20
@@ -61,32 +60,21 @@ def layers_work_in_place(layers: Any, hidden_states: torch.Tensor) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
-    # PyTorch's hooks on every module.
-    everywhere = [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *everywhere]
-    return bool(hooks) and (recording() or any(map(is_foreign, hooks)))
-
-
-def is_foreign(hook: Any) -> bool:
-    """Whether a hook is anything but transformers' own recorder of outputs."""
-    module = getattr(getattr(hook, "func", hook), "__module__", "")
-    return module != "transformers.utils.output_capturing"
-
-
-def recording() -> bool:
-    """Whether transformers' recorders record; True where this transformers does not say."""
-    collector = getattr(output_capturing, "_active_collector", None)
-    # In a forward that nothing is wanted of it is there, and empty.
-    return collector is None or bool(collector.get())
-
-
 def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`hidden_states += mlp(norm(hidden_states))`, `[..., hidden_size]`, in place and block by block of tokens."""
+    if any(map(is_watched, mlp.modules())):
+        # Whoever watches a part of it sees what that part makes, whole and of all tokens.
+        return hidden_states.add_(mlp(norm(hidden_states)))
     rows = hidden_states.view(-1, hidden_states.shape[-1])
+    router = getattr(mlp, "gate", None)
+    if router is not None and router.takes_norm(norm, rows) and runs_expert_kernels(mlp, rows):
+        normed, weights, experts = router.normed(norm, rows)
+        routed = mlp.experts.gate_up_proj, mlp.experts.down_proj
+        shared: Any = tuple(linear.weight for linear in shared_linears(mlp))
+        routed_experts(normed, experts, weights, *routed, shared=shared, accumulate=rows)
+        return hidden_states
     blocks = -(-rows.shape[0] // _tokens_at_once(mlp, rows))
-    if blocks <= 1 or any(map(is_watched, mlp.modules())):
+    if blocks <= 1:
         return mlp(norm(hidden_states), accumulate=hidden_states)
     for part in rows.chunk(blocks):
         mlp(norm(part), accumulate=part)
@@ -119,9 +107,8 @@ def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
         and config.hidden_act == "silu"
         and not getattr(experts, "_is_expert_parallel", False)
         and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
-        and not experts._forward_hooks
-        and not experts._forward_pre_hooks
-        and not module.shared_experts._forward_hooks
+        and not hooks_of(experts)
+        and not hooks_of(module.shared_experts)
         and "forward" not in vars(experts)
         and all(map(is_plain_linear, shared_linears(module)))
         and unsupported_experts_reason(tokens, experts.gate_up_proj, experts.down_proj) is None

@@ -15,11 +15,12 @@ from ..kernels.indexer_quantization import quantized_rows
 from ..kernels.lightning_indexer import lightning_indexer
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rotary import rotate_into, rotate_leading
+from ..kernels.vector_linear import takes_wide_vector_linear, wide_vector_linear
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import is_watched
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
-from .latent_cache import append_index_keys
+from .latent_cache import append_index_keys, index_key_slot
+from .module_hooks import is_watched
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
 QUERY_BLOCK_BYTES = 512 * 2**20
@@ -88,9 +89,12 @@ class IndexCacheIndexer(nn.Module):
         allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         (k,) = linears(hidden_states, (self.wk,), allow_triton)
         norm = self.k_norm
+        slot = None if self.config.indexer_fp8 else index_key_slot(past_key_values, self.layer_idx)
         if type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not is_watched(norm):
             turns = (*position_embeddings, self.interleaved)
-            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton, slot)
+            if slot is not None:
+                return k
         else:
             k = self._turn(norm(k), position_embeddings)
         if self.config.indexer_fp8:
@@ -200,8 +204,10 @@ class IndexCacheIndexer(nn.Module):
         """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
         module = self.weights_proj
         dtype = module.weight.dtype
+        rows = hidden_states.flatten(0, -2)
+        if self._reads_as_vectors(rows):
+            return wide_vector_linear(rows, module.weight, self.n_heads**-0.5).view(*hidden_states.shape[:-1], -1)
         if not torch.compiler.is_compiling() and _multiplies_in_parts(hidden_states, module):
-            rows = hidden_states.flatten(0, -2)
             # An fp32 number is the sum of three bf16 numbers, and their products with bf16 are exact in fp32.
             high = module.weight.to(rows.dtype)
             middle = (module.weight - high).to(rows.dtype)
@@ -214,6 +220,16 @@ class IndexCacheIndexer(nn.Module):
             blocks = hidden_states.split(WIDENED_TOKENS, dim=1)
         made = [module(block.to(dtype)).float() for block in blocks]
         return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
+
+    def _reads_as_vectors(self, rows: torch.Tensor) -> bool:
+        """Whether head weights of a few tokens, `[tokens, hidden_size]`, take one launch."""
+        module = self.weights_proj
+        return (
+            self.config._attn_implementation == TRITON_ATTENTION
+            and is_plain_linear(module)
+            and module.bias is None
+            and takes_wide_vector_linear(rows, module.weight)
+        )
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return rotate_leading(x, *position_embeddings, self.interleaved)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..kernels.absorbed_vector import absorb_queries, expand_values, takes_absorbed_vector
+from ..kernels.cache_slot import CacheSlot
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
@@ -24,7 +25,8 @@ from .attention_backends import TRITON_ATTENTION
 from .feed_forward import works_in_place
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
-from .latent_cache import append_latents
+from .latent_cache import append_latents, latent_slot
+from .module_hooks import is_watched, runs_as_written
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
@@ -88,9 +90,10 @@ def attend_streamed(
         projections = module.q_a_proj, module.kv_a_proj_with_mqa
         queries_from, kv = linears(normed, projections, allow_triton, norm=input_norm)
         q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
-        if indexer is not None:
+        if indexer is not None or is_watched(q_norm):
             queries_from, q_norm = q_norm(queries_from), None
-    latents = _latents(module, kv, position_embeddings, allow_triton)
+    slot = latent_slot(past_key_values, module.layer_idx)
+    latents = _latents(module, kv, position_embeddings, allow_triton, slot)
     del kv
     choose = None
     if indexer is not None and (return_all or not works_in_place(indexer, normed)):
@@ -110,7 +113,8 @@ def attend_streamed(
             group = _merging_group(module, normed, slots) if merge_selection and allow_triton else 1
             choose = partial(indexer.choose, queries_from, weights, index_keys, position_embeddings, visibility, group)
     del normed
-    latents = append_latents(past_key_values, latents, module.layer_idx)
+    if slot is None:
+        latents = append_latents(past_key_values, latents, module.layer_idx)
     if choose is not None:
         topk_indices = choose()
     queries = _Queries(queries_from, q_norm, q_proj, position_embeddings)
@@ -130,16 +134,21 @@ def _merging_group(module: Any, like: torch.Tensor, slots: int) -> int:
 
 
 def _latents(
-    module: Any, kv: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], allow_triton: bool
+    module: Any,
+    kv: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    allow_triton: bool,
+    slot: CacheSlot | None,
 ) -> torch.Tensor:
-    """The rows to cache, `[B, S, C + R]`, of the projected `kv`."""
+    """The rows to cache, `[B, S, C + R]`, of the projected `kv`; written to the `slot` if given, then all rows."""
     norm = module.kv_a_layernorm
     interleaved = module.config.rope_interleave
-    if "forward" in vars(norm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not runs_as_written(norm):
         # Offloaded or watched: its weight may be elsewhere until it is called.
         latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
-        return torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
-    return latent_rows(kv, norm.weight, norm.variance_epsilon, *position_embeddings, interleaved, allow_triton)
+        rows = torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
+        return rows if slot is None else slot.write(rows)
+    return latent_rows(kv, norm.weight, norm.variance_epsilon, *position_embeddings, interleaved, allow_triton, slot)
 
 
 class _Queries(NamedTuple):

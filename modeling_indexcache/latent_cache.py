@@ -7,9 +7,12 @@ layers, which allocates on first use: shared layers never touch it and hold none
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicIndexedLayer
 
+from ..kernels.cache_slot import CacheSlot
 from .growing_cache import append_rows
 
 
@@ -59,6 +62,18 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
             layer.lazy_initialization_indexer(index_keys)
         return append_rows(layer, "indexer_keys", index_keys)
     return cache.update_indexer(index_keys, layer_idx)
+
+
+def latent_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
+    """Where a kernel may write the latents of new tokens itself: while a decoding step is recorded."""
+    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    return layer.slot() if hasattr(layer, "slot") else None
+
+
+def index_key_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
+    """The same of index keys."""
+    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    return layer.indexer_slot() if hasattr(layer, "indexer_slot") else None
 
 
 def _growing_layer(cache: Cache, new: torch.Tensor, layer_idx: int) -> DynamicIndexedLayer | None:

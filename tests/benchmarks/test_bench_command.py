@@ -102,6 +102,8 @@ def test_a_plan_is_followed_in_its_order_and_on_disk_after_every_row(tmp_path, m
         {"kind": "generate", "tokens": [96], "patterns": ["FSSS"], "input": "random"},
         {"kind": "parts", "tokens": [96], "patterns": ["FSSS"]},
         {"kind": "overlap", "tokens": [96], "patterns": ["FSSS"]},
+        {"kind": "generate", "tokens": [96], "patterns": ["FSSS"], "indexer": "e4m3"},
+        {"kind": "generate", "tokens": [80], "patterns": ["FSSS"]},
     ]
     (tmp_path / "plan.json").write_text(json.dumps({"rows": entries}))
     monkeypatch.setattr(speed_run, "PEER_ONE_SHOT", 16)
@@ -115,6 +117,14 @@ def test_a_plan_is_followed_in_its_order_and_on_disk_after_every_row(tmp_path, m
         written.append(json.loads((tmp_path / "out" / "bench.json").read_text()) if written else None)
         return measured
 
+    calls, generate = [], speed_run.measure_generate
+
+    def called(model, given, way, steps, *rest):
+        calls.append((type(model).__name__[:5], given.shape[1], steps, model.config.indexer_fp8))
+        return generate(model, given, way, steps, *rest)
+
+    monkeypatch.setattr(speed_run, "measure_generate", called)
+    monkeypatch.setattr(speed_run, "WARM_UP_TOKENS", 32)
     monkeypatch.setattr(speed_run._Bench, "measure", noted)
     plan = ("--plan", tmp_path / "plan.json", "--output", tmp_path / "out")
     finished = bench("--shape", "tiny", "--layers", 4, "--decode-steps", 4, "--repeats", 1, *plan, "--json")
@@ -130,12 +140,23 @@ def test_a_plan_is_followed_in_its_order_and_on_disk_after_every_row(tmp_path, m
         ("parts", "indexcache", "FSSS", "prefill", ""),
         ("parts", "indexcache", "FSSS", "decode", ""),
         ("overlap", "indexcache", "FSSS", "", ""),
+        ("generate", "indexcache", "FSSS", "static", ""),
+        ("generate", "indexcache", "FSSS", "static", ""),
     ]
+    # Every model is warmed up once; the peer anew for every pattern, whose weights are others.
+    theirs = [("GlmMo", 32, 8, False), ("GlmMo", 40, 4, False)]
+    ours = [
+        ("Index", tokens, 4, fp8) for tokens, fp8 in ((96, False), (96, False), (96, False), (96, True), (80, False))
+    ]
+    assert calls == [*theirs, *theirs, ("Index", 32, 8, False), *ours]
+    assert [row["indexer"] for row in rows] == [""] * 8 + ["e4m3", ""]
     assert [len(row["all_prefill_seconds"]) for row in rows[:5]] == [1, 1, 2, 2, 1]
     assert len(inspected) == 1
-    assert [len(earlier["rows"]) for earlier in written[1:]] == list(range(1, 8))
+    assert [len(earlier["rows"]) for earlier in written[1:]] == list(range(1, 10))
     assert document["patterns"] == {"FSSS": "FSSS", "all full": "FFFF"}
-    assert "random tokens" in (tmp_path / "out" / "report.html").read_text()
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "random tokens" in report
+    assert "indexer in e4m3" in report
 
 
 @pytest.mark.parametrize(
@@ -151,6 +172,10 @@ def test_a_plan_is_followed_in_its_order_and_on_disk_after_every_row(tmp_path, m
             '{"rows": [{"kind": "parts", "tokens": [64], "patterns": ["1/4"], "way": "static"}]}',
             "parts has no way static",
         ),
+        (
+            '{"rows": [{"kind": "generate", "tokens": [64], "patterns": ["1/4"], "indexer": "int4"}]}',
+            "indexer must be e4m3",
+        ),
         ('{"rows": [{"kind": "generate", "tokens": [4], "patterns": ["1/4"]}]}', "--plan: length 4 must lie in"),
     ],
 )
@@ -163,7 +188,7 @@ def test_a_plan_that_makes_no_sense_is_refused(tmp_path, text, message):
 
 def test_the_plan_of_the_published_figures_can_be_read():
     rows = read_plan(Path(speed_plan.__file__).with_name("long_context_plan.json"))
-    assert rows[0] == Row("generate", "transformers", 32768, "all full", "dynamic", repeats=1)
+    assert Row("generate", "transformers", 32768, "all full", "dynamic", repeats=2) in rows
     assert len(rows) == len(set(rows)) > 30
 
 

@@ -20,6 +20,8 @@ def compile_kernel(function, arch, constants, types, source=ASTSource, **options
     `types` are those of pointers and floats by argument name; other arguments are int32.
     """
     signature, attributes = {}, {}
+    if "EARLY" in function.arg_names:
+        constants = {"EARLY": 0, **constants}
     for position, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"

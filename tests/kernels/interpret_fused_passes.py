@@ -12,8 +12,10 @@ from grouped_mm_loop import grouped_mm
 from indexcache.kernels import routed_experts
 from indexcache.kernels.absorbed_vector import absorb_queries_reference
 from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
+from indexcache.kernels.cache_slot import CacheSlot
+from indexcache.kernels.expert_groups_triton import group_by_expert_triton
 from indexcache.kernels.expert_topk import expert_topk_reference
-from indexcache.kernels.expert_topk_triton import expert_topk_triton
+from indexcache.kernels.expert_topk_triton import expert_topk_triton, normed_expert_topk_triton
 from indexcache.kernels.index_keys import index_key_rows
 from indexcache.kernels.index_keys_triton import index_key_rows_triton
 from indexcache.kernels.rms_norm import latent_rows, rms_norm
@@ -22,7 +24,7 @@ from indexcache.kernels.rotary import rotate
 from indexcache.kernels.rotary_triton import rotate_into_triton
 from indexcache.kernels.routed_experts import routed_experts_reference
 from indexcache.kernels.routed_experts_triton import experts_vector
-from indexcache.kernels.vector_linear import vector_linear_reference
+from indexcache.kernels.vector_linear import vector_linear_reference, wide_vector_linear
 from indexcache.kernels.vector_linear_triton import vector_linear_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -74,6 +76,40 @@ def test_latent_rows_of_strided_input(interleaved, angle_batch):
     assert_as_exact_as(got, latent_rows(kv, weight, 1e-6, *turns, interleaved), latent_rows(*wide))
 
 
+@pytest.mark.parametrize("first", [0, 5, 9, 40])
+@pytest.mark.parametrize("kind", ["latents", "index keys"])
+def test_rows_written_to_a_slot_of_a_cache_are_those_of_their_own_memory(kind, first):
+    """What would go behind the end is dropped, and nothing else is touched."""
+    x = torch.randn(2, 7, 64, dtype=DTYPE)
+    gain, shift, turns = torch.randn(40, dtype=DTYPE), torch.randn(64, dtype=DTYPE), angles(2, 7, 24)
+    turns = tuple(t[..., :16].contiguous() for t in turns)
+
+    def make(slot):
+        if kind == "latents":
+            return latent_rows_triton(x[..., :56], gain, 1e-6, *turns, True, slot)
+        return index_key_rows_triton(x, shift, shift, 1e-6, *turns, True, slot)
+
+    expected = make(None)
+    width = expected.shape[-1]
+    memory = torch.randn(3, 2, 12, width, dtype=DTYPE)
+    before = memory.clone()
+    slot = CacheSlot(memory[1], torch.tensor([first]))
+    assert slot.takes(expected)
+    assert make(slot) is slot.rows
+    fitting = max(0, min(7, 12 - first))
+    before[1, :, first : first + fitting] = expected[:, :fitting]
+    assert torch.equal(memory, before)
+
+
+def test_slots_that_no_kernel_can_write_are_known():
+    rows, position = torch.zeros(2, 12, 64, dtype=DTYPE), torch.zeros(1, dtype=torch.int64)
+    new = torch.ones(2, 3, 64, dtype=DTYPE)
+    assert CacheSlot(rows, position).takes(new)
+    assert not CacheSlot(rows[..., :56], position).takes(new[..., :56])
+    assert not CacheSlot(rows.float(), position).takes(new)
+    assert torch.equal(CacheSlot(rows, position + 2).write(new)[:, 2:5], new)
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("angle_batch", [1, 2])
 def test_rotation_into_a_slice_and_in_place(interleaved, angle_batch):
@@ -114,6 +150,19 @@ def test_routing(tokens, count, k, width, normalise):
     torch.testing.assert_close(got, expected.gather(1, chosen_order)[same], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "count", "width"), [(1, 16, 48), (3, 40, 700), (4, 64, 1100), (2, 64, 256)])
+def test_routing_behind_a_norm_is_a_norm_and_then_routing(tokens, count, width):
+    x, bias = 3 * torch.randn(tokens, width + 8, dtype=DTYPE)[:, 3 : 3 + width], torch.randn(count) * 0.1
+    norm = torch.randn(width, dtype=DTYPE)
+    weight = torch.randn(count, width, dtype=DTYPE) / width**0.5
+    got, weights, experts = normed_expert_topk_triton(x, norm, 1e-6, weight, bias, 4, 1.8, True)
+    exact = rms_norm(x.double(), norm.double(), 1e-6)
+    assert_as_exact_as(got, rms_norm(x, norm, 1e-6, allow_triton=False), exact)
+    _, expected, chosen = expert_topk_triton(got, weight, bias, 4, 1.8, True)
+    torch.testing.assert_close(weights, expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(experts, chosen)
+
+
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_routing_prefers_the_first_of_equal_experts_and_survives_nan(tokens):
     x, bias = torch.ones(tokens, 16, dtype=DTYPE), torch.zeros(4)
@@ -122,6 +171,29 @@ def test_routing_prefers_the_first_of_equal_experts_and_survives_nan(tokens):
     assert experts[0].tolist() == [0, 1]
     assert len(set(experts[1].tolist())) == 2
     assert 0 <= experts.min() <= experts.max() < 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "k", "count", "block"),
+    [
+        (1, 1, 2, 4),
+        (700, 4, 16, 700),
+        (700, 4, 64, 256),
+        (300, 8, 160, 77),
+        (1030, 2, 5, 1024),
+        (0, 4, 16, 8),
+        (90, 8, 512, 50),
+    ],
+)
+def test_pairs_are_put_in_the_order_of_their_experts(tokens, k, count, block):
+    scores = torch.rand(tokens, count)
+    scores[:, count // 2] = -1 if tokens % 2 else 2  # chosen by none or by all
+    experts = scores.topk(k, dim=-1).indices
+    got = group_by_expert_triton(experts, count, block)
+    expected = routed_experts.group_by_expert(experts, count, block, allow_triton=False)
+    for mine, theirs in zip(got, expected):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
 
 
 def experts_problem(tokens, count, k, width, inner, shared_inner):
@@ -185,6 +257,20 @@ def test_linear_layers_behind_a_norm_and_before_a_residual(tokens, width, sizes)
         exact = vector_linear_reference(x.double(), [weight.double() for weight in weights], *wide)
         plain = vector_linear_reference(x, weights, *arguments)
         assert_as_exact_as(vector_linear_triton(x, weights, *arguments), plain, exact)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, DTYPE])
+@pytest.mark.parametrize(("tokens", "width", "size"), [(1, 48, 5), (2, 2100, 9)])
+def test_scaled_products_in_fp32_of_one_or_two_tokens(tokens, width, size, weight_dtype):
+    x, weight = torch.randn(tokens, width, dtype=DTYPE), torch.randn(size, width, dtype=weight_dtype) / width**0.5
+    got = wide_vector_linear(x, weight, 0.3)
+    exact = 0.3 * (x.double() @ weight.double().T)
+    assert got.dtype == torch.float32
+    if weight_dtype == torch.float32:
+        torch.testing.assert_close(got.double(), exact, atol=1e-6, rtol=1e-6)
+    else:
+        plain = (x.float() @ weight.float().T).to(DTYPE).float() * 0.3
+        assert_as_exact_as(got, plain, exact)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3, 24, 8, 40, 20), (2, 1, 2, 16, 16, 100, 33), (1, 2, 2, 8, 6, 64, 16)])

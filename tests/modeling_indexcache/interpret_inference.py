@@ -42,6 +42,7 @@ def calls(monkeypatch):
         (rms_norm, "latent_rows_triton", spied(ran, "latents", rms_norm.latent_rows_triton)),
         (rotary, "rotate_into_triton", spied(ran, "rotate", rotary.rotate_into_triton)),
         (expert_topk, "_fits", lambda *t: True),
+        (expert_topk, "normed_expert_topk_triton", spied(ran, "route normed", expert_topk.normed_expert_topk_triton)),
         (expert_topk, "_expert_topk", spied(ran, "route", expert_topk_triton)),
         (feed_forward, "unsupported_experts_reason", lambda *t: None),
         (routed_experts, "_on_triton", lambda x: True),
@@ -84,7 +85,17 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
     allowed = (plain - exact).abs().max()
     assert (fused - exact).abs().max() <= 2 * allowed
     assert (torch.cat(steps, dim=1) - exact[:, 5:]).abs().max() <= 2 * allowed
-    expected = {"norm", "latents", "index keys", "rotate", "route", "experts of few", "experts of many", "linears"}
+    expected = {
+        "norm",
+        "latents",
+        "index keys",
+        "rotate",
+        "route",
+        "route normed",
+        "experts of few",
+        "experts of many",
+        "linears",
+    }
     assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
 
 

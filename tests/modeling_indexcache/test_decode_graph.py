@@ -116,6 +116,17 @@ def test_the_cache_shows_every_row_and_may_be_cropped_or_copied(model, replays, 
     assert all(torch.equal(view, rows) for view, rows in zip(views, kept))
 
 
+def test_a_graph_of_the_other_indexer_arithmetic_is_never_replayed(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        steps(model, cache, ids[:, 20:25])
+        assert replays == [[2]]
+        model.config.indexer_fp8 = True
+        steps(model, cache, ids[:, 25:27])
+    assert replays == [[2]]
+
+
 def test_another_pattern_or_backend_is_never_replayed(model, replays, ids):
     full = tiny_model(index_share_pattern="FFFF")
     cache = DynamicCache(config=full.config)

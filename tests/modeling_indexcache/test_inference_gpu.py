@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
-from indexcache.kernels import merged_selection
+from indexcache.kernels import early_launch, merged_selection
 from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.modeling_indexcache import indexer, inference_attention
 from indexcache.modeling_indexcache.decode_graph import DecodeGraph
@@ -60,6 +60,35 @@ def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
     assert (got - exact).pow(2).mean() <= 2.25 * (expected - exact).pow(2).mean()
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="launches early from Hopper on"
+)
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_kernels_launched_early_give_the_same_bits(model, ids, kind, monkeypatch):
+    def new_cache():
+        return DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(model.config, max_cache_len=48)
+
+    assert early_launch._can_launch_early(model.device)
+    got = decoded(model, ids[:1], new_cache(), 24, True)
+    monkeypatch.setattr(early_launch, "_can_launch_early", lambda device: False)
+    assert torch.equal(got, decoded(model, ids[:1], new_cache(), 24, True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_head_weights_of_one_token_are_those_of_many(model, dtype):
+    made = model.model.layers[0].self_attn.indexer
+    bf16 = made.weights_proj.weight.data
+    made.weights_proj.to(dtype)
+    x = torch.randn(1, 5, 48, device="cuda", dtype=torch.bfloat16)
+    expected = made.head_weights(x)[:, :1]
+    got = made.head_weights(x[:, :1])
+    made.weights_proj.weight.data = bf16
+    assert got.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # bf16 rounds the last bit one way or the other
+    assert (got - expected).norm() <= tolerance * expected.norm()
+
+
 def test_fused_passes_err_as_pytorch_does(model, ids):
     with torch.no_grad():
         fused = model(ids).logits
@@ -74,8 +103,21 @@ def test_fused_passes_err_as_pytorch_does(model, ids):
     assert error(fused) <= 1.5 * error(plain)
 
 
+@torch.no_grad()
+def assert_greedy_but_for_rounding(model, tokens, prompt):
+    """Each token is the best one by fp32 logits, or within what bf16 arithmetic errs by on the same tokens."""
+    exact = copy.deepcopy(model).float()(tokens).logits[:, prompt - 1 : -1]
+    error = (model(tokens).logits[:, prompt - 1 : -1] - exact).abs().max()
+    chosen = exact.gather(-1, tokens[:, prompt:, None]).squeeze(-1)
+    # Both the token taken and the one passed over may be off by that much.
+    assert (exact.max(-1).values - chosen).max() <= 3 * error
+
+
 @pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
 def test_generate_gives_the_same_tokens_with_and_without_graphs(model, ids, options):
+    """Without graphs a static cache would be compiled, whose rounding is another."""
+    options = options | {"disable_compile": True}
+
     def greedy():
         return model.generate(ids, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=1, **options)
 
@@ -83,7 +125,9 @@ def test_generate_gives_the_same_tokens_with_and_without_graphs(model, ids, opti
     model.model.decode_graphs = False
     expected = greedy()
     model.model.decode_graphs = True
-    assert (got == expected).float().mean() > 0.9  # near ties may fall the other way
+    for tokens in (got, expected):
+        assert_greedy_but_for_rounding(model, tokens, ids.shape[1])
+    assert (got == expected).float().mean() > 0.9
 
 
 @torch.no_grad()
@@ -100,7 +144,8 @@ def test_a_decoding_step_compiles_in_one_graph(model, ids, backend):
     expected = steps(model.forward)
     got = steps(torch.compile(model.forward, fullgraph=True, dynamic=False, backend=backend))
     model.model.decode_graphs = True
-    torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+    exact = copy.deepcopy(model).float()(ids[:1, :30]).logits[:, 24:]
+    assert (got - exact).pow(2).mean() <= 2.25 * (expected - exact).pow(2).mean()
 
 
 def test_generate_compiles_where_it_is_asked_to(model, ids):
@@ -108,10 +153,10 @@ def test_generate_compiles_where_it_is_asked_to(model, ids):
     options = dict(
         max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=1, cache_implementation="static"
     )
-    expected = model.generate(ids[:1], **options)
     compiled = CompileConfig(fullgraph=True, dynamic=False, mode="default")
     got = model.generate(ids[:1], compile_config=compiled, **options)
-    assert (got == expected).float().mean() > 0.9  # near ties may fall the other way
+    assert got.shape[1] == ids.shape[1] + 16
+    assert_greedy_but_for_rounding(model, got, ids.shape[1])
 
 
 @torch.no_grad()

@@ -5,11 +5,15 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from indexcache.kernels import routed_experts
+from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.modeling_indexcache import feed_forward, growing_cache, indexer, inference_attention
+from indexcache.modeling_indexcache.absorbed_attention import attend_absorbed
 from indexcache.modeling_indexcache.feed_forward import works_in_place
+from indexcache.modeling_indexcache.few_token_linears import is_plain_linear, is_plain_norm
 
 PATTERN = "FSFS"
 
@@ -66,6 +70,54 @@ def test_hidden_states_and_hooks_see_what_they_saw(model, ids):
     assert seen[1].shape == (3, 40, 48)  # whole, where somebody looks
     attended, fed = seen[0][0], seen[1]
     torch.testing.assert_close(out.hidden_states[2] + attended + fed, out.hidden_states[3], atol=1e-5, rtol=1e-5)
+
+
+def seen_by(register, part, model, ids):
+    """Outputs of `part` that a forward hook sees in one forward, hooked by itself or on every module."""
+    seen = []
+
+    def look(module, args, out):
+        if module is part:
+            seen.append(out[0].clone() if isinstance(out, tuple) else out.clone())
+
+    handle = register(look)
+    try:
+        model(ids)
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["own hook", "global hook"])
+@pytest.mark.parametrize("path", ["self_attn.q_a_layernorm", "self_attn.kv_a_layernorm", "mlp.shared_experts"])
+def test_a_watched_part_makes_what_it_makes_with_gradient(model, ids, monkeypatch, path, everywhere):
+    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**15)
+    part = model.model.layers[3].get_submodule(path)
+    register = register_module_forward_hook if everywhere else part.register_forward_hook
+    (expected,) = seen_by(register, part, model, ids)
+    with torch.no_grad():
+        seen = seen_by(register, part, model, ids)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_global_hooks_keep_linear_layers_and_norms_out_of_kernels(model):
+    attention = model.model.layers[1].self_attn
+    plain = (is_plain_linear, attention.o_proj), (is_plain_norm, attention.q_a_layernorm)
+    assert all(ask(module) for ask, module in plain)
+    handle = register_module_forward_hook(lambda *a: None)
+    try:
+        assert not any(ask(module) for ask, module in plain)
+    finally:
+        handle.remove()
+
+
+def test_a_merged_selection_is_refused_where_gradients_flow(model, ids):
+    attention = model.model.layers[1].self_attn
+    q = torch.zeros(3, 40, attention.config.num_attention_heads, attention.nope_dim)
+    merged = MergedSelection.empty(3, 40, 8, 2, ids.device)
+    with pytest.raises(TypeError, match="not MergedSelection: pass merge_selection=False"):
+        attend_absorbed(attention, q, q[..., : attention.rope_dim], torch.zeros(3, 40, 1), merged)
 
 
 def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, ids):

@@ -1,0 +1,60 @@
+"""Kernels that begin before the one ahead of them has ended: programmatic dependent launch, from Hopper on.
+
+A step of one token is hundreds of kernels of a few microseconds, and a GPU that starts each only when the last is done
+idles between them. Inside `early_launches` a kernel's programs start as soon as those of the kernel ahead have all
+begun and waited themselves; they read weights, which no kernel of the step writes, and wait before they touch
+anything else. So every kernel with a constexpr EARLY waits in each of its programs, and what a kernel wrote is there
+for all that follow.
+
+Source: CUDA programming guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from threading import local
+from typing import Any
+
+import torch
+
+_thread = local()
+
+
+@contextmanager
+def early_launches(device: torch.device) -> Iterator[None]:
+    """Launch this thread's decoding kernels early, where `device` can. No kernel inside may write weights."""
+    before = getattr(_thread, "early", False)
+    _thread.early = not getattr(_thread, "in_turn", False) and _can_launch_early(device)
+    try:
+        yield
+    finally:
+        _thread.early = before
+
+
+@contextmanager
+def launches_in_turn() -> Iterator[None]:
+    """Let `early_launches` inside change nothing: a profile of kernels that overlap counts their waiting as time."""
+    before = getattr(_thread, "in_turn", False)
+    _thread.in_turn = True
+    try:
+        yield
+    finally:
+        _thread.in_turn = before
+
+
+def early_launch() -> dict[str, Any]:
+    """Launch options of a kernel that has a constexpr EARLY."""
+    return {"EARLY": True, "launch_pdl": True} if getattr(_thread, "early", False) else {}
+
+
+@lru_cache
+def _can_launch_early(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    try:
+        from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    except ImportError:
+        return False
+    return gdc_wait is not None and gdc_launch_dependents is not None
