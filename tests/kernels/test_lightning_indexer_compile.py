@@ -47,6 +47,8 @@ ALIGNED = {"q_stride_b", "q_stride_s", "q_stride_h", "k_stride_b", "k_stride_t"}
 
 
 def compiled(kernel, target, warps, **constants):
+    if "EARLY" in kernel.arg_names:
+        constants["EARLY"] = False
     types = {name: POINTERS.get(name, "fp32" if name == "scale" else "i32") for name in kernel.arg_names}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = {
