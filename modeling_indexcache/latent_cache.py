@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicIndexedLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticIndexedLayer
 
 from ..kernels.cache_slot import CacheSlot
 from .growing_cache import append_rows
@@ -36,6 +36,7 @@ def append_latents(cache: Cache | None, latents: torch.Tensor, layer_idx: int) -
         rows = append_rows(layer, "keys", rows)
         layer.values = rows[..., :0]
         return rows.squeeze(1)
+    _count_on_device(cache, layer_idx, latents.device)
     rows, _ = cache.update(rows, rows[..., :0], layer_idx)
     return rows.squeeze(1)
 
@@ -74,6 +75,19 @@ def index_key_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
     """The same of index keys."""
     layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
     return layer.indexer_slot() if hasattr(layer, "indexer_slot") else None
+
+
+def _count_on_device(cache: Cache, layer_idx: int, device: torch.device) -> None:
+    """Let a new static layer count its rows on `device` from the start.
+
+    It would copy its count there itself, and wait for all that is queued, in every layer of a prefill.
+    """
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if cache.offloading or torch.compiler.is_compiling() or type(layer) is not StaticIndexedLayer:
+        return
+    count = layer.cumulative_length
+    if not layer.is_initialized and count.device.type == "cpu" and device.type != "cpu":
+        layer.cumulative_length = torch.full_like(count, int(count), device=device)
 
 
 def _growing_layer(cache: Cache, new: torch.Tensor, layer_idx: int) -> DynamicIndexedLayer | None:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticIndexedLayer
+
+from indexcache.modeling_indexcache.latent_cache import append_latents
 
 PATTERN = "FSSF"
 
@@ -87,6 +90,27 @@ def test_static_cache_can_be_reset_and_used_again(model, ids):
     with torch.no_grad():
         got = model(ids, past_key_values=cache).logits
         torch.testing.assert_close(got, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_static_layer_counts_where_its_rows_are_before_it_would_copy_its_count_there(model, monkeypatch):
+    """On a GPU that copy would wait for everything queued; the meta device stands for one."""
+    counted = []
+    initialise = StaticIndexedLayer.lazy_initialization
+    monkeypatch.setattr(
+        StaticIndexedLayer,
+        "lazy_initialization",
+        lambda self, *rows: (counted.append(self.cumulative_length.device.type), initialise(self, *rows))[1],
+    )
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    for layer in range(2):
+        for _ in range(2):
+            rows = append_latents(cache, torch.empty(2, 3, 64, device="meta"), layer)
+            assert rows.shape == (2, 8, 64)
+    assert counted == ["meta", "meta"]
+    cpu = StaticCache(config=model.config, max_cache_len=8)
+    append_latents(cpu, torch.ones(2, 3, 64), 0)
+    append_latents(cpu, torch.ones(2, 3, 64), 0)
+    assert int(cpu.layers[0].cumulative_length) == 6
 
 
 def test_a_cache_without_room_for_index_keys_is_refused(model, ids):
