@@ -2,8 +2,8 @@
 
 A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in pairs of tiles of 64. Three warp groups:
 
-- two score groups take a tile of every pair each: while one's matrix product runs, the other reduces its own over the
-  heads; each copies its next tiles to shared memory (TMA) itself;
+- two score groups take a tile of every pair each, in turn: while one's matrix product runs, the other reduces its own
+  over the heads; each copies its next tiles to shared memory (TMA) itself;
 - the selector appends the scores above a row's bound to the row's list, in key order, cuts a list that is full, and
   writes a finished block's selections while the next block's first tiles are scored. It is a chain of waits, a pair
   of tiles long, so nothing that can be done elsewhere is done here.
@@ -231,7 +231,7 @@ if gluon is not None:
     ):
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -394,11 +394,13 @@ if gluon is not None:
         slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             # One arrival with the queries' bytes, one when the weights are written.
             mbarrier.init(q_full.index(i), count=2)
+            mbarrier.init(my_turn.index(i), count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=1)
         for i in gl.static_range(SLOTS):
@@ -409,7 +411,7 @@ if gluon is not None:
         blocks = (S + BQ - 1) // BQ * B
         sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty)
+        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
         if SAMPLING:
             gl.warp_specialize(
                 [

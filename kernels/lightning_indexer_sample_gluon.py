@@ -117,7 +117,7 @@ if gluon is not None:
         """The third warp group of a sampling pass, as the head of this file tells."""
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)

@@ -76,7 +76,7 @@ if gluon is not None:
         key = gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))
         turns, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty = bars
+        q_full, k_full, slot_full, slot_empty, my_turn = bars
         # The next tile to load, and the block it is in.
         ahead = gl.full((), 0, gl.int32) + group
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
@@ -87,6 +87,7 @@ if gluon is not None:
             )
             ahead += 2
         done = gl.full((), 0, gl.int32)
+        mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             if first_query >= 0:
@@ -97,10 +98,13 @@ if gluon is not None:
                     pair = (done + t) // 2
                     slot = pair % SLOTS
                     mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
+                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
                     acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
                     k_tile = k_tiles.index(stage)
                     q_tile = q_tiles.index(parity).permute((1, 0))
                     acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
+                    mbarrier.arrive(my_turn.index(1 - group), count=1)
+                    mine += 1
                     if HAS_SCALE:
                         at = b * T + begin + t * 64 + key
                         scale = gl.load(k_scale + at, mask=at < B * T, other=0.0)
