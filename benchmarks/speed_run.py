@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import platform
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from . import speed_models
 from .errors import BenchError
+from .machine import machine
 from .speed_measures import (
     cache_bytes,
     full_cache_rows,
@@ -339,17 +338,13 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
 def _document(
     options: BenchOptions, identity: dict[str, Any], config: Any, patterns: dict[str, str], journal: RowJournal
 ) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
-    try:
-        versions["triton"] = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        versions["triton"] = "none"
+    on = machine()
     return {
         "what": options.source or f"{options.shape} shape, random weights",
         **identity,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "python": platform.python_version(),
-        "versions": versions,
+        "date": on["date"],
+        "python": on["python"],
+        "versions": {"torch": on["torch"], "transformers": on["transformers"], "triton": on["triton"] or "none"},
         "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,

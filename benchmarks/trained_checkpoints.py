@@ -87,25 +87,21 @@ def read_windows(path: Path, tensor: str, count: int) -> torch.Tensor:
 @torch.inference_mode()
 def compare(
     folder: Path,
-    windows: Path,
+    continued: torch.Tensor,
+    scored: torch.Tensor,
     patterns: list[str],
     dtype: torch.dtype,
-    tensor: str,
-    count: int,
     new_tokens: int,
     fast: str,
-    scored: torch.Tensor | None,
 ) -> Iterator[dict[str, Any]]:
     """One record a pattern: losses by backend, and where the generations of the fast one part from eager's.
 
-    Windows are continued by generation, and scored where `scored [N, L]` are not given.
+    The heads of the windows `continued [N, L]` are prompts; losses are of `scored [M, L]`.
     """
-    ids = read_windows(windows, tensor, count)
-    scored = ids if scored is None else scored
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_source(folder, dtype=dtype, attn_implementation=fast).to(device).eval()
     exact = load_source(folder, dtype=torch.float32, attn_implementation="eager").to(device).eval()
-    prompts = ids[:, : min(600, ids.shape[1] // 2)].to(device)
+    prompts = continued[:, : min(600, continued.shape[1] // 2)].to(device)
     for pattern in patterns:
         start = time.perf_counter()
         model.set_index_share_pattern(pattern)
@@ -180,7 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     layers = json.loads((arguments.checkpoint / "config.json").read_text())["num_hidden_layers"]
     patterns = arguments.patterns or [SharePattern.uniform(layers, keep).letters for keep in ("1/1", "1/2", "1/4")]
-    scored = None
+    continued = scored = read_windows(arguments.windows, arguments.tensor, arguments.count)
     if arguments.scored:
         path, _, tensor = arguments.scored.rpartition(":")
         scored = read_windows(Path(path), tensor, arguments.scored_count)
@@ -188,14 +184,12 @@ def main() -> None:
     for name in arguments.dtypes:
         for record in compare(
             arguments.checkpoint,
-            arguments.windows,
+            continued,
+            scored,
             patterns,
             DTYPES[name],
-            arguments.tensor,
-            arguments.count,
             arguments.new_tokens,
             arguments.backend,
-            scored,
         ):
             records.append(record)
             if arguments.output:
