@@ -65,16 +65,8 @@ class _BufferLayer:
 class _BufferCache:
     """What the layers see of a cache while they are captured."""
 
-    offloading = False
-
     def __init__(self, layers: list[_BufferLayer]) -> None:
         self.layers = layers
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx].slot().write(keys.squeeze(1)).unsqueeze(1), values
-
-    def update_indexer(self, rows: torch.Tensor, layer_idx: int) -> torch.Tensor:
-        return self.layers[layer_idx].indexer_slot().write(rows)
 
 
 class DecodeGraph:

@@ -29,6 +29,8 @@ def append_latents(cache: Cache | None, latents: torch.Tensor, layer_idx: int) -
     """
     if cache is None:
         return latents
+    if (slot := latent_slot(cache, layer_idx)) is not None:
+        return slot.write(latents)
     rows = latents.unsqueeze(1)
     if (layer := _growing_layer(cache, latents, layer_idx)) is not None:
         if not layer.is_initialized:
@@ -51,6 +53,8 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
     """
     if cache is None:
         return index_keys
+    if (slot := index_key_slot(cache, layer_idx)) is not None:
+        return slot.write(index_keys)
     if layer_idx < len(cache.layers) and not hasattr(cache.layers[layer_idx], "update_indexer"):
         raise ValueError(
             f"layer {layer_idx} of this {type(cache).__name__} cannot hold index keys: make the cache with the "

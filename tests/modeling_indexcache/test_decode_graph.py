@@ -116,6 +116,14 @@ def test_the_cache_shows_every_row_and_may_be_cropped_or_copied(model, replays, 
     assert all(torch.equal(view, rows) for view, rows in zip(views, kept))
 
 
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_steps_with_an_e4m3_indexer_are_recorded_too(model, replays, ids, options):
+    model.config.indexer_fp8 = True
+    expected = without_graphs(model, ids, **options)
+    assert torch.equal(greedy(model, ids, **options), expected)
+    assert len(replays) == 1
+
+
 def test_a_graph_of_the_other_indexer_arithmetic_is_never_replayed(model, replays, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

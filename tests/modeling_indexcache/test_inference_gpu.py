@@ -60,6 +60,12 @@ def test_graphs_equal_steps_from_python(model, ids, kind, batch, first):
     assert (got - exact).pow(2).mean() <= 2.25 * (expected - exact).pow(2).mean()
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_graphs_equal_steps_from_python_with_an_e4m3_indexer(model, ids, kind, monkeypatch):
+    monkeypatch.setattr(model.config, "indexer_fp8", True)
+    test_graphs_equal_steps_from_python(model, ids, kind, 2, 24)
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="launches early from Hopper on"
 )
