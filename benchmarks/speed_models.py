@@ -74,7 +74,7 @@ SHAPE_TINY: dict[str, Any] = {
 }
 SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
 # Drifting input: the relative size of a token's step from the one before, and the embeddings' standard deviation.
-DRIFT_STEP, DRIFT_SPREAD = 0.01, 0.1
+DRIFT_STEP, DRIFT_SPREAD = 0.005, 1.0
 
 
 def random_config(shape: str, experts: int | None, layers: int | None) -> IndexCacheConfig:
