@@ -390,14 +390,13 @@ def export(
 def env(as_json: AsJson = False) -> None:
     """Show the versions and devices that matter for a bug report."""
     import platform
-    from importlib import metadata
+
+    from .conversion.installed_versions import installed_versions
 
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
-    for name in ("indexcache", "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
+    found |= installed_versions(
+        "indexcache", "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "triton"
+    )
     try:
         import torch
 

@@ -6,10 +6,11 @@ import datetime
 import os
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from ..conversion.installed_versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names the commit where the measured copy is not a checkout.
@@ -24,8 +25,7 @@ def machine() -> dict[str, str | int | None]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        **installed_versions("triton", "transformers"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
     }
@@ -53,10 +53,3 @@ def commit(root: Path = ROOT) -> str | None:
 def _git(root: Path, *arguments: str) -> str:
     finished = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     return finished.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -76,6 +76,8 @@ def measure_generate(
         start = time.perf_counter()
         out = model.generate(
             ids,
+            # A prompt may hold the padding's id.
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=8 + steps,
             min_new_tokens=8 + steps,
             do_sample=False,

@@ -29,7 +29,7 @@ _KERNELS = (
     ("fmha", "attention"),
     ("expert", "experts"),
     ("gated_kernel", "experts"),
-    ("gather_rows", "experts"),
+    ("copy_rows", "experts"),
     ("combine_kernel", "experts"),
     ("GroupProblemShape", "experts"),
     ("grouped", "experts"),

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from .card import write_card
 from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, Source, read_checkpoint
 from .companion_files import companion_files, companion_warnings, copy_companions
 from .hub_source import HubSource
+from .installed_versions import installed_versions
 from .journal import (
     DOWNLOAD_FOLDER,
     RECIPE_FILE,
@@ -291,7 +291,7 @@ def _recipe(plan: Plan, options: ConvertOptions) -> dict[str, Any]:
             "index_sha256": _sha256_of(source, INDEX_FILE) if plan.checkpoint.is_sharded else None,
             "headers_sha256": _headers_sha256(plan),
         },
-        "versions": {name: version(name) for name in ("indexcache", "torch", "transformers")},
+        "versions": installed_versions("indexcache", "torch", "transformers"),
     }
 
 

@@ -7,13 +7,13 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..conversion.card import write_card
 from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
 from ..conversion.companion_files import copy_companions
+from ..conversion.installed_versions import installed_versions
 from ..conversion.journal import RECIPE_FILE
 from ..conversion.shard_writer import sync_folder, write_json
 from ..evaluation.windows import Windows
@@ -58,7 +58,7 @@ def recipe_document(
             "config_sha256": hashlib.sha256(config).hexdigest(),
             "weights": {name: opened.size(name) for name in _weight_files(source)},
         },
-        "versions": {name: version(name) for name in ("indexcache", "torch", "transformers", "accelerate")},
+        "versions": installed_versions("indexcache", "torch", "transformers", "accelerate"),
     }
 
 

@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.installed_versions import installed_versions
 from ..conversion.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import EvaluationError
@@ -163,7 +163,7 @@ def run_evaluation(
         "data": [_data(source, given) for source, given in zip(names, inputs)],
         "recipe": asdict(options),
         "versions": {
-            **{package: metadata.version(package) for package in ("indexcache", "torch", "transformers")},
+            **installed_versions("indexcache", "torch", "transformers"),
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         },

@@ -20,27 +20,24 @@ except ImportError:
 PAIRS, TILE = 512, 8192
 
 
-def group_by_expert_triton(
-    experts: torch.Tensor, count: int, block: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def group_by_expert_triton(experts: torch.Tensor, count: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As `kernels.routed_experts.group_by_expert`."""
     tokens, k = experts.shape
     experts = experts.contiguous()
     device, pairs, block_pairs = experts.device, tokens * k, min(block, max(1, tokens)) * k
     blocks, parts = triton.cdiv(tokens, block), triton.cdiv(block_pairs, PAIRS)
-    order = torch.empty(pairs, dtype=torch.int64, device=device)
     place = torch.empty(tokens, k, dtype=torch.int64, device=device)
     ends = torch.empty(blocks, count, dtype=torch.int32, device=device)
     if pairs == 0:
-        return order, place, ends
+        return place, ends
     counts = torch.empty(blocks, parts, count, dtype=torch.int32, device=device)
     padded = max(16, triton.next_power_of_2(count))
     rows = max(16, TILE // padded)
     sizes = dict(E=count, EP=padded, PAIRS=PAIRS, ROWS=rows, num_warps=4)
     count_experts_kernel[(parts, blocks)](experts, counts, pairs, block_pairs, parts, **sizes)
     start_experts_kernel[(blocks,)](counts, ends, parts, E=count, EP=padded, ROWS=rows, num_warps=4)
-    place_pairs_kernel[(parts, blocks)](experts, counts, order, place, pairs, block_pairs, parts, **sizes)
-    return order, place, ends
+    place_pairs_kernel[(parts, blocks)](experts, counts, place, pairs, block_pairs, parts, **sizes)
+    return place, ends
 
 
 if triton is not None:
@@ -101,7 +98,6 @@ if triton is not None:
     def place_pairs_kernel(
         experts,
         starts,
-        order,
         place,
         pairs,
         block_pairs,
@@ -111,7 +107,7 @@ if triton is not None:
         PAIRS: tl.constexpr,
         ROWS: tl.constexpr,
     ):
-        """Each pair's place in its block, and the pair of each place."""
+        """Each pair's place in its block."""
         part, block = tl.program_id(0), tl.program_id(1).to(tl.int64)
         expert = tl.arange(0, EP)
         start = tl.load(starts + (block * parts + part) * E + expert, mask=expert < E, other=0)
@@ -121,5 +117,4 @@ if triton is not None:
             rank = tl.cumsum(chosen, 0) - 1 + start[None, :]
             found = tl.sum(chosen * rank, 1)
             tl.store(place + pair, found.to(tl.int64), mask=real)
-            tl.store(order + block * block_pairs + found, pair, mask=real)
             start += tl.sum(chosen, 0)

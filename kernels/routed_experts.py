@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .expert_groups_triton import group_by_expert_triton
-from .routed_experts_triton import combine, experts_vector, gated, gather_rows, triton
+from .routed_experts_triton import combine, copy_rows, experts_vector, gated, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -136,21 +136,22 @@ def _grouped(
     base: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """Write `base + result` to `out`, block by block of tokens; nothing waits for the device."""
+    """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
     grouped_mm: Any = _grouped_mm()
     tokens, k = experts.shape
     count, inner = down.shape[0], down.shape[2]
-    step = block_tokens(x, k, inner)
-    order, place, ends = group_by_expert(experts, count, step)
+    blocks = -(-tokens // block_tokens(x, k, inner))
+    step = -(-tokens // blocks)
+    place, ends = group_by_expert(experts, count, step)
     for block in range(ends.shape[0]):
         first, last = block * step, min((block + 1) * step, tokens)
-        rows = gather_rows(x, order[first * k : last * k], k)
+        part = x[first:last]
+        rows = copy_rows(part, place[first:last])
         both = grouped_mm(rows, gate_up.transpose(1, 2), offs=ends[block])
         del rows
         hidden = gated(both[:, :inner], both[:, inner:])
         del both
         routed = grouped_mm(hidden, down.transpose(1, 2), offs=ends[block])
-        part = x[first:last]
         always = None
         if shared is not None:
             always = F.linear(gated(F.linear(part, shared[0]), F.linear(part, shared[1])), shared[2])
@@ -161,8 +162,8 @@ def _grouped(
 
 def group_by_expert(
     experts: torch.Tensor, count: int, block: int, allow_triton: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs of a token and an expert in the experts' order, block by block of tokens; among equals the first first.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where pairs of a token and an expert stand in the experts' order, block by block of tokens.
 
     Args:
         experts: int64 `[T, K]`, in 0 .. count - 1.
@@ -171,8 +172,8 @@ def group_by_expert(
         allow_triton: count in Triton on CUDA; False is PyTorch anywhere.
 
     Returns:
-        int64 `[T * K]`: each block's pairs (token times K plus choice) in their order; int64 `[T, K]`: each pair's
-        place within its block; int32 `[ceil(T / block), count]`: where in its block each expert's pairs end.
+        int64 `[T, K]`: each pair's place within its block, among an expert's pairs by token; int32
+        `[ceil(T / block), count]`: where in its block each expert's pairs end.
     """
     if allow_triton and _on_triton(experts) and count <= MAX_COUNTED:
         return group_by_expert_triton(experts, count, block)
@@ -186,7 +187,7 @@ def group_by_expert(
     ends = ends - block * k * torch.arange(blocks, device=device, dtype=torch.int32)[:, None]
     place = torch.empty_like(order)
     place[order] = torch.arange(tokens * k, device=device) % (block * k)
-    return order, place.view(tokens, k), ends
+    return place.view(tokens, k), ends
 
 
 def block_tokens(x: torch.Tensor, k: int, inner: int) -> int:

@@ -1,5 +1,5 @@
 """The passes of a mixture of experts in Triton: two matrix-vector kernels for a few tokens, and for many tokens what
-stands around grouped matmuls: gathering rows by expert, the gate, and the weighted sum back by token.
+stands around grouped matmuls: copying rows to their experts, the gate, and the weighted sum back by token.
 
 Legend: D hidden width, I width of a routed expert, J width of the shared expert, K experts a token.
 """
@@ -98,14 +98,15 @@ def experts_vector(
     return out
 
 
-def gather_rows(x: torch.Tensor, order: torch.Tensor, k: int) -> torch.Tensor:
-    """`x[order // k]` of `x [T, D]` and int64 `order [P]`: `[P, D]`."""
-    out = torch.empty(order.shape[0], x.shape[1], dtype=x.dtype, device=x.device)
+def copy_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Each row of `x [T, D]` at its places, a permutation int64 `[T, K]` of 0 .. T K - 1: `[T K, D]`."""
+    tokens, k = place.shape
+    out = torch.empty(tokens * k, x.shape[1], dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(x.shape[1])
         rows = max(1, 4096 // block)
-        grid = (triton.cdiv(order.shape[0], rows),)
-        gather_rows_kernel[grid](x, order, out, order.shape[0], x.stride(0), k, x.shape[1], block, rows, num_warps=4)
+        grid = (triton.cdiv(tokens, rows),)
+        copy_rows_kernel[grid](x, place, out, tokens, x.stride(0), x.shape[1], block, k, rows, num_warps=4)
     return out
 
 
@@ -286,17 +287,18 @@ if triton is not None:
             total += tl.load(base + token * base_stride + row, mask=real, other=0.0).to(tl.float32)
         tl.store(out + token * D + row, total.to(dtype), mask=real)
 
-    @triton.jit(do_not_specialize=["pairs"])
-    def gather_rows_kernel(
-        x, order, out, pairs, x_stride, k, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+    @triton.jit(do_not_specialize=["tokens"])
+    def copy_rows_kernel(
+        x, place, out, tokens, x_stride, D: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr
     ):
-        """`out[p] = x[order[p] // k]`."""
+        """`out[place[t, j]] = x[t]`: a row is read once for all its experts."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
-        source = tl.load(order + row, mask=row < pairs, other=0) // k
-        mask = (row < pairs)[:, None] & (column < D)[None, :]
-        value = tl.load(x + source[:, None] * x_stride + column[None, :], mask=mask)
-        tl.store(out + row[:, None] * D + column[None, :], value, mask=mask)
+        mask = (row < tokens)[:, None] & (column < D)[None, :]
+        value = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask)
+        for j in tl.static_range(K):
+            target = tl.load(place + row * K + j, mask=row < tokens, other=0)
+            tl.store(out + target[:, None] * D + column[None, :], value, mask=mask)
 
     @triton.jit(do_not_specialize=["num_rows"])
     def gated_kernel(

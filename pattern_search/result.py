@@ -6,13 +6,13 @@ import datetime
 import json
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..configuration.share_pattern import FULL
+from ..conversion.installed_versions import installed_versions
 from ..conversion.shard_writer import write_json
 from ..evaluation.windows import Windows
 from .errors import PatternSearchError
@@ -91,7 +91,7 @@ def result_document(
             for name, windows in (("calibration", calibration), ("held_out", held_out))
         },
         "versions": {
-            **{name: metadata.version(name) for name in ("indexcache", "torch", "transformers")},
+            **installed_versions("indexcache", "torch", "transformers"),
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
             "dtype": identity["dtype"],

@@ -27,7 +27,7 @@ POINTERS = {
     **dict.fromkeys(("q", "to_latent", "latent_out", "to_value"), "*bf16"),
     **dict.fromkeys(("norm", "weight0", "weight1", "weight2", "weight3"), "*bf16"),
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
-    **dict.fromkeys(("chosen", "experts", "order", "place", "position"), "*i64"),
+    **dict.fromkeys(("chosen", "experts", "place", "position"), "*i64"),
     **dict.fromkeys(("counts", "starts", "ends"), "*i32"),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
@@ -133,7 +133,7 @@ CASES = {
         )
         for experts in (16, 64, 256)
     },
-    "gather": (routed_experts_triton.gather_rows_kernel, dict(D=WIDTH, BLOCK=2048, ROWS=2), 4, 3),
+    "copy": (routed_experts_triton.copy_rows_kernel, dict(D=WIDTH, BLOCK=2048, K=4, ROWS=2), 4, 3),
     "gate": (routed_experts_triton.gated_kernel, dict(D=INNER, BLOCK=1024, ROWS=4), 4, 3),
     "combine": (
         routed_experts_triton.combine_kernel,
