@@ -16,8 +16,8 @@ $(VENV)/.installed: setup.cfg constraints.txt
 demo: venv
 	$(BIN)/python demo/walkthrough.py
 
-# Trains the demo checkpoint from nothing, on a GPU in ten minutes. TEXT and WINDOWS are described in the script;
-# ARGS=--resume goes on with a run that was stopped.
+# Trains the demo checkpoint from nothing, on a GPU in ten minutes, and writes it as demo/dsa_demo is. TEXT and WINDOWS
+# are described in the script; ARGS=--resume goes on with a run that was stopped.
 OUT ?= build/dsa_demo
 demo-checkpoint: venv
 	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT) $(ARGS)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,8 +31,10 @@ _BUILT_IN = (
     "shared_experts_intermediate_size",
     "rope_interleave",
 )
+# `rope_interleave` some sources spell themselves.
 _OURS = {
     *PATTERN_FIELDS,
+    *(name for name in _BUILT_IN if name != "rope_interleave"),
     "indexer_fp8",
     "head_dim",
     "layer_types",
@@ -143,7 +146,9 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
             )
     native = {name: value for name, value in fields.items() if name not in _OURS}
     # A config that transformers saved leaves out IndexCacheConfig's defaults; the family and the engines have others.
-    known = {entry.name for entry in dataclasses.fields(CONFIG_MAPPING[family.model_type])} & set(defaults)
+    # What every model has (labels of classes, ...) is nobody's default to spell.
+    everyones = {entry.name for entry in dataclasses.fields(PreTrainedConfig)}
+    known = {entry.name for entry in dataclasses.fields(CONFIG_MAPPING[family.model_type])} & set(defaults) - everyones
     native |= {name: getattr(config, name) for name in sorted(known - native.keys() - _OURS)}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]
     return {

@@ -1,12 +1,13 @@
 """Train the demo checkpoint from nothing: dense language modelling, indexer warm-up, sparse training.
 
-    make demo-checkpoint TEXT=psf.txt.xz WINDOWS=demo_windows.safetensors OUT=/tmp/dsa_demo
+    make demo-checkpoint TEXT=psf.txt.xz WINDOWS=demo_windows.safetensors:test OUT=/tmp/dsa_demo
 
-TEXT is UTF-8 text under a licence that lets the result be shipped, documents separated by NUL, compressed by xz or
-not; its last 1.5 % of documents are held out. WINDOWS holds test windows made of those (`test_ids`, `test_recall`).
-OUT gets a checkpoint in DeepSeek-V3.2's own format. It may take the place of `demo/dsa_demo` when it is as good: the
-script says so, and never replaces it itself. Takes ten minutes on an H100; what was stopped goes on with `--resume`
-from `OUT.work`.
+TEXT is the text that `demo/dsa_demo/NOTICE` names, UTF-8, documents separated by NUL, compressed by xz or not; its
+last 1.5 % of documents are held out. WINDOWS are test windows made of those (`test_ids`, `test_recall`);
+`calibration_ids` in the same file are those that the card's patterns are searched on. OUT becomes what `demo/dsa_demo`
+is: a checkpoint in DeepSeek-V3.2's own format with its log, probe and card. It may take that one's place when it is
+good enough: the script says so, and never replaces it itself. Takes eight minutes on an H100; what was stopped goes on
+with `--resume` from `OUT.work`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finish_checkpoint import DEMO, finish
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from indexcache import IndexCacheForCausalLM
+from indexcache.benchmarks.machine import machine
 from indexcache.benchmarks.recall_windows import recall_windows
 from indexcache.conversion.bundle import AUTO_MAP
 from indexcache.conversion.export import export
@@ -32,17 +35,20 @@ from indexcache.conversion.families import convert_config, load_config
 from indexcache.distillation.all_experts import use_all_experts
 from indexcache.distillation.data import TrainingWindows
 from indexcache.distillation.monitor import TerminalTrainingMonitor
+from indexcache.distillation.output import LOG_FILE
 from indexcache.distillation.recipe import Recipe
 from indexcache.distillation.run import RunOptions, run_distillation
 from indexcache.distillation.source import open_distillation_source
 
-DEMO = Path(__file__).parent / "dsa_demo"
-# As good as the shipped one.
+# What may be shipped: the least that the first of these checkpoints had.
 TEXT_LOSS, RECALL = 1.83, 0.98
+DENSE_LOG = "dense_log.json"
+# Of Trainer's log entries, what training_log.json keeps.
+LOGGED = ("step", "loss", "lm_loss", "kl", "recall")
 
 
 def main() -> int:
-    """Train, export, score; exit code 1 when the result is not as good as the shipped checkpoint."""
+    """Train, export, score, describe; exit code 1 when the result is not good enough to be shipped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("windows", help="FILE.safetensors:NAME of test windows")
@@ -51,7 +57,10 @@ def main() -> int:
     parser.add_argument("--dense-lm-batch", type=int, default=48, help="windows a step")
     parser.add_argument("--dense-lm-rate", type=float, default=3e-3)
     parser.add_argument("--warm-up-steps", type=int, default=132)
-    parser.add_argument("--sparse-steps", type=int, default=143)
+    parser.add_argument("--warm-up-rate", type=float, default=3e-3)
+    parser.add_argument("--sparse-steps", type=int, default=600)
+    parser.add_argument("--sparse-rate", type=float, default=3e-4, help="of all weights but the indexers'")
+    parser.add_argument("--indexer-rate", type=float, default=1e-3, help="of the indexers in the sparse stage")
     parser.add_argument("--batch", type=int, default=8, help="windows a step of the last two stages")
     parser.add_argument("--train-windows", type=int, default=32768, help="windows cut from the text")
     parser.add_argument("--seqlen", type=int, default=2048)
@@ -77,8 +86,9 @@ def main() -> int:
     recipe = Recipe(
         dense_steps=options.warm_up_steps,
         sparse_steps=options.sparse_steps,
-        dense_learning_rate=3e-3,
-        learning_rate=3e-4,
+        dense_learning_rate=options.warm_up_rate,
+        learning_rate=options.sparse_rate,
+        indexer_learning_rate=options.indexer_rate,
         batch_size=options.batch,
         gradient_checkpointing=False,
         save_every=options.save_every,
@@ -87,15 +97,43 @@ def main() -> int:
     resume = (work / "sparse").exists()
     run = RunOptions(str(windows), work / "sparse", options.windows, dtype="bfloat16", resume=resume)
     document = run_distillation(open_distillation_source(str(work / "dense")), recipe, run, TerminalTrainingMonitor())
-    export(work / "sparse", options.output, "transformers")
-    for name in ("LICENSE", "NOTICE"):
-        if (DEMO / name).exists():
-            shutil.copy(DEMO / name, options.output / name)
-    (options.output / "training_log.json").write_text(
-        json.dumps({"options": {key: str(value) for key, value in vars(options).items()}, **document}, indent=1) + "\n"
-    )
+    logs = {"dense language model": json.loads((work / DENSE_LOG).read_text())}
+    logs |= dict(zip(("indexer warm-up", "sparse"), json.loads((work / "sparse" / LOG_FILE).read_text()).values()))
+    seconds = time.monotonic() - started
+    shutil.rmtree(work / "finished", ignore_errors=True)
+    export(work / "sparse", work / "finished", "transformers")
+    log = training_log(options, document, logs, None if options.resume else round(seconds))
+    (work / "finished" / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
+    print("splitting, scoring and describing it", flush=True)
+    finish(work / "finished", options.windows)
+    (work / "finished").rename(options.output)
     shutil.rmtree(work)
-    return verdict(document["scores"]["after"], options.output, time.monotonic() - started)
+    return verdict(document["scores"]["after"], options.output, seconds)
+
+
+def training_log(
+    options: argparse.Namespace, document: dict[str, Any], logs: dict[str, list[dict[str, Any]]], seconds: int | None
+) -> dict[str, Any]:
+    """What `training_log.json` holds: machine, options, recipe, scores and every stage's log, without any path.
+
+    `seconds` is None for a run that was stopped in between.
+    """
+    given = {key: value for key, value in vars(options).items() if key not in ("output", "resume", "save_every")}
+    scores = document["scores"]
+    return {
+        "machine": machine(),
+        "seconds": seconds,
+        "options": {key: value.name if isinstance(value, Path) else value for key, value in given.items()}
+        | {"windows": Path(options.windows).name},
+        **{key: document[key] for key in ("distillation", "data", "versions")},
+        "scores": {"untrained indexers": scores["source"], "trained": scores["after"]},
+        "stages": {
+            stage: [
+                {key: entry[key] for key in LOGGED if key in entry} for entry in log if {"loss", "kl"} & entry.keys()
+            ]
+            for stage, log in logs.items()
+        },
+    }
 
 
 def begin(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Path:
@@ -145,10 +183,14 @@ def train_dense(ids: torch.Tensor, output: Path, options: argparse.Namespace) ->
         use_cpu=not on_gpu,
         disable_tqdm=True,
     )
+    use_cache = model.config.use_cache
     trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=TrainingWindows(ids))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.exists() else None)
+    (output.parent / DENSE_LOG).write_text(json.dumps(trainer.state.log_history))
+    # Trainer turned it off: training forwards would make caches that nobody reads.
+    model.config.use_cache = use_cache
     model.to("cpu").save_pretrained(unfinished)
-    for path in DEMO.glob("tokenizer*"):
+    for path in (*DEMO.glob("tokenizer*"), DEMO / "generation_config.json"):
         shutil.copy(path, unfinished / path.name)
     fields = json.loads((unfinished / "config.json").read_text())
     (unfinished / "config.json").write_text(json.dumps({**fields, "dtype": "float32"}, indent=2))
@@ -162,7 +204,7 @@ def verdict(scores: dict[str, Any], output: Path, seconds: float) -> int:
     good = scores["text_loss"] <= TEXT_LOSS and recall >= RECALL
     print(
         f"{output}: text loss {scores['text_loss']:.4f} (at most {TEXT_LOSS}), recall {recall:.4f} (at least {RECALL})"
-        f", {seconds:.0f} s: {'as good as the shipped checkpoint' if good else 'not good enough to be shipped'}"
+        f", {seconds:.0f} s: {'good enough to be shipped' if good else 'not good enough to be shipped'}"
     )
     return 0 if good else 1
 

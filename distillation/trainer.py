@@ -125,7 +125,10 @@ class DistillationTrainer(Trainer):
         self._micro_batches = 0
         self._flops: dict[torch.Size, int] = {}
         self._start_loss: list[float] = []
+        use_cache = model.config.use_cache
         super().__init__(model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+        # Trainer turns it off in the config that goes with every checkpoint; a training forward makes no cache anyway.
+        model.config.use_cache = use_cache
         # Progress is the monitor's business.
         from transformers.trainer_callback import PrinterCallback
 

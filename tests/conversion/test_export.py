@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import AutoConfig, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
 from indexcache import IndexCacheForCausalLM, SharePattern
 from indexcache.conversion.checkpoint import ConversionError
@@ -81,6 +81,22 @@ def test_serving_engines_get_the_whole_list_under_the_source_architecture(
     assert config["indexer_rope_interleave"] is (family is GLM)
     ours = {"auto_map", "index_share_pattern", "source_model_type", "layer_types", "index_topk_freq", "indexer_fp8"}
     assert not ours & config.keys()
+
+
+@pytest.mark.parametrize("family", [GLM, DEEPSEEK])
+def test_the_config_holds_what_transformers_would_write(checkpoint, tmp_path, family):
+    """Neither class labels and the like, which every config has by default, nor switches that only ours has."""
+    exported = config_of(export(checkpoint("FFFF", **family), tmp_path / "out", "transformers"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved")
+    assert (
+        not exported.keys()
+        - config_of(tmp_path / "saved").keys()
+        - {
+            "indexer_rope_interleave",
+            "rope_interleave",
+            "moe_layer_freq",
+        }
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

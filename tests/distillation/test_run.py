@@ -73,6 +73,17 @@ def test_the_result_converts_verifies_loads_and_generates(finished, tmp_path):
     assert model.generate(torch.arange(20)[None], max_new_tokens=3, do_sample=False).shape == (1, 23)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_config_keeps_the_sources_wish_for_a_cache(tmp_path, use_cache):
+    """transformers' Trainer sets it to TrainingArguments' own, False, in every config that it writes."""
+    write_source(tmp_path, use_cache=use_cache)
+    run(tmp_path, tmp_path / "out", dense_steps=1, sparse_steps=1, accumulation=1, keep_checkpoints=True)
+    for folder in (tmp_path / "out", *(tmp_path / "out" / "training").glob("*/checkpoint-1")):
+        model = IndexCacheForCausalLM.from_pretrained(folder)
+        assert model.config.use_cache is use_cache
+        assert (model(torch.arange(9)[None]).past_key_values is not None) is use_cache
+
+
 def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     _, undisturbed = finished
     output = folder / "killed"
