@@ -100,6 +100,9 @@ if gluon is not None:
                     k_tile = k_tiles.index(stage)
                     q_tile = q_tiles.index(parity).reshape([H * BQ, D]).permute((1, 0))
                     acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
+                    # No warp may still wait for its turn when the other group can give the next one: it would miss it,
+                    # as a wait knows phases by their parity alone.
+                    barrier()
                     mbarrier.arrive(turns_to_multiply[1 - group], count=1)
                     mine += 1
                     if HAS_SCALE:
