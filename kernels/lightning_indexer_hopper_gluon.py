@@ -4,9 +4,11 @@ A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in pa
 
 - two score groups take a tile of every pair each, in turn: while one's matrix product runs, the other reduces its own
   over the heads; each copies its next tiles to shared memory (TMA) itself;
-- the selector appends the scores above a row's bound to the row's list, in key order, cuts a list that is full, and
-  writes a finished block's selections while the next block's first tiles are scored. It is a chain of waits, a pair
-  of tiles long, so nothing that can be done elsewhere is done here.
+- the selector appends the scores above a row's bound to the row's list, in key order, and cuts a list that is full. It
+  is a chain of waits, a pair of tiles long, so nothing that can be done elsewhere is done here, and it leaves its
+  registers to the score groups, which keep their heads' weights in them.
+
+A launch fills the lists of some thousand rows, and another kernel selects from them, a program a row.
 
 The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE`-th key and gives for each query the
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
@@ -18,19 +20,20 @@ from __future__ import annotations
 
 import torch
 
-from .lightning_indexer_blocks_gluon import block_of, load_queries
+from .lightning_indexer_blocks_gluon import block_number, block_of, load_queries
 from .lightning_indexer_sample_gluon import sample_group
-from .lightning_indexer_scores_gluon import WEIGHTS_LAYOUT, score_group
+from .lightning_indexer_scores_gluon import SLOT_LAYOUT, WEIGHTS_LAYOUT, score_group
 from .lightning_indexer_select_gluon import (
-    bound_of_list,
+    bound_of_full_list,
     copy_best,
+    finish_rows_kernel,
     float_of_ordered,
     load_scores,
     rank_in_warp,
-    write_row,
 )
 
 try:
+    import triton
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.hopper import mbarrier
@@ -47,8 +50,12 @@ TILE_KEYS = 64
 SCORE_SLOT_QUERIES = 64
 # Tiles between two looks at the lists' lengths.
 CHECK_TILES = 16
-# Tiles at least between two rows of the block before that are finished.
-ROW_TILES = 8
+# Rows with lists at a time, 48 KB each.
+LIST_ROWS = 8448
+# Of a thread of the score groups, with and without the weights of its columns; the selector has what is left, 88 or
+# 184. With 16 heads (of 16 queries) and in a sampling pass it needs more than 88.
+SCORE_REGISTERS = 208
+SCORE_REGISTERS_ALONE = 160
 SAMPLE_STRIDE = 32
 # False: e4m3 queries are scored in bf16, slower and with an accumulator of fp32 where e4m3's keeps fewer bits.
 MULTIPLY_E4M3 = True
@@ -145,59 +152,93 @@ def lightning_indexer_hopper(
     return None if guesses is None else redo
 
 
+def kernel_constants(H: int, element_bytes: int, sampling: bool) -> dict:
+    """The kernel's constants but for what is given or not (HAS_...)."""
+    BQ = COLUMNS // H
+    capacity = sample_list_keys(BQ) if sampling else LIST_KEYS
+    keep_weights = BQ <= 8 and not sampling
+    return {
+        "H": H,
+        "BQ": BQ,
+        "CAPACITY": capacity,
+        "STRIDE": SAMPLE_STRIDE if sampling else 1,
+        "SAMPLING": sampling,
+        "STAGES": key_stages(element_bytes),
+        "SLOTS": score_slots(BQ),
+        "CHECK": capacity // 128 if sampling else CHECK_TILES,
+        "REGISTERS": SCORE_REGISTERS if keep_weights else SCORE_REGISTERS_ALONE,
+        "KEEP_WEIGHTS": keep_weights,
+    }
+
+
 def _launch(
     q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, last_slot, programs, sampling
 ) -> None:
     B, S, H, D = q.shape
     T = k.shape[1]
-    BQ = COLUMNS // H
+    constants = kernel_constants(H, k.element_size(), sampling)
+    BQ, capacity = constants["BQ"], constants["CAPACITY"]
+    turns = launch_turns = triton.cdiv(triton.cdiv(S, BQ) * B, programs)
     if sampling:
-        capacity = sample_list_keys(BQ)
         lists = torch.empty(programs, BQ, capacity, dtype=torch.int32, device=q.device)
     else:
-        capacity = LIST_KEYS
-        # Of this block and the one before, for each row: bits of fp32 scores, keys, their number and the first bound.
-        lists = torch.empty(programs, 2, BQ, 2 * capacity + LIST_EXTRA, dtype=torch.int32, device=q.device)
+        # An even number, so that programs, whose blocks lie back and forth, end together.
+        launch_turns = min(turns, max(LIST_ROWS // (programs * BQ) // 2, 1) * 2)
+        # Of each row: bits of fp32 scores, keys, their number and whether its first bound was a guess.
+        shape = launch_turns * programs, BQ, 2 * capacity + LIST_EXTRA
+        lists = torch.empty(shape, dtype=torch.int32, device=q.device)
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}.get(q.dtype, gl.float8e4nv)
-    q_rows, k_rows = q.view(B * S * H, D), k.as_strided((B * T, D), (k.stride(1), 1))
-    q_block, k_block = [COLUMNS, D], [TILE_KEYS, D]
+    # Heads outermost, as the sums over heads want them (`lightning_indexer_scores_gluon.py`).
+    q_rows, k_rows = q.view(B * S, H, D).transpose(0, 1), k.as_strided((B * T, D), (k.stride(1), 1))
+    q_block, k_block = [H, BQ, D], [TILE_KEYS, D]
     q_desc = TensorDescriptor.from_tensor(q_rows, q_block, gl.NVMMASharedLayout.get_default_for(q_block, element))
     k_desc = TensorDescriptor.from_tensor(k_rows, k_block, gl.NVMMASharedLayout.get_default_for(k_block, element))
-    lightning_indexer_hopper_kernel[(programs,)](
-        q_desc,
-        k_desc,
-        k_scale,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        out,
-        redo,
-        lists,
-        B,
-        S,
-        T,
-        last_slot,
-        topk,
-        out.shape[2],
-        H=H,
-        BQ=BQ,
-        CAPACITY=capacity,
-        STRIDE=SAMPLE_STRIDE if sampling else 1,
-        HAS_FIRST=first_keys is not None,
-        HAS_MASK=mask is not None,
-        HAS_SCALE=k_scale is not None,
-        HAS_GUESS=guesses is not None and not sampling,
-        SAMPLING=sampling,
-        STAGES=key_stages(k.element_size()),
-        SLOTS=score_slots(BQ),
-        CHECK=capacity // 128 if sampling else CHECK_TILES,
-        PERIOD=ROW_TILES,
-        num_warps=4,
-        # Products and sums as one instruction, which is Triton's default until 3.9 only.
-        enable_fp_fusion=True,
-    )
+    has_guess = guesses is not None and not sampling
+    for first_turn in range(0, turns, launch_turns):
+        number = min(launch_turns, turns - first_turn)
+        lightning_indexer_hopper_kernel[(programs,)](
+            q_desc,
+            k_desc,
+            k_scale,
+            weights,
+            starts,
+            first_keys,
+            mask,
+            guesses,
+            out,
+            lists,
+            B,
+            S,
+            T,
+            last_slot,
+            topk,
+            number,
+            first_turn,
+            HAS_FIRST=first_keys is not None,
+            HAS_MASK=mask is not None,
+            HAS_SCALE=k_scale is not None,
+            HAS_GUESS=has_guess,
+            **constants,
+            num_warps=4,
+            # Products and sums as one instruction, which is Triton's default until 3.9 only.
+            enable_fp_fusion=True,
+        )
+        if not sampling:
+            finish_rows_kernel[(number * programs * BQ,)](
+                lists,
+                out,
+                redo,
+                B,
+                S,
+                topk,
+                out.shape[2],
+                first_turn * programs,
+                BQ=BQ,
+                CAPACITY=capacity,
+                ROW=lists.shape[2],
+                HAS_GUESS=has_guess,
+                num_warps=4,
+            )
 
 
 if gluon is not None:
@@ -212,13 +253,11 @@ if gluon is not None:
         mask,
         guesses,
         out,
-        redo,
         lists,
         buffers,
         bars,
         sizes,
         topk,
-        width,
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
@@ -227,11 +266,10 @@ if gluon is not None:
         HAS_GUESS: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
-        PERIOD: gl.constexpr,
     ):
-        turns, B, S, T, last_slot = sizes
+        turns, first_turn, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -239,25 +277,17 @@ if gluon is not None:
         row = gl.arange(0, BQ, layout=rows)
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
         ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
-        lists += gl.program_id(0).to(gl.int64) * (2 * BQ * ROW)
         done = gl.full((), 0, gl.int32)
-        kth = gl.full((), 0, gl.int32)
-        room = gl.full((), 0, gl.int32)
-        # The block before, whose rows are finished while this one's first tiles are scored.
-        pending = gl.full((), 0, gl.int32)
-        pending_rows = gl.full((), 0, gl.int32)
-        pending_first = gl.full((), 0, gl.int32)
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
         load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
-        # One turn more than there are blocks, to finish the last.
-        for turn in range(turns + 1):
-            # All tiles of the block before last are scored: its queries' buffer is free.
+        for turn in range(turns):
+            # All tiles of the block before are scored: its queries' buffer is free.
             b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
             load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
             first_row = b.to(gl.int64) * S + first_query
-            block_lists = lists + (turn & 1) * (BQ * ROW)
-            pending_lists = lists + ((turn + 1) & 1) * (BQ * ROW)
+            place = block_number(first_turn + turn) - first_turn * gl.num_programs(0)
+            block_lists = lists + place.to(gl.int64) * (BQ * ROW)
             real = (first_query + row < S) & (first_query >= 0)
             slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
             slot = gl.where(real, slot, -1)  # [BQ]
@@ -272,14 +302,11 @@ if gluon is not None:
             row_lists = block_lists + row * ROW  # [BQ]
             gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
             count = gl.zeros([BQ, 32], gl.int32, tile)
-            # Tiles between two rows of the block before that are finished, spread over the block.
-            period = gl.maximum(tiles // (BQ + 1), PERIOD) // 4 * 4
-            next_row = period - 2
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
                 at = pair % SLOTS
                 mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(slots.index(at), tile)
+                scores = load_scores(slots, at, tile)
                 barrier()
                 mbarrier.arrive(slot_empty.index(at), count=1)
                 for side in gl.static_range(4):
@@ -292,9 +319,9 @@ if gluon is not None:
                         allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
                         keep = keep & (allowed != 0)[None, :]
                     rank, number = rank_in_warp(keep)
-                    place = row_lists[:, None] + (count + rank)
-                    gl.store(place, score.to(gl.int32, bitcast=True), mask=keep)
-                    gl.store(place + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
+                    entry = row_lists[:, None] + (count + rank)
+                    gl.store(entry, score.to(gl.int32, bitcast=True), mask=keep)
+                    gl.store(entry + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
                     count += number
                 if t % CHECK == CHECK - 2:  # noqa: SIM102
                     if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
@@ -304,56 +331,15 @@ if gluon is not None:
                             n = gl.sum(gl.where(row == i, counts, 0), 0)
                             if n > topk:
                                 list_i = block_lists + i * ROW
-                                cut, cut_room = bound_of_list(list_i, n, topk, topk // 8, CAPACITY, line)
+                                cut, cut_room = bound_of_full_list(list_i, n, topk, topk // 8, line)
                                 kept = copy_best(list_i, n, cut, cut_room, out, True, CAPACITY, line)
                                 bound = gl.where(row == i, float_of_ordered(cut), bound)
                                 counts = gl.where(row == i, kept, counts)
                         count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
-                # Halfway between, so that neither half delays the scores for long.
-                if (t == next_row - period // 2) & (pending < pending_rows):
-                    list_i = pending_lists + pending * ROW
-                    kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
-                if (t == next_row) & (pending < pending_rows):
-                    write_row(
-                        pending_lists + pending * ROW,
-                        kth,
-                        room,
-                        topk,
-                        width,
-                        redo,
-                        out,
-                        pending_first + pending,
-                        HAS_GUESS,
-                        CAPACITY,
-                        line,
-                    )
-                    pending += 1
-                    next_row += period
-            barrier()
-            for i in range(pending, pending_rows):
-                list_i = pending_lists + i * ROW
-                kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
-                write_row(
-                    list_i,
-                    kth,
-                    room,
-                    topk,
-                    width,
-                    redo,
-                    out,
-                    pending_first + i,
-                    HAS_GUESS,
-                    CAPACITY,
-                    line,
-                )
             gl.store(row_lists + 2 * CAPACITY, gl.max(count, 1))
-            barrier()
-            pending = gl.full((), 0, gl.int32)
-            pending_rows = gl.where(first_query >= 0, gl.minimum(BQ, S - first_query), 0)
-            pending_first = first_row.to(gl.int32)
             done += tiles
 
-    @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "width"])
+    @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "turns", "first_turn"])
     def lightning_indexer_hopper_kernel(
         q_desc,
         k_desc,
@@ -364,14 +350,14 @@ if gluon is not None:
         mask,
         guesses,
         out,
-        redo,
         lists,
         B,
         S,
         T,
         last_slot,
         topk,
-        width,
+        turns,
+        first_turn,
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
@@ -384,23 +370,30 @@ if gluon is not None:
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
-        PERIOD: gl.constexpr,
+        REGISTERS: gl.constexpr,
+        KEEP_WEIGHTS: gl.constexpr,
     ):
-        """Scores and selection of whole query blocks, or with SAMPLING the guesses, as the head of this file tells."""
+        """Lists of whole query blocks, or with SAMPLING their guesses, as the head of this file tells.
+
+        Of every program those of `turns` turns from `first_turn` on.
+        """
         D: gl.constexpr = k_desc.block_type.shape[1]
-        q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, BQ * H, D], q_desc.layout)
+        q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, H, BQ, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
         w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
-        slots = gl.allocate_shared_memory(gl.float32, [SLOTS, BQ, 128], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        slots = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, BQ, 64], SLOT_LAYOUT)
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        my_turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        # Apart, so that no group's threads wait for each other between a wait for the one and an arrival at the other.
+        first_turns = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        second_turns = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         slot_empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             # One arrival with the queries' bytes, one when the weights are written.
             mbarrier.init(q_full.index(i), count=2)
-            mbarrier.init(my_turn.index(i), count=1)
+        mbarrier.init(first_turns, count=1)
+        mbarrier.init(second_turns, count=1)
         for i in gl.static_range(STAGES):
             mbarrier.init(k_full.index(i), count=1)
         for i in gl.static_range(SLOTS):
@@ -408,10 +401,9 @@ if gluon is not None:
             mbarrier.init(slot_full.index(i), count=2)
             mbarrier.init(slot_empty.index(i), count=1)
         barrier()
-        blocks = (S + BQ - 1) // BQ * B
-        sizes = ((blocks + gl.num_programs(0) - 1) // gl.num_programs(0), B, S, T, last_slot)
+        sizes = (turns, first_turn, B, S, T, last_slot)
         buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty, my_turn)
+        bars = (q_full, k_full, slot_full, slot_empty, (first_turns, second_turns))
         if SAMPLING:
             gl.warp_specialize(
                 [
@@ -457,6 +449,7 @@ if gluon is not None:
                             HAS_SCALE,
                             STAGES,
                             SLOTS,
+                            KEEP_WEIGHTS,
                         ),
                     ),
                     (
@@ -477,11 +470,12 @@ if gluon is not None:
                             HAS_SCALE,
                             STAGES,
                             SLOTS,
+                            KEEP_WEIGHTS,
                         ),
                     ),
                 ],
                 [4, 4],
-                [160, 160],
+                [REGISTERS, REGISTERS],
             )
         else:
             gl.warp_specialize(
@@ -496,13 +490,11 @@ if gluon is not None:
                             mask,
                             guesses,
                             out,
-                            redo,
                             lists,
                             buffers,
                             bars,
                             sizes,
                             topk,
-                            width,
                             H,
                             BQ,
                             CAPACITY,
@@ -511,7 +503,6 @@ if gluon is not None:
                             HAS_GUESS,
                             SLOTS,
                             CHECK,
-                            PERIOD,
                         ),
                     ),
                     (
@@ -532,6 +523,7 @@ if gluon is not None:
                             HAS_SCALE,
                             STAGES,
                             SLOTS,
+                            KEEP_WEIGHTS,
                         ),
                     ),
                     (
@@ -552,9 +544,10 @@ if gluon is not None:
                             HAS_SCALE,
                             STAGES,
                             SLOTS,
+                            KEEP_WEIGHTS,
                         ),
                     ),
                 ],
                 [4, 4],
-                [160, 160],
+                [REGISTERS, REGISTERS],
             )

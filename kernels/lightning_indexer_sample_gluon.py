@@ -115,9 +115,9 @@ if gluon is not None:
         CHECK: gl.constexpr,
     ):
         """The third warp group of a sampling pass, as the head of this file tells."""
-        turns, B, S, T, last_slot = sizes
+        turns, first_turn, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
+        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -146,7 +146,7 @@ if gluon is not None:
                 pair = (done + t) // 2
                 at = pair % SLOTS
                 mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(slots.index(at), tile)
+                scores = load_scores(slots, at, tile)
                 barrier()
                 mbarrier.arrive(slot_empty.index(at), count=1)
                 for side in gl.static_range(4):

@@ -15,42 +15,32 @@ except (ImportError, AttributeError):
 if gluon is not None:
     from .lightning_indexer_blocks_gluon import block_of, load_keys
 
-    # The weights of a thread's columns (pairs, 8 apart) stand in fours, those of a quad's lanes side by side.
+    # Columns are heads * queries, queries innermost, so that a thread's (pairs, 8 apart) are all heads of two queries,
+    # or half of them with 4 queries: sums over heads need no other lane. Their weights stand in fours, those of a
+    # quad's lanes side by side.
     WEIGHTS_LAYOUT = gl.constexpr(gl.SharedLinearLayout([[1], [8], [2], [4], [16], [32], [64], [128]]))
+    # Those lanes hold different queries: their rows are stored 8 keys apart.
+    SLOT_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(8, 2, 4, [1, 0]))
 
     @gluon.jit
-    def _from_lane(x, DISTANCE: gl.constexpr):
-        """What the lane with one bit of its number flipped, the one worth DISTANCE (1 or 2), holds."""
-        if DISTANCE == 2:
-            got = gl.inline_asm_elementwise(
-                "shfl.sync.bfly.b32 $0, $1, 2, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
-            )
-        else:
-            got = gl.inline_asm_elementwise(
-                "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=f,f", [x], gl.float32, is_pure=False, pack=1
-            )
-        return got
-
-    @gluon.jit
-    def _halve(x, LANE_BIT: gl.constexpr):
-        """Sum `x` [64, N, 4] over a bit of its last axis, the four lanes of a quad, and halve the work of each lane.
-
-        The lanes whose bit is set keep the second half of the middle axis, the others the first: `[64, N / 2, 4]`.
-        """
-        N: gl.constexpr = x.shape[1]
-        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, N // 2, 4]), (0, 2, 3, 1)))
-        lane = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, first.type.layout)))
-        upper = ((lane & LANE_BIT) != 0)[None, None, :]
-        return gl.where(upper, second, first) + _from_lane(gl.where(upper, first, second), LANE_BIT)
+    def _sum_by_halves(x):
+        """Sum `x` [M, N, 4] over its last axis, as (x0 + x2) + (x1 + x3)."""
+        even, odd = gl.split(gl.sum(gl.reshape(x, [x.shape[0], x.shape[1], 2, 2]), 2))
+        return even + odd
 
     @gluon.jit
     def sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
-        """`[64, BQ * H]` as the tensor cores leave it to `[64, BQ]`, each score in one thread."""
-        # Of 8 neighbouring columns a lane holds two and the others of its quad the rest.
-        by_lane = gl.permute(gl.reshape(terms, [64, BQ, H // 8, 4, 2]), (0, 1, 3, 2, 4))
-        parts = gl.sum(gl.reshape(by_lane, [64, BQ, 4, H // 4]), 3)  # [64, BQ, 4]
-        parts = _halve(_halve(parts, 2), 1)  # [64, BQ / 4, 4]
-        return gl.reshape(gl.permute(parts, (0, 2, 1)), [64, BQ])
+        """`[64, H * BQ]` as the tensor cores leave it to `[64, BQ]`: of 8 neighbouring columns a lane holds two."""
+        if BQ >= 8:
+            by_head = gl.permute(gl.reshape(terms, [64, H // 8, 4, 2, BQ]), (0, 4, 2, 1, 3))
+            score = _sum_by_halves(gl.sum(gl.reshape(by_head, [64, BQ, 4, H // 4]), 3))
+        else:
+            # Half of the heads are two lanes away.
+            gl.static_assert(BQ == 4)
+            by_head = gl.permute(gl.reshape(terms, [64, H // 8, 4, 2, BQ]), (0, 4, 3, 2, 1))
+            parts = gl.sum(by_head, 4)  # [64, BQ, 2, 4]
+            score = gl.sum(gl.reshape(_sum_by_halves(gl.reshape(parts, [64, BQ * 2, 4])), [64, BQ, 2]), 2)
+        return score
 
     @gluon.jit
     def score_group(
@@ -69,23 +59,26 @@ if gluon is not None:
         HAS_SCALE: gl.constexpr,
         STAGES: gl.constexpr,
         SLOTS: gl.constexpr,
+        KEEP_WEIGHTS: gl.constexpr,
     ):
         """A score group: every other tile of every block of the program, from the load of its keys to its scores."""
+        D: gl.constexpr = k_desc.block_type.shape[1]
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BQ * H, depth])
+        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H * BQ, depth])
         key = gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))
-        turns, B, S, T, last_slot = sizes
+        turns, first_turn, B, S, T, last_slot = sizes
         q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, my_turn = bars
-        # The next tile to load, and the block it is in.
-        ahead = gl.full((), 0, gl.int32) + group
+        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
+        # Stages of this group, and by its count the next of its tiles to load, with the block that is in.
+        OWN: gl.constexpr = STAGES // 2
+        ahead = gl.full((), 0, gl.int32)
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
         place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
-        for _ in gl.static_range(STAGES // 2 - 1):
+        for _ in gl.static_range(OWN - 1):
             place = load_keys(
-                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
+                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, group, place, BQ, STRIDE, HAS_FIRST, OWN
             )
-            ahead += 2
+            ahead += 1
         done = gl.full((), 0, gl.int32)
         mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
@@ -93,38 +86,58 @@ if gluon is not None:
             if first_query >= 0:
                 parity = turn & 1
                 mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
+                if KEEP_WEIGHTS:
+                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
+                # Not from done on: Triton 3.6 takes `done` for 0 where it is in a loop's bounds only.
                 for t in range(group, tiles, 2):
-                    stage = (done + t) % STAGES
-                    pair = (done + t) // 2
+                    tile = done + t
+                    stage = mine % OWN * 2 + group
+                    pair = tile // 2
                     slot = pair % SLOTS
-                    mbarrier.wait(k_full.index(stage), ((done + t) // STAGES) & 1)
-                    mbarrier.wait(my_turn.index(group), (mine & 1) ^ (1 - group))
-                    acc = gl.zeros([64, BQ * H], gl.float32, acc_layout)
+                    mbarrier.wait(k_full.index(stage), (mine // OWN) & 1)
+                    mbarrier.wait(turns_to_multiply[group], (mine & 1) ^ (1 - group))
+                    acc = gl.zeros([64, H * BQ], gl.float32, acc_layout)
                     k_tile = k_tiles.index(stage)
-                    q_tile = q_tiles.index(parity).permute((1, 0))
+                    q_tile = q_tiles.index(parity).reshape([H * BQ, D]).permute((1, 0))
                     acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
-                    mbarrier.arrive(my_turn.index(1 - group), count=1)
+                    # No warp may still wait for its turn when the other group can give the next one: it would miss it,
+                    # as a wait knows phases by their parity alone.
+                    barrier()
+                    mbarrier.arrive(turns_to_multiply[1 - group], count=1)
                     mine += 1
                     if HAS_SCALE:
                         at = b * T + begin + t * 64 + key
                         scale = gl.load(k_scale + at, mask=at < B * T, other=0.0)
                     # The stage of this group's tile before is free: its next but one is loaded under the product.
                     place = load_keys(
-                        k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, place, BQ, STRIDE, HAS_FIRST, STAGES
+                        k_desc,
+                        k_tiles,
+                        k_full,
+                        starts,
+                        first_keys,
+                        sizes,
+                        ahead,
+                        group,
+                        place,
+                        BQ,
+                        STRIDE,
+                        HAS_FIRST,
+                        OWN,
                     )
-                    ahead += 2
+                    ahead += 1
                     acc = warpgroup_mma_wait(0, deps=[acc])
-                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
                     # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
+                    if not KEEP_WEIGHTS:
+                        w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
                     terms = (acc + gl.abs(acc)) * w[None, :]
                     score = sum_over_heads(terms, BQ, H)  # [64, BQ]
                     if HAS_SCALE:
                         score *= gl.convert_layout(scale, gl.SliceLayout(1, score.type.layout))[:, None]
                     mbarrier.wait(slot_empty.index(slot), ((pair // SLOTS) & 1) ^ 1)
-                    slots.index(slot).slice(group * 64, 64, dim=1).permute((1, 0)).store(score)
+                    slots.index(tile % (2 * SLOTS)).permute((1, 0)).store(score)
                     barrier()
                     mbarrier.arrive(slot_full.index(slot), count=1)
             done += tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    WEIGHTS_LAYOUT = score_group = sum_over_heads = None
+    SLOT_LAYOUT = WEIGHTS_LAYOUT = score_group = sum_over_heads = None

@@ -30,14 +30,40 @@ if gluon is not None:
     def _load_ordered(scores, first, n, offset):
         """The ordered ints of scores of a list of n, the least int behind its end.
 
-        What stands there is loaded too: with a mask every entry would be a load of its own.
+        Loads are masked by fours, so that four entries are one load.
         """
-        key = ordered_int(gl.load(scores + first + offset))
+        key = ordered_int(gl.load(scores + first + offset, mask=first + offset // 4 * 4 < n, other=0.0))
         return gl.where(first + offset < n, key, -2147483648)
 
     @gluon.jit
     def _unless(missing, key, instead: gl.constexpr):
         return gl.where(missing, instead, key)
+
+    @gluon.jit
+    def _interpolated(inside, beyond, over, under):
+        low_score = float_of_ordered(inside)
+        return ordered_int(low_score + (float_of_ordered(beyond) - low_score) * (over / (over - under)))
+
+    @gluon.jit
+    def _move_end(trial, count, topk, goal, inside, beyond, reach, over, under, moved):
+        """Move one end of a search to a trial that `count` reach: `inside` if at least `topk`, else `beyond`.
+
+        `over` and `under` are how far the logarithm of the count is from the goal at either end; an end that stays
+        twice pulls half as much (the Illinois rule). `moved`: 1 when the last trial moved `inside`, 2 when `beyond`.
+        """
+        distance = gl.log2(gl.maximum(count.to(gl.float32), 0.5)) - goal
+        if count >= topk:
+            inside = trial
+            reach = count
+            over = distance
+            under = gl.where(moved == 1, 0.5 * under, under)
+            moved = gl.full((), 1, gl.int32)
+        else:
+            beyond = trial
+            under = distance
+            over = gl.where(moved == 2, 0.5 * over, over)
+            moved = gl.full((), 2, gl.int32)
+        return inside, beyond, reach, over, under, moved
 
     @gluon.jit
     def kth_largest_of_list(scores, n, topk, slack, CAPACITY: gl.constexpr, layout: gl.constexpr):
@@ -61,7 +87,7 @@ if gluon is not None:
         top = gl.max(high, 0)
         least = gl.min(low, 0)
         # `inside` is reached by at least topk, `beyond` by fewer. Near the top scores thin out exponentially, so the
-        # logarithm of their count falls evenly; `over` and `under` are how far it is from the goal at either end.
+        # logarithm of their count falls evenly.
         inside = least
         beyond = top + 1
         reach = n
@@ -69,11 +95,9 @@ if gluon is not None:
         over = gl.log2(n.to(gl.float32)) - goal
         under = -1.0 - goal
         turn = gl.full((), 0, gl.int32)
-        # 1 when the last trial moved `inside`, 2 when it moved `beyond`.
         moved = gl.full((), 0, gl.int32)
         while (reach > topk + slack) & (inside < beyond - 1):
-            low_score = float_of_ordered(inside)
-            trial = ordered_int(low_score + (float_of_ordered(beyond) - low_score) * (over / (over - under)))
+            trial = _interpolated(inside, beyond, over, under)
             if turn % 6 == 5:
                 # Ties or gaps may defeat interpolation: draw both ends up to scores there are, and halve.
                 high = _unless(key0 >= beyond, key0, -2147483648)
@@ -91,30 +115,63 @@ if gluon is not None:
             if CAPACITY == 6144:
                 number += (key2 >= trial).to(gl.int32)
             count = gl.sum(number, 0)
-            distance = gl.log2(gl.maximum(count.to(gl.float32), 0.5)) - goal
-            # An end that stays twice pulls half as much (the Illinois rule).
-            if count >= topk:
-                inside = trial
-                reach = count
-                over = distance
-                under = gl.where(moved == 1, 0.5 * under, under)
-                moved = gl.full((), 1, gl.int32)
-            else:
-                beyond = trial
-                under = distance
-                over = gl.where(moved == 2, 0.5 * over, over)
-                moved = gl.full((), 2, gl.int32)
+            inside, beyond, reach, over, under, moved = _move_end(
+                trial, count, topk, goal, inside, beyond, reach, over, under, moved
+            )
             turn += 1
         return inside, reach
 
     @gluon.jit
-    def load_scores(slot, layout: gl.constexpr):
-        """The scores `[BQ, 128]` of a pair of tiles, as four of 32 keys."""
+    def _reach(scores, n, trial, layout: gl.constexpr):
+        """How many of a list of n reach `trial`."""
+        offset = gl.arange(0, 1024, layout=layout)
+        number = gl.zeros([1024], gl.int32, layout)
+        for first in range(0, n, 1024):
+            number += (_load_ordered(scores, first, n, offset) >= trial).to(gl.int32)
+        return gl.sum(number, 0)
+
+    @gluon.jit
+    def bound_of_full_list(list_i, n, topk, slack, layout: gl.constexpr):
+        """As `bound_of_list` of n > topk, with few registers: the list is read again for every trial."""
+        scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
+        offset = gl.arange(0, 1024, layout=layout)
+        top = gl.full((), -2147483648, gl.int32)
+        least = gl.full((), 2147483647, gl.int32)
+        for first in range(0, n, 1024):
+            key = _load_ordered(scores, first, n, offset)
+            top = gl.maximum(top, gl.max(key, 0))
+            least = gl.minimum(least, gl.min(_unless(first + offset >= n, key, 2147483647), 0))
+        inside = least
+        beyond = top + 1
+        reach = n
+        goal = gl.log2((topk + slack // 2).to(gl.float32) + 0.5)
+        over = gl.log2(n.to(gl.float32)) - goal
+        under = -1.0 - goal
+        turn = gl.full((), 0, gl.int32)
+        moved = gl.full((), 0, gl.int32)
+        while (reach > topk + slack) & (inside < beyond - 1):
+            trial = _interpolated(inside, beyond, over, under)
+            # Ties or gaps may defeat interpolation.
+            trial = gl.where(turn % 4 == 3, (inside >> 1) + (beyond >> 1) + (inside & beyond & 1), trial)
+            trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
+            count = _reach(scores, n, trial, layout)
+            inside, beyond, reach, over, under, moved = _move_end(
+                trial, count, topk, goal, inside, beyond, reach, over, under, moved
+            )
+            turn += 1
+        room = n
+        if reach > topk + slack:
+            room = topk - _reach(scores, n, inside + 1, layout)
+        return inside, room
+
+    @gluon.jit
+    def load_scores(slots, at, layout: gl.constexpr):
+        """The scores of a pair of tiles, as four `[BQ, 32]`."""
         return (
-            slot.slice(0, 32, dim=1).load(layout),
-            slot.slice(32, 32, dim=1).load(layout),
-            slot.slice(64, 32, dim=1).load(layout),
-            slot.slice(96, 32, dim=1).load(layout),
+            slots.index(2 * at).slice(0, 32, dim=1).load(layout),
+            slots.index(2 * at).slice(32, 32, dim=1).load(layout),
+            slots.index(2 * at + 1).slice(0, 32, dim=1).load(layout),
+            slots.index(2 * at + 1).slice(32, 32, dim=1).load(layout),
         )
 
     @gluon.jit
@@ -168,15 +225,17 @@ if gluon is not None:
 
         Of those that equal it only the first `room`. Returns how many were copied.
         """
-        STEP: gl.constexpr = 2048
+        # In place, beside the scores' groups, with few registers.
+        STEP: gl.constexpr = 1024 if IN_PLACE else 2048
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
         offset = gl.arange(0, STEP, layout=layout) + (n >> 24) * 4
         written = gl.full((), 0, gl.int32)
         ties = gl.full((), 0, gl.int32)
         for first in range(0, n, STEP):
             valid = first + offset < n
-            score = gl.load(scores + first + offset)
-            entry = gl.load(list_i + CAPACITY + first + offset)
+            loaded = first + offset // 4 * 4 < n
+            score = gl.load(scores + first + offset, mask=loaded, other=0.0)
+            entry = gl.load(list_i + CAPACITY + first + offset, mask=loaded, other=0)
             key = ordered_int(score)
             keep = valid & (key >= kth)
             if room < n:
@@ -222,5 +281,35 @@ if gluon is not None:
         if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
             gl.store(redo + row, 1)
 
+    @gluon.jit(do_not_specialize=["B", "S", "topk", "width", "first_block"])
+    def finish_rows_kernel(
+        lists,
+        out,
+        redo,
+        B,
+        S,
+        topk,
+        width,
+        first_block,
+        BQ: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        ROW: gl.constexpr,
+        HAS_GUESS: gl.constexpr,
+    ):
+        """Write the selection of a row: one of BQ queries of one of the blocks from `first_block` on.
+
+        `lists`: ROW int32 for each, as the Hopper kernel fills them.
+        """
+        line: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+        place = gl.program_id(0)
+        block = first_block + place // BQ
+        first_query = ((S + BQ - 1) // BQ - 1 - block // B) * BQ
+        query = first_query + place % BQ
+        if (first_query >= 0) & (query < S):
+            list_i = lists + place.to(gl.int64) * ROW
+            kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
+            row = block % B * S + query
+            write_row(list_i, kth, room, topk, width, redo, out, row, HAS_GUESS, CAPACITY, line)
+
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    bound_of_list = copy_best = float_of_ordered = load_scores = rank_in_warp = write_row = None
+    bound_of_full_list = copy_best = finish_rows_kernel = float_of_ordered = load_scores = rank_in_warp = None
