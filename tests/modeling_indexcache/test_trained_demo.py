@@ -1,5 +1,7 @@
 """On the trained demo checkpoint: the loss is transformers' own, and the choice of layers matters as its card says."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,11 +61,18 @@ def test_the_searched_pattern_keeps_recall_that_the_uniform_one_loses(model, win
     assert uniform.recall_accuracy < 0.3
 
 
+def test_the_probe_holds(model):
+    """What transformers' own class chose after each token when the probe was made, in fp32."""
+    probe = json.loads((DEMO / "dsa_demo" / "probe.json").read_text())
+    ids, argmax = (torch.tensor(probe[name]) for name in ("ids", "argmax"))
+    theirs = AutoModelForCausalLM.from_pretrained(DEMO / "dsa_demo", dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for net in (theirs, model):
+            assert (net(ids[None]).logits[0].argmax(-1) == argmax).float().mean() > 0.99
+
+
 def test_a_prefill_of_8k_tokens_stays_within_bounded_memory():
     """Measured in a process of its own: the peak beyond the loaded model, far under one [S, T] mask a head."""
-    import json
-    import subprocess
-
     command = [sys.executable, "-m", "indexcache.benchmarks.cpu_prefill", "--one", "8192", "FFSSSSFFSSSS"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert finished.returncode == 0, finished.stderr
