@@ -53,9 +53,11 @@ CHECK_TILES = 16
 # Rows with lists at a time, 48 KB each.
 LIST_ROWS = 8448
 # Of a thread of the score groups, with and without the weights of its columns; the selector has what is left, 88 or
-# 184. With 16 heads (of 16 queries) and in a sampling pass it needs more than 88.
+# 184. With 16 heads (of 16 queries), in a sampling pass, and with masks and 64 heads it needs more than 88.
 SCORE_REGISTERS = 208
 SCORE_REGISTERS_ALONE = 160
+# Of 64 heads in bf16, where 208 leave the selector three too few with Triton 3.9.
+SCORE_REGISTERS_64 = 200
 SAMPLE_STRIDE = 32
 # False: e4m3 queries are scored in bf16, slower and with an accumulator of fp32 where e4m3's keeps fewer bits.
 MULTIPLY_E4M3 = True
@@ -152,11 +154,12 @@ def lightning_indexer_hopper(
     return None if guesses is None else redo
 
 
-def kernel_constants(H: int, element_bytes: int, sampling: bool) -> dict:
-    """The kernel's constants but for what is given or not (HAS_...)."""
+def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict:
+    """The kernel's constants but for what is given or not (HAS_...); `masked`: a mask or first keys are."""
     BQ = COLUMNS // H
     capacity = sample_list_keys(BQ) if sampling else LIST_KEYS
-    keep_weights = BQ <= 8 and not sampling
+    keep_weights = BQ <= 8 and not sampling and not (masked and BQ < 8)
+    registers = SCORE_REGISTERS_64 if BQ < 8 and element_bytes == 2 else SCORE_REGISTERS
     return {
         "H": H,
         "BQ": BQ,
@@ -166,7 +169,7 @@ def kernel_constants(H: int, element_bytes: int, sampling: bool) -> dict:
         "STAGES": key_stages(element_bytes),
         "SLOTS": score_slots(BQ),
         "CHECK": capacity // 128 if sampling else CHECK_TILES,
-        "REGISTERS": SCORE_REGISTERS if keep_weights else SCORE_REGISTERS_ALONE,
+        "REGISTERS": registers if keep_weights else SCORE_REGISTERS_ALONE,
         "KEEP_WEIGHTS": keep_weights,
     }
 
@@ -176,7 +179,8 @@ def _launch(
 ) -> None:
     B, S, H, D = q.shape
     T = k.shape[1]
-    constants = kernel_constants(H, k.element_size(), sampling)
+    masked = first_keys is not None or mask is not None
+    constants = kernel_constants(H, k.element_size(), sampling, masked)
     BQ, capacity = constants["BQ"], constants["CAPACITY"]
     turns = launch_turns = triton.cdiv(triton.cdiv(S, BQ) * B, programs)
     if sampling:
