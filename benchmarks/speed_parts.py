@@ -17,10 +17,12 @@ from torch import nn
 from ..modeling_indexcache import expert_router, indexer, inference_attention, modeling_indexcache
 
 PARTS = ("indexer", "selection", "attention", "experts", "projections", "rest")
-# The first of these found in a kernel's name says its part. Prefill selects inside the indexer's kernel.
+# The first of these found in a kernel's name says its part. Prefill leaves few keys in the indexer's kernel, on Hopper,
+# and selects among them in one of its own; elsewhere it selects inside.
 _KERNELS = (
     ("indexer_filter", "selection"),
     ("indexer_select", "selection"),
+    ("finish_rows", "selection"),
     ("lightning_indexer", "indexer"),
     ("indexer", "indexer"),
     ("sparse_mla", "attention"),

@@ -230,6 +230,7 @@ def test_kernels_are_told_apart_by_name():
     names = {
         "lightning_indexer_prefill_kernel": "indexer",
         "indexer_select_kernel": "selection",
+        "finish_rows_kernel": "selection",
         "_sparse_mla_hopper_kernel": "attention",
         "_merge_key_lists_kernel": "attention",
         "experts_up_vector_kernel": "experts",
