@@ -17,8 +17,8 @@ from torch import nn
 from ..modeling_indexcache import expert_router, indexer, inference_attention, modeling_indexcache
 
 PARTS = ("indexer", "selection", "attention", "experts", "projections", "rest")
-# The first of these found in a kernel's name says its part. Hopper's prefill lists candidates in the indexer's kernel and
-# selects among them in one of its own; elsewhere prefill selects inside.
+# The first of these found in a kernel's name says its part. On Hopper prefill lists candidates in the indexer's kernel
+# and selects among them in one of its own; elsewhere it selects inside.
 _KERNELS = (
     ("indexer_filter", "selection"),
     ("indexer_select", "selection"),
