@@ -388,7 +388,7 @@ if gluon is not None:
         slots = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, BQ, 64], SLOT_LAYOUT)
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        # Apart, so that no group's threads wait for each other between a wait for the one and an arrival at the other.
+        # Apart: in one piece of memory, the compiler would put a barrier of its own between a wait and an arrival.
         first_turns = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         second_turns = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         slot_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
