@@ -23,6 +23,12 @@ if gluon is not None:
         return turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
 
     @gluon.jit
+    def first_in_sample(slot, STRIDE: gl.constexpr):
+        """Which of every STRIDE-th key is the first from `slot` on, any int32."""
+        slot = gl.maximum(slot, 0)
+        return slot // STRIDE + (slot % STRIDE > 0).to(gl.int32)
+
+    @gluon.jit
     def block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
         """Batch, first query (negative: no block), first key and even number of tiles of a program's block at a turn.
 
@@ -43,7 +49,7 @@ if gluon is not None:
                 for i in gl.static_range(BQ):
                     query = gl.minimum(first_query + i, S - 1)
                     begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
-                begin = (gl.maximum(begin, 0) + STRIDE - 1) // STRIDE
+                begin = first_in_sample(begin, STRIDE)
             # At least a pair of tiles, so that nobody is a whole block ahead of the others.
             begin = gl.minimum(begin, gl.maximum(end - 1, 0))
             tiles = gl.maximum(end - begin + 127, 128) // 128 * 2
@@ -115,4 +121,4 @@ if gluon is not None:
         return turn, done, row, tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    block_number = block_of = load_keys = load_queries = None
+    block_number = block_of = first_in_sample = load_keys = load_queries = None

@@ -20,7 +20,7 @@ except (ImportError, AttributeError):
 SEARCH_TURNS = 10
 
 if gluon is not None:
-    from .lightning_indexer_blocks_gluon import block_of, load_queries
+    from .lightning_indexer_blocks_gluon import block_of, first_in_sample, load_queries
     from .lightning_indexer_select_gluon import float_of_ordered, load_scores, ordered_int, rank_in_warp
 
     _SEARCH_TURNS = gl.constexpr(SEARCH_TURNS)
@@ -139,7 +139,7 @@ if gluon is not None:
             first_slot = gl.zeros([BQ], gl.int32, rows)
             if HAS_FIRST:
                 first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-                first_slot = (gl.maximum(first_slot, 0) + STRIDE - 1) // STRIDE
+                first_slot = first_in_sample(first_slot, STRIDE)
             bound = gl.full([BQ], float("-inf"), gl.float32, rows)
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(0, tiles, 2):

@@ -1,6 +1,7 @@
 """The lightning indexer's Triton kernels compile for every architecture, without a GPU, within its shared memory."""
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -171,6 +172,15 @@ def test_the_hopper_kernel_fits_does_not_spill_and_uses_its_instructions(H, D, d
     product = "m64n256k32.f32.e4m3" if dtype == "fp8e4nv" else "m64n256k16.f32.bf16"
     assert f"wgmma.mma_async.sync.aligned.{product}" in ptx and "cp.async.bulk.tensor.2d" in ptx
     assert "cp.async.bulk.tensor.3d" in ptx  # queries, heads outermost
+
+
+def test_the_hopper_kernel_takes_only_what_fits_its_lists():
+    """A list that was just cut holds topk and an eighth at most, and takes CHECK_TILES tiles until the next look."""
+    q, k = torch.empty(1, 8, 32, 128, dtype=torch.bfloat16), torch.empty(1, 64, 128, dtype=torch.bfloat16)
+    room = hopper.LIST_KEYS - hopper.CHECK_TILES * hopper.TILE_KEYS
+    assert hopper.hopper_supports(q, k, prefill.MAX_TOPK)
+    largest = max(topk for topk in range(room + 1) if hopper.hopper_supports(q, k, topk))
+    assert largest + largest // 8 <= room < largest + 1 + (largest + 1) // 8
 
 
 @pytest.mark.parametrize("guessed", [False, True])

@@ -73,6 +73,18 @@ def test_packed_documents(bench):
         assert torch.equal(got[:, part], torch.where(alone < 0, alone, alone + start))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
+def test_queries_that_see_nothing(bench, fp8):
+    """Whole blocks of them, said by the largest number there is."""
+    q, k, weights = bench.make_inputs(1, 8192, 8192, 32)
+    first = torch.zeros(1, 8192, dtype=torch.int32, device="cuda")
+    first[:, 1000:1100] = 2**31 - 1
+    got = select(q, k, weights, 1024, query_start=0, key_start=first, fp8=fp8)
+    others = select(q, k, weights, 1024, query_start=0, fp8=fp8)
+    others[:, 1000:1100] = -1
+    assert torch.equal(got, others)
+
+
 def test_chunks_select_what_the_whole_selects(bench):
     q, k, weights = bench.make_inputs(1, 20000, 20000, 32)
     whole = select(q, k, weights, 2048, query_start=0)
