@@ -40,6 +40,16 @@ if gluon is not None:
         return gl.where(missing, instead, key)
 
     @gluon.jit
+    def _start_search(n, topk, slack):
+        """Goal, `over`, `under`, turn and `moved` (see `_move_end`) of a search among n scores.
+
+        `topk` to `topk + slack` of them are wanted.
+        """
+        goal = gl.log2((topk + slack // 2).to(gl.float32) + 0.5)
+        over = gl.log2(n.to(gl.float32)) - goal
+        return goal, over, -1.0 - goal, gl.full((), 0, gl.int32), gl.full((), 0, gl.int32)
+
+    @gluon.jit
     def _interpolated(inside, beyond, over, under):
         low_score = float_of_ordered(inside)
         return ordered_int(low_score + (float_of_ordered(beyond) - low_score) * (over / (over - under)))
@@ -66,8 +76,8 @@ if gluon is not None:
         return inside, beyond, reach, over, under, moved
 
     @gluon.jit
-    def kth_largest_of_list(scores, n, topk, slack, CAPACITY: gl.constexpr, layout: gl.constexpr):
-        """Of n > topk scores in memory: a value (ordered int) that `topk` to `topk + slack` reach, and how many do.
+    def kth_largest_of_list(scores, n, topk, CAPACITY: gl.constexpr, layout: gl.constexpr):
+        """Of n > topk scores in memory: a value (ordered int) that `topk` reach, and how many do.
 
         Only ties at it let more reach it. Found by interpolation.
         """
@@ -91,12 +101,8 @@ if gluon is not None:
         inside = least
         beyond = top + 1
         reach = n
-        goal = gl.log2((topk + slack // 2).to(gl.float32) + 0.5)
-        over = gl.log2(n.to(gl.float32)) - goal
-        under = -1.0 - goal
-        turn = gl.full((), 0, gl.int32)
-        moved = gl.full((), 0, gl.int32)
-        while (reach > topk + slack) & (inside < beyond - 1):
+        goal, over, under, turn, moved = _start_search(n, topk, 0)
+        while (reach > topk) & (inside < beyond - 1):
             trial = _interpolated(inside, beyond, over, under)
             if turn % 6 == 5:
                 # Ties or gaps may defeat interpolation: draw both ends up to scores there are, and halve.
@@ -132,7 +138,10 @@ if gluon is not None:
 
     @gluon.jit
     def bound_of_full_list(list_i, n, topk, slack, layout: gl.constexpr):
-        """As `bound_of_list` of n > topk, with few registers: the list is read again for every trial."""
+        """As `bound_of_list` of n > topk, with few registers: the list is read again for every trial.
+
+        `slack` more than topk may be kept.
+        """
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
         offset = gl.arange(0, 1024, layout=layout)
         top = gl.full((), -2147483648, gl.int32)
@@ -144,11 +153,7 @@ if gluon is not None:
         inside = least
         beyond = top + 1
         reach = n
-        goal = gl.log2((topk + slack // 2).to(gl.float32) + 0.5)
-        over = gl.log2(n.to(gl.float32)) - goal
-        under = -1.0 - goal
-        turn = gl.full((), 0, gl.int32)
-        moved = gl.full((), 0, gl.int32)
+        goal, over, under, turn, moved = _start_search(n, topk, slack)
         while (reach > topk + slack) & (inside < beyond - 1):
             trial = _interpolated(inside, beyond, over, under)
             # Ties or gaps may defeat interpolation.
@@ -201,7 +206,7 @@ if gluon is not None:
         return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(gl.float32, bitcast=True)
 
     @gluon.jit
-    def bound_of_list(list_i, n, topk, slack, CAPACITY: gl.constexpr, layout: gl.constexpr):
+    def bound_of_list(list_i, n, topk, CAPACITY: gl.constexpr, layout: gl.constexpr):
         """What `copy_best` needs: the k-th best (ordered int) of a list of n, and how many equal to it may be copied.
 
         Where all are kept, these are the least int and n.
@@ -210,8 +215,8 @@ if gluon is not None:
         room = n
         if n > topk:
             scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
-            kth, reach = kth_largest_of_list(scores, n, topk, slack, CAPACITY, layout)
-            if reach > topk + slack:
+            kth, reach = kth_largest_of_list(scores, n, topk, CAPACITY, layout)
+            if reach > topk:
                 offset = gl.arange(0, 1024, layout=layout)
                 above = gl.zeros([1024], gl.int32, layout)
                 for first in range(0, n, 1024):
@@ -307,7 +312,7 @@ if gluon is not None:
         query = first_query + place % BQ
         if (first_query >= 0) & (query < S):
             list_i = lists + place.to(gl.int64) * ROW
-            kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, 0, CAPACITY, line)
+            kth, room = bound_of_list(list_i, gl.load(list_i + 2 * CAPACITY), topk, CAPACITY, line)
             row = block % B * S + query
             write_row(list_i, kth, room, topk, width, redo, out, row, HAS_GUESS, CAPACITY, line)
 

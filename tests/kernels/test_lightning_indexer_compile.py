@@ -185,7 +185,12 @@ def test_the_hopper_kernel_takes_only_what_fits_its_lists():
 
 @pytest.mark.parametrize("guessed", [False, True])
 def test_the_selection_from_lists_does_not_spill(guessed):
-    constants = {"BQ": 8, "CAPACITY": hopper.LIST_KEYS, "ROW": 2 * hopper.LIST_KEYS + 16, "HAS_GUESS": guessed}
+    constants = {
+        "BQ": 8,
+        "CAPACITY": hopper.LIST_KEYS,
+        "ROW": 2 * hopper.LIST_KEYS + hopper.LIST_EXTRA,
+        "HAS_GUESS": guessed,
+    }
     kernel = compile_kernel(
         hopper.finish_rows_kernel, 90, constants, POINTERS | {"lists": "*i32"}, GluonASTSource, num_warps=4
     )
