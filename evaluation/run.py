@@ -9,8 +9,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
-import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -21,9 +19,9 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..conversion.installed_versions import installed_versions
 from ..conversion.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .environment import environment
 from .errors import EvaluationError
 from .fingerprint import model_sha256
 from .journal import Journal
@@ -162,11 +160,7 @@ def run_evaluation(
     document |= {
         "data": [_data(source, given) for source, given in zip(names, inputs)],
         "recipe": asdict(options),
-        "versions": {
-            **installed_versions("indexcache", "torch", "transformers"),
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-        },
+        "versions": environment(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,

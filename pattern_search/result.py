@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..configuration.share_pattern import FULL
-from ..conversion.installed_versions import installed_versions
 from ..conversion.shard_writer import write_json
+from ..evaluation.environment import environment
 from ..evaluation.windows import Windows
 from .errors import PatternSearchError
 from .evaluator import Evaluation
@@ -91,9 +87,7 @@ def result_document(
             for name, windows in (("calibration", calibration), ("held_out", held_out))
         },
         "versions": {
-            **installed_versions("indexcache", "torch", "transformers"),
-            "python": platform.python_version(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+            **environment(),
             "dtype": identity["dtype"],
             "attention": identity["attention"],
         },
