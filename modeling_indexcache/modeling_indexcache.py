@@ -8,6 +8,7 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
-from .absorbed_attention import attend_absorbed
+from .absorbed_attention import attend_absorbed, attend_absorbed_masked
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
@@ -47,7 +49,7 @@ from .few_token_linears import is_plain_linear, linears
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
-from .inference_attention import attend_streamed, chunks, runs_streamed
+from .inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
 from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
@@ -115,7 +117,7 @@ class IndexCacheAttention(nn.Module):
         """
         input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
         training: IndexerTraining | None = kwargs.get("indexer_training")
-        if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
+        if training is None and runs_streamed(self, hidden_states):
             out, topk_indices = attend_streamed(
                 self,
                 hidden_states,
@@ -168,7 +170,7 @@ class IndexCacheAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
             want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-            out, weights = self._attend_expanded(
+            out, weights = self._attend_densely(
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
@@ -179,6 +181,21 @@ class IndexCacheAttention(nn.Module):
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
         return out if residual is None else residual + out, weights, topk_indices
+
+    def _attend_densely(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latents: torch.Tensor,
+        visibility: KeyVisibility,
+        topk_indices: torch.Tensor | None,
+        dropout: float,
+        want_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked attention in the form that costs less: `[B, S, H, V]`, and the weights `[B, H, S, T]` or None."""
+        absorbed = absorbed_is_cheaper(self, q_nope.shape[1], latents.shape[1])
+        attend = partial(attend_absorbed_masked, self) if absorbed else self._attend_expanded
+        return attend(q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights)
 
     def _attend_expanded(
         self,
@@ -207,7 +224,7 @@ class IndexCacheAttention(nn.Module):
             # Without a mask the fastest kernel runs, and nothing of S x T is made.
             return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
-        for first, last in chunks(num_queries, batch * heads * num_keys * 4):
+        for first, last in weight_chunks(num_queries, batch * heads * num_keys * 4, want_weights):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
                 mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
@@ -218,7 +235,7 @@ class IndexCacheAttention(nn.Module):
             outs.append(out)
             if want_weights and weight is not None:
                 weights.append(weight)
-        return torch.cat(outs, dim=1), torch.cat(weights, dim=2) if weights else None
+        return joined(outs, 1), joined(weights, 2) if weights else None
 
     def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
@@ -228,7 +245,9 @@ class IndexCacheAttention(nn.Module):
         else:
             # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
             like = self.kv_a_layernorm.weight
-            weight = module(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).transpose(0, 1)
+            # What is elsewhere until it is called (offloaded) moves its own inputs.
+            device = "cpu" if like.is_meta else like.device
+            weight = module(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=device)).transpose(0, 1)
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value

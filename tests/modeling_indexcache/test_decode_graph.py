@@ -75,6 +75,28 @@ def test_generate_gives_the_same_tokens_and_replays(model, replays, ids, padded)
     assert replays == [[20]]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_steps_below_top_k_are_recorded_as_those_above(replays, ids, monkeypatch, options, padded):
+    model = tiny_model(index_share_pattern=PATTERN, index_topk=40)
+    monkeypatch.setattr(decode_graph, "_device_takes_graphs", lambda hidden_states: True)
+    monkeypatch.setattr(decode_graph, "runs_expert_kernels", lambda mlp, tokens: True)
+    monkeypatch.setattr(decode_graph, "TRITON_ATTENTION", "sdpa")
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask, **options)
+    # New memory holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = greedy(model, ids, attention_mask=mask, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, expected)
+    assert sum(count[0] for count in replays) >= 14
+
+
 def test_a_full_buffer_is_replaced_and_recorded_again(model, replays, ids, monkeypatch):
     monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
     assert torch.equal(greedy(model, ids), without_graphs(model, ids))
