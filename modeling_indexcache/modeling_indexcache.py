@@ -384,7 +384,8 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
         loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
-        if not new_indexers:
+        # Without a source all weights are new, or given.
+        if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
         return (model, info) if want_info else model
 
@@ -515,10 +516,12 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             position_ids = slots.unsqueeze(0)
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         topk_indices = None
-        in_place = hidden_states.shape[1] > 1 and layers_work_in_place(self.layers, hidden_states)
+        # Generation with an early exit sets how many layers run in the config.
+        layers = list(self.layers)[: self.config.num_hidden_layers]
+        in_place = hidden_states.shape[1] > 1 and layers_work_in_place(layers, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(layers):
             run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
