@@ -36,7 +36,7 @@ from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
-from .expert_router import IndexCacheTopkRouter
+from .expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
 from .feed_forward import (
     IndexCacheMLP,
     add_feed_forward,
@@ -368,7 +368,7 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(IndexCacheTopkRouter, index=0),
         "topk_indices": OutputRecorder(IndexCacheIndexer, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ROUTER_IN_FP32
     _keep_in_fp32_modules = ["indexer.weights_proj"]
 
     @classmethod
@@ -378,12 +378,16 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
 
         Raises:
-            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
+            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline.
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
+        refuse_pipeline(kwargs.get("distributed_config"))
         loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
+        for module in model.modules():
+            if isinstance(module, IndexCacheTopkRouter):
+                module.store_exactly(model.get_input_embeddings().weight.dtype)
         # Without a source all weights are new, or given.
         if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
@@ -546,7 +550,6 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: IndexCacheConfig) -> None:
@@ -616,6 +619,20 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return IndexCacheCausalLMOutput(loss=loss, logits=logits, **rest)
+
+
+def refuse_pipeline(distributed_config: Any) -> None:
+    """Transformers' pipeline stages hand on hidden states alone, and layers that share need a selection.
+
+    Raises:
+        ValueError: for `pp_size` above 1.
+    """
+    if (getattr(distributed_config, "pp_size", None) or 1) > 1:
+        raise ValueError(
+            f"pp_size={distributed_config.pp_size}: a stage of a pipeline would not get the selection that the layers "
+            "before it made. Spread the model with tp_size and ep_size, or over the GPUs of one process with "
+            'device_map="auto"'
+        )
 
 
 __all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]
