@@ -69,7 +69,7 @@ class IndexCacheConfig(PreTrainedConfig):
     """
 
     model_type = "indexcache"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
 
     base_model_tp_plan = {

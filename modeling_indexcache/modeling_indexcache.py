@@ -44,6 +44,7 @@ from .feed_forward import (
     works_in_place,
 )
 from .few_token_linears import is_plain_linear, linears
+from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
@@ -53,6 +54,7 @@ from .latent_cache import append_latents
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .normalization import IndexCacheRMSNorm
 from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+from .transformers_compat import CACHE_NAME, one_cache
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
@@ -337,7 +339,7 @@ class IndexCachePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IndexCacheDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = False
     _supports_sdpa = True
     _supports_flex_attn = False
@@ -436,9 +438,10 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> IndexCacheModelOutput:
         """Run the decoder.
@@ -448,38 +451,43 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
             position_ids: `[B, S]`. Without a mask and a cache, positions that start anew begin a document that sees
                 nothing before it.
-            past_key_values: a cache made with this model's config.
+            cache: a cache made with this model's config.
             inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
             use_cache: make a cache when none is given.
+            past_key_values: the older name of `cache`.
             **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
                 `output_topk_indices`; `cu_seq_lens_q` of packed documents, see `packed_key_start`;
                 `indexer_training`, a stage or an `IndexerTraining`, see `indexer_training.py`.
+
+        Raises:
+            TypeError: an option that nobody knows, naming the nearest known one.
+            ValueError: arguments that contradict each other, or a step without the history that it counts on.
         """
+        refuse_unknown_options(kwargs, type(self).forward)
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_queries = hidden_states.shape[:2]
-        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, past_key_values)
+        is_packed = kwargs.get("cu_seq_lens_q") is not None
+        refuse_lost_history(attention_mask, position_ids, cache, num_queries, is_packed=is_packed)
+        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, cache)
         if training is not None:
             kwargs["indexer_training"], use_cache = training, False
-        packs, starts = attention_mask is None and past_key_values is None, kwargs.get("cu_seq_lens_q")
+        packs, starts = attention_mask is None and cache is None, kwargs.get("cu_seq_lens_q")
         key_start = packed_key_start(position_ids, starts, batch, num_queries) if packs else None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden_out = decode_graph(
-            self, self._run_layers, hidden_states, attention_mask, position_ids, past_key_values, kwargs
-        )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden_out = decode_graph(self, self._run_layers, hidden_states, attention_mask, position_ids, cache, kwargs)
         traces: list[Any] = []
         if hidden_out is None:
             device = hidden_states.device
-            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
+            visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
             del hidden_states
-            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs, traces)
-        return IndexCacheModelOutput(
-            last_hidden_state=hidden_out, past_key_values=past_key_values, **training_outputs(traces)
-        )
+            hidden_out = self._run_layers(given.pop(), position_ids, visibility, cache, kwargs, traces)
+        return IndexCacheModelOutput(last_hidden_state=hidden_out, **{CACHE_NAME: cache}, **training_outputs(traces))
 
     def _run_layers(
         self,
@@ -549,11 +557,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         config: IndexCacheConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> torch.Tensor | None:
         """See `mask_at_capacity`: transformers would make an `[S, T]` mask, huge at long contexts."""
-        return mask_at_capacity(attention_mask, past_key_values)
+        return mask_at_capacity(attention_mask, one_cache(cache, past_key_values))
 
     @can_return_tuple
     def forward(
@@ -561,12 +570,13 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> IndexCacheCausalLMOutput:
         """As `IndexCacheModel.forward`, then logits `[B, S, vocab_size]`.
@@ -575,11 +585,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         divided by `num_items_in_batch` if given. `logits_to_keep` wants logits of only so many last positions (0:
         all), or of those listed, `skip_logits` none: the loss is then made block by block, for long sequences.
         """
+        refuse_unknown_options(kwargs, type(self).forward)
         outputs: IndexCacheModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
