@@ -18,7 +18,14 @@ from .plan import CAST_DTYPES, FP8, PlannedTensor, fp8_block_size
 from .tensor_stream import OpenShards, tensor_blocks
 
 # What conversion rewrites in config.json on purpose.
-_REWRITTEN_FIELDS = {*PATTERN_FIELDS, "model_type", "architectures", "auto_map", "source_model_type"}
+_REWRITTEN_FIELDS = {
+    *PATTERN_FIELDS,
+    "model_type",
+    "architectures",
+    "auto_map",
+    "source_model_type",
+    "indexcache_version",
+}
 _CAST_FIELDS = {"dtype", "torch_dtype", "quantization_config"}
 
 

@@ -487,7 +487,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             given = [hidden_states]
             del hidden_states
             hidden_out = self._run_layers(given.pop(), position_ids, visibility, cache, kwargs, traces)
-        return IndexCacheModelOutput(last_hidden_state=hidden_out, **{CACHE_NAME: cache}, **training_outputs(traces))
+        outputs: dict[str, Any] = {CACHE_NAME: cache, **training_outputs(traces)}
+        return IndexCacheModelOutput(last_hidden_state=hidden_out, **outputs)
 
     def _run_layers(
         self,
