@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo demo-checkpoint test lint test-newest test-oldest test-gpu test-gpus bench clean
+.PHONY: venv demo demo-checkpoint test lint test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -31,13 +31,15 @@ lint: venv
 	$(BIN)/codespell
 	$(BIN)/mypy
 
-# What a user's `pip install` may bring: the newest of everything, and the oldest that setup.cfg allows. Each in an
-# environment of its own, several gigabytes with torch's CUDA build, removed afterwards.
+# What a user's `pip install` may bring: the newest of everything, and the oldest that setup.cfg allows; every
+# night transformers' main. Each in an environment of its own, several gigabytes with torch's CUDA build, removed afterwards.
 ACROSS := tests/configuration tests/modeling_indexcache tests/conversion
-test-newest test-oldest: test-%:
+INSTALL_oldest := --constraint constraints-oldest.txt
+INSTALL_transformers-main := git+https://github.com/huggingface/transformers
+test-newest test-oldest test-transformers-main: test-%:
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet $(if $(filter oldest,$*),--constraint constraints-oldest.txt) --editable '.[test]'
+	.venv-$*/bin/python -m pip install --quiet $(INSTALL_$*) --editable '.[test]'
 	.venv-$*/bin/python -m pip list --format=freeze | grep -iE '^(torch|triton|transformers|tokenizers|huggingface_hub|safetensors|numpy|accelerate)='
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m "not gpu and not gpus" $(ACROSS)
 	rm -rf .venv-$*
