@@ -128,18 +128,20 @@ def convert(
     if dry_run and (resume or push_to_hub):
         _fail("--dry-run writes nothing: drop --resume and --push-to-hub", 2)
     with _errors_as_messages():
-        from .conversion.checkpoint import ConversionError, open_source, read_json
+        from .conversion.checkpoint import ConversionError, open_source, read_checkpoint
         from .conversion.convert import ConvertOptions, plan_conversion
         from .conversion.convert import convert as run_conversion
         from .conversion.drawing import draw_plan, human_bytes, plan_summary
         from .conversion.hub import push_folder
+        from .conversion.open_checkpoint import check_layer_count
         from .conversion.pattern_file import choose_pattern
 
         opened = open_source(source, revision=revision, token=token)
-        config = read_json(opened, "config.json")
+        checkpoint = read_checkpoint(opened)
+        check_layer_count(checkpoint)
         try:
             options = ConvertOptions(
-                choose_pattern(config, pattern, pattern_file, keep),
+                choose_pattern(checkpoint.config, pattern, pattern_file, keep),
                 dtype,
                 _file_size(max_shard_size),
                 keep_shared_indexers,
@@ -150,7 +152,7 @@ def convert(
             )
         except ConversionError as error:
             _fail(str(error), 2)
-        plan = plan_conversion(opened, options)
+        plan = plan_conversion(checkpoint, options)
         if dry_run:
             _print_json(plan_summary(plan)) if as_json else _print(draw_plan(plan))
             return
