@@ -132,7 +132,7 @@ def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
 def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", size.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)i?b?", size.strip().lower())
     if found is None:
         raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])
