@@ -123,6 +123,8 @@ def bench(
         rows=tuple(read_plan(plan)) if plan is not None else (),
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
+    for warning in document.get("warnings", []):
+        typer.echo(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
