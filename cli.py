@@ -17,7 +17,7 @@ import typer
 
 from .benchmarks.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
-from .evaluation.arguments import AsJson, Revision, Token
+from .evaluation.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
@@ -310,9 +310,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads stdin.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample; by default the likeliest token is taken.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="With --sample.")] = 0,
     pattern: Annotated[
         str | None, typer.Option(help="Share pattern to run an IndexCache checkpoint with, in place of its own.")
     ] = None,
