@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
 from .sparse_mla_triton import LOG2_E, gpu_target
 
@@ -128,7 +129,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
     main = 1 << (D.bit_length() - 1)
     tile = attention_tile(gpu_target(q.device), D)
-    _selected_attention_kernel[(B * S,)](
+    launcher(_selected_attention_kernel, (B * S,), q)(
         q,
         kv,
         lse,
@@ -160,7 +161,7 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
         return
     q, k, weights, indices = q.contiguous(), k.contiguous(), weights.contiguous(), indices.contiguous()
     tile = index_tile(gpu_target(q.device), backward=False)
-    _index_forward_kernel[(B * S,)](
+    launcher(_index_forward_kernel, (B * S,), q)(
         q,
         k,
         weights,
@@ -183,7 +184,7 @@ def _launch_backward(
 ) -> None:
     B, S, H, D = q.shape
     tile = index_tile(gpu_target(q.device), backward=True)
-    _index_backward_kernel[(rows.stop - rows.start,)](
+    launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
         grad,
         q,
         k,

@@ -17,6 +17,7 @@ import functools
 import torch
 
 from .indexer_quantization import e4m3_of_rows
+from .kernel_launch import launcher
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -137,7 +138,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
-    lightning_indexer_prefill_kernel[(programs,)](
+    launcher(lightning_indexer_prefill_kernel, (programs,), q)(
         q,
         k,
         weights,

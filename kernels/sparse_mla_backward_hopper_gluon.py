@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import hopper_supports
 
 try:
@@ -48,7 +49,7 @@ def sparse_mla_backward_hopper(
     B, S, H, _ = q.shape
     lists = triton.cdiv(S, group)
     head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
-    _sparse_mla_backward_hopper_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_backward_hopper_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     from triton.experimental import gluon
@@ -53,7 +55,7 @@ def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, own
     B, S, H, _ = q.shape
     lists = triton.cdiv(S, group)
     head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
-    _sparse_mla_hopper_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_hopper_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,

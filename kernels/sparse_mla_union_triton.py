@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     import triton.language as tl
@@ -63,7 +65,7 @@ def merge_key_lists(
     # Per member and entry: the new keys before it, and its place in every other member.
     scratch = torch.empty(B, lists, group, group, K + 1, dtype=torch.int16, device=indices.device)
     block_k = triton.next_power_of_2(K)
-    _merge_key_lists_kernel[(B * lists,)](
+    launcher(_merge_key_lists_kernel, (B * lists,), indices)(
         indices,
         packed,
         counts,
