@@ -138,6 +138,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         scale * LOG2_E,
         1.0 / H,
         S,
+        kv.shape[1],
         K,
         *q.stride()[:3],
         *kv.stride()[:2],
@@ -275,7 +276,7 @@ if triton is not None:
             key = next_key
             offs_next = first + BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_next, mask=offs_next < count, other=-1)
-            listed = key >= 0
+            listed = (key >= 0) & (key < T)
             k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
             if BLOCK_D == D:
                 k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
@@ -365,7 +366,7 @@ if triton is not None:
             key = next_key
             offs_k = first + offs_n
             next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
-            listed = key >= 0
+            listed = (key >= 0) & (key < T)
             k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
             if BLOCK_D == D:
                 k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
@@ -407,6 +408,7 @@ if triton is not None:
         scale_log2,
         inverse_heads,
         S,
+        T,
         K,
         q_stride_b,
         q_stride_s,
@@ -446,7 +448,7 @@ if triton is not None:
                 key = next_key
                 offs_k = first + offs_n
                 next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
-                listed = key >= 0
+                listed = (key >= 0) & (key < T)
                 kv_rows = (kv_batch + key.to(tl.int64) * kv_stride_t)[:, None]
                 main = tl.load(kv_rows + offs_d[None, :], mask=listed[:, None], other=0.0)
                 s = tl.dot(main, tl.trans(q_main))  # [BN, BH]

@@ -32,9 +32,7 @@ TILE_COLUMNS = 256
 MAX_TOPK = 4096
 
 
-def unsupported_reason(
-    q: torch.Tensor, k: torch.Tensor, topk: int, scale: float, key_mask: torch.Tensor | None
-) -> str | None:
+def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: torch.Tensor | None) -> str | None:
     """Why the Triton path cannot take these arguments; None if it can."""
     if triton is None:
         return "triton is not installed"
@@ -46,8 +44,6 @@ def unsupported_reason(
         return f"topk is at most {MAX_TOPK} (got {topk})"
     if key_mask is not None and key_mask.dim() == 3:
         return "a key_mask for each query ([B, S, T]) is not supported, only [B, T]"
-    if not scale > 0:
-        return f"scale must be positive (got {scale})"
     return None
 
 

@@ -198,6 +198,7 @@ def _launch(
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -287,6 +288,7 @@ if triton is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -373,6 +375,8 @@ if triton is not None:
             slot = key
             if GROUP > 1:
                 slot = key & ((1 << OWNER_SHIFT) - 1)
+            else:
+                listed = listed & (key < T)
             kv_rows = (kv_batch + slot.to(tl.int64) * kv_stride_t)[:, None]
             c_lo = tl.load(kv_rows + lo[None, :], mask=listed[:, None] & lo_mask[None, :], other=0.0)
             c_hi = tl.load(kv_rows + hi[None, :], mask=listed[:, None] & hi_mask[None, :], other=0.0)
