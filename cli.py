@@ -200,7 +200,7 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("shards", total=total)
         yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)
@@ -225,7 +225,8 @@ def verify(
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
         )
-        _print_json({"ok": result.ok, **dataclasses.asdict(result)}) if as_json else _print(draw_verification(result))
+        found = {"ok": result.ok, "verdict": result.verdict, **dataclasses.asdict(result)}
+        _print_json(found) if as_json else _print(draw_verification(result))
         if not result.ok:
             raise typer.Exit(1)
 
