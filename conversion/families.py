@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
+from ..configuration.hub_code import code_version
 from ..configuration.share_pattern import SharePattern
 from .checkpoint import ConversionError
 
@@ -165,6 +166,7 @@ def convert_config(
         "architectures": ["IndexCacheForCausalLM"],
         "auto_map": dict(auto_map),
         "source_model_type": family.model_type,
+        "indexcache_version": code_version(),
         "indexer_rope_interleave": source.get("indexer_rope_interleave", family.indexer_rope_interleave),
         "index_share_pattern": pattern.letters,
         "indexer_types": pattern.indexer_types,
