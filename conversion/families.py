@@ -64,7 +64,7 @@ FAMILIES = {
 DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMILIES["deepseek_v32"]}
 
 # What transformers' configs raise at values of a wrong kind.
-_CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+_CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 
 _REFUSED = {
     **dict.fromkeys(

@@ -12,11 +12,12 @@ from typing import Any
 MAX_DEPTH = 64
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, *, allow_nan: bool = False) -> Any:
     """The value that JSON text in UTF-8 stands for.
 
     Args:
         raw: the file's bytes.
+        allow_nan: take `NaN` and `Infinity`, which are no JSON, as Python writes them: for scores.
 
     Raises:
         ValueError: no JSON, another encoding, a byte-order mark, half a surrogate pair, a key that is there twice,
@@ -26,7 +27,8 @@ def parse_json(raw: bytes) -> Any:
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a byte-order mark")
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=_refuse_constant)
+        constant = None if allow_nan else _refuse_constant
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys, parse_constant=constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     _check_depth(value)

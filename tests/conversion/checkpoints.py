@@ -60,7 +60,7 @@ def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
 def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
     """Random tensors in the order of a release; fp8 weights are followed by their scales."""
     generator = torch.Generator().manual_seed(seed)
-    blocks = (config.get("quantization_config") or {}).get("weight_block_size", BLOCK)
+    blocks = config["quantization_config"]["weight_block_size"] if fp8 else BLOCK
     c, layers = config, config["num_hidden_layers"]
     hidden, heads, latent, rope = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["qk_rope_head_dim"]
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden)}
