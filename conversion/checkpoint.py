@@ -6,7 +6,9 @@ spaces, the tensors' bytes without holes (https://github.com/huggingface/safeten
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -287,11 +289,8 @@ def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} has data_offsets {offsets!r}")
     begin, end = offsets
-    count = 1
-    for side in shape:
-        count *= side
-        if count * DTYPE_BITS[dtype] >= 1 << 64 or side >= 1 << 64:
-            raise ValueError(f"{name} has shape {shape}, which is beyond 64 bits")
+    if any(side >> 64 for side in itertools.accumulate(shape, operator.mul)) or any(side >> 64 for side in shape):
+        raise ValueError(f"{name} has shape {shape}, which is beyond 64 bits")
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - begin) * 8:
         raise ValueError(f"{name} has {end - begin} bytes, which {dtype} {shape} does not fill")
     return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
