@@ -46,7 +46,9 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    # Names on disk may be any bytes; what is no text is shown by its escape.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
 

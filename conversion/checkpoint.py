@@ -146,9 +146,17 @@ class FolderSource:
         return real
 
     def list_files(self) -> list[str]:
-        """All files, as POSIX paths relative to the folder, sorted; hidden folders are left out."""
+        """All files, as POSIX paths relative to the folder, sorted; hidden folders are left out.
+
+        Raises:
+            OSError: a folder that cannot be read.
+        """
         found = []
-        for folder, folders, files in os.walk(self.folder):
+
+        def unreadable(error: OSError) -> None:
+            raise error
+
+        for folder, folders, files in os.walk(self.folder, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [(Path(folder) / name).relative_to(self.folder).as_posix() for name in files]
         return sorted(found)

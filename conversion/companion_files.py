@@ -29,6 +29,8 @@ _PATTERNS = (
     "LICENCE*",
     "NOTICE*",
 )
+# Read for the new card, which is written in its place.
+CARD_FILE = "README.md"
 # Whole folders: DeepSeek-V3.2 ships its chat format as Python code in `encoding/` in place of a template.
 _FOLDERS = ("additional_chat_templates/", "encoding/")
 _NEVER = ("*.bin", ".*", "*/.*", "*.pyc")
@@ -70,6 +72,8 @@ def plan_companions(source: Source) -> tuple[list[Companion], list[str]]:
     files = source.list_files()
     names = companion_files(files)
     companions, notes, settings = [], [], {}
+    if CARD_FILE in files:
+        source.size(CARD_FILE)
     for name in names:
         source.size(name)
         if "/" in name or not name.endswith("_config.json"):

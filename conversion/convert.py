@@ -22,7 +22,7 @@ from ..configuration.share_pattern import SharePattern
 from .bundle import write_bundle
 from .card import write_card
 from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
-from .companion_files import copy_companions
+from .companion_files import CARD_FILE, copy_companions
 from .hub_source import HubSource
 from .installed_versions import installed_versions
 from .journal import (
@@ -300,8 +300,8 @@ def _write_the_rest(
     names = copy_companions(source, output, list(plan.companions))
     names += [path.name for path in write_bundle(output)]
     card = None
-    if "README.md" in plan.checkpoint.files:
-        card = source.read_range("README.md", 0, source.size("README.md")).decode("utf-8", errors="replace")
+    if CARD_FILE in plan.checkpoint.files:
+        card = source.read_range(CARD_FILE, 0, source.size(CARD_FILE)).decode("utf-8", errors="replace")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write_card(
@@ -314,10 +314,10 @@ def _write_the_rest(
             topk=plan.config.get("index_topk"),
             bytes_saved=sum(info.nbytes for info in plan.dropped),
         )
-    if card is not None and (card_mode := mode_of(source, "README.md")) is not None:
-        (output / "README.md").chmod((output / "README.md").stat().st_mode & card_mode)
+    if card is not None and (card_mode := mode_of(source, CARD_FILE)) is not None:
+        (output / CARD_FILE).chmod((output / CARD_FILE).stat().st_mode & card_mode)
     shards = {shard.file: finished[shard.file] for shard in plan.shards}
-    files = sorted({*names, *shards, "README.md", RECIPE_FILE, CONFIG_FILE, *([INDEX_FILE] if plan.has_index else [])})
+    files = sorted({*names, *shards, CARD_FILE, RECIPE_FILE, CONFIG_FILE, *([INDEX_FILE] if plan.has_index else [])})
     write_json(output / RECIPE_FILE, {**recipe, "shards": shards, "files": files}, mode=mode)
     remove_leftovers(output)
     sync_folder(output)
@@ -333,7 +333,7 @@ def _planned_files(plan: Plan) -> list[str]:
     return [
         *(shard.file for shard in plan.shards),
         *(companion.name for companion in plan.companions),
-        "README.md",
+        CARD_FILE,
         RECIPE_FILE,
     ]
 
