@@ -46,7 +46,9 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    # Names on disk may be any bytes; what is no text is shown by its escape.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
 
@@ -204,7 +206,7 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("shards", total=total)
         yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)
@@ -229,7 +231,8 @@ def verify(
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
         )
-        _print_json({"ok": result.ok, **dataclasses.asdict(result)}) if as_json else _print(draw_verification(result))
+        found = {"ok": result.ok, "verdict": result.verdict, **dataclasses.asdict(result)}
+        _print_json(found) if as_json else _print(draw_verification(result))
         if not result.ok:
             raise typer.Exit(1)
 
