@@ -28,7 +28,8 @@ from ..conversion.journal import (
 )
 from ..conversion.shard_writer import write_json
 from ..evaluation.perplexity import evaluate_windows
-from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.tokenizer import load_tokenizer
+from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import short_window_warning

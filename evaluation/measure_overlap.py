@@ -10,7 +10,8 @@ from rich.text import Text
 from .errors import EvaluationError
 from .loading import Placement, load_model, read_config
 from .overlap import selection_overlap
-from .window_sources import Sampling, default_seqlen, load_tokenizer, read_windows
+from .tokenizer import load_tokenizer
+from .window_sources import Sampling, default_seqlen, read_windows
 
 # From no overlap to full: dark to bright.
 _SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")

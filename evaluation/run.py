@@ -30,7 +30,8 @@ from .monitor import Monitor
 from .overlap import selection_overlap
 from .perplexity import token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
-from .window_sources import DEFAULT_SAMPLES, Sampling, Tokenizer, default_seqlen, load_tokenizer, read_windows
+from .tokenizer import Tokenizer, load_tokenizer
+from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from .windows import Windows
 
 FORMAT = "indexcache-evaluation/1"

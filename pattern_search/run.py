@@ -14,7 +14,8 @@ from ..evaluation.journal import Journal
 from ..evaluation.loading import Placement, load_model, read_config
 from ..evaluation.monitor import Monitor
 from ..evaluation.overlap import Overlap, selection_overlap
-from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.tokenizer import load_tokenizer
+from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .calibration import load_windows, short_window_warning
