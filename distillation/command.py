@@ -231,9 +231,11 @@ def distill(
         return
     url = None
     if push_to_hub:
+        from ..conversion.drawing import contents_text
         from ..conversion.hub import push_folder
 
-        url = push_folder(output, push_to_hub, private=private or None, token=token)
+        announce = None if as_json else (lambda contents: typer.echo(contents_text(contents)))
+        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)
     if as_json:
         sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
         return

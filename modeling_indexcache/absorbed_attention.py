@@ -37,7 +37,7 @@ def attend_absorbed(
             f"attention with gradient takes a selection as a tensor of indices, not {type(topk_indices).__name__}: "
             "pass merge_selection=False to the full layer that made it"
         )
-    to_latent, to_value = module._absorbed_weights()
+    to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries, heads, _ = q_nope.shape
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
     outs, lses = [], []

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 
-from indexcache.modeling_indexcache import decode_graph, growing_cache
+from indexcache.modeling_indexcache import decode_graph, eligibility, growing_cache
 
 PATTERN = "FSFS"
 
@@ -19,9 +19,9 @@ PATTERN = "FSFS"
 @pytest.fixture
 def model(monkeypatch):
     model = tiny_model(index_share_pattern=PATTERN)
-    monkeypatch.setattr(decode_graph, "_device_takes_graphs", lambda hidden_states: True)
-    monkeypatch.setattr(decode_graph, "runs_expert_kernels", lambda mlp, tokens: True)
-    monkeypatch.setattr(decode_graph, "TRITON_ATTENTION", "sdpa")
+    monkeypatch.setattr(eligibility, "device_takes_graphs", lambda hidden_states: True)
+    monkeypatch.setattr(eligibility, "why_not_expert_kernels", lambda mlp, tokens: None)
+    monkeypatch.setattr(eligibility, "TRITON_ATTENTION", "sdpa")
     return model
 
 
