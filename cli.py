@@ -318,7 +318,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="With --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="With --sample.")] = 0,
     pattern: Annotated[
-        str | None, typer.Option(help="Share pattern to run an IndexCache checkpoint with, in place of its own.")
+        str | None, typer.Option(help="Share pattern to run the checkpoint with, in place of its own.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")] = None,
     revision: Revision = None,
@@ -327,18 +327,22 @@ def generate(
     """Generate text, printed as it comes."""
     with _errors_as_messages():
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+        from transformers import TextStreamer, set_seed
 
-        from . import register_auto_classes
+        from .configuration.share_pattern import SharePattern
+        from .conversion.load_source import load_source
+        from .evaluation.loading import Placement, open_model
+        from .evaluation.tokenizer import load_tokenizer
 
-        register_auto_classes()
-        hub: dict[str, Any] = {"revision": revision, "token": token}
-        override = {} if pattern is None else {"index_share_pattern": pattern}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **hub, **override)
+            wanted = None if pattern is None else SharePattern.parse(pattern)
         except ValueError as error:
-            _fail(str(error))
+            _fail(f"--pattern: {error}", 2)
+        opened = open_model(path, Placement(device=device, revision=revision, token=token), wanted)
+        tokenizer: Any = load_tokenizer(path, revision=revision, token=token)
+        if tokenizer is None:
+            _fail(f"{path} has no tokenizer that can be loaded: generate needs one")
+        model: Any = load_source(opened, dtype="auto", token=token)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         text = sys.stdin.read() if prompt == "-" else prompt
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)

@@ -85,11 +85,12 @@ def bench(
     """
     import torch
 
+    from ..evaluation.loading import check_device
     from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
-    kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
         raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")

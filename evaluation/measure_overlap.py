@@ -8,7 +8,7 @@ from typing import Any
 from rich.text import Text
 
 from .errors import EvaluationError
-from .loading import Placement, load_model, read_config
+from .loading import Placement, load_model, open_model
 from .overlap import selection_overlap
 from .tokenizer import load_tokenizer
 from .window_sources import Sampling, default_seqlen, read_windows
@@ -45,12 +45,13 @@ def measure_overlap(
         EvaluationError: data that cannot be used, or windows not longer than top-k.
     """
     placement = Placement(revision=revision, token=token)
-    config = read_config(source, placement)
+    opened = open_model(source, placement)
+    config = opened.config
     sampling = Sampling(seqlen, nsamples)
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
     try:
-        found = selection_overlap(load_model(source, placement), windows.ids[:, :-1])
+        found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     matrix = found.matrix.tolist()
