@@ -22,6 +22,8 @@ from .strict_json import parse_json
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# What peft calls the description of an adapter.
+ADAPTER_FILE = "adapter_config.json"
 
 # Bits an element, by the name that safetensors headers use.
 DTYPE_BITS = {
@@ -345,6 +347,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         ConversionError: naming the file, the tensor, the value and the mend.
     """
     files = source.list_files()
+    _refuse_adapters(source, files)
     config = read_json(source, CONFIG_FILE)
     if INDEX_FILE in files and SINGLE_FILE in files:
         raise ConversionError(
@@ -373,6 +376,16 @@ def read_checkpoint(source: Source) -> Checkpoint:
     shards = {file: read_header(source, file) for file in sorted(set(weight_map.values()))}
     _check_index(where, weight_map, shards)
     return Checkpoint(source, config, shards, True, files)
+
+
+def _refuse_adapters(source: Source, files: list[str]) -> None:
+    """Transformers applies an adapter beside the weights where peft is installed, and only there."""
+    if ADAPTER_FILE in files:
+        raise ConversionError(
+            f"{source.location} holds an adapter ({ADAPTER_FILE}) beside its weights, and would be one model with "
+            "peft installed and another without: merge it into the weights (peft's merge_and_unload), or move "
+            f"{ADAPTER_FILE} away to leave it out"
+        )
 
 
 def _check_index(where: str, weight_map: dict[str, str], shards: dict[str, ShardHeader]) -> None:

@@ -7,9 +7,18 @@ import sys
 import pytest
 from hub_double import Hub
 from huggingface_hub import constants
+from time_limits import PROCESS_SECONDS, TEST_SECONDS
 
 # None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every test may hang as long as `time_limits` says, but those that say so themselves."""
+    if config.pluginmanager.has_plugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def run_python(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PROCESS_SECONDS,
         )
         if check:
             assert process.returncode == 0, process.stdout + process.stderr
