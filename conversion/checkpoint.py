@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from .hub_integrity import is_commit_id
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -112,14 +114,16 @@ class FolderSource:
         if not self.folder.is_dir():
             raise ConversionError(f"{folder} is no folder: give a checkpoint's folder or a Hub id such as org/name")
         self.location = str(folder)
-        self.id, self.revision = self.folder.resolve().name, None
+        self.id = self.folder.resolve().name
+        self.revision: str | None = None
         self._roots = [self.folder.resolve()]
         # A snapshot in the Hub's cache is made of links into the blobs beside it.
         snapshots = self.folder.absolute().parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             self._roots.append((snapshots.parent / "blobs").resolve())
             self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
-            self.revision = self.folder.absolute().name
+            if is_commit_id(self.folder.absolute().name):
+                self.revision = self.folder.absolute().name
 
     def path(self, file: str) -> Path:
         """The real path of a file, checked to lie inside the checkpoint."""

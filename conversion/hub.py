@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 
 from .checkpoint import Checkpoint, ConversionError, FolderSource, read_checkpoint
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
-from .hub_source import GARBLED_ANSWERS, HUB_FAILURES
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
 from .shard_writer import PARTIAL_SUFFIX
 
