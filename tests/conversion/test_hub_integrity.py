@@ -161,7 +161,7 @@ def test_a_range_of_another_place_is_refused(base, hub_here, told):
     source = HubSource("tester/base")
     size = source.size(SHARDS[0])
     hub_here.answer("GET", "/resolve/", status=206, body=bytes(8), Content_Range=told.format(size=size))
-    with pytest.raises(ConversionError, match="did not arrive.*for bytes 0-7 of"):
+    with pytest.raises(ConversionError, match=r"did not arrive.*for bytes 0-7 of"):
         source.read_range(SHARDS[0], 0, 8)
 
 
@@ -170,7 +170,7 @@ def test_a_range_of_another_length_is_refused(base, hub_here, body):
     source = HubSource("tester/base")
     told = f"bytes 0-7/{source.size(SHARDS[0])}"
     hub_here.answer("GET", "/resolve/", status=206, body=body, Content_Range=told)
-    with pytest.raises(ConversionError, match="did not arrive.*(7 bytes came where 8|more bytes came)"):
+    with pytest.raises(ConversionError, match=r"did not arrive.*(7 bytes came where 8|more bytes came)"):
         source.read_range(SHARDS[0], 0, 8)
 
 
@@ -229,7 +229,7 @@ def test_what_is_not_there_is_not_asked_for_again(base, hub_here, waits):
 @pytest.mark.parametrize("commit", [None, "main", "None", "", "abc123", "G" * 40, 7, "0" * 39, "0" * 40 + "\n"])
 def test_a_commit_that_is_no_commit_is_refused(base, hub_here, commit):
     hub_here.answer("GET", "/api/models/tester/base$", body={"id": "tester/base", "sha": commit, "siblings": []})
-    with pytest.raises(ConversionError, match="answers as no Hub does .*as the commit of the main branch"):
+    with pytest.raises(ConversionError, match=r"answers as no Hub does .*as the commit of the main branch"):
         HubSource("tester/base")
     assert not is_commit_id(commit)
 
