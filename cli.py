@@ -456,6 +456,35 @@ def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callabl
 
 
 @app.command()
+def refresh(
+    path: Annotated[str, typer.Argument(metavar="PATH|ID", help="An IndexCache checkpoint: a folder or a Hub id.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch of a Hub repository; main by default.")] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put this release's code into a checkpoint that an older one wrote.
+
+    The code files and the version in config.json change; weights, card and all settings stay byte for byte.
+    """
+    with _errors_as_messages():
+        from .conversion.checkpoint import open_source
+        from .conversion.drawing import refresh_text
+        from .conversion.refresh import plan_refresh
+        from .conversion.refresh import refresh as run_refresh
+
+        source = open_source(path, revision=revision, token=token)
+        plan = plan_refresh(source)
+        url = None if dry_run else run_refresh(source, plan, revision=revision, token=token)
+        if as_json:
+            _print_json({**plan.summary(), "dry_run": dry_run, "url": url})
+            return
+        typer.echo(refresh_text(plan, dry_run))
+        if url:
+            typer.echo(f"pushed: {url}")
+
+
+@app.command()
 def export(
     path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder, or a search's patterns.json.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; for patterns.json the file of config fields.")],

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from .hub_integrity import is_commit_id
 from .strict_json import parse_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -120,14 +121,16 @@ class FolderSource:
         self.location = str(folder)
         if not is_unicode(str(self.folder.resolve())):
             raise ConversionError(f"{str(folder)!r} is no name in UTF-8: rename the folder")
-        self.id, self.revision = self.folder.resolve().name, None
+        self.id = self.folder.resolve().name
+        self.revision: str | None = None
         self._roots = [self.folder.resolve()]
         # A snapshot in the Hub's cache is made of links into the blobs beside it.
         snapshots = self.folder.absolute().parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             self._roots.append((snapshots.parent / "blobs").resolve())
             self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
-            self.revision = self.folder.absolute().name
+            if is_commit_id(self.folder.absolute().name):
+                self.revision = self.folder.absolute().name
 
     def path(self, file: str) -> Path:
         """The real path of a file, checked to lie inside the checkpoint."""
