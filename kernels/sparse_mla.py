@@ -7,12 +7,10 @@ computes the probabilities again.
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-
 import torch
 
 from .argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
+from .dispatch import Backend, dispatch, say_fallback, takes_all
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
@@ -72,7 +70,7 @@ def sparse_mla(
         if reason is None:
             return _sparse_mla(q, kv, indices, scale, value_dim)
         if not torch.compiler.is_compiling():
-            _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
+            say_fallback("sparse_mla", "Triton", reason, q.device)
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
 
 
@@ -121,9 +119,16 @@ def _attend_by_merged(
 def _sparse_mla(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.is_cuda:
-        return sparse_mla_triton(q, kv, indices, scale, value_dim)
-    return sparse_mla_reference(q, kv, indices, scale, value_dim)
+    backends = _FORWARD if q.is_cuda else _FORWARD[-1:]
+    return dispatch("sparse_mla", backends, q.device, q, kv, indices, scale, value_dim)
+
+
+def _forward_in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
+    return out.contiguous(), lse.contiguous()
+
+
+_FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", takes_all, _forward_in_pytorch))
 
 
 @_sparse_mla.register_fake
@@ -143,7 +148,24 @@ def _sparse_mla_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    arguments = (grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    return dispatch("sparse_mla's gradient", _BACKWARD, q.device, *arguments)
+
+
+def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
+    with torch.enable_grad():
+        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
+        results = sparse_mla_reference(*inputs, indices, scale, grad_out.shape[-1])
+        # The lse of a query without keys is a constant.
+        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+        gradients = torch.autograd.grad(results, inputs, (grad_out, grad_lse.to(results[1].dtype)))
+    return tuple(x.contiguous() for x in gradients)
+
+
+_BACKWARD = (
+    Backend("Triton", takes_all, sparse_mla_backward_triton),
+    Backend("PyTorch", takes_all, _backward_in_pytorch),
+)
 
 
 @_sparse_mla_backward.register_fake
@@ -182,8 +204,3 @@ def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value
     if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the kernels need compute capability 8.0 or newer"
     return None
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
