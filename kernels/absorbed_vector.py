@@ -11,6 +11,7 @@ import torch
 from .absorbed_vector_triton import absorb_queries_triton, expand_values_triton, triton
 from .argument_checks import check_angles, check_floats, check_shape, check_tensors
 from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import register_fake
 from .rotary import rotate
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -108,7 +109,7 @@ _ABSORB = (
 )
 
 
-@_absorb_queries.register_fake
+@register_fake(_absorb_queries)
 def _(q, to_latent, cos, sin, interleaved):
     return q.new_empty(*q.shape[:3], to_latent.shape[2] + q.shape[-1] - to_latent.shape[1])
 
@@ -129,6 +130,6 @@ _EXPAND = (
 )
 
 
-@_expand_values.register_fake
+@register_fake(_expand_values)
 def _(latent_out, to_value):
     return latent_out.new_empty(*latent_out.shape[:3], to_value.shape[1])

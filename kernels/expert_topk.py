@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from .argument_checks import check_floats, check_integer, check_shape, check_tensors
 from .dispatch import Backend, dispatch, takes_all
 from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton, triton
+from .kernel_launch import register_fake
 from .rms_norm import rms_norm
 from .triton_support import runs_kernels
 
@@ -188,7 +189,7 @@ _BACKENDS = (
 )
 
 
-@_expert_topk.register_fake
+@register_fake(_expert_topk)
 def _(x, weight, bias, k, scaling, normalise):
     tokens = x.shape[0]
     return (

@@ -21,6 +21,7 @@ from .argument_checks import (
     check_shape,
     check_tensors,
 )
+from .device_target import has_capability
 from .dispatch import Backend, dispatch, takes_all
 from .indexer_distillation_dense_triton import dense_kl_backward_triton, dense_kl_triton
 from .indexer_distillation_reference import (
@@ -38,6 +39,7 @@ from .indexer_distillation_triton import (
     selected_scores_triton,
     triton,
 )
+from .kernel_launch import register_fake
 
 # The custom ops below are the Triton kernels; PyTorch's autograd differentiates the references.
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -294,7 +296,7 @@ def _selected_index_scores(
     return selected_scores_triton(q, k, weights, indices, scale)
 
 
-@_selected_index_scores.register_fake
+@register_fake(_selected_index_scores)
 def _(q, k, weights, indices, scale):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
@@ -312,7 +314,7 @@ def _indexer_kl(
     return indexer_kl_triton(q, k, weights, indices, target, scale)
 
 
-@_indexer_kl.register_fake
+@register_fake(_indexer_kl)
 def _(q, k, weights, indices, target, scale):
     return q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(2, *q.shape[:2], dtype=torch.float32)
 
@@ -359,7 +361,7 @@ _INDEX_BACKWARD = (
 )
 
 
-@_index_backward.register_fake
+@register_fake(_index_backward)
 def _(grad, q, k, weights, indices, target, stats, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
 
@@ -393,7 +395,7 @@ def _selected_attention(
     return selected_attention_triton(q, kv, lse, indices, scale)
 
 
-@_selected_attention.register_fake
+@register_fake(_selected_attention)
 def _(q, kv, lse, indices, scale):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
@@ -410,7 +412,7 @@ def _attention_lse(
     return attention_lse_triton(q, kv, scale, Visibility(query_start, key_start, key_mask))
 
 
-@_attention_lse.register_fake
+@register_fake(_attention_lse)
 def _(q, kv, scale, query_start, key_start, key_mask):
     return q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -434,7 +436,7 @@ def _dense_indexer_kl(
     return dense_kl_triton(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible)
 
 
-@_dense_indexer_kl.register_fake
+@register_fake(_dense_indexer_kl)
 def _(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, query_start, key_start, key_mask):
     return tuple(q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
 
@@ -473,7 +475,7 @@ _DENSE_BACKWARD = (
 )
 
 
-@_dense_indexer_kl_backward.register_fake
+@register_fake(_dense_indexer_kl_backward)
 def _(grad, q, k, weights, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
 
@@ -523,7 +525,7 @@ def _why_not_triton(
         return f"{heads} heads or width {width} is above {_MAX_HEADS}, {max_width}"
     if indices is not None and indices.shape[-1] > _MAX_TOPK:
         return f"{indices.shape[-1]} selected keys are above {_MAX_TOPK}"
-    if torch.version.hip is None and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.is_cuda and torch.version.hip is None and not has_capability(q.device, 80):
         return "the kernels need compute capability 8.0 or newer"
     return None
 

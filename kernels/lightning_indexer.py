@@ -19,6 +19,7 @@ from .argument_checks import (
 )
 from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization import quantize_for_scoring, quantized_rows
+from .kernel_launch import register_fake
 from .lightning_indexer_reference import lightning_indexer_reference
 from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
 
@@ -117,7 +118,7 @@ _BACKENDS = (
 )
 
 
-@_lightning_indexer.register_fake
+@register_fake(_lightning_indexer)
 def _(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton):
     return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 

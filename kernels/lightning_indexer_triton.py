@@ -12,10 +12,9 @@ Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from .device_target import device_target
 from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization import e4m3_of_rows
 from .kernel_launch import launcher
@@ -191,17 +190,13 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     )
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return device_target(device).processors if device.type == "cuda" else 1
 
 
-@functools.cache
 def _architecture(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    arch = device_target(device).arch if device.type == "cuda" else 0
+    return arch if isinstance(arch, int) else 0
 
 
 if triton is not None:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from .argument_checks import check_experts, check_floats, check_shape, check_tensors
+from .device_target import has_capability
 from .dispatch import Backend, dispatch, takes_all
 from .expert_groups_triton import group_by_expert_triton
+from .kernel_launch import register_fake
 from .routed_experts_triton import combine, copy_rows, experts_vector, gated, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -109,7 +111,7 @@ def unsupported_experts_reason(x: torch.Tensor, gate_up: torch.Tensor, down: tor
         return f"the kernels take bfloat16, not {x.dtype} with weights {gate_up.dtype}, {down.dtype}"
     if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad or down.requires_grad):
         return "the kernels have no gradient"
-    if _grouped_mm() is None or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0)):
+    if _grouped_mm() is None or (torch.version.hip is None and not has_capability(x.device, 80)):
         return "this torch or device has no grouped_mm"
     if gate_up.stride(-1) != 1 or down.stride(-1) != 1 or gate_up.shape[-1] % 8 or down.shape[-1] % 8:
         return "rows of the experts' weights must be contiguous and a multiple of 8 wide"
@@ -152,7 +154,7 @@ def _routed_experts(
     return _run(x, experts, weights, gate_up, down, shared, None)
 
 
-@_routed_experts.register_fake
+@register_fake(_routed_experts)
 def _(x, experts, weights, gate_up, down, gate, up, shared_down):
     return x.new_empty(x.shape)
 

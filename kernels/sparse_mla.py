@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from .argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
+from .device_target import has_capability
 from .dispatch import Backend, dispatch, say_fallback, takes_all
+from .kernel_launch import register_fake
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
@@ -131,7 +133,7 @@ def _forward_in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor,
 _FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", takes_all, _forward_in_pytorch))
 
 
-@_sparse_mla.register_fake
+@register_fake(_sparse_mla)
 def _(q, kv, indices, scale, value_dim):
     return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -168,7 +170,7 @@ _BACKWARD = (
 )
 
 
-@_sparse_mla_backward.register_fake
+@register_fake(_sparse_mla_backward)
 def _(grad_out, grad_lse, q, kv, indices, out, lse, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
         kv, memory_format=torch.contiguous_format
@@ -201,6 +203,6 @@ def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value
             f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
             f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, 512"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is None and not has_capability(q.device, 80):
         return "the kernels need compute capability 8.0 or newer"
     return None

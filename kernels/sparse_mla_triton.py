@@ -9,11 +9,11 @@ Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value w
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .device_target import device_target
 from .dispatch import Backend, dispatch, takes_all
 from .early_launch import early_launch
 from .kernel_launch import launcher
@@ -234,20 +234,15 @@ def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     return sparse_mla_tile(*target, rows, width)
 
 
-@lru_cache
 def gpu_target(device: torch.device) -> tuple[str, int | str]:
     """Backend and compute capability (or GCN name) that tiles are chosen for."""
     if device.type != "cuda":  # Triton's interpreter
         return "cuda", 80
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "hip", properties.gcnArchName
-    return "cuda", 10 * properties.major + properties.minor
+    return device_target(device)[:2]
 
 
-@lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return device_target(device).processors if device.type == "cuda" else 4
 
 
 if triton is not None:

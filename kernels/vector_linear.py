@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .argument_checks import check_floats, check_shape, check_tensors
 from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import register_fake
 from .rms_norm import rms_norm
 from .triton_support import runs_kernels
 from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, triton, vector_linear_triton
@@ -151,6 +152,6 @@ _WIDE = (
 )
 
 
-@_vector_linear.register_fake
+@register_fake(_vector_linear)
 def _(x, weights, norm, eps, base):
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

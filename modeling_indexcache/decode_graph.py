@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, S
 
 from ..kernels.cache_slot import CacheSlot
 from ..kernels.early_launch import early_launches
+from ..kernels.kernel_launch import are_recorded, is_capturing
 from .attention_backends import TRITON_ATTENTION
 from .feed_forward import runs_expert_kernels
 from .growing_cache import Buffer, buffer_of
@@ -185,6 +186,9 @@ def record(
     run: Callable[[], torch.Tensor], rewind: Callable[[], None], device: torch.device
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
+    if are_recorded():
+        with early_launches(device):
+            return run(), lambda: None
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with early_launches(device):
@@ -288,7 +292,7 @@ def _ordinary(
 
 
 def _device_takes_graphs(hidden_states: torch.Tensor) -> bool:
-    return hidden_states.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return hidden_states.is_cuda and not is_capturing(hidden_states)
 
 
 def _memory(cache: Any) -> tuple[int, ...] | None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
+from ..kernels.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.routed_experts import block_tokens, routed_experts, unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
@@ -106,7 +107,7 @@ def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
         and config._experts_implementation in _REPLACED
         and config.hidden_act == "silu"
         and not getattr(experts, "_is_expert_parallel", False)
-        and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
+        and all(type(weight) in PLAIN_WEIGHTS for weight in (experts.gate_up_proj, experts.down_proj))
         and not hooks_of(experts)
         and not hooks_of(module.shared_experts)
         and "forward" not in vars(experts)
