@@ -38,13 +38,17 @@ def why_not_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any
         return "gradients are wanted"
     if torch.compiler.is_compiling() and not _runs_vectors(module, hidden_states):
         return "torch.compile traces more than one or two tokens"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if module.config._attn_implementation == "eager":
         return 'attn_implementation is "eager"'
     if module.training and module.config.attention_dropout:
         return "attention has dropout"
     return None
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
@@ -62,7 +66,7 @@ def why_not_in_place(module: nn.Module, device: torch.device) -> str | None:
         return "gradients are wanted"
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
-    if torch.is_autocast_enabled(device.type):
+    if _autocasts(device):
         return "autocast is on"
     if not is_own(module):
         return f"{type(module).__name__} stands in its place"
@@ -181,7 +185,7 @@ def why_not_plain_step(
         return f"the cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}"
     if model.training or torch.is_grad_enabled():
         return "the model trains, or gradients are wanted"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if config.index_topk is None:
         return "no layer selects keys"
