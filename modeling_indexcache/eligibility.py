@@ -359,8 +359,11 @@ class _Reasons:
             self._layers.setdefault(reason, []).append(layer)
 
     def listed(self) -> tuple[str, ...]:
-        """`layers 0, 2-5: reason`, in the order in which reasons came."""
-        return tuple(f"layers {_spans(layers)}: {reason}" for reason, layers in self._layers.items())
+        """`layer 0: reason`, `layers 0, 2-5: reason`, in the order in which reasons came."""
+        return tuple(
+            f"{'layer' if len(layers) == 1 else 'layers'} {_spans(layers)}: {reason}"
+            for reason, layers in self._layers.items()
+        )
 
 
 def _spans(numbers: list[int]) -> str:

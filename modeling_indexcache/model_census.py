@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
-from .absorbed_weights import address_of, settings_of
+from .absorbed_weights import address_of, kept_of, settings_of, still_holds
 from .module_hooks import is_own
 
 # Classes whose settings do not change what a call without gradient computes, once they are made.
@@ -51,6 +51,8 @@ class ModelCensus:
         values = self._tensors.values()
         plain = all(type(tensor) in _PLAIN for tensor in values)
         self._address = torch.Tensor.data_ptr if plain else address_of
+        # Recordings read what is kept of such modules, not the modules: changes in place count here.
+        self._absorbed = [(part, kept) for part in found if (kept := kept_of(part)) is not None]
         self._freed: list[Any] = []
         self._alive = [weakref.ref(t.untyped_storage(), self._freed.append) for t in values if type(t) in _PLAIN]
         self._known = self._look()
@@ -69,7 +71,11 @@ class ModelCensus:
     def unchanged(self) -> bool:
         """Whether a replay still computes what a call of the modules would."""
         try:
-            return self._look() == self._known and self._settings.values() == self._known_settings
+            return (
+                self._look() == self._known
+                and self._settings.values() == self._known_settings
+                and all(still_holds(part, kept) for part, kept in self._absorbed)
+            )
         except (KeyError, RuntimeError):
             # An entry is gone, or a setting became a tensor.
             return False
