@@ -36,9 +36,9 @@ class ModelCensus:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         found = list(dict.fromkeys(part for module in modules for part in module.modules()))
         children = [(part._modules, name) for part in found for name in part._modules]
-        kept = [(held, name) for part in found for held in (part._parameters, part._buffers) for name in held]
-        tensors = [(held, name) for held, name in kept if held[name] is not None]
-        nothing = [(held, name) for held, name in kept if held[name] is None]
+        entries = [(held, name) for part in found for held in (part._parameters, part._buffers) for name in held]
+        tensors = [(held, name) for held, name in entries if held[name] is not None]
+        nothing = [(held, name) for held, name in entries if held[name] is None]
         self._objects = _Lookups(children + nothing)
         self._tensors = _Lookups(tensors)
         self._places: list[Any] = [part._modules for part in found] + [part._parameters for part in found]
@@ -55,6 +55,8 @@ class ModelCensus:
         self._absorbed = [(part, kept) for part in found if (kept := kept_of(part)) is not None]
         self._freed: list[Any] = []
         self._alive = [weakref.ref(t.untyped_storage(), self._freed.append) for t in values if type(t) in _PLAIN]
+        # Where PyTorch's storages do not outlive their Python objects, nothing is told: then it is looked for.
+        self._is_told = not self._freed
         self._known = self._look()
         self._known_settings = copy.deepcopy(self._settings.values())
 
@@ -66,7 +68,7 @@ class ModelCensus:
 
     def memory_is_there(self) -> bool:
         """Whether no tensor's memory was given back since; costs nothing."""
-        return not self._freed
+        return not self._freed if self._is_told else self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether a replay still computes what a call of the modules would."""
