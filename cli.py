@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -17,12 +17,14 @@ import typer
 
 from .benchmarks.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
-from .evaluation.arguments import AsJson, Revision, Token
+from .evaluation.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .conversion.hub_contents import HubContents
 
 app = typer.Typer(
     name="indexcache",
@@ -128,18 +130,20 @@ def convert(
     if dry_run and (resume or push_to_hub):
         _fail("--dry-run writes nothing: drop --resume and --push-to-hub", 2)
     with _errors_as_messages():
-        from .conversion.checkpoint import ConversionError, open_source, read_json
+        from .conversion.checkpoint import ConversionError, open_source, read_checkpoint
         from .conversion.convert import ConvertOptions, plan_conversion
         from .conversion.convert import convert as run_conversion
         from .conversion.drawing import draw_plan, human_bytes, plan_summary
         from .conversion.hub import push_folder
+        from .conversion.open_checkpoint import check_layer_count
         from .conversion.pattern_file import choose_pattern
 
         opened = open_source(source, revision=revision, token=token)
-        config = read_json(opened, "config.json")
+        checkpoint = read_checkpoint(opened)
+        check_layer_count(checkpoint)
         try:
             options = ConvertOptions(
-                choose_pattern(config, pattern, pattern_file, keep),
+                choose_pattern(checkpoint.config, pattern, pattern_file, keep),
                 dtype,
                 _file_size(max_shard_size),
                 keep_shared_indexers,
@@ -150,7 +154,7 @@ def convert(
             )
         except ConversionError as error:
             _fail(str(error), 2)
-        plan = plan_conversion(opened, options)
+        plan = plan_conversion(checkpoint, options)
         if dry_run:
             _print_json(plan_summary(plan)) if as_json else _print(draw_plan(plan))
             return
@@ -158,7 +162,9 @@ def convert(
             done = run_conversion(
                 opened, output, options, plan=plan, on_shard=lambda shard, how: advance(shard.file, shard.nbytes)
             )
-        url = push_folder(output, push_to_hub, private=private or None, token=token) if push_to_hub else None
+        url = None
+        if push_to_hub:
+            url = push_folder(output, push_to_hub, private=private or None, token=token, announce=_announcer(as_json))
         if as_json:
             summary = {**plan_summary(plan), "warnings": list(done.warnings), "how": done.how}
             _print_json({"output": str(output), **summary, "url": url})
@@ -308,9 +314,9 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads stdin.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample; by default the likeliest token is taken.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="With --sample.")] = 0,
     pattern: Annotated[
         str | None, typer.Option(help="Share pattern to run an IndexCache checkpoint with, in place of its own.")
     ] = None,
@@ -349,17 +355,48 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="For a new repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made when absent.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would be sent, send nothing.")] = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Push a finished checkpoint to the Hub. After an interrupted push, run it again."""
-    with _errors_as_messages():
-        from .conversion.hub import push_folder
+    """Push a finished checkpoint to the Hub: what belongs to it, and nothing else of its folder.
 
-        url = push_folder(
-            path, repo_id, private=private, revision=revision, token=token, commit_message=commit_message
-        )
-        _print_json({"url": url}) if as_json else typer.echo(f"pushed: {url}")
+    What is sent and what stays is shown first. After an interrupted push, run it again.
+    """
+    with _errors_as_messages():
+        from .conversion.hub import check_contents, push_folder
+
+        shown: list[HubContents] = []
+        announce, url = _announcer(as_json, shown), None
+        if dry_run:
+            announce(check_contents(path, token))
+        else:
+            url = push_folder(
+                path,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                announce=announce,
+            )
+        if as_json:
+            _print_json({"url": url, "files": shown[0].files, "left": shown[0].left})
+        else:
+            typer.echo(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
+
+
+def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callable[[HubContents], None]:
+    """Shows what a push is about to send, unless --json does so at the end, and notes it in `shown`."""
+    from .conversion.drawing import contents_text
+
+    def announce(contents: HubContents) -> None:
+        if shown is not None:
+            shown.append(contents)
+        if not as_json:
+            typer.echo(contents_text(contents))
+
+    return announce
 
 
 @app.command()

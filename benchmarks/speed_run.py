@@ -87,18 +87,18 @@ class RowJournal(Journal):
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.rows: dict[Row, dict[str, Any]] = {}
-        if overwrite:
-            path.unlink(missing_ok=True)
-        super().__init__(path, identity, resume, "benchmark")
+        super().__init__(path, identity, resume, "benchmark", overwrite)
 
     def add_row(self, row: Row, found: dict[str, Any]) -> None:
         """Record a row's result."""
         self.rows[row] = found
         self._write({"row": vars(row), "found": found})
 
-    def adopt(self, records: list[dict[str, Any]]) -> None:
-        """Take over the rows of the file."""
-        self.rows = {Row(**record["row"]): record["found"] for record in records}
+    def _take(self, record: dict[str, Any]) -> None:
+        """See `Journal`."""
+        if not isinstance(record["found"], dict):
+            raise TypeError("what a row found is an object")
+        self.rows[Row(**record["row"])] = record["found"]
 
 
 Progress = Callable[[Row, dict[str, Any], bool], None]
@@ -351,4 +351,5 @@ def _document(
         "drift": {"step": speed_models.DRIFT_STEP, "spread": speed_models.DRIFT_SPREAD},
         "patterns": patterns,
         "rows": [{**vars(row), **found} for row, found in journal.rows.items()],
+        **({"warnings": [journal.damage]} if journal.damage else {}),
     }

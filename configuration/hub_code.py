@@ -35,6 +35,7 @@ SHIPPED_FOLDERS = ("configuration", "kernels", "modeling_indexcache")
 ENTRY_MODULES = ("modeling_indexcache", "configuration_indexcache")
 
 _LICENCE = "SPDX-License-Identifier: Apache-2.0"
+_HEADER = re.compile(r"# IndexCache for Transformers (\S+)\.\s")
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from[ \t]+)(\.+)([\w.]*)([ \t]+import\b)", re.MULTILINE)
 
 
@@ -69,7 +70,7 @@ def write_hub_code(folder: str | os.PathLike[str]) -> list[Path]:
 def hub_code() -> dict[str, str]:
     """The model's source files as they are shipped: file name -> text, sorted by name."""
     here = Path(__file__).resolve().parent
-    in_package = all((here.parent / folder).is_dir() for folder in SHIPPED_FOLDERS) and here.name in SHIPPED_FOLDERS
+    in_package = _in_package(here)
     folders = [here.parent / folder for folder in SHIPPED_FOLDERS] if in_package else [here]
     header = f"# IndexCache for Transformers {_package_version()}. {_LICENCE}\n" if in_package else ""
 
@@ -86,6 +87,19 @@ def hub_code() -> dict[str, str]:
         shipped[module] = header + _RELATIVE_IMPORT.sub(_import_of_sibling, text)
         queue += needed
     return {f"{module}.py": shipped[module] for module in sorted(shipped)}
+
+
+def code_version() -> str:
+    """The release that this code belongs to: the package's, or of a copy beside a checkpoint the one in its header."""
+    source = Path(__file__)
+    if _in_package(source.resolve().parent):
+        return _package_version()
+    stamp = _HEADER.match(source.read_text(encoding="utf-8"))
+    return stamp.group(1) if stamp else "unknown"
+
+
+def _in_package(here: Path) -> bool:
+    return all((here.parent / folder).is_dir() for folder in SHIPPED_FOLDERS) and here.name in SHIPPED_FOLDERS
 
 
 def _package_version() -> str:

@@ -29,6 +29,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+FLOAT_DTYPES = ("BF16", "F16", "F32")
 # The same limit as the safetensors library's: a longer header is damage, not data.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_PROBLEMS_SHOWN = 12

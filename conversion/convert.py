@@ -20,7 +20,7 @@ from typing import Any
 from ..configuration.share_pattern import SharePattern
 from .bundle import write_bundle
 from .card import write_card
-from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, Source, read_checkpoint
+from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
 from .companion_files import companion_files, companion_warnings, copy_companions
 from .hub_source import HubSource
 from .installed_versions import installed_versions
@@ -74,10 +74,10 @@ class Conversion:
     warnings: tuple[str, ...]
 
 
-def plan_conversion(source: Source, options: ConvertOptions) -> Plan:
-    """Read the source's headers and plan; writes nothing. Raises ConversionError."""
+def plan_conversion(source: Source | Checkpoint, options: ConvertOptions) -> Plan:
+    """Read the source's headers, unless they were read already, and plan; writes nothing. Raises ConversionError."""
     return build_plan(
-        read_checkpoint(source),
+        source if isinstance(source, Checkpoint) else read_checkpoint(source),
         options.pattern,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,

@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..configuration.share_pattern import SharePattern
+from .hub_contents import HubContents
 from .plan import Plan
 from .verify import Verification
 
@@ -24,6 +25,13 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def contents_text(contents: HubContents) -> str:
+    """What a push sends, and what stays with its reason."""
+    lines = [f"{len(contents.files)} files, {human_bytes(contents.nbytes)}: {', '.join(contents.files)}"]
+    lines += [f"stays here: {name} ({why})" for name, why in contents.left.items()]
+    return "\n".join(lines)
 
 
 def draw_cells(pattern: SharePattern) -> Text:

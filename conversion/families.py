@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
+from ..configuration.hub_code import code_version
 from ..configuration.share_pattern import SharePattern
 from .checkpoint import ConversionError
 
@@ -43,6 +44,9 @@ FAMILIES = {
 # Dense MLA models, and the family that each becomes once it has indexers.
 DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMILIES["deepseek_v32"]}
 
+# What transformers' configs raise at values of a wrong kind.
+_CONFIG_FAULTS = (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError)
+
 _REFUSED = {
     **dict.fromkeys(
         DENSE_FAMILIES,
@@ -74,7 +78,7 @@ def family_of(config: dict[str, Any], location: str) -> Family:
     model_type = config.get("model_type")
     if model_type == INDEXCACHE:
         model_type = config.get("source_model_type") or "deepseek_v32"
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     reason = _REFUSED.get(str(model_type), "it is not known")
     raise ConversionError(
@@ -91,7 +95,7 @@ def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
     """`fields` as a checked IndexCacheConfig; ConversionError with the config's own message."""
     try:
         return IndexCacheConfig.from_dict(dict(fields))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except _CONFIG_FAULTS as error:
         reason = str(error.__cause__ or error).strip()
         raise ConversionError(f"{location}: config.json cannot be used: {reason}") from error
 
@@ -137,6 +141,7 @@ def convert_config(
         "architectures": ["IndexCacheForCausalLM"],
         "auto_map": dict(auto_map),
         "source_model_type": family.model_type,
+        "indexcache_version": code_version(),
         "indexer_rope_interleave": source.get("indexer_rope_interleave", family.indexer_rope_interleave),
         "index_share_pattern": pattern.letters,
         "indexer_types": pattern.indexer_types,
@@ -181,7 +186,7 @@ def convert_dense_config(
         )
     try:
         native = CONFIG_MAPPING[model_type].from_dict(dict(source)).to_dict()
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except _CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {model_type} config: {error}") from error
     if native.get("q_lora_rank") is None:
         raise ConversionError(
@@ -203,7 +208,7 @@ def _family_defaults(
         native = CONFIG_MAPPING[family.model_type].from_dict(
             {name: value for name, value in source.items() if name not in PATTERN_FIELDS}
         )
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except _CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {family.model_type} config: {error}") from error
     names = {entry.name for entry in dataclasses.fields(config)} - _DERIVED_FIELDS
     return {
@@ -228,6 +233,12 @@ def layer_of(name: str) -> tuple[int, str] | None:
     """The layer a tensor belongs to and its name there; `None` outside the layers."""
     match = _LAYER.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
+
+
+def indexer_layer(name: str) -> int | None:
+    """The layer whose lightning indexer a tensor belongs to; `None` for all other tensors."""
+    place = layer_of(name)
+    return place[0] if place and place[1].startswith(INDEXER) else None
 
 
 def expected_indexer(config: IndexCacheConfig, layer: int) -> dict[str, ExpectedTensor]:

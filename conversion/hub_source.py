@@ -17,6 +17,9 @@ from .checkpoint import ConversionError, check_file_name
 # The HTTP library's own base error comes with HfHubHTTPError: which library that is depends on huggingface_hub.
 HUB_FAILURES = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError))
 
+# What comes of reading an answer that is not the Hub's own: a proxy's page, an empty body, fields that are not there.
+GARBLED_ANSWERS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError)
+
 
 class HubSource:
     """A model repository at one commit.

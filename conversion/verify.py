@@ -11,14 +11,22 @@ import numpy as np
 from ..configuration.configuration_indexcache import PATTERN_FIELDS
 from ..configuration.share_pattern import SharePattern
 from .checkpoint import Checkpoint, ConversionError, FolderSource, Source, TensorInfo, read_checkpoint, read_json
-from .families import INDEXCACHE, INDEXER, layer_of, source_pattern
-from .fp8 import SCALE_SUFFIX
+from .families import INDEXCACHE, indexer_layer, source_pattern
+from .fp8 import FP8, SCALE_SUFFIX, fp8_block_size
 from .journal import RECIPE_FILE
-from .plan import CAST_DTYPES, FP8, PlannedTensor, fp8_block_size
+from .open_checkpoint import check_layer_count, open_checkpoint
+from .plan import CAST_DTYPES, PlannedTensor
 from .tensor_stream import OpenShards, tensor_blocks
 
 # What conversion rewrites in config.json on purpose.
-_REWRITTEN_FIELDS = {*PATTERN_FIELDS, "model_type", "architectures", "auto_map", "source_model_type"}
+_REWRITTEN_FIELDS = {
+    *PATTERN_FIELDS,
+    "model_type",
+    "architectures",
+    "auto_map",
+    "source_model_type",
+    "indexcache_version",
+}
 _CAST_FIELDS = {"dtype", "torch_dtype", "quantization_config"}
 
 
@@ -55,12 +63,13 @@ def verify(original: Source, converted: Source, *, compare_logits: bool = True) 
     Raises:
         ConversionError: one of the two cannot be read, or the second is no IndexCache checkpoint.
     """
-    before, after = read_checkpoint(original), read_checkpoint(converted)
+    before, after = open_checkpoint(original).checkpoint, read_checkpoint(converted)
     if after.config.get("model_type") != INDEXCACHE:
         raise ConversionError(
             f"{converted.location} has model_type {after.config.get('model_type')!r}: give the source first and the "
             f"{INDEXCACHE} checkpoint second"
         )
+    check_layer_count(after)
     pattern = source_pattern(after.config, converted.location)
     result = Verification(pattern.letters)
     recipe = read_json(converted, RECIPE_FILE) if RECIPE_FILE in after.files else {}
@@ -81,9 +90,9 @@ def _compare_names(
     for name in old:
         if name in new:
             continue
-        place = layer_of(name)
-        if place and place[1].startswith(INDEXER) and place[0] in pattern.shared_layers:
-            dropped.add(place[0])
+        layer = indexer_layer(name)
+        if layer is not None and layer in pattern.shared_layers:
+            dropped.add(layer)
         elif not (cast_to and name.endswith(SCALE_SUFFIX)):
             result.differences.append(f"{name} is missing from the converted checkpoint")
     result.differences += [f"{name} is not in the source" for name in new if name not in old]

@@ -238,12 +238,7 @@ def _train_stage(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:
-        stopped = folder / f"stopped-at-{trainer.state.global_step}"
-        trainer.save_model(str(stopped), _internal_call=True)
-        raise DistillationDiverged(
-            f"{error}. The model before that step is {stopped}, a checkpoint like any other; earlier ones stand "
-            "beside it"
-        ) from None
+        raise DistillationDiverged(f"{error}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
         raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))
@@ -251,6 +246,16 @@ def _train_stage(
         raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
+
+
+def _what_is_left(error: DistillationDiverged, trainer: DistillationTrainer, folder: Path) -> str:
+    """Save the model that a stopped stage had, where it is sound; a sentence that says where to look."""
+    if error.weights_are_sound:
+        stopped = folder / f"stopped-at-{trainer.state.global_step}"
+        trainer.save_model(str(stopped), _internal_call=True)
+        return f"The model before that step is {stopped}, a checkpoint like any other; earlier ones stand beside it"
+    checkpoint, _ = latest_checkpoint(folder)
+    return f"The last checkpoint before it is {checkpoint}" if checkpoint else "There is no checkpoint before it"
 
 
 def _load(

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import typer
+
+# NumPy's generator takes no larger one.
+LARGEST_SEED = 2**32 - 1
+
+
+def finite(value: float | None) -> float | None:
+    """The callback of every option that takes a float: click's ranges let NaN, and open ones infinity, pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
 
 DATA_PANEL, RUN_PANEL = "Data", "Where it runs"
 DATA_HELP = "Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config)."

@@ -136,9 +136,9 @@ def run_evaluation(
     inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
-    if overwrite:
-        path.unlink(missing_ok=True)
-    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation")
+    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
+    if journal.damage:
+        monitor.warn(journal.damage)
     document: dict[str, Any] = {"format": FORMAT, "models": []} | {task: [] for task in options.wanted}
     names = _names(sources)
     try:
@@ -165,6 +165,8 @@ def run_evaluation(
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
+    if journal.damage:
+        document["warnings"] = [journal.damage]
     write_json(output / EVALUATION_FILE, document)
     return document
 

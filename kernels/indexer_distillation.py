@@ -13,6 +13,15 @@ from functools import lru_cache
 
 import torch
 
+from .argument_checks import (
+    check_floats,
+    check_heads_and_keys,
+    check_indices,
+    check_query_start,
+    check_scale,
+    check_shape,
+    check_tensors,
+)
 from .indexer_distillation_dense_triton import dense_kl_backward_triton, dense_kl_triton
 from .indexer_distillation_reference import (
     attention_lse_reference,
@@ -61,11 +70,13 @@ def selected_index_scores(
         and `weights`; no gradient passes through the entries that are minus infinity.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, a scale that is not positive.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, a scale that is not positive.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_indexer(q, k, weights)
-    _check_indices(indices, q)
-    scale = _index_scale(q, scale)
+    _check_indexer("selected_index_scores", q, k, weights)
+    check_indices("selected_index_scores", indices, q, k.shape[1])
+    scale = _index_scale("selected_index_scores", q, scale)
     if _runs_in_triton("selected_index_scores", allow_triton, q, k, (weights, indices), _MAX_INDEX_WIDTH, indices):
         return _selected_index_scores(q, k, weights, indices, scale)
     return selected_index_scores_reference(q, k, weights, indices, scale)
@@ -97,11 +108,14 @@ def selected_attention(
         `[B, S, K]` in fp32 (fp64 for fp64 inputs), zero where `indices` is -1. No gradient flows.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_attention(q, kv)
-    _check_indices(indices, q)
-    _check_lse(lse, q)
+    check_heads_and_keys("selected_attention", q, kv, ("q", "kv"))
+    check_scale("selected_attention", scale, positive=False)
+    check_indices("selected_attention", indices, q, kv.shape[1])
+    _check_lse("selected_attention", lse, q)
     q, kv, lse = q.detach(), kv.detach(), lse.detach()
     if _runs_in_triton("selected_attention", allow_triton, q, kv, (lse, indices), _MAX_LATENT_WIDTH, indices):
         return _selected_attention(q, kv, lse, indices, scale)
@@ -138,16 +152,16 @@ def indexer_kl(
         keys, and those whose target is zero on all of them, give 0 and no gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_indexer(q, k, weights)
-    _check_indices(indices, q)
-    if target.shape != indices.shape or not target.is_floating_point():
-        raise ValueError(
-            f"target must be floating-point [B, S, K] = {tuple(indices.shape)}, got {target.dtype} of "
-            f"{tuple(target.shape)}"
-        )
-    scale, target = _index_scale(q, scale), target.detach()
+    _check_indexer("indexer_kl", q, k, weights)
+    check_indices("indexer_kl", indices, q, k.shape[1])
+    check_tensors("indexer_kl", q=q, target=target)
+    check_shape("indexer_kl", "target", target, "[B, S, K]", indices.shape)
+    check_floats("indexer_kl", target=target)
+    scale, target = _index_scale("indexer_kl", q, scale), target.detach()
     if _runs_in_triton("indexer_kl", allow_triton, q, k, (weights, indices, target), _MAX_INDEX_WIDTH, indices):
         return _indexer_kl(q, k, weights, indices, target, scale)[0]
     return indexer_kl_reference(q, k, weights, indices, target, scale)
@@ -171,8 +185,9 @@ def attention_lse(
     Returns:
         `[B, S, H]` in fp32 (fp64 for fp64 inputs), minus infinity for queries that see nothing.
     """
-    _check_attention(q, kv)
-    start, key_start, key_mask = _visibility(q, kv.shape[1], query_start, key_start, key_mask)
+    check_heads_and_keys("attention_lse", q, kv, ("q", "kv"))
+    check_scale("attention_lse", scale, positive=False)
+    start, key_start, key_mask = _visibility("attention_lse", q, kv.shape[1], query_start, key_start, key_mask)
     arguments = (q.detach(), kv.detach(), scale, start, key_start, key_mask)
     others = [x for x in (start, key_start, key_mask) if x is not None]
     if _runs_in_triton("attention_lse", allow_triton, q, kv, others, _MAX_LATENT_WIDTH):
@@ -224,28 +239,31 @@ def dense_indexer_kl(
         no key give 0 and no gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, lists of different lengths.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, lists of different lengths.
     """
-    _check_indexer(q, k, weights)
+    _check_indexer("dense_indexer_kl", q, k, weights)
+    check_scale("dense_indexer_kl", attn_scale, positive=False, name="attn_scale")
     layers_q, layers_kv = _as_list(q_attn), _as_list(kv)
     layers_lse = None if attn_lse is None else _as_list(attn_lse)
     lengths = {len(layers_q), len(layers_kv)} | (set() if layers_lse is None else {len(layers_lse)})
     if len(lengths) != 1 or not layers_q:
         raise ValueError(
-            f"q_attn, kv and attn_lse must be lists of one entry a served layer, got {len(layers_q)}, "
-            f"{len(layers_kv)} and {'none' if layers_lse is None else len(layers_lse)}"
+            f"dense_indexer_kl: q_attn, kv and attn_lse must be lists of one entry a served layer, got "
+            f"{len(layers_q)}, {len(layers_kv)} and {'none' if layers_lse is None else len(layers_lse)}"
         )
     for index, (one_q, one_kv) in enumerate(zip(layers_q, layers_kv)):
-        _check_attention(one_q, one_kv)
+        check_tensors("dense_indexer_kl", q=q, q_attn=one_q)
+        check_heads_and_keys("dense_indexer_kl", one_q, one_kv, ("q_attn", "kv"))
         if one_q.shape[:2] != q.shape[:2] or one_kv.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"served layer {index}: q_attn {tuple(one_q.shape)} and kv {tuple(one_kv.shape)} must have the batch, "
-                f"queries and keys of q {tuple(q.shape)} and k {tuple(k.shape)}"
+                f"dense_indexer_kl: served layer {index}: q_attn {tuple(one_q.shape)} and kv {tuple(one_kv.shape)} "
+                f"must have the batch, queries and keys of q {tuple(q.shape)} and k {tuple(k.shape)}"
             )
         if layers_lse is not None:
-            _check_lse(layers_lse[index], one_q)
-    start, key_start, key_mask = _visibility(q, k.shape[1], query_start, key_start, key_mask)
-    scale = _index_scale(q, scale)
+            _check_lse("dense_indexer_kl", layers_lse[index], one_q)
+    start, key_start, key_mask = _visibility("dense_indexer_kl", q, k.shape[1], query_start, key_start, key_mask)
+    scale = _index_scale("dense_indexer_kl", q, scale)
     layers_q, layers_kv = [x.detach() for x in layers_q], [x.detach() for x in layers_kv]
     if layers_lse is None:
         layers_lse = [
@@ -488,11 +506,10 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _index_scale(q: torch.Tensor, scale: float | None) -> float:
+def _index_scale(operation: str, q: torch.Tensor, scale: float | None) -> float:
     if scale is None:
         return q.shape[-1] ** -0.5
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, as it is taken out of the ReLU (got {scale})")
+    check_scale(operation, scale, positive=True)
     return scale
 
 
@@ -500,32 +517,21 @@ def _as_list(value: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-def _check_indexer(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
-    if weights.shape != q.shape[:3]:
-        raise ValueError(f"weights must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(weights.shape)}")
+def _check_indexer(operation: str, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
+    check_heads_and_keys(operation, q, k, ("q", "k"))
+    check_tensors(operation, q=q, weights=weights)
+    check_shape(operation, "weights", weights, "[B, S, H]", q.shape[:3])
+    check_floats(operation, weights=weights)
 
 
-def _check_attention(q: torch.Tensor, kv: torch.Tensor) -> None:
-    if q.dim() != 4 or kv.dim() != 3 or q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and kv [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(kv.shape)}")
-
-
-def _check_indices(indices: torch.Tensor, q: torch.Tensor) -> None:
-    if indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or indices.dtype != torch.int32:
-        raise ValueError(
-            f"indices must be int32 [B, S, K] of B, S = {tuple(q.shape[:2])}, got {indices.dtype} of "
-            f"{tuple(indices.shape)}"
-        )
-
-
-def _check_lse(lse: torch.Tensor, q: torch.Tensor) -> None:
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+def _check_lse(operation: str, lse: torch.Tensor, q: torch.Tensor) -> None:
+    check_tensors(operation, q=q, lse=lse)
+    check_shape(operation, "lse", lse, "[B, S, H]", q.shape[:3])
+    check_floats(operation, lse=lse)
 
 
 def _visibility(
+    operation: str,
     q: torch.Tensor,
     num_keys: int,
     query_start: torch.Tensor | int | None,
@@ -533,17 +539,13 @@ def _visibility(
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     B, S = q.shape[:2]
+    check_query_start(operation, query_start, B)
+    check_tensors(operation, q=q, key_start=key_start, key_mask=key_mask)
     if not isinstance(query_start, torch.Tensor):
         first = num_keys - S if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
-    if query_start.numel() not in (1, B):
-        raise ValueError(f"query_start must have 1 or B = {B} entries, got shape {tuple(query_start.shape)}")
-    if key_start is not None and (tuple(key_start.shape) != (B, S) or key_start.dtype != torch.int32):
-        raise ValueError(
-            f"key_start must be int32 [B, S] = {(B, S)}, got {key_start.dtype} of {tuple(key_start.shape)}"
-        )
-    if key_mask is not None and (tuple(key_mask.shape) != (B, num_keys) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask must be bool [B, T] = {(B, num_keys)}, got {key_mask.dtype} of {tuple(key_mask.shape)}"
-        )
+    if key_start is not None:
+        check_shape(operation, "key_start", key_start, "[B, S]", (B, S), torch.int32)
+    if key_mask is not None:
+        check_shape(operation, "key_mask", key_mask, "[B, T]", (B, num_keys), torch.bool)
     return query_start.reshape(-1).expand(B), key_start, key_mask

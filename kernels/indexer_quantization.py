@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import torch
 
+from .argument_checks import check_floats, check_tensors
 from .indexer_quantization_triton import quantization_runs_in_triton, quantize_triton
 
 E4M3_MAX = 448.0
@@ -36,7 +37,15 @@ def quantize_for_scoring(x: torch.Tensor, allow_triton: bool = True) -> tuple[to
     Returns:
         e4m3 of shape `[..., D]`, and fp32 scales of shape `[...]`, powers of two: `values * scale` are the entries of
         `x` after a rotation that keeps dot products.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: another dtype, or no width.
     """
+    check_tensors("quantize_for_scoring", x=x)
+    check_floats("quantize_for_scoring", x=x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"quantize_for_scoring: x must be [..., D] with a column, got {tuple(x.shape)}")
     width = x.shape[-1]
     if allow_triton and quantization_runs_in_triton(x):
         return quantize_triton(x)

@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     import triton.language as tl
@@ -41,7 +43,7 @@ def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = scale.numel(), x.shape[-1]
     if rows:
         grid = (triton.cdiv(rows, ROWS),)
-        quantize_rows_kernel[grid](x, values, scale, rows, width**-0.5, D=width, ROWS=ROWS, num_warps=4)
+        launcher(quantize_rows_kernel, grid, x)(x, values, scale, rows, width**-0.5, D=width, ROWS=ROWS, num_warps=4)
     return values, scale
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -86,7 +87,7 @@ def indexer_score_slab(
             first_part = None if first_keys is None else first_keys[part].contiguous()
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
-            indexer_scores_kernel[grid](
+            launcher(indexer_scores_kernel, grid, q_part)(
                 q_part,
                 k_part,
                 w_part,
@@ -115,7 +116,7 @@ def indexer_score_slab(
                 num_stages=config["STAGES"],
                 **early_launch(),
             )
-            indexer_filter_kernel[(pieces, ns, nb)](
+            launcher(indexer_filter_kernel, (pieces, ns, nb), scores)(
                 scores,
                 starts_part,
                 passed,
@@ -132,7 +133,7 @@ def indexer_score_slab(
                 num_warps=4,
                 **early_launch(),
             )
-            indexer_select_kernel[(ns, nb)](
+            launcher(indexer_select_kernel, (ns, nb), scores)(
                 scores,
                 starts_part,
                 passed,

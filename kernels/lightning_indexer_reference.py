@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import is_capturing
+
 # Largest score block [B, chunk, T] in bytes; queries are taken in chunks that fit, and small enough that keys behind a
 # whole chunk are often skipped.
 SCORE_BLOCK_BYTES = 64 * 2**20
@@ -99,7 +101,7 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """
     T = scores.shape[-1]
     k = min(topk, T)
-    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+    if is_capturing(scores):
         # Whether there are ties cannot be looked up there.
         return select_topk_by_sorting(scores, k)
     values, order = scores.topk(min(k + 1, T), dim=-1)

@@ -17,6 +17,7 @@ import functools
 import torch
 
 from .indexer_quantization import e4m3_of_rows
+from .kernel_launch import launcher
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -31,9 +32,7 @@ TILE_COLUMNS = 256
 MAX_TOPK = 4096
 
 
-def unsupported_reason(
-    q: torch.Tensor, k: torch.Tensor, topk: int, scale: float, key_mask: torch.Tensor | None
-) -> str | None:
+def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: torch.Tensor | None) -> str | None:
     """Why the Triton path cannot take these arguments; None if it can."""
     if triton is None:
         return "triton is not installed"
@@ -45,8 +44,6 @@ def unsupported_reason(
         return f"topk is at most {MAX_TOPK} (got {topk})"
     if key_mask is not None and key_mask.dim() == 3:
         return "a key_mask for each query ([B, S, T]) is not supported, only [B, T]"
-    if not scale > 0:
-        return f"scale must be positive (got {scale})"
     return None
 
 
@@ -137,7 +134,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
-    lightning_indexer_prefill_kernel[(programs,)](
+    launcher(lightning_indexer_prefill_kernel, (programs,), q)(
         q,
         k,
         weights,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .cache_slot import CacheSlot
+from .argument_checks import check_angles, check_floats, check_shape, check_tensors
+from .cache_slot import CacheSlot, check_slot
 from .rms_norm_triton import latent_rows_triton, rms_norm_triton
 from .rotary import rotate
 from .triton_support import runs_triton
@@ -24,7 +25,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, allow_triton: bo
 
     Returns:
         `[..., D]`, of the dtype that `weight * x` has.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
+    check_tensors("rms_norm", x=x, weight=weight)
+    check_floats("rms_norm", x=x, weight=weight)
+    check_shape("rms_norm", "weight", weight, "[D] of x [..., D]", x.shape[-1:])
     if allow_triton and runs_triton(x, weight):
         return rms_norm_triton(x, weight, eps)
     wide = x.float() if x.dtype != torch.float64 else x
@@ -56,7 +64,19 @@ def latent_rows(
 
     Returns:
         `[B, S, C + R]`: `[rms_norm(c) | rotate(k)]`; with a slot its `rows [B, T, C + R]`.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
+    check_tensors("latent_rows", kv=kv, weight=weight)
+    check_floats("latent_rows", kv=kv, weight=weight)
+    if kv.dim() != 3 or weight.dim() != 1 or weight.shape[0] > kv.shape[-1]:
+        raise ValueError(
+            f"latent_rows: kv [B, S, C + R] and weight [C] do not fit: got {tuple(kv.shape)} and {tuple(weight.shape)}"
+        )
+    check_angles("latent_rows", kv, cos, sin, kv.shape[-1] - weight.shape[0])
+    check_slot("latent_rows", slot, kv)
     width = weight.shape[0]
     if allow_triton and runs_triton(kv, weight, cos, sin) and cos.shape[-1] & (cos.shape[-1] - 1) == 0:
         if slot is None or slot.takes(kv):

@@ -17,6 +17,7 @@ import warnings
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
 from .sparse_mla_triton import GROUPING_ARCHITECTURES, LOG2_E, QUERIES_PER_LAUNCH, Tile, gpu_target
@@ -143,7 +144,7 @@ def add_rows_by_slot(rows: torch.Tensor, slots: torch.Tensor, total: torch.Tenso
     T, D = total.shape
     ordered, order = torch.where(slots < 0, T, slots).flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(T + 1, device=total.device, dtype=ordered.dtype))
-    _add_segments_kernel[(T,)](
+    launcher(_add_segments_kernel, (T,), rows)(
         rows,
         order,
         starts,
@@ -182,7 +183,7 @@ def _launch(
     head_blocks = triton.cdiv(group * H, tile.block_m)
     lists = triton.cdiv(S, group)
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
-    _sparse_mla_bwd_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,
@@ -197,6 +198,7 @@ def _launch(
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -226,8 +228,15 @@ def _row_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     dots = torch.empty(one.shape[:3], dtype=torch.float32, device=one.device)
     V = one.shape[-1]
     rows = 8
-    _row_dots_kernel[(triton.cdiv(dots.numel(), rows),)](
-        one, other.contiguous(), dots, dots.numel(), V=V, BLOCK_V=triton.next_power_of_2(V), ROWS=rows, num_warps=4
+    launcher(_row_dots_kernel, (triton.cdiv(dots.numel(), rows),), one)(
+        one,
+        other.contiguous(),
+        dots,
+        dots.numel(),
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        ROWS=rows,
+        num_warps=4,
     )
     return dots
 
@@ -279,6 +288,7 @@ if triton is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -365,6 +375,8 @@ if triton is not None:
             slot = key
             if GROUP > 1:
                 slot = key & ((1 << OWNER_SHIFT) - 1)
+            else:
+                listed = listed & (key < T)
             kv_rows = (kv_batch + slot.to(tl.int64) * kv_stride_t)[:, None]
             c_lo = tl.load(kv_rows + lo[None, :], mask=listed[:, None] & lo_mask[None, :], other=0.0)
             c_hi = tl.load(kv_rows + hi[None, :], mask=listed[:, None] & hi_mask[None, :], other=0.0)

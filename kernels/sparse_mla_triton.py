@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
@@ -161,7 +162,7 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
     part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
     _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
     block_v = min(COMBINED_ENTRIES, triton.next_power_of_2(V))
-    _sparse_mla_combine_kernel[(B * S * H, triton.cdiv(V, block_v))](
+    launcher(_sparse_mla_combine_kernel, (B * S * H, triton.cdiv(V, block_v)), part_out)(
         part_out,
         part_lse,
         out,
@@ -184,7 +185,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     lists = triton.cdiv(S, group)
     split_stride = out.stride(0) if splits > 1 else 0
     split_lse_stride = lse.stride(0) if splits > 1 else 0
-    _sparse_mla_fwd_kernel[(B * lists * head_blocks, splits)](
+    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
         q,
         kv,
         keys,
@@ -195,6 +196,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -262,6 +264,7 @@ if triton is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -346,6 +349,8 @@ if triton is not None:
             slot = key
             if GROUP > 1:
                 slot = key & ((1 << OWNER_SHIFT) - 1)
+            else:
+                listed = listed & (key < T)
             kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
             if BLOCK_V == V:
                 c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]

@@ -76,12 +76,12 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     model = load_model(source, replace(run.placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
-        if run.overwrite:
-            journal_path.unlink(missing_ok=True)
-        journal = Journal(journal_path, identity, run.resume)
+        journal = Journal(journal_path, identity, run.resume, overwrite=run.overwrite)
     else:
         journal = Journal(None, identity)
     journal.adopt(processes.share(journal.records()))
+    if journal.damage:
+        quiet.warn(journal.damage)
     quiet.note(
         f"{source}: {len(calibration)} calibration windows of {calibration.seqlen:,} tokens, {len(held_out)} held out"
         + (f"; {journal.resumed} evaluations taken from {journal_path}" if journal.resumed else "")
@@ -114,8 +114,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     )
     if overlap is not None:
         document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
-    if warning:
-        document["warnings"] = [warning]
+    if warnings := [text for text in (warning, journal.damage) if text]:
+        document["warnings"] = warnings
     if processes.is_first:
         write_result(document, run.output)
     processes.wait()
@@ -132,7 +132,7 @@ def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
 def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", size.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)i?b?", size.strip().lower())
     if found is None:
         raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])

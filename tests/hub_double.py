@@ -83,6 +83,8 @@ class Failure:
     status: int
     times: int
     skip: int
+    body: object = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     def strikes(self, method: str, path: str) -> bool:
         if method != self.method or not re.search(self.path, path) or not self.times:
@@ -129,6 +131,22 @@ class Hub:
     def fail(self, method: str, path: str, *, status: int = 400, times: int = 1, skip: int = 0) -> None:
         """Answer the next `times` requests whose path matches the regex with `status`, after letting `skip` pass."""
         self.failures.append(Failure(method, path, status, times, skip))
+
+    def answer(
+        self,
+        method: str,
+        path: str,
+        *,
+        status: int = 200,
+        body: object = b"",
+        content_type: str = "application/json",
+        times: int = 1,
+        skip: int = 0,
+        **headers: str,
+    ) -> None:
+        """Answer as `fail` does, with a body and headers (underscores for hyphens) of one's own: what a proxy says."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.failures.append(Failure(method, path, status, times, skip, body, {"Content-Type": content_type, **named}))
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -180,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.tokens.append(self.headers.get("Authorization"))
             for failure in self.hub.failures:
                 if failure.strikes(self.command, path):
+                    if failure.body is not None:
+                        self.reply(failure.status, failure.body, failure.headers)
+                        return
                     self.error(failure.status, "TestFailure", "the test asked for this failure")
                     return
             for methods, pattern, handler in _ROUTES:

@@ -203,7 +203,7 @@ def test_nothing_asked_and_nothing_selected():
         (lambda q, k, w, i, a, kv: selected_index_scores(q, k, w[..., :3], i), "weights must be"),
         (lambda q, k, w, i, a, kv: selected_index_scores(q, k, w, i.long()), "indices must be int32"),
         (lambda q, k, w, i, a, kv: selected_attention(a, kv, w, i, scale=1.0), "lse must be"),
-        (lambda q, k, w, i, a, kv: indexer_kl(q, k, w, i, i), "target must be floating-point"),
+        (lambda q, k, w, i, a, kv: indexer_kl(q, k, w, i, i), "target must be bf16"),
         (lambda q, k, w, i, a, kv: dense_indexer_kl(q, k, w, [a, a], [kv], attn_scale=1.0), "got 2, 1 and none"),
         (lambda q, k, w, i, a, kv: dense_indexer_kl(q, k, w, a, kv[:, :5], attn_scale=1.0), "served layer 0"),
         (
