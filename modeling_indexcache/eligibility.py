@@ -105,9 +105,11 @@ def prefills_in_place(model: Any, hidden_states: torch.Tensor) -> bool:
     return reason is None
 
 
-def say_slower(model: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
+def say_slower(module: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
     """Say once that a fast path is off, and why, where one expects it: on CUDA, without gradient, with kernels."""
-    if hidden_states.is_cuda and not torch.is_grad_enabled() and model.config._attn_implementation == TRITON_ATTENTION:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not hidden_states.is_cuda:
+        return
+    if module.config._attn_implementation == TRITON_ATTENTION:
         logger.warning_once(f"IndexCache: {what}: {reason}. model.explain_paths() tells what runs")
 
 

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import DynamicCache
 
-from indexcache.modeling_indexcache import decode_graph, eligibility
+from indexcache.modeling_indexcache import decode_graph, eligibility, feed_forward, inference_attention
 from indexcache.modeling_indexcache.eligibility import Path, explain_paths
 
 
@@ -159,6 +159,17 @@ def test_prefill_and_decoding_say_what_keeps_them_slow(model, on_cuda, monkeypat
     model.generate(ids(), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
     assert ("prefill keeps every layer's input", "layers.1: Wrapper stands in its place") in heard
     assert ("decoding steps are not recorded", "layers.1: a module of another class stands in its place") in heard
+
+
+def test_attention_and_experts_say_what_keeps_them_slow(model, on_cuda, monkeypatch):
+    heard = []
+    for file in (inference_attention, feed_forward):
+        monkeypatch.setattr(file, "say_slower", lambda *args: heard.append(args[2:]))
+    monkeypatch.setattr(model.model.layers[1].mlp.config, "hidden_act", "gelu")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(ids())
+    assert ("attention makes queries and outputs of all tokens at once", "autocast is on") in heard
+    assert ("experts run in PyTorch", "hidden_act is 'gelu'") in heard
 
 
 def test_a_wrapped_embedding_does_not_stop_a_static_cache(model):
