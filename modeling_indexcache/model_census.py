@@ -28,14 +28,15 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class ModelCensus:
-    """What `modules` and their parts were made of when this was made.
+    """What the children `names` of a model, and their parts, were made of when this was made.
 
     Holds none of their tensors; belongs to the model, and copies or pickles of a model do without.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = list(dict.fromkeys(part for module in modules for part in module.modules()))
-        children = [(part._modules, name) for part in found for name in part._modules]
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        own = [(model._modules, name) for name in names]
+        found = list(dict.fromkeys(part for held, name in own for part in held[name].modules()))  # type: ignore[union-attr]
+        children = own + [(part._modules, name) for part in found for name in part._modules]
         entries = [(held, name) for part in found for held in (part._parameters, part._buffers) for name in held]
         tensors = [(held, name) for held, name in entries if held[name] is not None]
         nothing = [(held, name) for held, name in entries if held[name] is None]

@@ -409,7 +409,22 @@ CHANGES = [replace_a_weight, replace_a_weight_and_keep_the_old, replace_a_weight
 CHANGES += [replace_a_module, give_a_bias, replace_a_buffer, hook, pre_hook, replace_a_forward]
 
 
-@pytest.mark.parametrize("change", CHANGES)
+def replace_a_layer(model):
+    model.layers[1] = copy.deepcopy(model.layers[1])
+
+
+def replace_all_layers(model):
+    model.layers = copy.deepcopy(model.layers)
+
+
+def replace_the_norm(model):
+    model.norm = copy.deepcopy(model.norm)
+
+
+CHANGES_OF_MODELS = [replace_a_layer, replace_all_layers, replace_the_norm]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *CHANGES_OF_MODELS])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_model_changed_within_a_caches_life_is_noticed_at_the_next_step(model, replays, ids, change, kind):
     twin = copy.deepcopy(model)
@@ -423,7 +438,7 @@ def test_a_model_changed_within_a_caches_life_is_noticed_at_the_next_step(model,
             decoder(ids[:, :15], past_key_values=cache)
         made = steps(decoder, cache, ids[:, 15:22])
         assert is_recorded(cache) == (decoder is model)
-        change(decoder.model.layers[2])
+        change(decoder.model if change in CHANGES_OF_MODELS else decoder.model.layers[2])
         made += steps(decoder, cache, ids[:, 22:23])
         # The stand-in for a graph runs the changed model, too: what counts is that it was not believed.
         assert not is_recorded(cache)

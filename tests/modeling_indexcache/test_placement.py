@@ -148,15 +148,27 @@ def test_offloaded_layers_keep_the_bounds_of_memory(model, tmp_path, small_block
 @pytest.mark.parametrize("way", [on_disk, offloaded])
 def test_an_offloaded_weight_is_fetched_once_a_forward_and_gone_after_it(model, ids, tmp_path, small_blocks, way):
     placed = way(model, tmp_path)
-    attention, fetched = placed.model.layers[1].self_attn, []
-    before = attention.q_b_proj._hf_hook
-    original = before.pre_forward
-    before.pre_forward = lambda *args, **kwargs: fetched.append(1) or original(*args, **kwargs)
+    layer, fetched, kept = placed.model.layers[1], [], {}
+    paths = (
+        "self_attn.q_b_proj",
+        "self_attn.kv_b_proj",
+        "self_attn.o_proj",
+        "mlp.experts",
+        "mlp.shared_experts.up_proj",
+    )
+
+    def counted(path, hook):
+        original = hook.pre_forward
+        hook.pre_forward = lambda *args, **kwargs: fetched.append(path) or original(*args, **kwargs)
+        return hook
+
+    for path in paths:
+        kept[path] = counted(path, layer.get_submodule(path)._hf_hook)
     with torch.no_grad():
         placed(ids)
-    assert fetched == [1]
-    assert all(p.device.type == "meta" for p in placed.model.layers[1].parameters())
-    assert attention.q_b_proj._hf_hook is before
+    assert sorted(fetched) == sorted(paths)
+    assert all(p.device.type == "meta" for p in layer.parameters())
+    assert all(layer.get_submodule(path)._hf_hook is hook for path, hook in kept.items())
 
 
 def test_weights_go_back_after_an_error(model, tmp_path):
