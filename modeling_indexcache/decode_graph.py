@@ -387,7 +387,7 @@ def _census_of(model: Any, in_one: bool) -> ModelCensus:
     """The model's census, made now unless one is there that still holds; it lives and dies with the model."""
     census = vars(model).get(_CENSUS)
     if census is None or not (census.memory_is_there() and census.unchanged()):
-        census = ModelCensus((model.layers, model.norm, model.rotary_emb) if in_one else (model.layers,))
+        census = ModelCensus(model, ("layers", "norm", "rotary_emb") if in_one else ("layers",))
         vars(model)[_CENSUS] = census
     return census
 
