@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo demo-checkpoint test lint test-gpu bench clean
+.PHONY: venv demo demo-checkpoint test lint test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -23,7 +23,7 @@ demo-checkpoint: venv
 	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT) $(ARGS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus"
 
 lint: venv
 	$(BIN)/ruff check .
@@ -31,11 +31,28 @@ lint: venv
 	$(BIN)/codespell
 	$(BIN)/mypy
 
+# What a user's `pip install` may bring: the newest of everything, and the oldest that setup.cfg allows; every
+# night transformers' main. Each in an environment of its own, several gigabytes with torch's CUDA build, removed afterwards.
+ACROSS := tests/configuration tests/modeling_indexcache tests/conversion
+INSTALL_oldest := --constraint constraints-oldest.txt
+INSTALL_transformers-main := git+https://github.com/huggingface/transformers
+test-newest test-oldest test-transformers-main: test-%:
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(INSTALL_$*) --editable '.[test]'
+	.venv-$*/bin/python -m pip list --format=freeze | grep -iE '^(torch|triton|transformers|tokenizers|huggingface_hub|safetensors|numpy|accelerate)='
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m "not gpu and not gpus" $(ACROSS)
+	rm -rf .venv-$*
+
 test-gpu: venv
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "gpu and not gpus"
+
+# Two GPUs: any device, device_map, tensor and expert parallel, FSDP2, DDP, search in two processes.
+test-gpus: venv
+	$(BIN)/python -m pytest -m gpus
 
 bench: venv
 	$(BIN)/python -m indexcache.cli bench
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info

@@ -1,7 +1,5 @@
 """Configuration of IndexCache models: every DeepSeek-V3.2 / GLM-5 field under its own name, plus the share pattern."""
 
-from __future__ import annotations
-
 import transformers
 from packaging.version import Version
 
@@ -18,7 +16,7 @@ from typing import Any, ClassVar  # noqa: E402
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
-from .hub_code import AUTO_MAP, write_hub_code  # noqa: E402
+from .hub_code import AUTO_MAP, code_version, write_hub_code  # noqa: E402
 from .share_pattern import SharePattern  # noqa: E402
 
 # Every way a config may spell its pattern, besides the canonical first one.
@@ -66,10 +64,11 @@ class IndexCacheConfig(PreTrainedConfig):
         indexer_fp8: score with e4m3 queries and keys (Hadamard-rotated, scaled by token with powers of two), as
             DeepSeek-V3.2's own inference does; changes the selection near its threshold, also because Hopper's e4m3
             products accumulate in fewer bits than fp32 (1e-4 of their rms). Off by default.
+        indexcache_version: the release whose code lies beside the checkpoint, written on saving.
     """
 
     model_type = "indexcache"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_local_experts": "n_routed_experts"}
 
     base_model_tp_plan = {
@@ -140,6 +139,7 @@ class IndexCacheConfig(PreTrainedConfig):
     indexer_rope_interleave: bool = False
     indexer_fp8: bool = False
     source_model_type: str | None = None
+    indexcache_version: str | None = None
     head_dim: int = 64
     layer_types: list[str] | None = None
 
@@ -185,7 +185,7 @@ class IndexCacheConfig(PreTrainedConfig):
         Saving a model saves its config between noting which files are new and uploading them, so this one place
         serves `save_pretrained` and `push_to_hub` of models too.
         """
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map, self.indexcache_version = dict(AUTO_MAP), code_version()
         write_hub_code(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -238,7 +238,7 @@ class IndexCacheConfig(PreTrainedConfig):
             )
 
 
-def _agreed_pattern(spellings: dict[str, Any], config: IndexCacheConfig) -> SharePattern:
+def _agreed_pattern(spellings: dict[str, Any], config: "IndexCacheConfig") -> SharePattern:
     """The one pattern that all given spellings mean; ValueError naming two that disagree."""
     num_layers = config.num_hidden_layers
     read: dict[str, SharePattern] = {}

@@ -39,6 +39,7 @@ _OURS = {
     "head_dim",
     "layer_types",
     "source_model_type",
+    "indexcache_version",
     "auto_map",
     "architectures",
     "model_type",

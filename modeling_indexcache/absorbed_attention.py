@@ -41,7 +41,7 @@ def attend_absorbed(
             "pass merge_selection=False to the full layer that made it"
         )
     latents = share_latent_gradients(module, latents)
-    to_latent, to_value = module._absorbed_weights()
+    to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries, heads, _ = q_nope.shape
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
     outs, lses = [], []
@@ -89,7 +89,7 @@ def attend_absorbed_masked(
         `[B, S, H, V]`, and the weights `[B, H, S, T]` that made it or None.
     """
     latents = share_latent_gradients(module, latents)
-    to_latent, to_value = module._absorbed_weights()
+    to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries, heads, _ = q_nope.shape
     num_keys, rank = latents.shape[1], module.kv_lora_rank
     seen = visibility.for_keys(num_keys)

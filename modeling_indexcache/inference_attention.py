@@ -23,11 +23,11 @@ from ..kernels.sparse_mla import merging_group, sparse_mla, takes_sparse_mla
 from ..kernels.sparse_mla_triton import queries_per_wave, selection_group
 from .attention_backends import TRITON_ATTENTION
 from .attention_form import absorbed_is_cheaper
-from .feed_forward import works_in_place
-from .few_token_linears import is_plain_linear, linears
+from .eligibility import say_slower, why_not_streamed, works_in_place
+from .few_token_linears import is_plain_linear, is_plain_norm, linears
 from .key_visibility import KeyVisibility, listed_width
 from .latent_cache import append_latents, latent_slot
-from .module_hooks import is_watched, runs_as_written
+from .module_hooks import is_own, is_watched, is_wrapped
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
@@ -37,23 +37,10 @@ SPARSE_BLOCK_BYTES = 320 * 2**20
 
 def runs_streamed(module: Any, hidden_states: torch.Tensor) -> bool:
     """Whether `attend_streamed` serves this forward: no gradient, no eager attention, few tokens when compiled."""
-    dropout = module.config.attention_dropout if module.training else 0.0
-    return (
-        not torch.is_grad_enabled()
-        and (not torch.compiler.is_compiling() or _runs_vectors(module, hidden_states))
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-        and module.config._attn_implementation != "eager"
-        and not dropout
-    )
-
-
-def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether the kernels for one or two tokens serve, none of which writes into a view."""
-    return (
-        module.config._attn_implementation == TRITON_ATTENTION
-        and is_plain_linear(module.kv_b_proj)
-        and takes_absorbed_vector(hidden_states, module.kv_b_proj.weight)
-    )
+    reason = why_not_streamed(module, hidden_states)
+    if reason is not None:
+        say_slower(module, hidden_states, "attention makes queries and outputs of all tokens at once", reason)
+    return reason is None
 
 
 def attend_streamed(
@@ -89,7 +76,7 @@ def attend_streamed(
         projections = module.q_a_proj, module.kv_a_proj_with_mqa
         queries_from, kv = linears(normed, projections, allow_triton, norm=input_norm)
         q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
-        if indexer is not None or is_watched(q_norm):
+        if indexer is not None or not is_own(q_norm) or is_wrapped(q_norm) or is_watched(q_norm):
             queries_from, q_norm = q_norm(queries_from), None
     slot = latent_slot(past_key_values, module.layer_idx)
     latents = _latents(module, kv, position_embeddings, allow_triton, slot)
@@ -140,8 +127,8 @@ def _latents(
     """The rows to cache, `[B, S, C + R]`, of the projected `kv`; written to the `slot` if given, then all rows."""
     norm = module.kv_a_layernorm
     interleaved = module.config.rope_interleave
-    if not runs_as_written(norm):
-        # Offloaded or watched: its weight may be elsewhere until it is called.
+    if not is_plain_norm(norm):
+        # Offloaded, watched or another module: its weight may be elsewhere until it is called, or there is none.
         latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
         rows = torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
         return rows if slot is None else slot.write(rows)
@@ -211,7 +198,7 @@ def _attend_to_selected(
     overwrite_residual: bool,
 ) -> torch.Tensor:
     """Absorbed form on the selected latents, chunk by chunk of queries, added to `residual` if given."""
-    to_latent, to_value = module._absorbed_weights()
+    to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries = queries.x.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
     if allow_triton and takes_absorbed_vector(queries.x, to_latent, to_value):

@@ -81,6 +81,15 @@ class KeyVisibility:
             return cls(query_start, None, is_triangle=cache is None)
         return cls(query_start, key_mask)
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> KeyVisibility:
+        """The same on `device`; accelerate's hooks move arguments by a method of this name."""
+        start = self.query_start.to(device, non_blocking=non_blocking)
+        if start is self.query_start:
+            return self
+        given = self.key_mask, self.key_start
+        mask, key_start = (None if t is None else t.to(device, non_blocking=non_blocking) for t in given)
+        return KeyVisibility(start, mask, key_start, is_triangle=self.is_triangle)
+
     def for_keys(self, num_keys: int) -> KeyVisibility:
         """The same, with `key_mask` cut or filled up to `num_keys` slots (later slots are hidden by causality)."""
         if self.key_mask is None or self.key_mask.shape[-1] == num_keys:

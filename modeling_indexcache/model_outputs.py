@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
+from .transformers_compat import CacheUnderBothNames
+
 
 @dataclass
-class IndexCacheModelOutput(MoeModelOutputWithPast):
+class IndexCacheModelOutput(CacheUnderBothNames, MoeModelOutputWithPast):
     """`MoeModelOutputWithPast`, and with `output_topk_indices=True` the selection of each full layer.
 
     Attributes:
@@ -26,7 +28,7 @@ class IndexCacheModelOutput(MoeModelOutputWithPast):
 
 
 @dataclass
-class IndexCacheCausalLMOutput(MoeCausalLMOutputWithPast):
+class IndexCacheCausalLMOutput(CacheUnderBothNames, MoeCausalLMOutputWithPast):
     """`MoeCausalLMOutputWithPast`, and with `output_topk_indices=True` the selection of each full layer.
 
     Attributes:

@@ -31,30 +31,28 @@ from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
 from .absorbed_attention import attend_absorbed, attend_absorbed_masked
+from .absorbed_weights import multiplier
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
+from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
 from .expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
-from .feed_forward import (
-    IndexCacheMLP,
-    add_feed_forward,
-    layers_work_in_place,
-    runs_expert_kernels,
-    shared_linears,
-    works_in_place,
-)
-from .few_token_linears import is_plain_linear, linears
+from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
+from .few_token_linears import linears
+from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
 from .inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
 from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
+from .layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .normalization import IndexCacheRMSNorm
 from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+from .transformers_compat import CACHE_NAME, one_cache
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
@@ -237,17 +235,9 @@ class IndexCacheAttention(nn.Module):
                 weights.append(weight)
         return joined(outs, 1), joined(weights, 2) if weights else None
 
-    def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
-        module = self.kv_b_proj
-        if is_plain_linear(module):
-            weight = module.weight
-        else:
-            # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
-            like = self.kv_a_layernorm.weight
-            # What is elsewhere until it is called (offloaded) moves its own inputs.
-            device = "cpu" if like.is_meta else like.device
-            weight = module(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=device)).transpose(0, 1)
+    def _absorbed_weights(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`, to multiply what has `like`'s dtype by."""
+        weight = multiplier(self.kv_b_proj, self.kv_lora_rank, like)
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value
@@ -310,6 +300,8 @@ class IndexCacheMoE(nn.Module):
         out = self.experts(tokens, experts, weights).view_as(x)
         if accumulate is None:
             return out + self.shared_experts(x)
+        if not works_in_place(self.shared_experts, x):
+            return accumulate.add_(out).add_(self.shared_experts(x))
         return self.shared_experts(x, accumulate.add_(out))
 
 
@@ -330,22 +322,24 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         `kwargs` as `IndexCacheAttention.forward`; `overwrite_hidden_states` lets the result take the input's memory.
         """
         overwrite = kwargs.pop("overwrite_hidden_states", False)
-        if works_in_place(self.self_attn, hidden_states):
-            # Norm and residual are handed over: what they make is freed early, or never made.
-            hidden_states, _, topk_indices = self.self_attn(
-                hidden_states,
-                input_norm=self.input_layernorm,
-                residual=hidden_states,
-                overwrite_residual=overwrite,
-                **kwargs,
-            )
-        else:
-            attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + attended
-            del attended
-        if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
-            return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+        with onloaded(self.self_attn):
+            if works_in_place(self.self_attn, hidden_states):
+                # Norm and residual are handed over: what they make is freed early, or never made.
+                hidden_states, _, topk_indices = direct(self.self_attn, hidden_states.device)(
+                    hidden_states,
+                    input_norm=self.input_layernorm,
+                    residual=hidden_states,
+                    overwrite_residual=overwrite,
+                    **kwargs,
+                )
+            else:
+                attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+                hidden_states = hidden_states + attended
+                del attended
+        with onloaded(self.mlp):
+            if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
+                return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -356,7 +350,7 @@ class IndexCachePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["IndexCacheDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = False
     _supports_sdpa = True
     _supports_flex_attn = False
@@ -399,6 +393,10 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         if resolved == TRITON_ATTENTION:
             return resolved
         return super().get_correct_attn_implementation(resolved, is_init_check)
+
+    def explain_paths(self) -> Paths:
+        """Which path prefill, decoding steps and recorded steps take here, and why not a faster one; see `Paths`."""
+        return explain_paths(getattr(self, self.base_model_prefix, self))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -460,9 +458,10 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> IndexCacheModelOutput:
         """Run the decoder.
@@ -472,38 +471,44 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             attention_mask: `[B, past + S]`, 1 for tokens and 0 for padding; or `[B, 1, S, T]`.
             position_ids: `[B, S]`. Without a mask and a cache, positions that start anew begin a document that sees
                 nothing before it.
-            past_key_values: a cache made with this model's config.
+            cache: a cache made with this model's config.
             inputs_embeds: `[B, S, hidden_size]` in place of `input_ids`.
             use_cache: make a cache when none is given.
+            past_key_values: the older name of `cache`.
             **kwargs: `output_hidden_states`, `output_attentions` (eager), `output_router_logits`,
                 `output_topk_indices`; `cu_seq_lens_q` of packed documents, see `packed_key_start`;
                 `indexer_training`, a stage or an `IndexerTraining`, see `indexer_training.py`.
+
+        Raises:
+            TypeError: an option that nobody knows, naming the nearest known one.
+            ValueError: arguments that contradict each other, or a step without the history that it counts on.
         """
+        refuse_unknown_options(kwargs, type(self).forward)
+        cache = one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_queries = hidden_states.shape[:2]
-        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, past_key_values)
+        is_packed = kwargs.get("cu_seq_lens_q") is not None
+        refuse_lost_history(attention_mask, position_ids, cache, num_queries, is_packed=is_packed)
+        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, cache)
         if training is not None:
             kwargs["indexer_training"], use_cache = training, False
-        packs, starts = attention_mask is None and past_key_values is None, kwargs.get("cu_seq_lens_q")
+        packs, starts = attention_mask is None and cache is None, kwargs.get("cu_seq_lens_q")
         key_start = packed_key_start(position_ids, starts, batch, num_queries) if packs else None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden_out = decode_graph(
-            self, self._run_layers, hidden_states, attention_mask, position_ids, past_key_values, kwargs
-        )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden_out = decode_graph(self, self._run_layers, hidden_states, attention_mask, position_ids, cache, kwargs)
         traces: list[Any] = []
         if hidden_out is None:
             device = hidden_states.device
-            visibility = KeyVisibility.of(attention_mask, past_key_values, num_queries, device, key_start)
+            visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
             del hidden_states
-            hidden_out = self._run_layers(given.pop(), position_ids, visibility, past_key_values, kwargs, traces)
-        return IndexCacheModelOutput(
-            last_hidden_state=hidden_out, past_key_values=past_key_values, **training_outputs(traces)
-        )
+            hidden_out = self._run_layers(given.pop(), position_ids, visibility, cache, kwargs, traces)
+        outputs: dict[str, Any] = {CACHE_NAME: cache, **training_outputs(traces)}
+        return IndexCacheModelOutput(last_hidden_state=hidden_out, **outputs)
 
     def _run_layers(
         self,
@@ -513,23 +518,36 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any] | None = None,
         traces: list[Any] | None = None,
+        part: LayerRange | None = None,
     ) -> torch.Tensor:
-        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`."""
-        if position_ids is None:
-            slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            position_ids = slots.unsqueeze(0)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        topk_indices = None
+        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`.
+
+        With a `part` those layers alone, and no norm.
+        """
+        if part is not None:
+            position_embeddings, topk_indices = part.position_embeddings, part.topk_indices
+        else:
+            if position_ids is None:
+                slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+                position_ids = slots.unsqueeze(0)
+            position_embeddings, topk_indices = self.rotary_emb(hidden_states, position_ids), None
         # Generation with an early exit sets how many layers run in the config.
         layers = list(self.layers)[: self.config.num_hidden_layers]
-        in_place = hidden_states.shape[1] > 1 and layers_work_in_place(layers, hidden_states)
+        in_place = hidden_states.shape[1] > 1 and prefills_in_place(self, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
         for layer_idx, layer in enumerate(layers):
+            if part is not None and not part.first <= layer_idx < part.last:
+                continue
             run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
-            hidden_states, topk_indices = layer(
+            device = device_of_layer(layer, hidden_states.device)
+            if not device == hidden_states.device == position_embeddings[0].device:
+                # Once, where the device changes: accelerate would move all but the hidden states for every layer.
+                hidden_states, visibility = moved_to(hidden_states, device), moved_to(visibility, device)
+                position_embeddings, topk_indices = moved_to((position_embeddings, topk_indices), device)
+            hidden_states, topk_indices = direct(layer, device)(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 visibility=visibility,
@@ -542,6 +560,9 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             )
             if traces is not None and kwargs and "indexer_training" in kwargs:
                 traces.append(topk_indices)
+        if part is not None:
+            part.topk_indices = topk_indices
+            return hidden_states
         return self.norm(hidden_states)
 
 
@@ -574,11 +595,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         config: IndexCacheConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **_: Any,
     ) -> torch.Tensor | None:
         """See `mask_at_capacity`: transformers would make an `[S, T]` mask, huge at long contexts."""
-        return mask_at_capacity(attention_mask, past_key_values)
+        return mask_at_capacity(attention_mask, one_cache(cache, past_key_values))
 
     @can_return_tuple
     def forward(
@@ -586,12 +608,13 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> IndexCacheCausalLMOutput:
         """As `IndexCacheModel.forward`, then logits `[B, S, vocab_size]`.
@@ -600,11 +623,12 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         divided by `num_items_in_batch` if given. `logits_to_keep` wants logits of only so many last positions (0:
         all), or of those listed, `skip_logits` none: the loss is then made block by block, for long sequences.
         """
+        refuse_unknown_options(kwargs, type(self).forward)
         outputs: IndexCacheModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,

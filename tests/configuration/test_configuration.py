@@ -1,9 +1,11 @@
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from tiny_models import SIZES, tiny_config
 from transformers import AutoConfig
 
+import indexcache
 from indexcache import IndexCacheConfig
 
 
@@ -119,3 +121,26 @@ def test_deepseek_release_config_is_understood():
     assert config.rope_parameters["rope_type"] == "yarn"
     assert config.rope_parameters["rope_theta"] == 10000
     assert config.head_dim == config.qk_rope_head_dim
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("indexer_fp8", "no"),
+        ("hidden_size", "7168"),
+        ("index_topk", 2048.5),
+        ("index_topk", True),
+        ("index_share_pattern", ["F", "S"]),
+        ("rope_interleave", 1),
+        ("mlp_layer_types", "dense"),
+        ("n_group", "8"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_refused_by_name(field, value):
+    with pytest.raises((StrictDataclassError, ValueError), match=field):
+        IndexCacheConfig(**{field: value})
+
+
+def test_saving_notes_the_release_that_wrote_it(tmp_path):
+    IndexCacheConfig(num_hidden_layers=4, indexcache_version="0.0.1").save_pretrained(tmp_path)
+    assert IndexCacheConfig.from_pretrained(tmp_path).indexcache_version == indexcache.__version__

@@ -1,7 +1,10 @@
 """generate() in all its ways gives what a plain forward gives."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from generation_ways import NEW, check_every_way, loop_without_cache
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
@@ -19,81 +22,46 @@ def ids():
     return torch.randint(2, 96, (2, 30))
 
 
-def greedy(model, ids, **kwargs):
-    return model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1, **kwargs)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_every_way_gives_what_a_loop_without_cache_gives(model, ids, backend):
+    model.set_attn_implementation(backend)
+    try:
+        check_every_way(model, ids)
+    finally:
+        model.set_attn_implementation("sdpa")
 
 
-@pytest.fixture(scope="module")
-def by_hand(model, ids):
-    """Greedy decoding without any cache."""
-    tokens = ids
-    with torch.no_grad():
-        for _ in range(12):
-            logits = model(tokens, use_cache=False).logits[:, -1]
-            tokens = torch.cat((tokens, logits.argmax(-1, keepdim=True)), dim=1)
-    return tokens
+REMOTE = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation="sdpa").eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+print(check_every_way(model, torch.load(sys.argv[2])).tolist())
+"""
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"cache_implementation": "static"},
-        {"prefill_chunk_size": 7},
-        {"prefill_chunk_size": 7, "cache_implementation": "static"},
-        {"use_cache": False},
-        {"num_beams": 1, "num_return_sequences": 1},
-    ],
-    ids=str,
-)
-def test_greedy_is_the_same_in_every_way(model, ids, by_hand, options):
-    assert torch.equal(greedy(model, ids, **options), by_hand)
+def test_remote_code_gives_the_same_in_every_way(model, ids, tmp_path, run_python):
+    model.save_pretrained(tmp_path / "model")
+    torch.save(ids, tmp_path / "ids.pt")
+    source = (Path(__file__).parent / "generation_ways.py").read_text()
+    process = run_python(source + REMOTE, tmp_path / "model", tmp_path / "ids.pt")
+    assert process.stdout.splitlines()[-1] == str(loop_without_cache(model, ids).tolist())
 
 
-def test_prompt_lookup_decoding_is_the_same(model, ids):
-    prompt = ids[:1, :10].repeat(1, 3)
-    assert torch.equal(greedy(model, prompt, prompt_lookup_num_tokens=3), greedy(model, prompt))
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_left_padding_changes_nothing(model, ids, cache):
-    alone = greedy(model, ids[:1, 8:], cache_implementation=cache)[:, 22:]
-    padded = torch.cat((ids[:1], torch.cat((torch.ones(1, 8, dtype=torch.long), ids[:1, 8:]), dim=1)))
-    mask = torch.ones_like(padded)
-    mask[1, :8] = 0
-    together = greedy(model, padded, attention_mask=mask, cache_implementation=cache)[1:, 30:]
-    assert torch.equal(together, alone)
-
-
-def test_beam_search_and_sampling_run_and_beams_beat_greedy(model, ids):
-    def log_likelihood(sequences):
-        logits = model(sequences).logits[:, 29:-1].log_softmax(-1)
-        return logits.gather(-1, sequences[:, 30:, None]).sum()
-
-    with torch.no_grad():
-        one = greedy(model, ids[:1])
-        beams = greedy(model, ids[:1], num_beams=4)
-        assert log_likelihood(beams) >= log_likelihood(one)
-    torch.manual_seed(0)
-    first = model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9, eos_token_id=None)
-    torch.manual_seed(0)
-    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=True, top_p=0.9, eos_token_id=None))
-
-
-def test_compiled_static_decoding_is_the_same_and_one_graph(model, ids, by_hand):
+def test_compiled_static_decoding_is_the_same_and_one_graph(model, ids):
     step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     from transformers import StaticCache
 
     with torch.no_grad():
-        cache = StaticCache(config=model.config, max_cache_len=42)
+        cache = StaticCache(config=model.config, max_cache_len=30 + NEW)
         logits = model(ids, past_key_values=cache).logits[:, -1]
         tokens = ids
-        for position in range(30, 42):
+        for position in range(30, 30 + NEW):
             token = logits.argmax(-1, keepdim=True)
             tokens = torch.cat((tokens, token), dim=1)
             positions = torch.full((2, 1), position)
             logits = step(token, past_key_values=cache, position_ids=positions, use_cache=True).logits[:, -1]
-    assert torch.equal(tokens, by_hand)
+    assert torch.equal(tokens, loop_without_cache(model, ids))
 
 
 def test_pipeline_generates(model, tmp_path):
@@ -116,10 +84,11 @@ def test_pipeline_generates(model, tmp_path):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_early_exit_drafts_with_the_first_layers_and_changes_nothing(model, ids, layers):
-    expected = greedy(model, ids[:1])
-    assert torch.equal(greedy(model, ids[:1], assistant_early_exit=layers), expected)
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    expected = model.generate(ids[:1], **options)
+    assert torch.equal(model.generate(ids[:1], **options, assistant_early_exit=layers), expected)
     assert model.config.num_hidden_layers == 4
-    assert torch.equal(greedy(model, ids[:1]), expected)
+    assert torch.equal(model.generate(ids[:1], **options), expected)
 
 
 def test_as_many_layers_run_as_the_config_says(model, ids, monkeypatch):

@@ -1,0 +1,52 @@
+"""What differs between the supported releases of transformers, 5.23 to the newest, and nowhere else in the package.
+
+5.24 renamed `past_key_values` to `cache` in every signature and output. Models here take both names, and their outputs
+answer to both, whichever release is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.generic import TransformersKwargs
+
+#: What this transformers calls the cache in outputs, and passes it as in `generate`.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
+
+#: Options of a forward that transformers itself may pass to any model.
+TRANSFORMERS_OPTIONS = frozenset(TransformersKwargs.__optional_keys__) | {
+    "debug_io",
+    "debug_io_dir",
+    "prune_layers",
+    "return_dict",
+}
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache that came under one of its two names, or None.
+
+    Raises:
+        ValueError: when two different ones were given.
+    """
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are two names of one argument, and were given different caches")
+    return past_key_values if cache is None else cache
+
+
+class CacheUnderBothNames:
+    """Mixin of outputs: `cache` beside `past_key_values`, attribute and item, where transformers has one only."""
+
+    if CACHE_NAME == "past_key_values":
+
+        @property
+        def cache(self) -> Cache | None:
+            """The cache, under its newer name."""
+            output: Any = self
+            return output.past_key_values
+
+        def __getitem__(self, key: Any) -> Any:
+            output: Any = super()
+            return output.__getitem__("past_key_values" if key == "cache" else key)
