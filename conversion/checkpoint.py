@@ -18,11 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from .hub_integrity import is_commit_id
 from .strict_json import parse_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# What peft calls the description of an adapter.
+ADAPTER_FILE = "adapter_config.json"
 
 # Bits an element, by the name that safetensors headers use.
 DTYPE_BITS = {
@@ -119,14 +122,16 @@ class FolderSource:
         self.location = str(folder)
         if not is_unicode(str(self.folder.resolve())):
             raise ConversionError(f"{str(folder)!r} is no name in UTF-8: rename the folder")
-        self.id, self.revision = self.folder.resolve().name, None
+        self.id = self.folder.resolve().name
+        self.revision: str | None = None
         self._roots = [self.folder.resolve()]
         # A snapshot in the Hub's cache is made of links into the blobs beside it.
         snapshots = self.folder.absolute().parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             self._roots.append((snapshots.parent / "blobs").resolve())
             self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
-            self.revision = self.folder.absolute().name
+            if is_commit_id(self.folder.absolute().name):
+                self.revision = self.folder.absolute().name
 
     def path(self, file: str) -> Path:
         """The real path of a file, checked to lie inside the checkpoint."""
@@ -348,6 +353,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         ConversionError: naming the file, the tensor, the value and the mend.
     """
     files = source.list_files()
+    _refuse_adapters(source, files)
     config = read_json(source, CONFIG_FILE)
     if INDEX_FILE in files and SINGLE_FILE in files:
         raise ConversionError(
@@ -376,6 +382,16 @@ def read_checkpoint(source: Source) -> Checkpoint:
     shards = {file: read_header(source, file) for file in sorted(set(weight_map.values()))}
     _check_index(where, weight_map, shards)
     return Checkpoint(source, config, shards, True, files)
+
+
+def _refuse_adapters(source: Source, files: list[str]) -> None:
+    """Transformers applies an adapter beside the weights where peft is installed, and only there."""
+    if ADAPTER_FILE in files:
+        raise ConversionError(
+            f"{source.location} holds an adapter ({ADAPTER_FILE}) beside its weights, and would be one model with "
+            "peft installed and another without: merge it into the weights (peft's merge_and_unload), or move "
+            f"{ADAPTER_FILE} away to leave it out"
+        )
 
 
 def _check_index(where: str, weight_map: dict[str, str], shards: dict[str, ShardHeader]) -> None:

@@ -9,8 +9,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..configuration.share_pattern import SharePattern
+from .checkpoint import CONFIG_FILE
 from .hub_contents import HubContents
 from .plan import Plan
+from .refresh import RefreshPlan
 from .terminal_text import printable
 from .verify import Verification
 
@@ -32,6 +34,20 @@ def contents_text(contents: HubContents) -> str:
     """What a push sends, and what stays with its reason."""
     lines = [f"{len(contents.files)} files, {human_bytes(contents.nbytes)}: {', '.join(contents.files)}"]
     lines += [f"stays here: {name} ({why})" for name, why in contents.left.items()]
+    return "\n".join(lines)
+
+
+def refresh_text(plan: RefreshPlan, dry_run: bool) -> str:
+    """What a refresh changed, or would change."""
+    if plan.is_current:
+        return f"{plan.location}: has the code of IndexCache {plan.new_version} already"
+    told = f"code of IndexCache {plan.old_version or '(unknown)'} -> {plan.new_version}"
+    lines = [f"{plan.location}: {told}{' (--dry-run: nothing written)' if dry_run else ''}"]
+    for what, names in (("changed", plan.changed), ("added", plan.added), ("removed", plan.removed)):
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    if CONFIG_FILE in plan.content:
+        lines.append(f"config.json: indexcache_version {plan.new_version}, nothing else")
     return "\n".join(lines)
 
 
