@@ -378,7 +378,8 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
         loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
-        if not new_indexers:
+        # Without a source all weights are new, or given.
+        if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
         return (model, info) if want_info else model
 
@@ -529,7 +530,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         in_place = hidden_states.shape[1] > 1 and prefills_in_place(self, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
-        for layer_idx, layer in enumerate(self.layers):
+        # Generation with an early exit sets how many layers run in the config.
+        for layer_idx, layer in enumerate(list(self.layers)[: self.config.num_hidden_layers]):
             if part is not None and not part.first <= layer_idx < part.last:
                 continue
             run_indexer = self._running_pattern.is_full(layer_idx)
