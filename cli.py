@@ -425,9 +425,7 @@ def export(
 
 @app.command(name="warm-up")
 def warm_up(
-    path: Annotated[
-        str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id; its config is read.")
-    ],
+    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: what the config says.")
     ] = "auto",
@@ -456,9 +454,8 @@ def warm_up(
             _print_json(found)
         else:
             kind = f"{done.target.backend} {done.target.arch}"
-            typer.echo(
-                f"{done.cache}: {done.variants} kernels for {kind}, {done.compiled} of them new, in {done.seconds:.1f} s"
-            )
+            new = f"{done.compiled} of them new, in {done.seconds:.1f} s"
+            typer.echo(f"{done.cache}: {done.variants} kernels for {kind}, {new}")
             for name, error in done.failed.items():
                 typer.echo(f"{name} does not compile: {error}", err=True)
         if done.failed:

@@ -27,7 +27,7 @@ from .bundle import AUTO_MAP
 from .checkpoint import ConversionError
 from .families import convert_config, load_config
 
-# Multiprocessors of the largest device of each architecture: they decide on grids, and between paths for short prompts.
+# Multiprocessors of each architecture's largest device: they decide on grids, and on paths for short prompts.
 TARGETS = {
     "sm_80": DeviceTarget("cuda", 80, 108),
     "sm_86": DeviceTarget("cuda", 86, 84),

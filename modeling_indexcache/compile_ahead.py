@@ -99,7 +99,7 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
         model = cls(config).eval()
     model.config._attn_implementation_internal = TRITON_ATTENTION
     wide = cls._keep_in_fp32_modules_strict or []
-    for module_name, module in model.named_modules():
+    for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
