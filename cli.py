@@ -508,6 +508,45 @@ def export(
         _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
 
 
+@app.command(name="warm-up")
+def warm_up(
+    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: what the config says.")
+    ] = "auto",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt to compile for.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; one a processor.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Architecture to compile for without a GPU, e.g. sm_90; the GPU here.")
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model's kernels into Triton's cache (TRITON_CACHE_DIR), so that no first token waits for them.
+
+    For images and clusters: a cache that was filled without a GPU serves one, with the same Triton and the same
+    release of indexcache.
+    """
+    with _errors_as_messages():
+        from .conversion.warm_up import warm_up as run_warm_up
+
+        done = run_warm_up(
+            path, dtype=dtype, max_length=max_length, jobs=jobs, target=target, revision=revision, token=token
+        )
+        found = {**done._asdict(), "target": done.target._asdict()}
+        if as_json:
+            _print_json(found)
+        else:
+            kind = f"{done.target.backend} {done.target.arch}"
+            new = f"{done.compiled} of them new, in {done.seconds:.1f} s"
+            typer.echo(f"{done.cache}: {done.variants} kernels for {kind}, {new}")
+            for name, error in done.failed.items():
+                typer.echo(f"{name} does not compile: {error}", err=True)
+        if done.failed:
+            raise typer.Exit(1)
+
+
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Show the versions and devices that matter for a bug report."""
