@@ -25,7 +25,12 @@ def run_on_two_processes(script, *arguments):
 
 
 @pytest.mark.parametrize("ep_size", [1, 2], ids=["tensor", "expert"])
-@pytest.mark.parametrize("script", ["parallel_generation.py", "parallel_gradients.py"])
-def test_two_processes_equal_one(tmp_path, script, ep_size):
+def test_two_processes_generate_as_one(tmp_path, ep_size):
     tiny_model(index_share_pattern="FSFS").save_pretrained(tmp_path)
-    run_on_two_processes(script, tmp_path, ep_size)
+    run_on_two_processes("parallel_generation.py", tmp_path, ep_size)
+
+
+@pytest.mark.parametrize("split", ["tensor", "expert", "data", "data, expert"])
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, split):
+    tiny_model(index_share_pattern="FSFS").save_pretrained(tmp_path)
+    run_on_two_processes("parallel_gradients.py", tmp_path, split)
