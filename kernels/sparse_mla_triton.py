@@ -9,12 +9,12 @@ Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value w
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .device_target import device_target
+from .dispatch import Backend, dispatch, takes_all
 from .early_launch import early_launch
 from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
@@ -33,8 +33,6 @@ QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64
 
-
-_hopper_failed = False
 # Compute capabilities whose shared memory holds 64 rows and whose matrix unit takes them from there or from registers.
 GROUPING_ARCHITECTURES = (80, 90)
 
@@ -134,26 +132,28 @@ def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
 
 
 def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
+    dispatch("sparse_mla's prefill", _PREFILL, q.device, q, kv, keys, counts, group, scale, out, lse)
+
+
+def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
+    if gpu_target(q.device) != ("cuda", 90):
+        return "it is for compute capability 9.0"
+    return None if hopper_supports(q, kv, out.shape[-1]) else "the shapes or strides are not what it takes"
+
+
+def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
+    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+
+
+def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
     H, D = q.shape[2:]
-    target = gpu_target(q.device)
-    on_hopper = target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1])
-    if not (on_hopper and _run_on_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))):
-        _launch(q, kv, keys, counts, scale, out, lse, _tile(target, group * H, D), group, splits=1)
+    _launch(q, kv, keys, counts, scale, out, lse, _tile(gpu_target(q.device), group * H, D), group, splits=1)
 
 
-def _run_on_hopper(*arguments) -> bool:
-    """Run the Gluon kernel; False, from the first failure on, if this Triton cannot compile it."""
-    global _hopper_failed
-    if _hopper_failed:
-        return False
-    try:
-        sparse_mla_hopper(*arguments)
-    except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-        # Gluon is an experimental interface of Triton and may change under us.
-        _hopper_failed = True
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"sparse_mla: Triton {triton.__version__} failed on the Hopper kernel ({reason})", stacklevel=2)
-    return not _hopper_failed
+_PREFILL = (
+    Backend("Gluon for Hopper", _why_not_hopper, _prefill_in_hopper, optional=True),
+    Backend("Triton", takes_all, _prefill_in_triton),
+)
 
 
 def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,20 +234,15 @@ def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     return sparse_mla_tile(*target, rows, width)
 
 
-@lru_cache
 def gpu_target(device: torch.device) -> tuple[str, int | str]:
     """Backend and compute capability (or GCN name) that tiles are chosen for."""
     if device.type != "cuda":  # Triton's interpreter
         return "cuda", 80
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "hip", properties.gcnArchName
-    return "cuda", 10 * properties.major + properties.minor
+    return device_target(device)[:2]
 
 
-@lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return device_target(device).processors if device.type == "cuda" else 4
 
 
 if triton is not None:

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticCache, St
 
 from ..kernels.cache_slot import CacheSlot
 from ..kernels.early_launch import early_launches
+from ..kernels.kernel_launch import are_recorded
 from .eligibility import say_slower, why_no_graphs, why_not_plain_step, why_not_recorded
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
@@ -302,6 +303,10 @@ def record(
     run: Callable[[], torch.Tensor], rewind: Callable[[], None], device: torch.device
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
+    if are_recorded():
+        # Their variants are wanted, and nothing runs.
+        with early_launches(device):
+            return run(), lambda: None
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with early_launches(device):

@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from ..kernels.absorbed_vector import takes_absorbed_vector
+from ..kernels.kernel_launch import is_capturing
+from ..kernels.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.routed_experts import unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
@@ -130,7 +132,7 @@ def why_not_expert_kernels(module: Any, tokens: torch.Tensor) -> str | None:
     if getattr(experts, "_is_expert_parallel", False):
         return "experts are spread over ranks"
     weights = experts.gate_up_proj, experts.down_proj
-    if not all(type(weight) is nn.Parameter for weight in weights):
+    if not all(type(weight) in PLAIN_WEIGHTS for weight in weights):
         return f"experts are kept as {type(weights[0]).__name__}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         if not is_plain_linear(getattr(shared, name)):
@@ -146,7 +148,7 @@ def why_not_plain_linear(module: nn.Module) -> str | None:
         return None
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} stands in its place"
-    if type(module.weight) is not nn.Parameter:
+    if type(module.weight) not in PLAIN_WEIGHTS:
         return f"its weight is kept as {type(module.weight).__name__}"
     return _why_not_as_written(module)
 
@@ -196,7 +198,7 @@ def why_not_plain_step(
 
 def device_takes_graphs(hidden_states: torch.Tensor) -> bool:
     """Whether what runs on this tensor's device can be recorded now."""
-    return hidden_states.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return hidden_states.is_cuda and not is_capturing(hidden_states)
 
 
 def why_not_recorded(model: Any, hidden_states: torch.Tensor) -> str | None:
