@@ -74,11 +74,10 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
     from rich.text import Text
 
+    from .conversion.terminal_text import printable
     from .evaluation.terminal import terminal
 
-    # Names on disk may be any bytes; what is no text is shown by its escape.
-    shown = message.encode("utf-8", "backslashreplace").decode()
-    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), printable(message)))
     raise typer.Exit(code)
 
 
@@ -174,6 +173,7 @@ def convert(
         from .conversion.hub import push_folder
         from .conversion.open_checkpoint import check_layer_count
         from .conversion.pattern_file import choose_pattern
+        from .conversion.terminal_text import printable
 
         opened = open_source(source, revision=revision, token=token)
         checkpoint = read_checkpoint(opened)
@@ -210,7 +210,7 @@ def convert(
         dropped = human_bytes(sum(info.nbytes for info in plan.dropped))
         typer.echo(f"{output}: pattern {plan.pattern}, shards: {ways}; {dropped} of indexer weights dropped")
         for note in done.warnings:
-            typer.echo(f"note: {note}")
+            typer.echo(printable(f"note: {note}"))
         if url:
             typer.echo(f"pushed: {url}")
 
