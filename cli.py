@@ -6,6 +6,7 @@ Only arguments, calls and printing live here; what takes long to import is impor
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,16 +38,45 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point of the `indexcache` command."""
-    app()
+    """The entry point of the `indexcache` command.
+
+    What nobody foresaw ends in one line as well, with exit code 1; its traceback goes to a file that the line names,
+    or to the terminal where INDEXCACHE_TRACEBACK is set.
+    """
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("INDEXCACHE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {_unforeseen(error)}\n")
+        raise SystemExit(1) from None
+
+
+def _unforeseen(error: Exception) -> str:
+    import tempfile
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    message = next(iter(str(error).splitlines()), "") or "without a message"
+    try:
+        handle, path = tempfile.mkstemp(prefix="indexcache_", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:
+        return f"unexpected {type(error).__name__}: {message}\n{trace}"
+    return (
+        f"unexpected {type(error).__name__}: {message} - where it arose is written in {path}; please report it with "
+        "that file and what `indexcache env` prints"
+    )
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    from .evaluation.terminal import terminal
+
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
     raise typer.Exit(code)
 
 
@@ -70,6 +100,11 @@ def _errors_as_messages() -> Iterator[None]:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; unfinished work goes on with --resume, where the verb has it", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        _fail(f"the device's memory is too small: {reason}; give shorter windows, smaller batches or more devices")
 
 
 def _print_json(value: Any) -> None:
@@ -77,9 +112,9 @@ def _print_json(value: Any) -> None:
 
 
 def _print(drawing: RenderableType) -> None:
-    from rich.console import Console
+    from .evaluation.terminal import terminal
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(drawing)
+    terminal().print(drawing)
 
 
 @app.callback(invoke_without_command=True)
@@ -201,11 +236,12 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
         with nullcontext():
             yield lambda file, nbytes: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    from .evaluation.terminal import terminal
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal(stderr=True)) as bar:
         task = bar.add_task("shards", total=total)
         yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)
 
@@ -338,18 +374,31 @@ def generate(
             wanted = None if pattern is None else SharePattern.parse(pattern)
         except ValueError as error:
             _fail(f"--pattern: {error}", 2)
+        text = _prompt(prompt)
         opened = open_model(path, Placement(device=device, revision=revision, token=token), wanted)
         tokenizer: Any = load_tokenizer(path, revision=revision, token=token)
         if tokenizer is None:
             _fail(f"{path} has no tokenizer that can be loaded: generate needs one")
         model: Any = load_source(opened, dtype="auto", token=token)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        text = sys.stdin.read() if prompt == "-" else prompt
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+
+
+def _prompt(prompt: str) -> str:
+    """The text to go on from; `-` reads stdin."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt
+        # Where an argument is no UTF-8, Python makes half surrogates of its bytes.
+        text.encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        _fail(f"the prompt is no UTF-8 text: {error}", 2)
+    if not text:
+        _fail("the prompt is empty: give some text", 2)
+    return text
 
 
 @app.command()

@@ -176,12 +176,12 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.terminal import terminal
     from .speed_report import tables
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = terminal()
     for title, columns, lines in tables(document):
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(columns):

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..evaluation.journal import Journal
 from ..evaluation.loading import check_device
+from ..evaluation.output import prepare_output
 from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from . import speed_models
@@ -138,6 +139,7 @@ def run_bench(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    prepare_output(output, output / JOURNAL_FILE, resume, overwrite, "benchmark")
     journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
     models = _Models(options, opened, device, dtype)
     wanted = list(options.patterns) + [row.pattern for row in options.rows]

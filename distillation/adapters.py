@@ -17,16 +17,23 @@ ADAPTERS_FILE = "adapters.safetensors"
 _INDEXER_MARK = ".indexer."
 
 
+def require_peft() -> None:
+    """DistillationError where peft cannot be imported."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise DistillationError(f"--lora-rank needs peft ({error}): pip install peft") from error
+
+
 def add_adapters(model: IndexCacheForCausalLM, rank: int) -> None:
     """Put an adapter on every linear layer outside the indexers and the head, in place; its product starts at zero.
 
     Raises:
         DistillationError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise DistillationError("--lora-rank needs peft: pip install peft") from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     targets = [
         name
         for name, module in model.named_modules()

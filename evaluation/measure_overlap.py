@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def measure_overlap(
     Raises:
         EvaluationError: data that cannot be used, or windows not longer than top-k.
     """
+    draw = None if picture is None else _picture_drawer()
     placement = Placement(revision=revision, token=token)
     opened = open_model(source, placement)
     config = opened.config
@@ -55,13 +57,18 @@ def measure_overlap(
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     matrix = found.matrix.tolist()
-    if picture is not None:
-        try:
-            from .figures import draw_overlap
-        except ImportError as error:
-            raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
-        draw_overlap(found.layers, matrix, picture)
+    if draw is not None:
+        draw(found.layers, matrix, picture)
     return {"layers": found.layers, "matrix": matrix, "adjacent": found.adjacent, "queries": found.queries}
+
+
+def _picture_drawer() -> Callable[..., None]:
+    """`figures.draw_overlap`; EvaluationError where it cannot be imported."""
+    try:
+        from .figures import draw_overlap
+    except ImportError as error:
+        raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
+    return draw_overlap
 
 
 def draw_heatmap(layers: list[int], matrix: list[list[float]]) -> Text:

@@ -27,6 +27,7 @@ from .fingerprint import model_sha256
 from .journal import Journal
 from .loading import Placement, load_model, open_model
 from .monitor import Monitor
+from .output import prepare_output
 from .overlap import selection_overlap
 from .perplexity import token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
@@ -138,6 +139,7 @@ def run_evaluation(
     inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
+    prepare_output(output, path, resume, overwrite, "evaluation")
     journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
     if journal.damage:
         monitor.warn(journal.damage)

@@ -13,6 +13,7 @@ import torch
 from ..evaluation.journal import Journal
 from ..evaluation.loading import Placement, load_model, open_model
 from ..evaluation.monitor import Monitor
+from ..evaluation.output import prepare_output
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..evaluation.tokenizer import load_tokenizer
 from ..evaluation.window_sources import Sampling
@@ -74,6 +75,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     if warning:
         quiet.warn(warning)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
+    if processes.is_first:
+        prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
     model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
