@@ -76,7 +76,9 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
     from .evaluation.terminal import terminal
 
-    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    # Names on disk may be any bytes; what is no text is shown by its escape.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
 
@@ -265,7 +267,8 @@ def verify(
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
         )
-        _print_json({"ok": result.ok, **dataclasses.asdict(result)}) if as_json else _print(draw_verification(result))
+        found = {"ok": result.ok, "verdict": result.verdict, **dataclasses.asdict(result)}
+        _print_json(found) if as_json else _print(draw_verification(result))
         if not result.ok:
             raise typer.Exit(1)
 

@@ -73,7 +73,7 @@ def draw_description(description: dict[str, Any]) -> RenderableType:
             f"({cache['index_keys_all_full']:,} with every layer full: {cache['saved_share']:.1%} of the cache saved)",
         ),
     ):
-        facts.add_row(Text(name, style="bold"), value)
+        facts.add_row(Text(name, style="bold"), Text(value))
     table = Table("layer", "indexer", "reads the selection of", "indexer weights", title="Indexers")
     for entry in description["indexers"]:
         own = entry["reads"] == entry["layer"]
@@ -97,7 +97,7 @@ def draw_plan(plan: Plan) -> RenderableType:
         notes = [f"{dropped[shard.file]} tensors dropped"] if shard.file in dropped else []
         notes += [f"{cast} tensors cast"] if cast else []
         what = "passed through whole" if shard.is_whole else f"rewritten{': ' if notes else ''}{', '.join(notes)}"
-        table.add_row(shard.file, what, f"{len(shard.tensors):,}", human_bytes(shard.nbytes))
+        table.add_row(Text(shard.file), what, f"{len(shard.tensors):,}", human_bytes(shard.nbytes))
     for file in plan.vanished_files:
         table.add_row(Text(file, style="dim"), Text("not kept under this name", style="dim"), "", "")
     summary = plan_summary(plan)
@@ -144,15 +144,15 @@ def draw_verification(result: Verification) -> RenderableType:
         lines.append(Text(f"indexers dropped in layers {', '.join(map(str, result.indexers_dropped))}, all shared"))
     logits = result.logits
     if logits.get("compared"):
-        weight = "" if logits["same_pattern"] else " (for information: the two run different patterns)"
         lines.append(
             Text(
-                f"logits of {logits['tokens']} tokens: max |difference| {logits['max_abs_difference']:.3g}, "
-                f"at the median token {logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}{weight}"
+                f"logits of {logits['tokens']} tokens against {logits['reference']} on the source's weights, both "
+                f"with this pattern: max |difference| {logits['max_abs_difference']:.3g}, at the median token "
+                f"{logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}"
             )
         )
-    elif logits:
-        lines.append(Text(f"logits not compared: {logits['reason']}", style="dim"))
+    lines += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
     lines += [Text(f"differs: {difference}", style="red") for difference in result.differences]
-    lines.append(Text("verified", style="bold green") if result.ok else Text("not verified", style="bold red"))
+    colour = {"verified": "green", "not verified": "red"}.get(result.verdict, "yellow")
+    lines.append(Text(result.verdict, style=f"bold {colour}"))
     return Group(*lines)

@@ -90,12 +90,17 @@ def merging_group(
         topk: K.
         slots: T.
     """
-    if not like.is_cuda:
-        return 1
-    q, kv = like.new_empty(1, 0, heads, width), like.new_empty(1, 0, width)
-    if _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is not None:
+    if not takes_sparse_mla(like.new_empty(1, 0, width), heads, value_dim, topk):
         return 1
     return merges_ahead(like.device, heads, queries, topk, slots)
+
+
+def takes_sparse_mla(kv: torch.Tensor, heads: int, value_dim: int, topk: int) -> bool:
+    """Whether the Triton kernels, not PyTorch, would attend to lists of `topk` of the latents `kv [B, T, D]`."""
+    if not kv.is_cuda:
+        return False
+    q = kv.new_empty(1, 0, heads, kv.shape[-1])
+    return _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is None
 
 
 def _attend_by_merged(

@@ -15,7 +15,6 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from ..kernels.absorbed_vector import takes_absorbed_vector
-from ..kernels.merged_selection import MergedSelection
 from ..kernels.routed_experts import unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
@@ -29,11 +28,8 @@ _REPLACED = ("grouped_mm", "batched_mm")
 _OUTPUTS = ("hidden_states", "attentions", "router_logits", "topk_indices")
 
 
-def why_not_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> str | None:
+def why_not_streamed(module: Any, hidden_states: torch.Tensor) -> str | None:
     """Why `attend_streamed` does not serve this forward of an `IndexCacheAttention`."""
-    selects = (module.indexer is not None and run_indexer) or isinstance(topk_indices, (torch.Tensor, MergedSelection))
-    if not selects:
-        return "no indexer selects keys"
     if torch.is_grad_enabled():
         return "gradients are wanted"
     if torch.compiler.is_compiling() and not _runs_vectors(module, hidden_states):
@@ -277,7 +273,6 @@ def explain_paths(model: Any) -> Paths:
     """
     first = _one_token(model)
     slow, inputs, parts, device = _Reasons(), _Reasons(), _Reasons(), first.device
-    selection = torch.empty(1, 1, 0, dtype=torch.int32, device="meta")
     for index, layer in enumerate(model.layers):
         device = device_of_layer(layer, device)
         keeps = why_layers_keep_inputs([layer], device)
@@ -285,11 +280,11 @@ def explain_paths(model: Any) -> Paths:
         if not is_own(layer):
             slow.add(index, f"{type(layer).__name__} stands in its place")
             continue
-        attention, runs_indexer = layer.self_attn, model._running_pattern.is_full(index)
+        attention = layer.self_attn
         reason = why_not_in_place(attention, device)
         if reason is None:
             like = first.new_empty(first.shape, device="meta")
-            reason = why_not_streamed(attention, like, None if runs_indexer else selection, runs_indexer)
+            reason = why_not_streamed(attention, like)
         slow.add(index, reason and f"self_attn: {reason}")
         for name, reason in _slower_parts(layer, device, model.config._attn_implementation == TRITON_ATTENTION):
             parts.add(index, f"{name}: {reason}")

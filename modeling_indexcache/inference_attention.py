@@ -19,12 +19,13 @@ from ..kernels.cache_slot import CacheSlot
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
-from ..kernels.sparse_mla import merging_group, sparse_mla
+from ..kernels.sparse_mla import merging_group, sparse_mla, takes_sparse_mla
 from ..kernels.sparse_mla_triton import queries_per_wave, selection_group
 from .attention_backends import TRITON_ATTENTION
+from .attention_form import absorbed_is_cheaper
 from .eligibility import why_not_streamed, works_in_place
 from .few_token_linears import is_plain_linear, is_plain_norm, linears
-from .key_visibility import KeyVisibility
+from .key_visibility import KeyVisibility, listed_width
 from .latent_cache import append_latents, latent_slot
 from .module_hooks import is_own, is_watched, is_wrapped
 
@@ -34,9 +35,9 @@ ATTENTION_BLOCK_BYTES = 128 * 2**20
 SPARSE_BLOCK_BYTES = 320 * 2**20
 
 
-def runs_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> bool:
+def runs_streamed(module: Any, hidden_states: torch.Tensor) -> bool:
     """Whether `attend_streamed` serves this forward: no gradient, no eager attention, few tokens when compiled."""
-    return why_not_streamed(module, hidden_states, topk_indices, run_indexer) is None
+    return why_not_streamed(module, hidden_states) is None
 
 
 def attend_streamed(
@@ -101,9 +102,7 @@ def attend_streamed(
         topk_indices = choose()
     queries = _Queries(queries_from, q_norm, q_proj, position_embeddings)
     if topk_indices is None:
-        out = _attend_to_all(module, queries, latents, visibility)
-        if residual is not None:
-            out = residual.add_(out) if overwrite_residual else residual + out
+        out = _attend_to_all(module, queries, latents, visibility, allow_triton, residual, overwrite_residual)
         return out, None
     out = _attend_to_selected(module, queries, latents, topk_indices, allow_triton, residual, overwrite_residual)
     return out, topk_indices
@@ -147,20 +146,43 @@ class _Queries(NamedTuple):
         return self.proj(part if self.norm is None else self.norm(part))
 
 
-def _attend_to_all(module: Any, queries: _Queries, latents: torch.Tensor, visibility: KeyVisibility) -> torch.Tensor:
-    """Dense attention, for sequences no longer than the selection."""
+def _attend_to_all(
+    module: Any,
+    queries: _Queries,
+    latents: torch.Tensor,
+    visibility: KeyVisibility,
+    allow_triton: bool,
+    residual: torch.Tensor | None,
+    overwrite_residual: bool,
+) -> torch.Tensor:
+    """Dense attention, for sequences no longer than the selection: of few queries as to a selection of all keys."""
     batch, num_queries = queries.x.shape[:2]
+    num_keys = latents.shape[1]
+    if allow_triton and _lists_every_key(module, latents, num_queries):
+        every_index = visibility.every_listed_index(num_queries, num_keys, batch)
+        return _attend_to_selected(module, queries, latents, every_index, True, residual, overwrite_residual)
     q = queries.projected(0, num_queries).view(batch, num_queries, -1, module.head_dim)
     rotate_into(
         q[..., module.nope_dim :],
         q[..., module.nope_dim :],
         *queries.angles,
         module.config.rope_interleave,
-        module.config._attn_implementation == TRITON_ATTENTION,
+        allow_triton,
     )
     q_nope, q_rope = q.split([module.nope_dim, module.rope_dim], dim=-1)
-    out, _ = module._attend_expanded(q_nope, q_rope, latents, visibility, None, 0.0, False)
-    return module.o_proj(out.flatten(2))
+    attended, _ = module._attend_densely(q_nope, q_rope, latents, visibility, None, 0.0, False)
+    out = module.o_proj(attended.flatten(2))
+    if residual is None:
+        return out
+    return residual.add_(out) if overwrite_residual else residual + out
+
+
+def _lists_every_key(module: Any, latents: torch.Tensor, num_queries: int) -> bool:
+    """Whether the sparse kernels attend to all of `latents [B, T, C + R]` for less than expanding them costs."""
+    heads, num_keys = module.config.num_attention_heads, latents.shape[1]
+    return absorbed_is_cheaper(module, num_queries, num_keys) and takes_sparse_mla(
+        latents, heads, module.kv_lora_rank, listed_width(num_keys)
+    )
 
 
 def _attend_to_selected(
@@ -268,3 +290,13 @@ def chunks(
     unit = multiple if step >= multiple else least
     step = max(least, step - step % unit)
     return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
+
+
+def weight_chunks(num_rows: int, row_bytes: int, want_weights: bool) -> list[tuple[int, int]]:
+    """As `chunks`; a single one where a gradient may be asked of the weights, which pieces put together are not."""
+    return chunks(num_rows, 0 if want_weights and torch.is_grad_enabled() else row_bytes)
+
+
+def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """The parts in a row; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

@@ -8,6 +8,7 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
-from .absorbed_attention import attend_absorbed
+from .absorbed_attention import attend_absorbed, attend_absorbed_masked
 from .absorbed_weights import multiplier
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
@@ -43,7 +45,7 @@ from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
-from .inference_attention import attend_streamed, chunks, runs_streamed
+from .inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
 from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
 from .layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
@@ -113,7 +115,7 @@ class IndexCacheAttention(nn.Module):
         """
         input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
         training: IndexerTraining | None = kwargs.get("indexer_training")
-        if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
+        if training is None and runs_streamed(self, hidden_states):
             out, topk_indices = attend_streamed(
                 self,
                 hidden_states,
@@ -166,7 +168,7 @@ class IndexCacheAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
             want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-            out, weights = self._attend_expanded(
+            out, weights = self._attend_densely(
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
@@ -177,6 +179,21 @@ class IndexCacheAttention(nn.Module):
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
         return out if residual is None else residual + out, weights, topk_indices
+
+    def _attend_densely(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latents: torch.Tensor,
+        visibility: KeyVisibility,
+        topk_indices: torch.Tensor | None,
+        dropout: float,
+        want_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked attention in the form that costs less: `[B, S, H, V]`, and the weights `[B, H, S, T]` or None."""
+        absorbed = absorbed_is_cheaper(self, q_nope.shape[1], latents.shape[1])
+        attend = partial(attend_absorbed_masked, self) if absorbed else self._attend_expanded
+        return attend(q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights)
 
     def _attend_expanded(
         self,
@@ -205,7 +222,7 @@ class IndexCacheAttention(nn.Module):
             # Without a mask the fastest kernel runs, and nothing of S x T is made.
             return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
-        for first, last in chunks(num_queries, batch * heads * num_keys * 4):
+        for first, last in weight_chunks(num_queries, batch * heads * num_keys * 4, want_weights):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
                 mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
@@ -216,7 +233,7 @@ class IndexCacheAttention(nn.Module):
             outs.append(out)
             if want_weights and weight is not None:
                 weights.append(weight)
-        return torch.cat(outs, dim=1), torch.cat(weights, dim=2) if weights else None
+        return joined(outs, 1), joined(weights, 2) if weights else None
 
     def _absorbed_weights(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`, to multiply what has `like`'s dtype by."""

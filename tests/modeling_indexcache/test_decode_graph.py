@@ -17,12 +17,16 @@ PATTERN = "FSFS"
 
 
 @pytest.fixture
-def model(monkeypatch):
-    model = tiny_model(index_share_pattern=PATTERN)
+def as_on_a_gpu(monkeypatch):
+    """The questions about device and kernels answered as a GPU would."""
     monkeypatch.setattr(eligibility, "device_takes_graphs", lambda hidden_states: True)
     monkeypatch.setattr(eligibility, "why_not_expert_kernels", lambda mlp, tokens: None)
     monkeypatch.setattr(eligibility, "TRITON_ATTENTION", "sdpa")
-    return model
+
+
+@pytest.fixture
+def model(as_on_a_gpu):
+    return tiny_model(index_share_pattern=PATTERN)
 
 
 @pytest.fixture
@@ -73,6 +77,25 @@ def test_generate_gives_the_same_tokens_and_replays(model, replays, ids, padded)
     assert torch.equal(greedy(model, ids, attention_mask=mask), expected)
     # 23 decoding steps: one makes the buffers, two watch that they stand still, the rest come from one recording.
     assert replays == [[20]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_steps_below_top_k_are_recorded_as_those_above(as_on_a_gpu, replays, ids, monkeypatch, options, padded):
+    model = tiny_model(index_share_pattern=PATTERN, index_topk=40)
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask, **options)
+    # New memory holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = greedy(model, ids, attention_mask=mask, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, expected)
+    assert sum(count[0] for count in replays) >= 14
 
 
 def test_a_full_buffer_is_replaced_and_recorded_again(model, replays, ids, monkeypatch):
