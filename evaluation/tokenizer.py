@@ -24,12 +24,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, token: str | Non
     """A checkpoint's tokenizer, or None when it has none; of one that cannot be loaded, a warning says why."""
     if Path(source).is_dir() and not any((Path(source) / name).exists() for name in _FILES):
         return None
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from ..configuration.configuration_indexcache import IndexCacheConfig
-
-    # Where the tokenizer's config names no class, the model's config does.
-    AutoConfig.register(IndexCacheConfig.model_type, IndexCacheConfig, exist_ok=True)
     try:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, token=token)
     except Exception as error:  # the tokenizers library raises bare Exceptions at damaged files
