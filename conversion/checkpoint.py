@@ -11,12 +11,14 @@ import math
 import operator
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from .hub_integrity import is_commit_id
 from .strict_json import parse_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -120,14 +122,16 @@ class FolderSource:
         self.location = str(folder)
         if not is_unicode(str(self.folder.resolve())):
             raise ConversionError(f"{str(folder)!r} is no name in UTF-8: rename the folder")
-        self.id, self.revision = self.folder.resolve().name, None
+        self.id = self.folder.resolve().name
+        self.revision: str | None = None
         self._roots = [self.folder.resolve()]
         # A snapshot in the Hub's cache is made of links into the blobs beside it.
         snapshots = self.folder.absolute().parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             self._roots.append((snapshots.parent / "blobs").resolve())
             self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
-            self.revision = self.folder.absolute().name
+            if is_commit_id(self.folder.absolute().name):
+                self.revision = self.folder.absolute().name
 
     def path(self, file: str) -> Path:
         """The real path of a file, checked to lie inside the checkpoint."""
@@ -211,6 +215,8 @@ def check_file_name(file: object, location: str) -> str:
     """`file` itself when it is a plain relative path that stays inside the checkpoint."""
     if not isinstance(file, str) or not file or "\\" in file or "\0" in file or not is_unicode(file):
         raise ConversionError(f"{location}: {file!r} is no file name")
+    if any(unicodedata.category(character) == "Cc" for character in file):
+        raise ConversionError(f"{location}: {file!r} holds control characters: rename the file")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
         raise ConversionError(f"{location}: {file!r} points outside the checkpoint: name a file inside it")

@@ -229,7 +229,9 @@ def _bring(shard: OutputShard, plan: Plan, output: Path, options: ConvertOptions
     source = plan.checkpoint.source
     held.hold([])
     with source.local(shard.file) as path:
-        return pass_whole(path, target, copy=options.copy, move=isinstance(source, HubSource))
+        if isinstance(source, HubSource):
+            return pass_whole(path, target, move=True, sha256=source.entry(shard.file).sha256)
+        return pass_whole(path, target, copy=options.copy)
 
 
 def _check_disk_space(plan: Plan, output: Path, options: ConvertOptions, finished: Iterable[str]) -> None:

@@ -9,8 +9,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..configuration.share_pattern import SharePattern
+from .checkpoint import CONFIG_FILE
 from .hub_contents import HubContents
 from .plan import Plan
+from .refresh import RefreshPlan
+from .terminal_text import printable
 from .verify import Verification
 
 # One colour a group, so that a shared layer shows whose selection it reads.
@@ -31,6 +34,20 @@ def contents_text(contents: HubContents) -> str:
     """What a push sends, and what stays with its reason."""
     lines = [f"{len(contents.files)} files, {human_bytes(contents.nbytes)}: {', '.join(contents.files)}"]
     lines += [f"stays here: {name} ({why})" for name, why in contents.left.items()]
+    return "\n".join(lines)
+
+
+def refresh_text(plan: RefreshPlan, dry_run: bool) -> str:
+    """What a refresh changed, or would change."""
+    if plan.is_current:
+        return f"{plan.location}: has the code of IndexCache {plan.new_version} already"
+    told = f"code of IndexCache {plan.old_version or '(unknown)'} -> {plan.new_version}"
+    lines = [f"{plan.location}: {told}{' (--dry-run: nothing written)' if dry_run else ''}"]
+    for what, names in (("changed", plan.changed), ("added", plan.added), ("removed", plan.removed)):
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    if CONFIG_FILE in plan.content:
+        lines.append(f"config.json: indexcache_version {plan.new_version}, nothing else")
     return "\n".join(lines)
 
 
@@ -107,7 +124,11 @@ def draw_plan(plan: Plan) -> RenderableType:
     )
     heading = Text(plan.checkpoint.source.location, style="bold")
     return Group(
-        heading, draw_cells(plan.pattern), table, Text(line), *(Text(f"note: {note}") for note in plan.warnings)
+        heading,
+        draw_cells(plan.pattern),
+        table,
+        Text(line),
+        *(Text(printable(f"note: {note}")) for note in plan.warnings),
     )
 
 
@@ -121,6 +142,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dropped_bytes": sum(info.nbytes for info in plan.dropped),
         "dropped_layers": plan.pattern.shared_layers if plan.dropped else [],
         "folded": len(plan.folded),
+        "rewritten_bytes": plan.rewritten_to_drop,
         "shards": [
             {
                 "file": shard.file,
@@ -151,8 +173,8 @@ def draw_verification(result: Verification) -> RenderableType:
                 f"{logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}"
             )
         )
-    lines += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
-    lines += [Text(f"differs: {difference}", style="red") for difference in result.differences]
+    lines += [Text(printable(f"warning: {warning}"), style="yellow") for warning in result.warnings]
+    lines += [Text(printable(f"differs: {difference}"), style="red") for difference in result.differences]
     colour = {"verified": "green", "not verified": "red"}.get(result.verdict, "yellow")
     lines.append(Text(result.verdict, style=f"bold {colour}"))
     return Group(*lines)

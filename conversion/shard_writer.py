@@ -39,6 +39,10 @@ _NO_LINK_POSSIBLE = (
 )
 
 
+class DiskFullError(ConversionError):
+    """There is no room for a file; what was written of it is gone."""
+
+
 @dataclass(frozen=True)
 class WrittenFile:
     """What was written, and how: `written`, `cloned`, `linked`, `copied` or `moved`."""
@@ -146,7 +150,9 @@ def write_json(target: Path, value: object, *, durable: bool = True, mode: int |
     write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable, mode=mode)
 
 
-def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = False) -> WrittenFile:
+def pass_whole(
+    source: Path, target: Path, *, copy: bool = False, move: bool = False, sha256: str | None = None
+) -> WrittenFile:
     """Bring a source file to the output byte for byte.
 
     Tries a reflink, then a hard link, then a copy: the first two cost neither time nor space. A hard link is the
@@ -157,6 +163,7 @@ def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = F
         target: its place in the output.
         copy: make an independent copy at once.
         move: the file is a download of ours: take it away.
+        sha256: of the file, where it has just been checked; saves reading it again.
     """
     if copy:
         return _copied(source, target)
@@ -167,7 +174,7 @@ def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = F
             if error.errno not in (*_NO_LINK_POSSIBLE, errno.EINVAL, errno.ENOTTY):
                 raise
         else:
-            return hash_file(target, how)
+            return hash_file(target, how) if sha256 is None else WrittenFile(target.stat().st_size, sha256, how)
     return _copied(source, target)
 
 
@@ -210,7 +217,7 @@ def _publish(target: Path, fill: Callable[[Path], None]) -> None:
         _remove(partial)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(target.parent).free
-            raise ConversionError(
+            raise DiskFullError(
                 f"the disk is full: {target} could not be written ({free:,} bytes are free): make room and run the "
                 "same command with --resume"
             ) from error

@@ -10,6 +10,8 @@ import torch
 
 from .absorbed_vector_triton import absorb_queries_triton, expand_values_triton, triton
 from .argument_checks import check_angles, check_floats, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import register_fake
 from .rotary import rotate
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -97,23 +99,37 @@ def absorb_queries_reference(
 def _absorb_queries(
     q: torch.Tensor, to_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    if q.is_cuda and triton is not None:
-        return absorb_queries_triton(q, to_latent, cos, sin, interleaved)
-    return absorb_queries_reference(q, to_latent, cos, sin, interleaved)
+    backends = _ABSORB if q.is_cuda and triton is not None else _ABSORB[-1:]
+    return dispatch("absorb_queries", backends, q.device, q, to_latent, cos, sin, interleaved)
 
 
-@_absorb_queries.register_fake
+_ABSORB = (
+    Backend("Triton", takes_all, absorb_queries_triton),
+    Backend("PyTorch", takes_all, absorb_queries_reference),
+)
+
+
+@register_fake(_absorb_queries)
 def _(q, to_latent, cos, sin, interleaved):
     return q.new_empty(*q.shape[:3], to_latent.shape[2] + q.shape[-1] - to_latent.shape[1])
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::expand_values", mutates_args=())
 def _expand_values(latent_out: torch.Tensor, to_value: torch.Tensor) -> torch.Tensor:
-    if latent_out.is_cuda and triton is not None:
-        return expand_values_triton(latent_out, to_value)
+    backends = _EXPAND if latent_out.is_cuda and triton is not None else _EXPAND[-1:]
+    return dispatch("expand_values", backends, latent_out.device, latent_out, to_value)
+
+
+def _expand_in_pytorch(latent_out: torch.Tensor, to_value: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bshc,hvc->bshv", latent_out, to_value).contiguous()
 
 
-@_expand_values.register_fake
+_EXPAND = (
+    Backend("Triton", takes_all, expand_values_triton),
+    Backend("PyTorch", takes_all, _expand_in_pytorch),
+)
+
+
+@register_fake(_expand_values)
 def _(latent_out, to_value):
     return latent_out.new_empty(*latent_out.shape[:3], to_value.shape[1])

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from .argument_checks import check_floats, check_integer, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
 from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton, triton
+from .kernel_launch import register_fake
 from .rms_norm import rms_norm
 from .triton_support import runs_kernels
 
@@ -104,10 +106,20 @@ def normed_expert_topk(
     check_tensors("normed_expert_topk", x=x, norm=norm)
     check_floats("normed_expert_topk", norm=norm)
     check_shape("normed_expert_topk", "norm", norm, "[D]", x.shape[1:])
-    if not runs_kernels(x):
-        normed = rms_norm(x, norm, eps, allow_triton=False)
-        return normed, *expert_topk_reference(normed, weight, bias, k, scaling, normalise)[1:]
-    return normed_expert_topk_triton(x, norm, eps, weight, bias, k, scaling, normalise)
+    backends = _NORMED if runs_kernels(x) else _NORMED[-1:]
+    arguments = (x, norm, eps, weight, bias, k, scaling, normalise)
+    return dispatch("normed_expert_topk", backends, x.device, *arguments)
+
+
+def _normed_in_pytorch(x, norm, eps, weight, bias, k, scaling, normalise):
+    normed = rms_norm(x, norm, eps, allow_triton=False)
+    return normed, *expert_topk_reference(normed, weight, bias, k, scaling, normalise)[1:]
+
+
+_NORMED = (
+    Backend("Triton", takes_all, normed_expert_topk_triton),
+    Backend("PyTorch", takes_all, _normed_in_pytorch),
+)
 
 
 def expert_topk_reference(
@@ -167,12 +179,17 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
 def _expert_topk(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x.is_cuda:
-        return expert_topk_triton(x, weight, bias, k, scaling, normalise)
-    return expert_topk_reference(x, weight, bias, k, scaling, normalise)
+    backends = _BACKENDS if x.is_cuda else _BACKENDS[-1:]
+    return dispatch("expert_topk", backends, x.device, x, weight, bias, k, scaling, normalise)
 
 
-@_expert_topk.register_fake
+_BACKENDS = (
+    Backend("Triton", takes_all, expert_topk_triton),
+    Backend("PyTorch", takes_all, expert_topk_reference),
+)
+
+
+@register_fake(_expert_topk)
 def _(x, weight, bias, k, scaling, normalise):
     tokens = x.shape[0]
     return (

@@ -5,11 +5,10 @@ Meaning: `lightning_indexer_reference.py`. Source: DeepSeek-V3.2 inference code 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
 from .argument_checks import (
+    FLOATS,
     check_floats,
     check_heads_and_keys,
     check_integer,
@@ -18,13 +17,14 @@ from .argument_checks import (
     check_shape,
     check_tensors,
 )
+from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization import quantize_for_scoring, quantized_rows
+from .kernel_launch import register_fake
 from .lightning_indexer_reference import lightning_indexer_reference
-from .lightning_indexer_triton import hopper_takes, lightning_indexer_triton, unsupported_reason
+from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
-_warned: set[str] = set()
 
 
 def lightning_indexer(
@@ -65,7 +65,8 @@ def lightning_indexer(
 
     Returns:
         int32 of shape `[B, S, min(topk, T)]`: key slots in ascending order, -1 at the end of rows that see fewer
-        keys. Ties go to the smaller slot. No gradient flows.
+        keys. Ties go to the smaller slot. A key whose score is NaN or minus infinity is never selected, as if it were
+        not visible; a NaN that no visible key of a query meets changes nothing for it. No gradient flows.
 
     Raises:
         TypeError: a tensor, number or integer that is none.
@@ -95,24 +96,29 @@ def _lightning_indexer(
     fp8: bool,
     allow_triton: bool,
 ) -> torch.Tensor:
-    reason = None
-    if q.is_cuda and allow_triton:
-        reason = unsupported_reason(q, k, topk, key_mask)
-        if reason and reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(f"lightning_indexer runs in PyTorch, not in Triton: {reason}", stacklevel=2)
-    in_triton = q.is_cuda and allow_triton and reason is None
+    backends = _BACKENDS if q.is_cuda and allow_triton else _BACKENDS[-1:]
     if fp8:
         q, q_scale = quantize_for_scoring(q, allow_triton)
         weights = weights.float() * q_scale
-        if not (in_triton and hopper_takes(q, k, topk)):
-            q = q.to(k.dtype)
-    if in_triton:
-        return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start)
-    return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask, key_start)
+    arguments = (q, k, weights, topk, scale, query_start, key_mask, key_start)
+    return dispatch("lightning_indexer", backends, q.device, *arguments)
 
 
-@_lightning_indexer.register_fake
+def _why_not_triton(q, k, weights, topk, scale, query_start, key_mask, key_start) -> str | None:
+    return unsupported_reason(q, k, topk, key_mask)
+
+
+def _in_pytorch(q, k, *rest) -> torch.Tensor:
+    return lightning_indexer_reference(q if q.dtype in FLOATS else q.to(k.dtype), k, *rest)
+
+
+_BACKENDS = (
+    Backend("Triton", _why_not_triton, lightning_indexer_triton),
+    Backend("PyTorch", takes_all, _in_pytorch),
+)
+
+
+@register_fake(_lightning_indexer)
 def _(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton):
     return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 

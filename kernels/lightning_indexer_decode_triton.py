@@ -2,7 +2,8 @@
 
 Three launches, each with lengths read on the device:
 
-1. scores of a slab of rows, minus infinity where a key is not visible; only the visible part is written;
+1. scores of a slab of rows, minus infinity where a key is not visible or its score NaN; only the visible part is
+   written;
 2. a guess of each row's k-th best score from a sample, and, by pieces of the row, the keys whose score is above it;
 3. if at least `topk` and at most CAP keys passed, the exact top-k of those; otherwise the row's scores are visited in
    order with a running bound, as the prefill kernel does. Either way the selection is exact.
@@ -26,6 +27,8 @@ SLAB_BYTES = 64 * 2**20
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048
+# Rows of fewer pieces share a variant of the kernel: up to 262,144 keys.
+LEAST_PIECES = 128
 
 
 def next_power_of_2(n: int) -> int:
@@ -147,7 +150,7 @@ def indexer_score_slab(
                 T,
                 pieces,
                 out.shape[2],
-                PIECES=next_power_of_2(pieces),
+                PIECES=max(LEAST_PIECES, next_power_of_2(pieces)),
                 PIECE=PIECE_KEYS,
                 EPOCH=EPOCH_KEYS,
                 CAP=cap,
@@ -233,7 +236,7 @@ if triton is not None:
                 else:
                     k_tile = tl.load(k_rows[:, None] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
                 dots = tl.dot(k_tile, q_tile)  # [BK, BQ * HP]
-                terms = tl.maximum(dots, 0.0) * w[None, :]
+                terms = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
                 score = tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)  # [BK, BQ]
                 seen = key[:, None] <= slot[None, :]
                 if HAS_FIRST:
@@ -241,7 +244,8 @@ if triton is not None:
                 if HAS_MASK:
                     allowed = tl.load(mask + b * T + key, mask=key < T, other=0)
                     seen &= (allowed != 0)[:, None]
-                score = tl.where(seen, score, float("-inf"))
+                # NaN would be sorted by its bits.
+                score = tl.where(seen & (score == score), score, float("-inf"))
                 inside = (key < T)[:, None] & (first_query + row < S)[None, :]
                 tl.store(scores + slab_row[None, :] * T + key[:, None], score, mask=inside)
 
@@ -350,6 +354,8 @@ if triton is not None:
                 valid = entry < total
                 home = tl.zeros([1024], tl.int32)
                 step = tl.full((), PIECES, tl.int32)
+                while step > used:
+                    step = step // 2
                 while step > 0:
                     probe = home + step
                     before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=2147483647)

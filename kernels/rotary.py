@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .argument_checks import check_angles, check_floats, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
 from .rotary_triton import rotate_into_triton
 from .triton_support import runs_triton
 
@@ -93,6 +94,13 @@ def rotate_into(
     check_floats("rotate_into", out=out)
     check_angles("rotate_into", x, cos, sin)
     if allow_triton and runs_triton(x, out, cos, sin) and x.shape[-1] & (x.shape[-1] - 1) == 0:
-        rotate_into_triton(out, x, cos, sin, interleaved)
+        dispatch("rotate_into", _BACKENDS, x.device, out, x, cos, sin, interleaved)
     else:
-        out.copy_(rotate(x, cos, sin, interleaved))
+        _in_pytorch(out, x, cos, sin, interleaved)
+
+
+def _in_pytorch(out, x, cos, sin, interleaved) -> None:
+    out.copy_(rotate(x, cos, sin, interleaved))
+
+
+_BACKENDS = (Backend("Triton", takes_all, rotate_into_triton), Backend("PyTorch", takes_all, _in_pytorch))

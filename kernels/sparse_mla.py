@@ -7,12 +7,12 @@ computes the probabilities again.
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-
 import torch
 
 from .argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
+from .device_target import has_capability
+from .dispatch import Backend, dispatch, say_fallback, takes_all
+from .kernel_launch import register_fake
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
@@ -72,7 +72,7 @@ def sparse_mla(
         if reason is None:
             return _sparse_mla(q, kv, indices, scale, value_dim)
         if not torch.compiler.is_compiling():
-            _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
+            say_fallback("sparse_mla", "Triton", reason, q.device)
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
 
 
@@ -126,12 +126,19 @@ def _attend_by_merged(
 def _sparse_mla(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.is_cuda:
-        return sparse_mla_triton(q, kv, indices, scale, value_dim)
-    return sparse_mla_reference(q, kv, indices, scale, value_dim)
+    backends = _FORWARD if q.is_cuda else _FORWARD[-1:]
+    return dispatch("sparse_mla", backends, q.device, q, kv, indices, scale, value_dim)
 
 
-@_sparse_mla.register_fake
+def _forward_in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
+    return out.contiguous(), lse.contiguous()
+
+
+_FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", takes_all, _forward_in_pytorch))
+
+
+@register_fake(_sparse_mla)
 def _(q, kv, indices, scale, value_dim):
     return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -148,10 +155,27 @@ def _sparse_mla_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    arguments = (grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    return dispatch("sparse_mla's gradient", _BACKWARD, q.device, *arguments)
 
 
-@_sparse_mla_backward.register_fake
+def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
+    with torch.enable_grad():
+        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
+        results = sparse_mla_reference(*inputs, indices, scale, grad_out.shape[-1])
+        # The lse of a query without keys is a constant.
+        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+        gradients = torch.autograd.grad(results, inputs, (grad_out, grad_lse.to(results[1].dtype)))
+    return tuple(x.contiguous() for x in gradients)
+
+
+_BACKWARD = (
+    Backend("Triton", takes_all, sparse_mla_backward_triton),
+    Backend("PyTorch", takes_all, _backward_in_pytorch),
+)
+
+
+@register_fake(_sparse_mla_backward)
 def _(grad_out, grad_lse, q, kv, indices, out, lse, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
         kv, memory_format=torch.contiguous_format
@@ -184,11 +208,6 @@ def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value
             f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
             f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, 512"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is None and not has_capability(q.device, 80):
         return "the kernels need compute capability 8.0 or newer"
     return None
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

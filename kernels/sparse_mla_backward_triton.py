@@ -13,10 +13,9 @@ Legend: as `sparse_mla_triton.py`.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from .dispatch import Backend, dispatch, takes_all
 from .kernel_launch import launcher
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
@@ -31,8 +30,6 @@ except ImportError:
 
 # fp32 contributions written out at a time in the deterministic mode.
 DETERMINISTIC_SCRATCH_BYTES = 2**30
-
-_hopper_failed = False
 
 
 def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
@@ -80,27 +77,36 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic, target) -> None:
     """One launch's worth of queries."""
-    global _hopper_failed
-    _, S, H, D = q.shape
+    _, S, H, _ = q.shape
     group, keys, counts = 1, indices, None
     if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
         group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
     launch = _launch_deterministic if deterministic else _launch
-    if target == ("cuda", 90) and hopper_backward_supports(q, kv, grad_out) and not _hopper_failed:
-        try:
-            return launch(*arguments, tile=None)
-        except torch.OutOfMemoryError:
-            raise
-        except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-            # Gluon is an experimental interface of Triton and may change under us.
-            _hopper_failed = True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"sparse_mla: Triton {triton.__version__} failed on the Hopper backward kernel ({reason})"
-            warnings.warn(message, stacklevel=2)
-    return launch(*arguments, tile=sparse_mla_backward_tile(target, group * H, D))
+    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
+    dispatch("sparse_mla's backward pass", _BACKENDS, q.device, launch, target, *arguments)
+
+
+def _why_not_hopper(launch, target, q, kv, keys, counts, grad_out, *_) -> str | None:
+    if target != ("cuda", 90):
+        return "it is for compute capability 9.0"
+    return None if hopper_backward_supports(q, kv, grad_out) else "the shapes or strides are not what it takes"
+
+
+def _in_hopper(launch, target, *arguments) -> None:
+    launch(*arguments, tile=None)
+
+
+def _in_triton(launch, target, q, *arguments) -> None:
+    group = arguments[-1]
+    launch(q, *arguments, tile=sparse_mla_backward_tile(target, group * q.shape[2], q.shape[3]))
+
+
+_BACKENDS = (
+    Backend("Gluon for Hopper", _why_not_hopper, _in_hopper, optional=True),
+    Backend("Triton", takes_all, _in_triton),
+)
 
 
 def _launch_deterministic(
@@ -272,7 +278,7 @@ if triton is not None:
                 acc += tl.load(rows + row * D + offs, mask=mask, other=0.0)
         tl.store(total + slot * D + offs, acc, mask=mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "lists", "T"])
     def _sparse_mla_bwd_kernel(
         q,
         kv,

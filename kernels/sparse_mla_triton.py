@@ -9,12 +9,12 @@ Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value w
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .device_target import device_target
+from .dispatch import Backend, dispatch, takes_all
 from .early_launch import early_launch
 from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
@@ -32,9 +32,9 @@ LOG2_E = 1.4426950408889634
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64
+# Lists of fewer keys are counted in blocks of as many: a variant for each length of a short context is not worth it.
+LEAST_BLOCK_K = 2048
 
-
-_hopper_failed = False
 # Compute capabilities whose shared memory holds 64 rows and whose matrix unit takes them from there or from registers.
 GROUPING_ARCHITECTURES = (80, 90)
 
@@ -134,26 +134,28 @@ def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
 
 
 def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
+    dispatch("sparse_mla's prefill", _PREFILL, q.device, q, kv, keys, counts, group, scale, out, lse)
+
+
+def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
+    if gpu_target(q.device) != ("cuda", 90):
+        return "it is for compute capability 9.0"
+    return None if hopper_supports(q, kv, out.shape[-1]) else "the shapes or strides are not what it takes"
+
+
+def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
+    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+
+
+def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
     H, D = q.shape[2:]
-    target = gpu_target(q.device)
-    on_hopper = target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1])
-    if not (on_hopper and _run_on_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))):
-        _launch(q, kv, keys, counts, scale, out, lse, _tile(target, group * H, D), group, splits=1)
+    _launch(q, kv, keys, counts, scale, out, lse, _tile(gpu_target(q.device), group * H, D), group, splits=1)
 
 
-def _run_on_hopper(*arguments) -> bool:
-    """Run the Gluon kernel; False, from the first failure on, if this Triton cannot compile it."""
-    global _hopper_failed
-    if _hopper_failed:
-        return False
-    try:
-        sparse_mla_hopper(*arguments)
-    except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-        # Gluon is an experimental interface of Triton and may change under us.
-        _hopper_failed = True
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"sparse_mla: Triton {triton.__version__} failed on the Hopper kernel ({reason})", stacklevel=2)
-    return not _hopper_failed
+_PREFILL = (
+    Backend("Gluon for Hopper", _why_not_hopper, _prefill_in_hopper, optional=True),
+    Backend("Triton", takes_all, _prefill_in_triton),
+)
 
 
 def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,10 +170,10 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
         out,
         lse,
         B * S * H,
+        splits,
         V=V,
         BLOCK_V=block_v,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=MOST_SPLITS,
         num_warps=4,
         **early_launch(),
     )
@@ -211,11 +213,11 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         BLOCK_N=tile.block_n,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
+        BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
         GROUP=group,
         OWNER_SHIFT=owner_shift(group),
         HEAD_BLOCKS=head_blocks,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **early_launch(),
@@ -234,25 +236,20 @@ def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     return sparse_mla_tile(*target, rows, width)
 
 
-@lru_cache
 def gpu_target(device: torch.device) -> tuple[str, int | str]:
     """Backend and compute capability (or GCN name) that tiles are chosen for."""
     if device.type != "cuda":  # Triton's interpreter
         return "cuda", 80
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "hip", properties.gcnArchName
-    return "cuda", 10 * properties.major + properties.minor
+    return device_target(device)[:2]
 
 
-@lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return device_target(device).processors if device.type == "cuda" else 4
 
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "lists", "T"])
     def _sparse_mla_fwd_kernel(
         q,
         kv,
@@ -290,7 +287,7 @@ if triton is not None:
         GROUP: tl.constexpr,
         OWNER_SHIFT: tl.constexpr,
         HEAD_BLOCKS: tl.constexpr,
-        SPLITS: tl.constexpr,
+        SPLIT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
         if EARLY:
@@ -321,8 +318,8 @@ if triton is not None:
             count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
         blocks = tl.cdiv(count, BLOCK_N)
         first = 0
-        if SPLITS > 1:
-            blocks_per_split = tl.cdiv(blocks, SPLITS)
+        if SPLIT:
+            blocks_per_split = tl.cdiv(blocks, tl.num_programs(1))
             first = tl.program_id(1) * blocks_per_split
             blocks = tl.minimum(first + blocks_per_split, blocks)
 
@@ -386,16 +383,16 @@ if triton is not None:
         lse_rows = lse + split * lse_stride_split + batch * lse_stride_b + query * lse_stride_s + head
         tl.store(lse_rows, row_lse, mask=row_mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "splits"])
     def _sparse_mla_combine_kernel(
         part_out,
         part_lse,
         out,
         lse,
         rows,
+        splits,
         V: tl.constexpr,
         BLOCK_V: tl.constexpr,
-        SPLITS: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
@@ -406,13 +403,13 @@ if triton is not None:
         offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)
         lse_ptr = part_lse + offs_s.to(tl.int64) * rows + row
-        lses = tl.load(lse_ptr, mask=offs_s < SPLITS, other=float("-inf"))  # [SPLITS]
+        lses = tl.load(lse_ptr, mask=offs_s < splits, other=float("-inf"))  # [SPLITS]
         top = tl.max(lses, 0)
         reference = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp(lses - reference)
         total = tl.sum(weight, 0)
         parts = part_out + (offs_s.to(tl.int64) * rows + row)[:, None] * V + offs_v[None, :]
-        part = tl.load(parts, mask=(offs_s < SPLITS)[:, None] & (offs_v < V)[None, :], other=0.0)
+        part = tl.load(parts, mask=(offs_s < splits)[:, None] & (offs_v < V)[None, :], other=0.0)
         acc = tl.sum(weight[:, None] * part, 0)
         acc = acc * tl.where(total > 0, 1.0 / total, 0.0)
         tl.store(out + row * V + offs_v, acc.to(out.dtype.element_ty), mask=offs_v < V)

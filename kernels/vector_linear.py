@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from .argument_checks import check_floats, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import register_fake
 from .rms_norm import rms_norm
 from .triton_support import runs_kernels
 from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, triton, vector_linear_triton
@@ -83,9 +85,8 @@ def wide_vector_linear(x: torch.Tensor, weight: torch.Tensor, scale: float) -> t
     _check_linears("wide_vector_linear", x, [weight])
     if weight.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"wide_vector_linear: weight must be fp32 or {x.dtype}, as x, got {weight.dtype}")
-    if not runs_kernels(x):
-        return F.linear(x.to(weight.dtype), weight).float() * scale
-    return vector_linear_triton(x, [weight], scale=scale)
+    backends = _WIDE if runs_kernels(x) else _WIDE[-1:]
+    return dispatch("wide_vector_linear", backends, x.device, x, weight, scale)
 
 
 def takes_wide_vector_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -133,13 +134,24 @@ def _vector_linear(
     eps: float,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    if x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS:
-        if norm is not None and x.shape[1] > MAX_NORMED:
-            x, norm = rms_norm(x, norm, eps), None
-        return vector_linear_triton(x, weights, norm, eps, base)
-    return vector_linear_reference(x, weights, norm, eps, base)
+    fits = x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS
+    backends = _BACKENDS if fits else _BACKENDS[-1:]
+    return dispatch("vector_linear", backends, x.device, x, weights, norm, eps, base)
 
 
-@_vector_linear.register_fake
+def _in_triton(x, weights, norm, eps, base) -> torch.Tensor:
+    if norm is not None and x.shape[1] > MAX_NORMED:
+        x, norm = rms_norm(x, norm, eps), None
+    return vector_linear_triton(x, weights, norm, eps, base)
+
+
+_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, vector_linear_reference))
+_WIDE = (
+    Backend("Triton", takes_all, lambda x, weight, scale: vector_linear_triton(x, [weight], scale=scale)),
+    Backend("PyTorch", takes_all, lambda x, weight, scale: F.linear(x.to(weight.dtype), weight).float() * scale),
+)
+
+
+@register_fake(_vector_linear)
 def _(x, weights, norm, eps, base):
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

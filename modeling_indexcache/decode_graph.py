@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticCache, St
 
 from ..kernels.cache_slot import CacheSlot
 from ..kernels.early_launch import early_launches
+from ..kernels.kernel_launch import are_recorded
 from .eligibility import say_slower, why_no_graphs, why_not_plain_step, why_not_recorded
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
@@ -183,7 +184,10 @@ class DecodeGraph:
         device = inputs.hidden_states.device
         ranges = device_ranges(model.layers, device)
         self.in_one = runs_on_one_device(model, device)
-        self.census = weakref.ref(_census_of(model, self.in_one))
+        census = _census_of(model, self.in_one)
+        census.users += 1
+        self.census = weakref.ref(census)
+        weakref.finalize(self, _leave_census, weakref.ref(model), self.census).atexit = False
         self.segments = [_Segment(where, inputs, self.capacity, self.in_one) for where in ranges]
         if self.is_static:
             for segment in self.segments:
@@ -299,6 +303,10 @@ def record(
     run: Callable[[], torch.Tensor], rewind: Callable[[], None], device: torch.device
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
+    if are_recorded():
+        # Their variants are wanted, and nothing runs.
+        with early_launches(device):
+            return run(), lambda: None
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with early_launches(device):
@@ -382,9 +390,19 @@ def _census_of(model: Any, in_one: bool) -> ModelCensus:
     """The model's census, made now unless one is there that still holds; it lives and dies with the model."""
     census = vars(model).get(_CENSUS)
     if census is None or not (census.memory_is_there() and census.unchanged()):
-        census = ModelCensus((model.layers, model.norm, model.rotary_emb) if in_one else (model.layers,))
+        census = ModelCensus(model, ("layers", "norm", "rotary_emb") if in_one else ("layers",))
         vars(model)[_CENSUS] = census
     return census
+
+
+def _leave_census(model: weakref.ref[Any], census: weakref.ref[ModelCensus]) -> None:
+    """A graph is gone: without graphs a census would only keep alive what is taken out of the model later."""
+    found, owner = census(), model()
+    if found is None:
+        return
+    found.users -= 1
+    if not found.users and owner is not None and vars(owner).get(_CENSUS) is found:
+        del vars(owner)[_CENSUS]
 
 
 def _memory(cache: Any) -> tuple[int, ...] | None:

@@ -15,6 +15,8 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from ..kernels.absorbed_vector import takes_absorbed_vector
+from ..kernels.kernel_launch import is_capturing
+from ..kernels.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.routed_experts import unsupported_experts_reason
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear
@@ -34,13 +36,17 @@ def why_not_streamed(module: Any, hidden_states: torch.Tensor) -> str | None:
         return "gradients are wanted"
     if torch.compiler.is_compiling() and not _runs_vectors(module, hidden_states):
         return "torch.compile traces more than one or two tokens"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if module.config._attn_implementation == "eager":
         return 'attn_implementation is "eager"'
     if module.training and module.config.attention_dropout:
         return "attention has dropout"
     return None
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
@@ -58,7 +64,7 @@ def why_not_in_place(module: nn.Module, device: torch.device) -> str | None:
         return "gradients are wanted"
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
-    if torch.is_autocast_enabled(device.type):
+    if _autocasts(device):
         return "autocast is on"
     if not is_own(module):
         return f"{type(module).__name__} stands in its place"
@@ -101,9 +107,11 @@ def prefills_in_place(model: Any, hidden_states: torch.Tensor) -> bool:
     return reason is None
 
 
-def say_slower(model: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
+def say_slower(module: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
     """Say once that a fast path is off, and why, where one expects it: on CUDA, without gradient, with kernels."""
-    if hidden_states.is_cuda and not torch.is_grad_enabled() and model.config._attn_implementation == TRITON_ATTENTION:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not hidden_states.is_cuda:
+        return
+    if module.config._attn_implementation == TRITON_ATTENTION:
         logger.warning_once(f"IndexCache: {what}: {reason}. model.explain_paths() tells what runs")
 
 
@@ -124,7 +132,7 @@ def why_not_expert_kernels(module: Any, tokens: torch.Tensor) -> str | None:
     if getattr(experts, "_is_expert_parallel", False):
         return "experts are spread over ranks"
     weights = experts.gate_up_proj, experts.down_proj
-    if not all(type(weight) is nn.Parameter for weight in weights):
+    if not all(type(weight) in PLAIN_WEIGHTS for weight in weights):
         return f"experts are kept as {type(weights[0]).__name__}"
     for name in ("gate_proj", "up_proj", "down_proj"):
         if not is_plain_linear(getattr(shared, name)):
@@ -140,7 +148,7 @@ def why_not_plain_linear(module: nn.Module) -> str | None:
         return None
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} stands in its place"
-    if type(module.weight) is not nn.Parameter:
+    if type(module.weight) not in PLAIN_WEIGHTS:
         return f"its weight is kept as {type(module.weight).__name__}"
     return _why_not_as_written(module)
 
@@ -177,7 +185,7 @@ def why_not_plain_step(
         return f"the cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}"
     if model.training or torch.is_grad_enabled():
         return "the model trains, or gradients are wanted"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if config.index_topk is None:
         return "no layer selects keys"
@@ -190,7 +198,7 @@ def why_not_plain_step(
 
 def device_takes_graphs(hidden_states: torch.Tensor) -> bool:
     """Whether what runs on this tensor's device can be recorded now."""
-    return hidden_states.is_cuda and not torch.cuda.is_current_stream_capturing()
+    return hidden_states.is_cuda and not is_capturing(hidden_states)
 
 
 def why_not_recorded(model: Any, hidden_states: torch.Tensor) -> str | None:
@@ -350,8 +358,11 @@ class _Reasons:
             self._layers.setdefault(reason, []).append(layer)
 
     def listed(self) -> tuple[str, ...]:
-        """`layers 0, 2-5: reason`, in the order in which reasons came."""
-        return tuple(f"layers {_spans(layers)}: {reason}" for reason, layers in self._layers.items())
+        """`layer 0: reason`, `layers 0, 2-5: reason`, in the order in which reasons came."""
+        return tuple(
+            f"{'layer' if len(layers) == 1 else 'layers'} {_spans(layers)}: {reason}"
+            for reason, layers in self._layers.items()
+        )
 
 
 def _spans(numbers: list[int]) -> str:

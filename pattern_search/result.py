@@ -6,16 +6,34 @@ import datetime
 from pathlib import Path
 from typing import Any
 
-from ..configuration.share_pattern import FULL, SHARED
+from ..configuration.share_pattern import FULL, SharePattern
 from ..conversion.shard_writer import write_json
 from ..conversion.strict_json import parse_json
 from ..evaluation.environment import environment
 from ..evaluation.windows import Windows
+from .document_shape import misfit
 from .errors import PatternSearchError
 from .evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
 
 FORMAT = "indexcache-patterns/1"
+# What readers of the document rely on: types, lists of one shape, dicts by key (`?`: may be missing) or of one shape.
+_SCORES = {"loss": float, "recall?": float}
+_WINDOWS = {"origin": str, "windows": int, "seqlen": int}
+_SHAPE = {
+    "num_layers": int,
+    "patterns": {str: str},
+    "index_share_pattern?": str,
+    "keep?": int,
+    "asked_for": [int],
+    "steps": [{"layer": int, "full_layers": int, "pattern": str}],
+    "curve": [{"method": str, "full_layers": int, "pattern": str, "held_out?": _SCORES, "calibration?": _SCORES}],
+    "recipe": {"algorithm": str, "objective": str},
+    "source": {"name": str, "pattern": str},
+    "data": {"calibration": _WINDOWS, "held_out": _WINDOWS},
+    "date": str,
+    "cost": {"search_layer_forwards": int, "held_out_layer_forwards": int},
+}
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
 
 
@@ -108,7 +126,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """The document that a search wrote.
 
     Raises:
-        PatternSearchError: unreadable, or of another format.
+        PatternSearchError: unreadable, of another format, or with a field that is missing or holds something else.
     """
     try:
         document: dict[str, Any] = parse_json(path.read_bytes(), allow_nan=True)
@@ -116,62 +134,18 @@ def read_result(path: Path) -> dict[str, Any]:
         raise PatternSearchError(f"{path} is no readable result of a search: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PatternSearchError(f"{path} is no result of a search: its format is not {FORMAT!r}")
-    fault = _fault(document, _DOCUMENT, "it")
-    if fault is not None:
-        raise PatternSearchError(f"{path} is a damaged result of a search: {fault}")
+    if problem := misfit(document, _SHAPE):
+        raise PatternSearchError(f"{path} is damaged: {problem}; take the file that the search wrote")
+    for count, pattern in document["patterns"].items():
+        try:
+            found = SharePattern.parse(pattern, document["num_layers"]).num_full
+        except ValueError as error:
+            raise PatternSearchError(f"{path} is damaged: {error}; take the file that the search wrote") from error
+        if str(found) != count:
+            raise PatternSearchError(
+                f"{path} is damaged: {pattern} does not have {count} full layers; take the file that the search wrote"
+            )
     return document
-
-
-def _fault(value: Any, shape: Any, where: str) -> str | None:
-    """The first place where a value is not as `shape` describes it; `None` where all is well."""
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return f"{where} is no object"
-        for name, part in shape.items():
-            is_optional, key = name.endswith("?"), name.removesuffix("?")
-            if key not in value:
-                if not is_optional:
-                    return f"{where} lacks {key!r}"
-            elif (fault := _fault(value[key], part, f"{where}[{key!r}]")) is not None:
-                return fault
-        return None
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return f"{where} is no list"
-        faults = (_fault(item, shape[0], f"{where}[{i}]") for i, item in enumerate(value))
-        return next((fault for fault in faults if fault is not None), None)
-    if callable(shape) and not isinstance(shape, type):
-        return None if shape(value) else f"{where} is {value!r}"
-    if not isinstance(value, shape) or isinstance(value, bool):
-        return f"{where} is {value!r}"
-    return None
-
-
-def _is_by_count(value: Any) -> bool:
-    """Patterns keyed by their number of full layers."""
-    return isinstance(value, dict) and all(
-        key.isdecimal() and isinstance(pattern, str) and set(pattern) <= {FULL, SHARED}
-        for key, pattern in value.items()
-    )
-
-
-_NUMBER = (int, float)
-_SCORES = {"loss": _NUMBER, "recall?": _NUMBER}
-_DATA = {"windows": int, "seqlen": int, "origin": str}
-# What is read of a result; more may be in it.
-_DOCUMENT = {
-    "num_layers": int,
-    "patterns": _is_by_count,
-    "keep?": int,
-    "asked_for": [int],
-    "steps": [{"full_layers": int, "layer": int, "pattern": str}],
-    "curve": [{"method": str, "full_layers": int, "pattern": str, "held_out?": _SCORES}],
-    "recipe": {"algorithm": str, "objective": str},
-    "source": {"name": str, "pattern": str},
-    "data": {"calibration": _DATA, "held_out": _DATA},
-    "cost": {"search_layer_forwards": int},
-    "date": str,
-}
 
 
 def _curve(outcome: SearchOutcome) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ def hub():
 def hub_here(hub, monkeypatch):
     """The double, with this process turned to it; what the environment sets before import is set here."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "any")
     return hub

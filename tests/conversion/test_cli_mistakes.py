@@ -116,7 +116,7 @@ def search_result(**changes):
         "recipe": {"algorithm": "greedy", "objective": "loss"},
         "source": {"name": "s", "pattern": "FFFF"},
         "data": {"calibration": data, "held_out": data},
-        "cost": {"search_layer_forwards": 3},
+        "cost": {"search_layer_forwards": 3, "held_out_layer_forwards": 2},
         "date": "2026-11-30",
     }
     return {**document, **changes}
@@ -131,22 +131,22 @@ def test_a_result_is_shown(tmp_path):
 
 
 @pytest.mark.parametrize("changes, fault", [
-    ({"patterns": []}, "it['patterns'] is []"),
-    ({"patterns": {"four": "FFFF"}}, "it['patterns'] is"),
-    ({"patterns": {"4": ["F"]}}, "it['patterns'] is"),
-    ({"curve": [{"method": "search"}]}, "it['curve'][0] lacks 'full_layers'"),
-    ({"curve": [3]}, "it['curve'][0] is no object"),
-    ({"data": {"calibration": {}}}, "lacks 'windows'"),
-    ({"steps": {}}, "it['steps'] is no list"),
-    ({"source": None}, "it['source'] is no object"),
-    ({"num_layers": "4"}, "it['num_layers'] is '4'"),
-    ({"cost": {"search_layer_forwards": True}}, "is True"),
-    ({"keep": []}, "it['keep'] is []"),
+    ({"patterns": []}, "patterns must be a dict (got [])"),
+    ({"patterns": {"four": "FFFF"}}, "FFFF does not have four full layers"),
+    ({"patterns": {"4": ["F"]}}, "patterns.4 must be a str"),
+    ({"curve": [{"method": "search"}]}, "curve[0].full_layers is missing"),
+    ({"curve": [3]}, "curve[0] must be a dict (got 3)"),
+    ({"data": {"calibration": {}}}, "data.calibration.origin is missing"),
+    ({"steps": {}}, "steps must be a list"),
+    ({"source": None}, "source must be a dict"),
+    ({"num_layers": "4"}, 'num_layers must be a int (got "4")'),
+    ({"cost": {"search_layer_forwards": True}}, "must be a int (got true)"),
+    ({"keep": []}, "keep must be a int"),
 ])  # fmt: skip
 def test_a_damaged_result_is_a_message(tmp_path, changes, fault):
     (tmp_path / "patterns.json").write_text(json.dumps(search_result(**changes)))
     found = message("inspect", tmp_path / "patterns.json", code=2)
-    assert "is a damaged result of a search" in found and fault in found
+    assert "patterns.json is damaged" in found and fault in found
 
 
 @pytest.mark.parametrize("text", ["null", "3", '"FSFS"', "[]", '{"patterns": ["FSFS"]}', '{"patterns": {"2": 7}}',
@@ -184,3 +184,14 @@ def test_names_in_brackets_are_printed_as_they_are(tmp_path, source):
 def test_names_that_are_no_text_are_shown_by_their_escapes(tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/absent\xff")
     assert r"absent\udcff" in message("inspect", name)
+
+
+def test_control_characters_reach_no_terminal(tmp_path, source):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "\x1b[31mx"}))
+    planned = run("convert", source, tmp_path / "o", "--keep", "1/2", "--dry-run")
+    assert planned.exit_code == 0 and "\x1b[31mx" not in planned.output and r"\x1b[31mx" in planned.output
+    (source / "tokenizer\x1b[31m.json").write_text("{}")
+    found = message("convert", source, tmp_path / "o", "--keep", "1/2")
+    assert r"'tokenizer\x1b[31m.json' holds control characters" in found
+    assert r"\x1b[31m" in message("inspect", tmp_path / "\x1b[31m")

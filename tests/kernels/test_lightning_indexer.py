@@ -58,6 +58,41 @@ def test_selects_the_best_visible_keys(B, S, before, topk, masked, packed, seed)
     assert torch.equal(got, by_hand(q, k, weights, topk, starts, mask, first))
 
 
+SCORES = st.sampled_from([float("nan"), float("inf"), float("-inf"), 0.0, -0.0, 1.0, -1.0, 2.0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(SCORES, min_size=9, max_size=9), min_size=1, max_size=5), st.integers(1, 12))
+def test_nan_is_never_selected_and_ties_beside_it_go_to_the_smaller_index(rows, topk):
+    for scores in (torch.tensor(rows), torch.tensor(rows).double()):
+        got = reference.select_topk(scores, topk)
+        for row, selected in zip(rows, got.tolist()):
+            good = [i for i, score in enumerate(row) if score > float("-inf")]
+            best = sorted(sorted(good, key=lambda i: (-row[i], i))[:topk])
+            assert selected == best + [-1] * (min(topk, 9) - len(best))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 40), st.integers(1, 25), st.integers(0, 99))
+def test_a_nan_key_is_as_one_that_is_masked(B, poisoned, topk, seed):
+    q, k, weights = inputs(B, 6, 40, seed=seed)
+    # Small integers: many ties.
+    q, k, weights = q.round(), k.round(), weights.round()
+    rows = torch.rand(B, 40, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :poisoned]
+    mask = torch.ones(B, 40, dtype=torch.bool).scatter(1, rows, False)
+    want = lightning_indexer(q, k, weights, topk, key_mask=mask)
+    k[~mask] = float("nan")
+    assert torch.equal(lightning_indexer(q, k, weights, topk), want)
+
+
+def test_a_query_whose_scores_are_all_nan_selects_nothing_and_changes_no_other():
+    q, k, weights = inputs(2, 5, 30)
+    want = lightning_indexer(q, k, weights, 7)
+    weights[1, 2, 0] = float("nan")
+    want[1, 2] = -1
+    assert torch.equal(lightning_indexer(q, k, weights, 7), want)
+
+
 def test_ties_go_to_the_smaller_index():
     q, k, weights = inputs(1, 4, 12)
     got = lightning_indexer(q, k[:, :1].expand(1, 12, 16), weights, 5)
