@@ -20,12 +20,15 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from ..kernels.device_target import DeviceTarget, device_target
-from ..kernels.kernel_launch import are_recorded
+from ..kernels.kernel_launch import are_recorded, launcher
 from ..kernels.kernel_variants import Compilations, Variant, VariantList
 from ..kernels.pretended_tensors import pretended, pretended_launches
 from .attention_backends import TRITON_ATTENTION
+
+logger = logging.get_logger(__name__)
 
 COMPILE_AHEAD = "INDEXCACHE_COMPILE_AHEAD"
 # Prompts that between them ask for every variant, whatever the length: few tokens, more tokens than top-k and fewer,
@@ -56,25 +59,33 @@ def compile_ahead(model: Any, hidden_states: torch.Tensor) -> None:
     mark = _mark(model, hidden_states)
     if mark is not None and mark.exists():
         return
-    small = small_model(model)
+    # Not the model: its memory is its owner's to free.
+    dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
+    small = (type(model), model.config, str(model._running_pattern), dtypes)
     arguments = (small, hidden_states.device, hidden_states.shape[1], jobs, mark)
-    threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead", daemon=True).start()
+    threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead").start()
 
 
-def small_model(model: Any) -> Any:
-    """A decoder with one layer of each kind of `model`, whose tensors have its dtypes and no memory."""
-    kept = kinds_of_layers(model.config, str(model._running_pattern))
-    small = pretended_decoder(type(model), model.config, kept, str(model._running_pattern))
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
+def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dtype]) -> Any:
+    """A decoder with one layer of each kind of a model's, whose tensors have no memory.
+
+    Args:
+        cls: `IndexCacheModel`.
+        config: of the model.
+        pattern: the share pattern that it runs.
+        dtypes: of its parameters and buffers, by name.
+    """
+    kept = kinds_of_layers(config, pattern)
+    small = pretended_decoder(cls, config, kept, pattern)
     for module_name, module in small.named_modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 place = f"{module_name}.{name}".lstrip(".").split(".")
                 if place[0] == "layers":
                     place[1] = str(kept[int(place[1])])
-                real = known.get(".".join(place))
-                if tensor is not None and real is not None and real.dtype != tensor.dtype:
-                    held[name] = pretended(torch.empty(tensor.shape, dtype=real.dtype, device="meta"))
+                dtype = dtypes.get(".".join(place))
+                if tensor is not None and dtype is not None and dtype != tensor.dtype:
+                    held[name] = pretended(torch.empty(tensor.shape, dtype=dtype, device="meta"))
     return small
 
 
@@ -112,7 +123,7 @@ def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGT
     """New variants of a prefill, then of decoding steps, for each length in turn.
 
     Args:
-        model: of `small_model` or `pretended_decoder`.
+        model: what `small_model` or `pretended_decoder` gives.
         target: what to compile for.
         lengths: tokens of the prompts.
     """
@@ -129,22 +140,27 @@ def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGT
                     yield fresh
 
 
-def _work(small: Any, device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
+def _work(small: tuple[Any, ...], device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
     compilations = Compilations(device, jobs)
+    whole = False
     try:
         lengths = (tokens, *(length for length in LENGTHS if length != tokens))
-        for fresh in variants_of(small, device_target(device), lengths):
+        for fresh in variants_of(small_model(*small), device_target(device), lengths):
             compilations.add(fresh)
-    except Exception:
-        # What is not known ahead is compiled when it is needed; nothing else depends on this.
-        mark = None
-    compilations.finish()
-    if mark is not None:
+            if not threading.main_thread().is_alive():
+                return
+        whole = True
+    except Exception as error:
+        # What is not known ahead is compiled when it is needed: nothing else depends on this.
+        logger.debug("IndexCache: kernels are not compiled ahead: %s: %s", type(error).__name__, error)
+    finally:
+        done = compilations.finish()
+    if whole and mark is not None and not any(done.values()):
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        except OSError:
-            pass
+        except OSError as error:
+            logger.debug("IndexCache: %s: %s", mark, error)
 
 
 def _serves(model: Any, hidden_states: torch.Tensor) -> bool:
@@ -203,8 +219,6 @@ def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
 def _code() -> str:
     """A digest of the kernels' source as it is here."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*_triton.py")) or sorted(
-        (Path(__file__).parent.parent / "kernels").glob("*.py")
-    ):
+    for path in sorted(Path(launcher.__code__.co_filename).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
