@@ -33,7 +33,9 @@ logger = logging.get_logger(__name__)
 COMPILE_AHEAD = "INDEXCACHE_COMPILE_AHEAD"
 # Prompts that between them ask for every variant, whatever the length: few tokens, more tokens than top-k and fewer,
 # chunks of a long prompt. What a length changes beyond that is not compiled for.
-LENGTHS = (16, 1000, 8192, 100_000)
+LENGTHS = (16, 1000, 4096, 8192, 100_000)
+# Tokens that a conversation goes on with.
+TURN = 200
 # The last of these steps is recorded, and its kernels launch early.
 STEPS = 4
 
@@ -109,6 +111,8 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
     with torch.device("meta"):
         model = cls(config).eval()
     model.config._attn_implementation_internal = TRITON_ATTENTION
+    # Where this package's kernels do not serve, the one that asks nothing of a GPU.
+    model.config._experts_implementation_internal = "batched_mm"
     wide = cls._keep_in_fp32_modules_strict or []
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -120,7 +124,7 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
 
 
 def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGTHS) -> Iterator[list[Variant]]:
-    """New variants of a prefill, then of decoding steps, for each length in turn.
+    """New variants of a prefill, then of decoding steps, then of another turn's prefill, for each length.
 
     Args:
         model: what `small_model` or `pretended_decoder` gives.
@@ -131,9 +135,12 @@ def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGT
     for length in lengths:
         with pretended_launches(target, found.record):
             cache = DynamicCache(config=model.config)
-            for tokens in (length, *[1] * STEPS):
+            for tokens in (length, *[1] * STEPS, TURN):
                 ids = torch.empty(1, tokens, dtype=torch.int64, device="cuda")
-                model(ids, past_key_values=cache, use_cache=True)
+                # `generate` gives a mask, and a prefill whose mask masks nothing drops it.
+                seen = int(cache.get_seq_length()) + 1
+                mask = torch.empty(1, seen, dtype=torch.int64, device="cuda") if tokens == 1 else None
+                model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
                 fresh = found.variants[known:]
                 if fresh:
                     known += len(fresh)
