@@ -40,6 +40,7 @@ TURN = 200
 STEPS = 4
 
 _started: set[tuple[Any, ...]] = set()
+_running: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
@@ -65,7 +66,15 @@ def compile_ahead(model: Any, hidden_states: torch.Tensor) -> None:
     dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
     small = (type(model), model.config, str(model._running_pattern), dtypes)
     arguments = (small, hidden_states.device, hidden_states.shape[1], jobs, mark)
-    threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead").start()
+    thread = threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead")
+    thread.start()
+    _running.append(thread)
+
+
+def finish_compiling() -> None:
+    """Wait until all that was begun is compiled: before time is measured, say."""
+    while _running:
+        _running.pop().join()
 
 
 def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dtype]) -> Any:
