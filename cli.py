@@ -74,10 +74,11 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
     from rich.text import Text
 
+    from .conversion.hub_requests import redact
     from .evaluation.terminal import terminal
 
     # Names on disk may be any bytes; what is no text is shown by its escape.
-    shown = message.encode("utf-8", "backslashreplace").decode()
+    shown = redact(message).encode("utf-8", "backslashreplace").decode()
     terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
