@@ -131,8 +131,8 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     ]
     if unfinished:
         raise ConversionError.collect(
-            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or with `refresh` "
-            "again, or remove these files if they are strays",
+            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or with "
+            "`refresh` again, or remove these files if they are strays",
             unfinished,
         )
     checkpoint = read_checkpoint(source)
