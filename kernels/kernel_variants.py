@@ -6,10 +6,17 @@ unless told not to look. A variant is one such case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import Future
+from queue import Queue
+from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
+
+from .kernel_launch import WaitBeforeLaunches
+
+Key = tuple[Any, ...]
 
 
 class Variant(NamedTuple):
@@ -24,7 +31,7 @@ class Variant(NamedTuple):
     """
 
     kernel: Any
-    key: tuple[tuple[str, Any], ...]
+    key: Key
     grid: tuple[int, ...]
     arguments: tuple
     options: dict[str, Any]
@@ -34,23 +41,31 @@ class Variant(NamedTuple):
         """The kernel's name."""
         return self.kernel.fn.__name__
 
-    def compile(self) -> None:
-        """Compile for the current device and put the result in Triton's cache, on disk and in this process."""
-        self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+    def compile(self) -> Any:
+        """Compile for the current device and put the result in Triton's cache, on disk and in this process.
+
+        Returns:
+            Triton's compiled kernel.
+        """
+        return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+    def load(self) -> None:
+        """Compile, load the kernel onto the current device and make what launches it, as its first launch would."""
+        compiled = self.compile()
+        if compiled is not None:
+            compiled.run  # noqa: B018 - a property that does its work when it is first read
 
 
 class VariantList:
     """Collects the variants of launches: give `record` to `recorded_launches`."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Variant] = {}
+        self._found: dict[Key, Variant] = {}
 
     def record(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
         """Note a launch."""
         key = variant_key(kernel, arguments, options)
-        self._found.setdefault(
-            (kernel.fn.__qualname__, kernel.fn.__module__, key), Variant(kernel, key, grid, arguments, options)
-        )
+        self._found.setdefault(key, Variant(kernel, key, grid, arguments, options))
 
     @property
     def variants(self) -> list[Variant]:
@@ -58,11 +73,12 @@ class VariantList:
         return list(self._found.values())
 
 
-def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What Triton tells apart of a launch, by name of argument or option."""
-    given = dict(zip((parameter.name for parameter in kernel.params), arguments)) | options
+def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Key:
+    """What Triton tells apart of a launch: the kernel, and the case of each argument and option by name."""
     known = {parameter.name: parameter for parameter in kernel.params}
-    return tuple((name, _case_of(known.get(name), value)) for name, value in sorted(given.items()))
+    given = dict(zip(known, arguments)) | options
+    cases = (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}",)
+    return cases + tuple((name, _case_of(known.get(name), value)) for name, value in sorted(given.items()))
 
 
 def _case_of(parameter: Any, value: Any) -> Any:
@@ -73,20 +89,65 @@ def _case_of(parameter: Any, value: Any) -> Any:
     if hasattr(value, "base"):
         return str(value.base.dtype), tuple(value.block_shape), repr(getattr(value, "layout", None))
     if isinstance(value, int):
-        wide = "i64" if not -(2**31) <= value < 2**31 else "i32"
+        wide = "i32" if -(2**31) <= value < 2**31 else "i64"
         if parameter.do_not_specialize:
             return wide
-        if value == 1:
-            return "1"
-        return wide, not parameter.do_not_specialize_on_alignment and value % 16 == 0
+        return "1" if value == 1 else (wide, not parameter.do_not_specialize_on_alignment and value % 16 == 0)
     return type(value).__name__
 
 
-def compile_all(variants: list[Variant], run: Callable[[Callable[[], None]], Any]) -> list[Any]:
-    """`run(compile)` of every variant, the slow ones first; what `run` gave."""
-    return [run(variant.compile) for variant in sorted(variants, key=lambda variant: -_weight(variant))]
+class Compilations:
+    """Variants on their way, compiled in threads: Triton lowers without Python's lock. Launches wait for theirs.
 
+    A variant that does not compile is left to the launch that needs it, where its error is dealt with. When the
+    process ends, what is not begun is dropped.
+    """
 
-def _weight(variant: Variant) -> int:
-    """A longer kernel takes longer to compile; those in Gluon call many others."""
-    return len(variant.kernel.src) + (10**6 if type(variant.kernel).__name__ == "GluonJITFunction" else 0)
+    def __init__(self, device: torch.device, jobs: int) -> None:
+        self._device, self._queue = device, Queue[Variant | None]()
+        self._pending: dict[Key, Future[str | None]] = {}
+        self._waiting = WaitBeforeLaunches(self._wait)
+        self._threads = [Thread(target=self._work, name=f"indexcache-compile-{i}") for i in range(jobs)]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, variants: Iterable[Variant]) -> None:
+        """Begin to compile these, in this order, unless they are known."""
+        for variant in variants:
+            if variant.key not in self._pending:
+                self._pending[variant.key] = Future()
+                self._queue.put(variant)
+
+    def finish(self) -> dict[Key, str | None]:
+        """Wait for all: why each variant that was compiled here failed, or None if it did not."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._waiting.stop()
+        return {key: future.result() for key, future in self._pending.items() if not future.cancelled()}
+
+    def _work(self) -> None:
+        while (variant := self._queue.get()) is not None:
+            future = self._pending[variant.key]
+            if not main_thread().is_alive():
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                future.set_result(self._compile(variant))
+
+    def _compile(self, variant: Variant) -> str | None:
+        try:
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device):
+                    variant.load()
+            else:
+                variant.compile()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _wait(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
+        future = self._pending.get(variant_key(kernel, arguments, options))
+        # Not begun, it is the launch's own to compile.
+        if future is not None and not future.cancel():
+            future.result()

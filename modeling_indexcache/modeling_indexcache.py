@@ -35,6 +35,7 @@ from .absorbed_weights import multiplier
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
+from .compile_ahead import compile_ahead
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
@@ -502,6 +503,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         traces: list[Any] = []
         if hidden_out is None:
             device = hidden_states.device
+            compile_ahead(self, hidden_states)
             visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
