@@ -85,11 +85,12 @@ def bench(
     """
     import torch
 
+    from ..evaluation.loading import check_device
     from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
-    kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
         raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
@@ -175,12 +176,12 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.terminal import terminal
     from .speed_report import tables
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = terminal()
     for title, columns, lines in tables(document):
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(columns):

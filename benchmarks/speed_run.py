@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..evaluation.journal import Journal
+from ..evaluation.loading import check_device
+from ..evaluation.output import prepare_output
 from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from ..modeling_indexcache.compile_ahead import finish_compiling
@@ -123,9 +126,10 @@ def run_bench(
     Raises:
         BenchError: options that cannot be measured, or a journal of another run.
     """
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda: torch sees no CUDA device")
+    device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = None
+    if options.source is not None:
+        opened = open_checkpoint(options.source, revision=options.revision, token=options.token)
     dtype = _dtype(options.dtype, device)
     identity = {
         **{
@@ -136,8 +140,9 @@ def run_bench(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    prepare_output(output, output / JOURNAL_FILE, resume, overwrite, "benchmark")
     journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
-    models = _Models(options, device, dtype)
+    models = _Models(options, opened, device, dtype)
     wanted = list(options.patterns) + [row.pattern for row in options.rows]
     patterns = patterns_of(models.config, list(dict.fromkeys(wanted)))
     _check_lengths(options, models.config)
@@ -160,12 +165,14 @@ def run_bench(
 class _Models:
     """Our model and transformers' own, one at a time where their weights are random."""
 
-    def __init__(self, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, options: BenchOptions, opened: OpenedCheckpoint | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.options, self.device, self.dtype = options, device, dtype
         self._ours: Any = None
         self._peer: tuple[str, Any] | None = None
-        if options.source is not None:
-            self._ours = checkpoint_model(options.source, device, dtype, options.revision, options.token)
+        if opened is not None:
+            self._ours = checkpoint_model(opened, device, dtype, options.token)
         self.config = self._ours.config if self._ours is not None else random_config(*self._shape)
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
@@ -12,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 
 from .checkpoint import Checkpoint, ConversionError, FolderSource, read_checkpoint
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
-from .hub_source import GARBLED_ANSWERS, HUB_FAILURES
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
 from .shard_writer import PARTIAL_SUFFIX
 
@@ -52,12 +53,9 @@ def push_folder(
     contents = check_contents(folder, token)
     if announce is not None:
         announce(contents)
-    if (token or get_token()) is None:
-        raise ConversionError(
-            f"no Hub token to push to {repo_id} with: log in with `hf auth login`, set HF_TOKEN, or give --token"
-        )
+    require_token(repo_id, token)
     api = HfApi(token=token, library_name="indexcache")
-    try:
+    with hub_errors(repo_id, token, Path(folder) / "README.md"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ConversionError(
@@ -74,20 +72,35 @@ def push_folder(
             # Patterns, not names, are what it takes.
             allow_patterns=[glob.escape(name) for name in contents.files],
         )
+    return str(commit.commit_url)
+
+
+def require_token(repo_id: str, token: str | None) -> None:
+    """ConversionError when there is no token to write to `repo_id` with."""
+    if (token or get_token()) is None:
+        raise ConversionError(
+            f"no Hub token to push to {repo_id} with: log in with `hf auth login`, set HF_TOKEN, or give --token"
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str, token: str | None, card: Path | None = None) -> Iterator[None]:
+    """Turns what goes wrong in a write to `repo_id`, with `card` among its files, into ConversionErrors."""
+    try:
+        yield
     except ConversionError:
         raise
     except HFValidationError as error:
         raise ConversionError(f"{repo_id!r} is no Hub id (org/name): {error}") from error
     except HUB_FAILURES as error:
-        raise ConversionError(_explain(error, repo_id)) from error
+        raise ConversionError(redact(_explain(error, repo_id), token)) from error
     except RuntimeError as error:
         # huggingface_hub wraps what went wrong with one file of several.
         if not isinstance(error.__cause__, HUB_FAILURES):
             raise
-        raise ConversionError(_explain(error.__cause__, repo_id)) from error
+        raise ConversionError(redact(_explain(error.__cause__, repo_id), token)) from error
     except GARBLED_ANSWERS as error:
-        raise ConversionError(_explain_answer(error, repo_id, Path(folder) / "README.md")) from error
-    return str(commit.commit_url)
+        raise ConversionError(redact(_explain_answer(error, repo_id, card), token)) from error
 
 
 def check_contents(folder: str | os.PathLike[str], token: str | None = None) -> HubContents:
@@ -118,8 +131,8 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     ]
     if unfinished:
         raise ConversionError.collect(
-            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or remove these "
-            "files if they are strays",
+            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or with "
+            "`refresh` again, or remove these files if they are strays",
             unfinished,
         )
     checkpoint = read_checkpoint(source)
@@ -127,10 +140,11 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint
 
 
-def _explain_answer(error: Exception, repo_id: str, card: Path) -> str:
+def _explain_answer(error: Exception, repo_id: str, card: Path | None) -> str:
     """huggingface_hub passes on what the Hub says of the card as a ValueError; others come of foreign answers."""
     if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
-        return f"the Hub does not take {card}: mend the metadata between its `---` lines and push again ({error})"
+        what = card or "it"
+        return f"the Hub does not take {what}: mend the metadata between its `---` lines and push again ({error})"
     return (
         f"{constants.ENDPOINT} answers as no Hub does ({type(error).__name__}: {error}) when pushing to {repo_id}: is "
         "a proxy in between, or HF_ENDPOINT wrong? Push again once it is mended"
@@ -149,6 +163,8 @@ def _explain(error: Exception, repo_id: str) -> str:
             f"the token may not write to {repo_id}: use one with write access to that namespace, or push to another "
             f"id ({error})"
         )
+    if status == 412:
+        return f"somebody has committed to {repo_id} in the meantime: run it again on what is there now ({error})"
     if status is None:
         return (
             f"the Hub at {constants.ENDPOINT} cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE, "

@@ -10,7 +10,8 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.hub_code import AUTO_MAP
 from ..configuration.share_pattern import SharePattern
 from .checkpoint import DTYPE_BITS, FLOAT_DTYPES, SINGLE_FILE, Checkpoint, ConversionError, TensorInfo
-from .families import INDEXER, convert_config, indexer_layer, load_config, source_pattern
+from .companion_files import Companion, plan_companions
+from .families import INDEXER, LOCAL_FIELDS, convert_config, indexer_layer, load_config, source_pattern
 from .fp8 import FP8, SCALE_SUFFIX, fp8_block_size
 from .open_checkpoint import check_layer_count, check_weights
 
@@ -73,12 +74,25 @@ class Plan:
     dropped: tuple[TensorInfo, ...]
     folded: tuple[TensorInfo, ...]
     has_index: bool
+    companions: tuple[Companion, ...]
     warnings: tuple[str, ...] = field(default=())
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the output."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def rewritten_to_drop(self) -> int:
+        """Bytes of shards that are written anew for no other reason than the indexers dropped from them."""
+        dropped_from = {info.file for info in self.dropped}
+        return sum(
+            shard.nbytes
+            for shard in self.shards
+            if shard.file in dropped_from
+            and shard.source_files == [shard.file]
+            and all(tensor.is_copied for tensor in shard.tensors)
+        )
 
     @property
     def weight_map(self) -> dict[str, str]:
@@ -99,7 +113,7 @@ def build_plan(
     max_shard_size: int | None = None,
     keep_shared_indexers: bool = False,
 ) -> Plan:
-    """Check a source against its family and lay out the output.
+    """Check a source against its family, and the files that come along, and lay out the output.
 
     Args:
         checkpoint: the source's config and headers.
@@ -137,6 +151,7 @@ def build_plan(
         scale = tensors.get(name + SCALE_SUFFIX) if target != info.dtype and info.dtype == FP8 else None
         planned[name] = PlannedTensor(info, target, scale, block_size if scale else None)
 
+    companions, notes = plan_companions(checkpoint.source)
     if max_shard_size is None:
         shards, has_index = _shards_as_in_source(checkpoint, planned), checkpoint.is_sharded
     else:
@@ -150,7 +165,8 @@ def build_plan(
         dropped,
         tuple(folded),
         has_index,
-        tuple(_warnings(checkpoint, config)),
+        tuple(companions),
+        (*_warnings(checkpoint, config), *notes),
     )
 
 
@@ -163,6 +179,10 @@ def _warnings(checkpoint: Checkpoint, config: IndexCacheConfig) -> list[str]:
             f"layers {', '.join(map(str, revived))} are shared in the source and full in the output: "
             "their indexers may never have been trained to run"
         )
+    local = {name: checkpoint.config[name] for name in sorted(LOCAL_FIELDS & set(checkpoint.config))}
+    if local:
+        named = ", ".join(f"{name}={value!r}" for name, value in local.items())
+        warnings.append(f"config.json: what names code or places of the source's owner stays behind: {named}")
     if checkpoint.stray_weights:
         warnings.append(f"weight files that the checkpoint does not name stay behind: {checkpoint.stray_weights}")
     return warnings

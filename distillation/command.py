@@ -239,9 +239,9 @@ def distill(
     if as_json:
         sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
         return
-    from rich.console import Console
+    from ..evaluation.terminal import terminal
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(_summary(document, output, url))
+    terminal().print(_summary(document, output, url))
 
 
 def _summary(document: dict[str, Any], output: Path, url: str | None) -> RenderableType:

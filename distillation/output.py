@@ -16,6 +16,7 @@ from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
 from ..conversion.companion_files import copy_companions
 from ..conversion.installed_versions import installed_versions
 from ..conversion.journal import RECIPE_FILE
+from ..conversion.load_source import filled_weights, refuse_filled_weights
 from ..conversion.shard_writer import sync_folder, write_json
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
@@ -98,7 +99,10 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = IndexCacheForCausalLM.from_pretrained(trained, dtype=source.written_dtype(run.dtype))
+        model, info = IndexCacheForCausalLM.from_pretrained(
+            trained, dtype=source.written_dtype(run.dtype), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    refuse_filled_weights(model, filled_weights(info), str(trained))
     _refuse_not_finite(model, trained, run.output)
     model.save_pretrained(partial)
     score(model)

@@ -19,7 +19,9 @@ def finite(value: float | None) -> float | None:
 
 
 DATA_PANEL, RUN_PANEL = "Data", "Where it runs"
-DATA_HELP = "Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config)."
+DATA_HELP = (
+    "Text, .jsonl, Parquet, a folder, .safetensors with NAME_ids windows (FILE:NAME), dataset (org/name:config)."
+)
 
 Seqlen = Annotated[
     int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=DATA_PANEL)

@@ -42,8 +42,20 @@ def multiplier(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tenso
     known = _kept.get(module)
     if known is None or known[0] != state:
         known = state, _made(module, width, like)
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return known[1]  # Its numbers come with the replays.
         _kept[module] = known
     return known[1]
+
+
+def kept_of(module: nn.Module) -> Made | None:
+    """What is kept of a module: comparable by identity, and alive for as long as somebody holds it."""
+    return _kept.get(module)
+
+
+def still_holds(module: nn.Module, kept: Made) -> bool:
+    """Whether `kept`, of `kept_of`, is what a call of the module would give now."""
+    return _kept.get(module) is kept and kept[0][2:] == state_of(module)
 
 
 def _is_watched(module: nn.Module) -> bool:

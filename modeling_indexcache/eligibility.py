@@ -36,13 +36,17 @@ def why_not_streamed(module: Any, hidden_states: torch.Tensor) -> str | None:
         return "gradients are wanted"
     if torch.compiler.is_compiling() and not _runs_vectors(module, hidden_states):
         return "torch.compile traces more than one or two tokens"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if module.config._attn_implementation == "eager":
         return 'attn_implementation is "eager"'
     if module.training and module.config.attention_dropout:
         return "attention has dropout"
     return None
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
@@ -60,7 +64,7 @@ def why_not_in_place(module: nn.Module, device: torch.device) -> str | None:
         return "gradients are wanted"
     if torch.compiler.is_compiling():
         return "torch.compile traces it"
-    if torch.is_autocast_enabled(device.type):
+    if _autocasts(device):
         return "autocast is on"
     if not is_own(module):
         return f"{type(module).__name__} stands in its place"
@@ -103,9 +107,11 @@ def prefills_in_place(model: Any, hidden_states: torch.Tensor) -> bool:
     return reason is None
 
 
-def say_slower(model: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
+def say_slower(module: Any, hidden_states: torch.Tensor, what: str, reason: str) -> None:
     """Say once that a fast path is off, and why, where one expects it: on CUDA, without gradient, with kernels."""
-    if hidden_states.is_cuda and not torch.is_grad_enabled() and model.config._attn_implementation == TRITON_ATTENTION:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not hidden_states.is_cuda:
+        return
+    if module.config._attn_implementation == TRITON_ATTENTION:
         logger.warning_once(f"IndexCache: {what}: {reason}. model.explain_paths() tells what runs")
 
 
@@ -179,7 +185,7 @@ def why_not_plain_step(
         return f"the cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}"
     if model.training or torch.is_grad_enabled():
         return "the model trains, or gradients are wanted"
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if _autocasts(hidden_states.device):
         return "autocast is on"
     if config.index_topk is None:
         return "no layer selects keys"
@@ -352,8 +358,11 @@ class _Reasons:
             self._layers.setdefault(reason, []).append(layer)
 
     def listed(self) -> tuple[str, ...]:
-        """`layers 0, 2-5: reason`, in the order in which reasons came."""
-        return tuple(f"layers {_spans(layers)}: {reason}" for reason, layers in self._layers.items())
+        """`layer 0: reason`, `layers 0, 2-5: reason`, in the order in which reasons came."""
+        return tuple(
+            f"{'layer' if len(layers) == 1 else 'layers'} {_spans(layers)}: {reason}"
+            for reason, layers in self._layers.items()
+        )
 
 
 def _spans(numbers: list[int]) -> str:

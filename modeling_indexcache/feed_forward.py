@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.routed_experts import block_tokens, routed_experts
-from .eligibility import why_not_expert_kernels
+from .eligibility import say_slower, why_not_expert_kernels
 from .module_hooks import is_own, is_watched, is_wrapped
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
@@ -80,7 +80,10 @@ def _rows_at_once(x: torch.Tensor, wide: nn.Module) -> int:
 
 def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
     """Whether `kernels.routed_experts` serves this mixture of experts; see `why_not_expert_kernels`."""
-    return why_not_expert_kernels(module, tokens) is None
+    reason = why_not_expert_kernels(module, tokens)
+    if reason is not None:
+        say_slower(module, tokens, "experts run in PyTorch", reason)
+    return reason is None
 
 
 def shared_linears(module: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -23,7 +23,7 @@ from ..kernels.sparse_mla import merging_group, sparse_mla, takes_sparse_mla
 from ..kernels.sparse_mla_triton import queries_per_wave, selection_group
 from .attention_backends import TRITON_ATTENTION
 from .attention_form import absorbed_is_cheaper
-from .eligibility import why_not_streamed, works_in_place
+from .eligibility import say_slower, why_not_streamed, works_in_place
 from .few_token_linears import is_plain_linear, is_plain_norm, linears
 from .key_visibility import KeyVisibility, listed_width
 from .latent_cache import append_latents, latent_slot
@@ -37,7 +37,10 @@ SPARSE_BLOCK_BYTES = 320 * 2**20
 
 def runs_streamed(module: Any, hidden_states: torch.Tensor) -> bool:
     """Whether `attend_streamed` serves this forward: no gradient, no eager attention, few tokens when compiled."""
-    return why_not_streamed(module, hidden_states) is None
+    reason = why_not_streamed(module, hidden_states)
+    if reason is not None:
+        say_slower(module, hidden_states, "attention makes queries and outputs of all tokens at once", reason)
+    return reason is None
 
 
 def attend_streamed(

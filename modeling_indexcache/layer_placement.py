@@ -132,20 +132,18 @@ def offloaded_parts(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules among `modules` and their parts whose weights are elsewhere until they are called."""
     if torch.compiler.is_compiling() or "accelerate.hooks" not in sys.modules:
         return []
-    found: list[nn.Module] = []
-    _collect_offloaded(modules, found)
-    return found
-
-
-def _collect_offloaded(modules: Iterable[nn.Module | None], found: list[nn.Module]) -> None:
-    """As `modules()`, which would take a hundred times as long for a decoding step."""
-    for module in modules:
-        if module is None:
+    found, left = [], list(modules)
+    while left:
+        # As `modules()`, which would take many times as long for a decoding step.
+        module = left.pop()
+        own = module.__dict__ if module is not None else None
+        if own is None:
             continue
-        if "_hf_hook" in vars(module) and is_offloaded(module):
+        if "_hf_hook" in own and is_offloaded(module):
             found.append(module)
-        if module._modules:
-            _collect_offloaded(module._modules.values(), found)
+        if own["_modules"]:
+            left.extend(own["_modules"].values())
+    return found
 
 
 def is_visiting(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
-from .absorbed_weights import address_of, settings_of
+from .absorbed_weights import address_of, kept_of, settings_of, still_holds
 from .module_hooks import is_own
 
 # Classes whose settings do not change what a call without gradient computes, once they are made.
@@ -28,17 +28,23 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class ModelCensus:
-    """What `modules` and their parts were made of when this was made.
+    """What the children `names` of a model, and their parts, were made of when this was made.
 
-    Holds none of their tensors; belongs to the model, and copies or pickles of a model do without.
+    Holds none of their tensors, but the dicts that hold them. Belongs to the model for as long as recordings use it;
+    copies and pickles of a model do without.
+
+    Attributes:
+        users: recordings that ask it.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        found = list(dict.fromkeys(part for module in modules for part in module.modules()))
-        children = [(part._modules, name) for part in found for name in part._modules]
-        kept = [(held, name) for part in found for held in (part._parameters, part._buffers) for name in held]
-        tensors = [(held, name) for held, name in kept if held[name] is not None]
-        nothing = [(held, name) for held, name in kept if held[name] is None]
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.users = 0
+        own = [(model._modules, name) for name in names]
+        found = list(dict.fromkeys(part for held, name in own for part in held[name].modules()))  # type: ignore[union-attr]
+        children = own + [(part._modules, name) for part in found for name in part._modules]
+        entries = [(held, name) for part in found for held in (part._parameters, part._buffers) for name in held]
+        tensors = [(held, name) for held, name in entries if held[name] is not None]
+        nothing = [(held, name) for held, name in entries if held[name] is None]
         self._objects = _Lookups(children + nothing)
         self._tensors = _Lookups(tensors)
         self._places: list[Any] = [part._modules for part in found] + [part._parameters for part in found]
@@ -51,8 +57,12 @@ class ModelCensus:
         values = self._tensors.values()
         plain = all(type(tensor) in _PLAIN for tensor in values)
         self._address = torch.Tensor.data_ptr if plain else address_of
+        # Recordings read what is kept of such modules, not the modules: changes in place count here.
+        self._absorbed = [(part, kept) for part in found if (kept := kept_of(part)) is not None]
         self._freed: list[Any] = []
         self._alive = [weakref.ref(t.untyped_storage(), self._freed.append) for t in values if type(t) in _PLAIN]
+        # Where PyTorch's storages do not outlive their Python objects, nothing is told: then it is looked for.
+        self._is_told = not self._freed
         self._known = self._look()
         self._known_settings = copy.deepcopy(self._settings.values())
 
@@ -64,12 +74,16 @@ class ModelCensus:
 
     def memory_is_there(self) -> bool:
         """Whether no tensor's memory was given back since; costs nothing."""
-        return not self._freed
+        return not self._freed if self._is_told else self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether a replay still computes what a call of the modules would."""
         try:
-            return self._look() == self._known and self._settings.values() == self._known_settings
+            return (
+                self._look() == self._known
+                and self._settings.values() == self._known_settings
+                and all(still_holds(part, kept) for part, kept in self._absorbed)
+            )
         except (KeyError, RuntimeError):
             # An entry is gone, or a setting became a tensor.
             return False

@@ -1,10 +1,13 @@
 """What holds for the arguments of every verb of the command line."""
 
 import inspect
+import subprocess
+import sys
 import typing
 
 import pytest
 import typer
+from time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
 from indexcache.cli import app
@@ -68,3 +71,14 @@ def test_sizes_of_memory_that_are_none(size):
     with pytest.raises(EvaluationError, match="no size"):
         _bytes(size)
     assert _bytes("1.5 GB") == 1_500_000_000 and _bytes("0") == 0
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["search", "--help"], ["bench", "--length", "x"]])
+def test_answers_that_need_no_model_import_none(arguments):
+    """`python -m indexcache.cli` answers as fast as `indexcache` does: without torch, transformers and NumPy."""
+    command = [sys.executable, "-X", "importtime", "-m", "indexcache.cli", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
+    assert finished.returncode == (2 if arguments[0] == "bench" else 0), finished.stderr[-2000:]
+    imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
+    assert "indexcache.cli" in imported or "indexcache.evaluation.arguments" in imported
+    assert not imported & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "datasets"}

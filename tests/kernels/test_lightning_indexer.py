@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from time_limits import PROCESS_SECONDS
 
 from indexcache.kernels import lightning_indexer_reference as reference
 from indexcache.kernels.indexer_quantization import e4m3_of_rows, quantize_for_scoring, quantized_rows
@@ -218,5 +219,5 @@ def test_loads_and_runs_without_triton():
         "assert lightning_indexer(x, x[:, :, 0], x[..., 0], 1).tolist() == [[[0], [0]]]\n"
         "assert unsupported_reason(x, x[:, :, 0], 1, None) == 'triton is not installed'\n"
     )
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert child.returncode == 0, child.stderr[-2000:]
