@@ -40,6 +40,16 @@ def register_auto_classes() -> None:
     AutoModelForCausalLM.register(IndexCacheConfig, IndexCacheForCausalLM, exist_ok=True)
 
 
-# The command line answers `--help` without waiting for torch; its verbs register when they load a model.
-if Path(sys.argv[0] if sys.argv else "").name != "indexcache":
+def _is_the_command_line() -> bool:
+    """Whether this process is `indexcache` or `python -m indexcache.cli`, and the package is imported on the way."""
+    first = sys.argv[0] if sys.argv else ""
+    # What Python says as long as it looks for the module that it was told to run.
+    if first == "-m":
+        told = " ".join(sys.orig_argv)
+        return "-m indexcache.cli" in told or "-mindexcache.cli" in told
+    return Path(first).name == "indexcache"
+
+
+# The command line answers `--help` without waiting for torch; its verbs load models without the Auto classes.
+if not _is_the_command_line():
     register_auto_classes()

@@ -6,8 +6,9 @@ Only arguments, calls and printing live here; what takes long to import is impor
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
@@ -17,12 +18,14 @@ import typer
 
 from .benchmarks.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
-from .evaluation.arguments import AsJson, Revision, Token
+from .evaluation.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .conversion.hub_contents import HubContents
 
 app = typer.Typer(
     name="indexcache",
@@ -35,16 +38,47 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The entry point of the `indexcache` command."""
-    app()
+    """The entry point of the `indexcache` command.
+
+    What nobody foresaw ends in one line as well, with exit code 1; its traceback goes to a file that the line names,
+    or to the terminal where INDEXCACHE_TRACEBACK is set.
+    """
+    try:
+        app()
+    except Exception as error:
+        if os.environ.get("INDEXCACHE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"error: {_unforeseen(error)}\n")
+        raise SystemExit(1) from None
+
+
+def _unforeseen(error: Exception) -> str:
+    import tempfile
+    import traceback
+
+    trace = "".join(traceback.format_exception(error))
+    message = next(iter(str(error).splitlines()), "") or "without a message"
+    try:
+        handle, path = tempfile.mkstemp(prefix="indexcache_", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(trace)
+    except OSError:
+        return f"unexpected {type(error).__name__}: {message}\n{trace}"
+    return (
+        f"unexpected {type(error).__name__}: {message} - where it arose is written in {path}; please report it with "
+        "that file and what `indexcache env` prints"
+    )
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
-    from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    from .evaluation.terminal import terminal
+
+    # Names on disk may be any bytes; what is no text is shown by its escape.
+    shown = message.encode("utf-8", "backslashreplace").decode()
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
 
@@ -68,6 +102,11 @@ def _errors_as_messages() -> Iterator[None]:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted; unfinished work goes on with --resume, where the verb has it", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        _fail(f"the device's memory is too small: {reason}; give shorter windows, smaller batches or more devices")
 
 
 def _print_json(value: Any) -> None:
@@ -75,9 +114,9 @@ def _print_json(value: Any) -> None:
 
 
 def _print(drawing: RenderableType) -> None:
-    from rich.console import Console
+    from .evaluation.terminal import terminal
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(drawing)
+    terminal().print(drawing)
 
 
 @app.callback(invoke_without_command=True)
@@ -128,18 +167,20 @@ def convert(
     if dry_run and (resume or push_to_hub):
         _fail("--dry-run writes nothing: drop --resume and --push-to-hub", 2)
     with _errors_as_messages():
-        from .conversion.checkpoint import ConversionError, open_source, read_json
+        from .conversion.checkpoint import ConversionError, open_source, read_checkpoint
         from .conversion.convert import ConvertOptions, plan_conversion
         from .conversion.convert import convert as run_conversion
         from .conversion.drawing import draw_plan, human_bytes, plan_summary
         from .conversion.hub import push_folder
+        from .conversion.open_checkpoint import check_layer_count
         from .conversion.pattern_file import choose_pattern
 
         opened = open_source(source, revision=revision, token=token)
-        config = read_json(opened, "config.json")
+        checkpoint = read_checkpoint(opened)
+        check_layer_count(checkpoint)
         try:
             options = ConvertOptions(
-                choose_pattern(config, pattern, pattern_file, keep),
+                choose_pattern(checkpoint.config, pattern, pattern_file, keep),
                 dtype,
                 _file_size(max_shard_size),
                 keep_shared_indexers,
@@ -150,7 +191,7 @@ def convert(
             )
         except ConversionError as error:
             _fail(str(error), 2)
-        plan = plan_conversion(opened, options)
+        plan = plan_conversion(checkpoint, options)
         if dry_run:
             _print_json(plan_summary(plan)) if as_json else _print(draw_plan(plan))
             return
@@ -158,7 +199,9 @@ def convert(
             done = run_conversion(
                 opened, output, options, plan=plan, on_shard=lambda shard, how: advance(shard.file, shard.nbytes)
             )
-        url = push_folder(output, push_to_hub, private=private or None, token=token) if push_to_hub else None
+        url = None
+        if push_to_hub:
+            url = push_folder(output, push_to_hub, private=private or None, token=token, announce=_announcer(as_json))
         if as_json:
             summary = {**plan_summary(plan), "warnings": list(done.warnings), "how": done.how}
             _print_json({"output": str(output), **summary, "url": url})
@@ -195,11 +238,12 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
         with nullcontext():
             yield lambda file, nbytes: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    from .evaluation.terminal import terminal
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal(stderr=True)) as bar:
         task = bar.add_task("shards", total=total)
         yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)
 
@@ -223,7 +267,8 @@ def verify(
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
         )
-        _print_json({"ok": result.ok, **dataclasses.asdict(result)}) if as_json else _print(draw_verification(result))
+        found = {"ok": result.ok, "verdict": result.verdict, **dataclasses.asdict(result)}
+        _print_json(found) if as_json else _print(draw_verification(result))
         if not result.ok:
             raise typer.Exit(1)
 
@@ -308,11 +353,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads stdin.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     sample: Annotated[bool, typer.Option("--sample", help="Sample; by default the likeliest token is taken.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="With --sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="With --sample.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="With --sample.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="With --sample.")] = 0,
     pattern: Annotated[
-        str | None, typer.Option(help="Share pattern to run an IndexCache checkpoint with, in place of its own.")
+        str | None, typer.Option(help="Share pattern to run the checkpoint with, in place of its own.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")] = None,
     revision: Revision = None,
@@ -321,25 +366,42 @@ def generate(
     """Generate text, printed as it comes."""
     with _errors_as_messages():
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+        from transformers import TextStreamer, set_seed
 
-        from . import register_auto_classes
+        from .configuration.share_pattern import SharePattern
+        from .conversion.load_source import load_source
+        from .evaluation.loading import Placement, open_model
+        from .evaluation.tokenizer import load_tokenizer
 
-        register_auto_classes()
-        hub: dict[str, Any] = {"revision": revision, "token": token}
-        override = {} if pattern is None else {"index_share_pattern": pattern}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, **hub)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **hub, **override)
+            wanted = None if pattern is None else SharePattern.parse(pattern)
         except ValueError as error:
-            _fail(str(error))
+            _fail(f"--pattern: {error}", 2)
+        text = _prompt(prompt)
+        opened = open_model(path, Placement(device=device, revision=revision, token=token), wanted)
+        tokenizer: Any = load_tokenizer(path, revision=revision, token=token)
+        if tokenizer is None:
+            _fail(f"{path} has no tokenizer that can be loaded: generate needs one")
+        model: Any = load_source(opened, dtype="auto", token=token)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        text = sys.stdin.read() if prompt == "-" else prompt
         inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)
         model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+
+
+def _prompt(prompt: str) -> str:
+    """The text to go on from; `-` reads stdin."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8") if prompt == "-" else prompt
+        # Where an argument is no UTF-8, Python makes half surrogates of its bytes.
+        text.encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        _fail(f"the prompt is no UTF-8 text: {error}", 2)
+    if not text:
+        _fail("the prompt is empty: give some text", 2)
+    return text
 
 
 @app.command()
@@ -349,17 +411,77 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="For a new repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made when absent.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would be sent, send nothing.")] = False,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Push a finished checkpoint to the Hub. After an interrupted push, run it again."""
-    with _errors_as_messages():
-        from .conversion.hub import push_folder
+    """Push a finished checkpoint to the Hub: what belongs to it, and nothing else of its folder.
 
-        url = push_folder(
-            path, repo_id, private=private, revision=revision, token=token, commit_message=commit_message
-        )
-        _print_json({"url": url}) if as_json else typer.echo(f"pushed: {url}")
+    What is sent and what stays is shown first. After an interrupted push, run it again.
+    """
+    with _errors_as_messages():
+        from .conversion.hub import check_contents, push_folder
+
+        shown: list[HubContents] = []
+        announce, url = _announcer(as_json, shown), None
+        if dry_run:
+            announce(check_contents(path, token))
+        else:
+            url = push_folder(
+                path,
+                repo_id,
+                private=private,
+                revision=revision,
+                token=token,
+                commit_message=commit_message,
+                announce=announce,
+            )
+        if as_json:
+            _print_json({"url": url, "files": shown[0].files, "left": shown[0].left})
+        else:
+            typer.echo(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
+
+
+def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callable[[HubContents], None]:
+    """Shows what a push is about to send, unless --json does so at the end, and notes it in `shown`."""
+    from .conversion.drawing import contents_text
+
+    def announce(contents: HubContents) -> None:
+        if shown is not None:
+            shown.append(contents)
+        if not as_json:
+            typer.echo(contents_text(contents))
+
+    return announce
+
+
+@app.command()
+def refresh(
+    path: Annotated[str, typer.Argument(metavar="PATH|ID", help="An IndexCache checkpoint: a folder or a Hub id.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch of a Hub repository; main by default.")] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put this release's code into a checkpoint that an older one wrote.
+
+    The code files and the version in config.json change; weights, card and all settings stay byte for byte.
+    """
+    with _errors_as_messages():
+        from .conversion.checkpoint import open_source
+        from .conversion.drawing import refresh_text
+        from .conversion.refresh import plan_refresh
+        from .conversion.refresh import refresh as run_refresh
+
+        source = open_source(path, revision=revision, token=token)
+        plan = plan_refresh(source)
+        url = None if dry_run else run_refresh(source, plan, revision=revision, token=token)
+        if as_json:
+            _print_json({**plan.summary(), "dry_run": dry_run, "url": url})
+            return
+        typer.echo(refresh_text(plan, dry_run))
+        if url:
+            typer.echo(f"pushed: {url}")
 
 
 @app.command()

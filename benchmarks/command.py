@@ -31,7 +31,7 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape.")] = None,
     length: Annotated[
-        list[int] | None, typer.Option(help="Context length; repeat. Default: the paper's on CUDA.")
+        list[int] | None, typer.Option(min=1, help="Context length; repeat. Default: the paper's on CUDA.")
     ] = None,
     pattern: Annotated[
         list[str] | None,
@@ -58,7 +58,7 @@ def bench(
         bool, typer.Option("--peer", help="Run transformers' own glm_moe_dsa too.", rich_help_panel=_WHAT)
     ] = False,
     peer_length: Annotated[
-        list[int] | None, typer.Option(help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
+        list[int] | None, typer.Option(min=1, help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Calls; the best counts.", rich_help_panel=_WHAT)] = 2,
     plan: Annotated[
@@ -85,11 +85,12 @@ def bench(
     """
     import torch
 
+    from ..evaluation.loading import check_device
     from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
-    kind = torch.device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
         raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
@@ -123,6 +124,8 @@ def bench(
         rows=tuple(read_plan(plan)) if plan is not None else (),
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
+    for warning in document.get("warnings", []):
+        typer.echo(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
@@ -173,12 +176,12 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
 
 
 def _print_tables(document: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
+    from ..evaluation.terminal import terminal
     from .speed_report import tables
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = terminal()
     for title, columns, lines in tables(document):
         table = Table(title=title, title_justify="left")
         for i, name in enumerate(columns):

@@ -14,6 +14,9 @@ from matplotlib.figure import Figure
 
 from .speed_parts import PARTS
 
+# A "$" in a model's name is one.
+matplotlib.rcParams["text.parse_math"] = False
+
 # IndexCache, table 1: a 30B model in SGLang on 8 H100; seconds, tokens a second a request, tokens a second a GPU.
 PAPER: dict[str, dict[str, dict[int, float]]] = {
     "prefill": {

@@ -11,6 +11,7 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.open_checkpoint import OpenedCheckpoint
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import BenchError
 
@@ -105,12 +106,12 @@ def random_model(
 
 
 def checkpoint_model(
-    source: str, device: torch.device, dtype: torch.dtype, revision: str | None, token: str | None
+    opened: OpenedCheckpoint, device: torch.device, dtype: torch.dtype, token: str | None
 ) -> IndexCacheForCausalLM:
-    """A DSA or IndexCache checkpoint, folder or Hub id."""
+    """A DSA or IndexCache checkpoint."""
     from ..conversion.load_source import load_source
 
-    model = load_source(source, dtype=dtype, revision=revision, token=token)
+    model = load_source(opened, dtype=dtype, token=token)
     return model.to(device).eval()
 
 

@@ -52,14 +52,14 @@ def read_plan(path: Path) -> list[Row]:
         BenchError: a file that cannot be read or an entry that makes no sense, naming it.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchError(f'--plan {path} is not a JSON file of {{"rows": [...]}}: {error!r}') from error
     rows: list[Row] = []
     for number, entry in enumerate(entries):
         try:
             rows += _rows_of(entry)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise BenchError(f"--plan {path}, entry {number} ({json.dumps(entry)}): {error!r}") from error
     return list(dict.fromkeys(rows))
 

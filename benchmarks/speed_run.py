@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..evaluation.journal import Journal
+from ..evaluation.loading import check_device
+from ..evaluation.output import prepare_output
 from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
 from . import speed_models
@@ -87,18 +90,18 @@ class RowJournal(Journal):
 
     def __init__(self, path: Path, identity: dict[str, Any], resume: bool, overwrite: bool) -> None:
         self.rows: dict[Row, dict[str, Any]] = {}
-        if overwrite:
-            path.unlink(missing_ok=True)
-        super().__init__(path, identity, resume, "benchmark")
+        super().__init__(path, identity, resume, "benchmark", overwrite)
 
     def add_row(self, row: Row, found: dict[str, Any]) -> None:
         """Record a row's result."""
         self.rows[row] = found
         self._write({"row": vars(row), "found": found})
 
-    def adopt(self, records: list[dict[str, Any]]) -> None:
-        """Take over the rows of the file."""
-        self.rows = {Row(**record["row"]): record["found"] for record in records}
+    def _take(self, record: dict[str, Any]) -> None:
+        """See `Journal`."""
+        if not isinstance(record["found"], dict):
+            raise TypeError("what a row found is an object")
+        self.rows[Row(**record["row"])] = record["found"]
 
 
 Progress = Callable[[Row, dict[str, Any], bool], None]
@@ -122,9 +125,10 @@ def run_bench(
     Raises:
         BenchError: options that cannot be measured, or a journal of another run.
     """
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BenchError("--device cuda: torch sees no CUDA device")
+    device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    opened = None
+    if options.source is not None:
+        opened = open_checkpoint(options.source, revision=options.revision, token=options.token)
     dtype = _dtype(options.dtype, device)
     identity = {
         **{
@@ -135,8 +139,9 @@ def run_bench(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "dtype": str(dtype).removeprefix("torch."),
     }
+    prepare_output(output, output / JOURNAL_FILE, resume, overwrite, "benchmark")
     journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
-    models = _Models(options, device, dtype)
+    models = _Models(options, opened, device, dtype)
     wanted = list(options.patterns) + [row.pattern for row in options.rows]
     patterns = patterns_of(models.config, list(dict.fromkeys(wanted)))
     _check_lengths(options, models.config)
@@ -159,12 +164,14 @@ def run_bench(
 class _Models:
     """Our model and transformers' own, one at a time where their weights are random."""
 
-    def __init__(self, options: BenchOptions, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, options: BenchOptions, opened: OpenedCheckpoint | None, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.options, self.device, self.dtype = options, device, dtype
         self._ours: Any = None
         self._peer: tuple[str, Any] | None = None
-        if options.source is not None:
-            self._ours = checkpoint_model(options.source, device, dtype, options.revision, options.token)
+        if opened is not None:
+            self._ours = checkpoint_model(opened, device, dtype, options.token)
         self.config = self._ours.config if self._ours is not None else random_config(*self._shape)
 
     @property
@@ -351,4 +358,5 @@ def _document(
         "drift": {"step": speed_models.DRIFT_STEP, "spread": speed_models.DRIFT_SPREAD},
         "patterns": patterns,
         "rows": [{**vars(row), **found} for row, found in journal.rows.items()],
+        **({"warnings": [journal.damage]} if journal.damage else {}),
     }

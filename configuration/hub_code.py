@@ -22,7 +22,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
+
+from packaging.version import InvalidVersion, Version
+from transformers.utils import logging
 
 AUTO_MAP = {
     "AutoConfig": "configuration_indexcache.IndexCacheConfig",
@@ -35,7 +39,7 @@ SHIPPED_FOLDERS = ("configuration", "kernels", "modeling_indexcache")
 ENTRY_MODULES = ("modeling_indexcache", "configuration_indexcache")
 
 _LICENCE = "SPDX-License-Identifier: Apache-2.0"
-_HEADER = re.compile(r"# IndexCache for Transformers (\S+)\.\s")
+_HEADER = re.compile(rf"# IndexCache for Transformers (\S+)\. {re.escape(_LICENCE)}")
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from[ \t]+)(\.+)([\w.]*)([ \t]+import\b)", re.MULTILINE)
 
 
@@ -70,9 +74,9 @@ def write_hub_code(folder: str | os.PathLike[str]) -> list[Path]:
 def hub_code() -> dict[str, str]:
     """The model's source files as they are shipped: file name -> text, sorted by name."""
     here = Path(__file__).resolve().parent
-    in_package = _in_package(here)
+    in_package = _is_in_package()
     folders = [here.parent / folder for folder in SHIPPED_FOLDERS] if in_package else [here]
-    header = f"# IndexCache for Transformers {_package_version()}. {_LICENCE}\n" if in_package else ""
+    header = f"# IndexCache for Transformers {code_version()}. {_LICENCE}\n" if in_package else ""
 
     sources = _sources_by_module(folders)
     queue = [module for module in ENTRY_MODULES if module in sources]
@@ -89,21 +93,34 @@ def hub_code() -> dict[str, str]:
     return {f"{module}.py": shipped[module] for module in sorted(shipped)}
 
 
-def code_version() -> str:
-    """The release that this code belongs to: the package's, or of a copy beside a checkpoint the one in its header."""
-    source = Path(__file__)
-    if _in_package(source.resolve().parent):
-        return _package_version()
-    stamp = _HEADER.match(source.read_text(encoding="utf-8"))
-    return stamp.group(1) if stamp else "unknown"
+def code_version() -> str | None:
+    """The release that this code is of: the package's version, or what a copy beside a checkpoint has in its header."""
+    if _is_in_package():
+        return str(sys.modules[__name__.partition(".")[0]].__version__)
+    return version_in_header(Path(__file__).read_text(encoding="utf-8"))
 
 
-def _in_package(here: Path) -> bool:
-    return all((here.parent / folder).is_dir() for folder in SHIPPED_FOLDERS) and here.name in SHIPPED_FOLDERS
+def version_in_header(text: str) -> str | None:
+    """The release that shipped a code file, from the file's first line; `None` for a file of others."""
+    match = _HEADER.match(text)
+    return match[1] if match else None
 
 
-def _package_version() -> str:
-    return str(sys.modules[__name__.partition(".")[0]].__version__)
+def newer_release_installed() -> str | None:
+    """For a copy beside a checkpoint: the version of the installed package, where that is a later release."""
+    own = None if _is_in_package() else code_version()
+    if own is None:
+        return None
+    try:
+        installed = metadata.version("indexcache")
+        return installed if Version(installed) > Version(own) else None
+    except (metadata.PackageNotFoundError, InvalidVersion):
+        return None
+
+
+def _is_in_package() -> bool:
+    here = Path(__file__).resolve().parent
+    return here.name in SHIPPED_FOLDERS and all((here.parent / folder).is_dir() for folder in SHIPPED_FOLDERS)
 
 
 def _sources_by_module(folders: list[Path]) -> dict[str, Path]:
@@ -135,3 +152,12 @@ def _imported_module(source: Path, match: re.Match[str], folders: list[Path]) ->
 def _import_of_sibling(match: re.Match[str]) -> str:
     keyword, _, dotted, rest = match.groups()
     return f"{keyword}.{dotted.rpartition('.')[2]}{rest}"
+
+
+# transformers may import a local checkpoint's copies twice, for its config and its model: one logger says it once.
+if (_newer := newer_release_installed()) is not None:
+    logging.get_logger("indexcache").warning_once(
+        f"This checkpoint brings the code of IndexCache {code_version()}, and {_newer} is installed. `indexcache "
+        "refresh` on its folder or Hub repository puts the newer code in; `import indexcache` before loading uses "
+        "the installed one."
+    )

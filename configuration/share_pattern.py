@@ -184,6 +184,9 @@ def count_to_keep(num_layers: int, keep: int | float | str | Fraction) -> int:
     _positive("num_hidden_layers", num_layers)
     is_share = isinstance(keep, (float, Fraction)) or (isinstance(keep, str) and any(c in keep for c in "/."))
     try:
+        # An exponent may ask for a number that fills memory.
+        if isinstance(keep, str) and (len(keep) > 32 or not set(keep.strip()) <= set("0123456789+-./_")):
+            raise ValueError("no count and no share")
         value = Fraction(keep)
     except (ValueError, ZeroDivisionError, TypeError, OverflowError) as error:
         raise ValueError(f"keep must be a count such as 4 or a share such as 1/4 (got {keep!r})") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-from ..configuration.hub_code import AUTO_MAP, write_hub_code
+from ..configuration.hub_code import AUTO_MAP, hub_code, write_hub_code
 
 # What every transformers installation with torch has; anything else belongs inside `try:`.
 _ALWAYS_INSTALLED = frozenset({"huggingface_hub", "numpy", "packaging", "safetensors", "torch", "transformers"})
@@ -28,9 +28,15 @@ def write_bundle(folder: str | os.PathLike[str]) -> list[Path]:
     Raises:
         ValueError: a shipped file breaks a rule of transformers' loader; nothing has been written then.
     """
+    checked_hub_code()
+    return write_hub_code(folder)
+
+
+def checked_hub_code() -> dict[str, str]:
+    """The model's code as it ships, file name -> text; ValueError when transformers could not load it."""
     with tempfile.TemporaryDirectory() as trial:
         check_bundle(write_hub_code(trial))
-    return write_hub_code(folder)
+    return hub_code()
 
 
 def check_bundle(files: list[Path]) -> None:
@@ -70,4 +76,4 @@ def _faults(path: Path, shipped: set[str]) -> list[str]:
     return faults
 
 
-__all__ = ["AUTO_MAP", "check_bundle", "write_bundle"]
+__all__ = ["AUTO_MAP", "check_bundle", "checked_hub_code", "write_bundle"]

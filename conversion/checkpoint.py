@@ -6,8 +6,9 @@ spaces, the tensors' bytes without holes (https://github.com/huggingface/safeten
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from .hub_integrity import is_commit_id
+from .strict_json import parse_json
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# What peft calls the description of an adapter.
+ADAPTER_FILE = "adapter_config.json"
 
 # Bits an element, by the name that safetensors headers use.
 DTYPE_BITS = {
@@ -29,6 +35,7 @@ DTYPE_BITS = {
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
     "F4": 4,
 }
+FLOAT_DTYPES = ("BF16", "F16", "F32")
 # The same limit as the safetensors library's: a longer header is damage, not data.
 MAX_HEADER_BYTES = 100_000_000
 _MAX_PROBLEMS_SHOWN = 12
@@ -112,20 +119,29 @@ class FolderSource:
         if not self.folder.is_dir():
             raise ConversionError(f"{folder} is no folder: give a checkpoint's folder or a Hub id such as org/name")
         self.location = str(folder)
-        self.id, self.revision = self.folder.resolve().name, None
+        if not is_unicode(str(self.folder.resolve())):
+            raise ConversionError(f"{str(folder)!r} is no name in UTF-8: rename the folder")
+        self.id = self.folder.resolve().name
+        self.revision: str | None = None
         self._roots = [self.folder.resolve()]
         # A snapshot in the Hub's cache is made of links into the blobs beside it.
         snapshots = self.folder.absolute().parent
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             self._roots.append((snapshots.parent / "blobs").resolve())
             self.id = snapshots.parent.name.removeprefix("models--").replace("--", "/", 1)
-            self.revision = self.folder.absolute().name
+            if is_commit_id(self.folder.absolute().name):
+                self.revision = self.folder.absolute().name
 
     def path(self, file: str) -> Path:
         """The real path of a file, checked to lie inside the checkpoint."""
         check_file_name(file, self.location)
         path = self.folder / file
         if not path.is_file():
+            if os.path.lexists(path):
+                raise ConversionError(
+                    f"{self.location}: {file} is no regular file (a folder, a pipe, or a link to nothing): "
+                    "remove it, or fetch it again"
+                )
             raise ConversionError(f"{self.location}: {file} is missing: fetch it again, or mend what names it")
         real = path.resolve()
         if not any(real.is_relative_to(root) for root in self._roots):
@@ -135,9 +151,17 @@ class FolderSource:
         return real
 
     def list_files(self) -> list[str]:
-        """All files, as POSIX paths relative to the folder, sorted; hidden folders are left out."""
+        """All files, as POSIX paths relative to the folder, sorted; hidden folders are left out.
+
+        Raises:
+            OSError: a folder that cannot be read.
+        """
         found = []
-        for folder, folders, files in os.walk(self.folder):
+
+        def unreadable(error: OSError) -> None:
+            raise error
+
+        for folder, folders, files in os.walk(self.folder, onerror=unreadable):
             folders[:] = [name for name in folders if not name.startswith(".")]
             found += [(Path(folder) / name).relative_to(self.folder).as_posix() for name in files]
         return sorted(found)
@@ -188,7 +212,7 @@ def open_source(source: str | os.PathLike[str], *, revision: str | None = None, 
 
 def check_file_name(file: object, location: str) -> str:
     """`file` itself when it is a plain relative path that stays inside the checkpoint."""
-    if not isinstance(file, str) or not file or "\\" in file or "\0" in file:
+    if not isinstance(file, str) or not file or "\\" in file or "\0" in file or not is_unicode(file):
         raise ConversionError(f"{location}: {file!r} is no file name")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
@@ -196,25 +220,26 @@ def check_file_name(file: object, location: str) -> str:
     return file
 
 
+def is_unicode(name: str) -> bool:
+    """Whether a name can be written as UTF-8: on disk it may be any bytes, which Python shows as half surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_json(source: Source, file: str) -> dict[str, Any]:
     """A JSON object from a small file; ConversionError when it is absent, unreadable or names a key twice."""
     where = f"{source.location}: {file}"
     raw = source.read_range(file, 0, source.size(file))
     try:
-        value = json.loads(raw, object_pairs_hook=_refuse_repeated_keys)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise ConversionError(f"{where} is not valid JSON ({error}): fetch it again") from error
     if not isinstance(value, dict):
         raise ConversionError(f"{where} holds a {type(value).__name__} where a JSON object belongs")
     return value
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
 
 
 def read_header(source: Source, file: str) -> ShardHeader:
@@ -234,10 +259,10 @@ def read_header(source: Source, file: str) -> ShardHeader:
             f"{where} is truncated: its header alone needs {8 + length} bytes and the file has {size}: fetch it again"
         )
     try:
-        header = json.loads(source.read_range(file, 8, 8 + length), object_pairs_hook=_refuse_repeated_keys)
-        metadata = header.pop("__metadata__", None)
+        header = parse_json(source.read_range(file, 8, 8 + length))
+        metadata = _checked_metadata(header)
         tensors = [_tensor_info(name, file, entry, 8 + length) for name, entry in header.items()]
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except ValueError as error:
         raise ConversionError(f"{where} has a damaged safetensors header ({error}): fetch it again") from error
     end = 8 + length
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
@@ -254,6 +279,18 @@ def read_header(source: Source, file: str) -> ShardHeader:
     return ShardHeader(file, size, {tensor.name: tensor for tensor in ordered}, metadata)
 
 
+def _checked_metadata(header: Any) -> dict[str, str] | None:
+    """Take `__metadata__` out of a header: text by name, as the safetensors library demands; ValueError otherwise."""
+    if not isinstance(header, dict):
+        raise ValueError("it is no JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        return None
+    if not isinstance(metadata, dict) or any(not isinstance(value, str) for value in metadata.values()):
+        raise ValueError("__metadata__ is no object of strings")
+    return metadata
+
+
 def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -> TensorInfo:
     """One header entry, checked; ValueError for the caller to place."""
     if not isinstance(entry, dict):
@@ -265,6 +302,8 @@ def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"{name} has data_offsets {offsets!r}")
     begin, end = offsets
+    if any(side >> 64 for side in itertools.accumulate(shape, operator.mul)) or any(side >> 64 for side in shape):
+        raise ValueError(f"{name} has shape {shape}, which is beyond 64 bits")
     if math.prod(shape) * DTYPE_BITS[dtype] != (end - begin) * 8:
         raise ValueError(f"{name} has {end - begin} bytes, which {dtype} {shape} does not fill")
     return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, data_start + end)
@@ -311,6 +350,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
         ConversionError: naming the file, the tensor, the value and the mend.
     """
     files = source.list_files()
+    _refuse_adapters(source, files)
     config = read_json(source, CONFIG_FILE)
     if INDEX_FILE in files and SINGLE_FILE in files:
         raise ConversionError(
@@ -339,6 +379,16 @@ def read_checkpoint(source: Source) -> Checkpoint:
     shards = {file: read_header(source, file) for file in sorted(set(weight_map.values()))}
     _check_index(where, weight_map, shards)
     return Checkpoint(source, config, shards, True, files)
+
+
+def _refuse_adapters(source: Source, files: list[str]) -> None:
+    """Transformers applies an adapter beside the weights where peft is installed, and only there."""
+    if ADAPTER_FILE in files:
+        raise ConversionError(
+            f"{source.location} holds an adapter ({ADAPTER_FILE}) beside its weights, and would be one model with "
+            "peft installed and another without: merge it into the weights (peft's merge_and_unload), or move "
+            f"{ADAPTER_FILE} away to leave it out"
+        )
 
 
 def _check_index(where: str, weight_map: dict[str, str], shards: dict[str, ShardHeader]) -> None:

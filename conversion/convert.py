@@ -11,17 +11,18 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..configuration.share_pattern import SharePattern
 from .bundle import write_bundle
 from .card import write_card
-from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, Source, read_checkpoint
-from .companion_files import companion_files, companion_warnings, copy_companions
+from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
+from .companion_files import CARD_FILE, copy_companions
 from .hub_source import HubSource
 from .installed_versions import installed_versions
 from .journal import (
@@ -33,10 +34,26 @@ from .journal import (
     output_state,
     remove_leftovers,
     remove_partials,
+    sole_writer,
 )
 from .plan import OutputShard, Plan, build_plan
-from .shard_writer import WrittenFile, encode_header, hash_file, pass_whole, sync_folder, write_json, write_shard
+from .shard_writer import (
+    WrittenFile,
+    encode_header,
+    hash_files,
+    hash_workers,
+    mode_of,
+    pass_whole,
+    path_inside,
+    sync_folder,
+    write_json,
+    write_shard,
+)
+from .strict_json import parse_json
 from .tensor_stream import OpenShards
+
+# Shards that are written at a time.
+_WRITERS = 4
 
 
 @dataclass(frozen=True)
@@ -74,10 +91,10 @@ class Conversion:
     warnings: tuple[str, ...]
 
 
-def plan_conversion(source: Source, options: ConvertOptions) -> Plan:
-    """Read the source's headers and plan; writes nothing. Raises ConversionError."""
+def plan_conversion(source: Source | Checkpoint, options: ConvertOptions) -> Plan:
+    """Read the source's headers, unless they were read already, and plan; writes nothing. Raises ConversionError."""
     return build_plan(
-        read_checkpoint(source),
+        source if isinstance(source, Checkpoint) else read_checkpoint(source),
         options.pattern,
         dtype=options.dtype,
         max_shard_size=options.max_shard_size,
@@ -110,12 +127,21 @@ def convert(
     """
     if isinstance(source, FolderSource):
         check_apart(source.folder, output)
-    state = output_state(output)
+    output_state(output)
     plan = plan or plan_conversion(source, options)
-    recipe = _recipe(plan, options)
+    with sole_writer(output):
+        return _convert(plan, output, options, on_shard or (lambda shard, how: None))
+
+
+def _convert(
+    plan: Plan, output: Path, options: ConvertOptions, on_shard: Callable[[OutputShard, str], None]
+) -> Conversion:
+    state, source, recipe = output_state(output), plan.checkpoint.source, _recipe(plan, options)
     journal = Journal(output, _identity(plan, options, recipe))
+    for name in (*_planned_files(plan), f"{DOWNLOAD_FOLDER}/any"):
+        path_inside(output, name)
     if state == "finished" and options.resume and not options.overwrite:
-        _check_same_recipe(output, recipe)
+        _check_finished(plan, output, options, recipe)
         return Conversion(plan, output, {shard.file: "kept" for shard in plan.shards}, plan.warnings)
     if options.overwrite and not (options.resume and state == "interrupted"):
         if state != "empty":
@@ -129,13 +155,14 @@ def convert(
         what = "nothing to resume" if options.resume else "an earlier conversion" if state == "finished" else "files"
         raise ConversionError(f"the output {output} is not empty (it holds {what}): give another, or use --overwrite")
 
-    output.mkdir(parents=True, exist_ok=True)
     if isinstance(source, HubSource):
         source.download_folder = output / DOWNLOAD_FOLDER
     _check_disk_space(plan, output, options, journal.finished)
     journal.write()
-    how = _write_shards(plan, output, options, journal, on_shard or (lambda shard, how: None))
-    notes = _write_the_rest(plan, output, options, recipe, journal)
+    how = _write_shards(plan, output, options, journal, on_shard)
+    notes = _write_the_rest(plan, output, options, recipe, journal.finished)
+    journal.remove()
+    sync_folder(output)
     return Conversion(plan, output, how, (*plan.warnings, *notes))
 
 
@@ -154,14 +181,24 @@ def _write_shards(
         if shard.file in how:
             on_shard(shard, "kept")
     pending = [shard for shard in plan.shards if shard.file not in how]
-    # A Hub source has one shard at a time on disk; a folder's shards are independent of each other.
-    workers = 1 if isinstance(plan.checkpoint.source, HubSource) else max(1, min(4, os.cpu_count() or 1, len(pending)))
+    # Whole shards are hashed, which a core bounds; others are written, which the disk does. A Hub source has one shard
+    # at a time on disk; a folder's shards are independent of each other.
+    if isinstance(plan.checkpoint.source, HubSource):
+        lanes = [pending]
+    else:
+        hashed = [shard for shard in pending if shard.is_whole and not options.copy]
+        written = [shard for shard in pending if not shard.is_whole or options.copy]
+        writers = min(_WRITERS, os.cpu_count() or 1, len(written))
+        lanes = [hashed] * min(hash_workers(), len(hashed)) + [written] * writers
 
     def work(lane: list[OutputShard]) -> None:
         held = OpenShards(plan.checkpoint.source)
         try:
-            while lane and not failed:
-                shard = lane.pop(0)
+            while not failed:
+                try:
+                    shard = lane.pop(0)
+                except IndexError:
+                    break
                 written = _bring(shard, plan, output, options, held)
                 journal.record(shard.file, written)
                 how[shard.file] = written.how
@@ -173,8 +210,8 @@ def _write_shards(
             raise
 
     failed: list[BaseException] = []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work, pending) for _ in range(workers)]
+    with ThreadPoolExecutor(max(1, len(lanes))) as pool:
+        futures = [pool.submit(work, lane) for lane in lanes]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         except BaseException as error:  # Ctrl-C: let no worker begin another shard
@@ -192,26 +229,64 @@ def _bring(shard: OutputShard, plan: Plan, output: Path, options: ConvertOptions
     source = plan.checkpoint.source
     held.hold([])
     with source.local(shard.file) as path:
-        return pass_whole(path, target, copy=options.copy, move=isinstance(source, HubSource))
+        if isinstance(source, HubSource):
+            return pass_whole(path, target, move=True, sha256=source.entry(shard.file).sha256)
+        return pass_whole(path, target, copy=options.copy)
 
 
 def _check_disk_space(plan: Plan, output: Path, options: ConvertOptions, finished: Iterable[str]) -> None:
     """Refuse before writing what cannot fit; whole shards that can be linked need no space."""
-    source, done = plan.checkpoint.source, set(finished)
-    linkable = (
-        isinstance(source, FolderSource)
-        and not options.copy
-        and all(source.path(file).stat().st_dev == output.stat().st_dev for file in plan.checkpoint.shards)
+    source = plan.checkpoint.source
+    same_disk = isinstance(source, FolderSource) and all(
+        source.path(file).stat().st_dev == output.stat().st_dev for file in plan.checkpoint.shards
     )
-    pending = [shard for shard in plan.shards if shard.file not in done]
-    needed = sum(len(encode_header(shard)) + shard.nbytes for shard in pending if not (shard.is_whole and linkable))
-    if isinstance(source, HubSource):
-        needed += max((header.size for header in plan.checkpoint.shards.values()), default=0)
+    needed = _bytes_to_write(plan, same_disk and not options.copy, finished)
     free = shutil.disk_usage(output).free
     if needed > free:
+        ways = "".join(f", or {way}" for way in _ways_to_need_less(plan, options, same_disk, needed, finished))
         raise ConversionError(
-            f"the disk of {output} has {free:,} bytes free and the conversion needs {needed:,}: make room, or give an "
-            "output on the source's own disk, where unchanged shards are linked and need none"
+            f"the disk of {output} has {free:,} bytes free and the conversion needs {needed:,}: make room{ways}"
+        )
+
+
+def _bytes_to_write(plan: Plan, can_link: bool, finished: Iterable[str]) -> int:
+    done = set(finished)
+    pending = [shard for shard in plan.shards if shard.file not in done]
+    needed = sum(len(encode_header(shard)) + shard.nbytes for shard in pending if not (shard.is_whole and can_link))
+    if isinstance(plan.checkpoint.source, HubSource):
+        needed += max((header.size for header in plan.checkpoint.shards.values()), default=0)
+    return needed
+
+
+def _ways_to_need_less(
+    plan: Plan, options: ConvertOptions, same_disk: bool, needed: int, finished: Iterable[str]
+) -> Iterator[str]:
+    """The remedies that would indeed help, with what would then be needed."""
+    if isinstance(plan.checkpoint.source, HubSource):
+        return
+    linked = _bytes_to_write(plan, True, finished)
+    if same_disk and options.copy and linked < needed:
+        yield f"drop --copy (unchanged shards are then linked: {linked:,} bytes are needed)"
+    elif not same_disk and linked < needed:
+        yield (
+            "give an output on the source's own disk, where unchanged shards are linked "
+            f"({linked:,} bytes are needed there)"
+        )
+    if options.keep_shared_indexers or not plan.dropped or (same_disk and options.copy):
+        return
+    whole = build_plan(
+        plan.checkpoint,
+        plan.pattern,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        keep_shared_indexers=True,
+    )
+    kept = _bytes_to_write(whole, True, ())
+    if kept < linked:
+        where = "" if same_disk else " there"
+        yield (
+            f"add --keep-shared-indexers: the shards stay as they are and are linked{where} ({kept:,} bytes are "
+            "needed); the pattern is the same, and shared indexers lie unused"
         )
 
 
@@ -219,16 +294,16 @@ def _check_disk_space(plan: Plan, output: Path, options: ConvertOptions, finishe
 
 
 def _write_the_rest(
-    plan: Plan, output: Path, options: ConvertOptions, recipe: dict[str, Any], journal: Journal
+    plan: Plan, output: Path, options: ConvertOptions, recipe: dict[str, Any], finished: dict[str, dict[str, Any]]
 ) -> list[str]:
     """Companion files, code, card and recipe; then the index and, as the very last, the config."""
     source = plan.checkpoint.source
-    notes = companion_warnings(source)
-    names = copy_companions(source, output)
+    mode = mode_of(source, CONFIG_FILE)
+    names = copy_companions(source, output, list(plan.companions))
     names += [path.name for path in write_bundle(output)]
     card = None
-    if "README.md" in plan.checkpoint.files:
-        card = source.read_range("README.md", 0, source.size("README.md")).decode("utf-8", errors="replace")
+    if CARD_FILE in plan.checkpoint.files:
+        card = source.read_range(CARD_FILE, 0, source.size(CARD_FILE)).decode("utf-8", errors="replace")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         write_card(
@@ -241,26 +316,26 @@ def _write_the_rest(
             topk=plan.config.get("index_topk"),
             bytes_saved=sum(info.nbytes for info in plan.dropped),
         )
-    notes += [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-    shards = {shard.file: journal.finished[shard.file] for shard in plan.shards}
-    files = sorted({*names, *shards, "README.md", RECIPE_FILE, CONFIG_FILE, *([INDEX_FILE] if plan.has_index else [])})
-    write_json(output / RECIPE_FILE, {**recipe, "shards": shards, "files": files})
+    if card is not None and (card_mode := mode_of(source, CARD_FILE)) is not None:
+        (output / CARD_FILE).chmod((output / CARD_FILE).stat().st_mode & card_mode)
+    shards = {shard.file: finished[shard.file] for shard in plan.shards}
+    files = sorted({*names, *shards, CARD_FILE, RECIPE_FILE, CONFIG_FILE, *([INDEX_FILE] if plan.has_index else [])})
+    write_json(output / RECIPE_FILE, {**recipe, "shards": shards, "files": files}, mode=mode)
     remove_leftovers(output)
     sync_folder(output)
     if plan.has_index:
         weight_map = dict(sorted(plan.weight_map.items()))
-        write_json(output / INDEX_FILE, {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map})
-    write_json(output / CONFIG_FILE, plan.config)
-    journal.remove()
-    sync_folder(output)
-    return notes
+        index = {"metadata": {"total_size": plan.nbytes}, "weight_map": weight_map}
+        write_json(output / INDEX_FILE, index, mode=mode)
+    write_json(output / CONFIG_FILE, plan.config, mode=mode)
+    return [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
 
 
 def _planned_files(plan: Plan) -> list[str]:
     return [
         *(shard.file for shard in plan.shards),
-        *companion_files(plan.checkpoint.files),
-        "README.md",
+        *(companion.name for companion in plan.companions),
+        CARD_FILE,
         RECIPE_FILE,
     ]
 
@@ -314,15 +389,36 @@ def _identity(plan: Plan, options: ConvertOptions, recipe: dict[str, Any]) -> di
     return {**recipe, "repo_id": options.repo_id, "source files": [source.fingerprint(file) for file in files]}
 
 
-def _check_same_recipe(output: Path, recipe: dict[str, Any]) -> None:
-    """A finished output may be "resumed" when it is what this run would write."""
+def _check_finished(plan: Plan, output: Path, options: ConvertOptions, recipe: dict[str, Any]) -> None:
+    """A finished output may be "resumed" when every file is what this run would write.
+
+    Shards are compared with the sha256s of their recipe; all else is written once more, elsewhere, and compared.
+    """
     try:
-        found = json.loads((output / RECIPE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = {}
-    if any(found.get(key) != value for key, value in recipe.items()):
+        found = parse_json((output / RECIPE_FILE).read_bytes())
+        shards = {shard.file: dict(found["shards"][shard.file]) for shard in plan.shards}
+        differs = any(found[key] != value for key, value in recipe.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        shards, differs = {}, True
+    if differs:
         raise ConversionError(f"{output} holds another finished conversion: give another output, or use --overwrite")
-    for file, entry in found.get("shards", {}).items():
-        path = output / file
-        if not path.is_file() or hash_file(path).sha256 != entry["sha256"]:
-            raise ConversionError(f"{output}: {file} is not what its recipe says: convert again with --overwrite")
+    hashes = hash_files(output / file for file in shards)
+    damaged = [
+        file
+        for file, entry in shards.items()
+        if (written := hashes.get(output / file)) is None or written.sha256 != entry.get("sha256")
+    ]
+    with TemporaryDirectory() as folder:
+        again = Path(folder)
+        _write_the_rest(plan, again, options, recipe, shards)
+        for path in sorted(path for path in again.rglob("*") if path.is_file()):
+            name = path.relative_to(again).as_posix()
+            there = output / name
+            if not there.is_file() or there.read_bytes() != path.read_bytes():
+                damaged.append(name)
+    if damaged:
+        raise ConversionError.collect(
+            f"{output} is finished, and {len(damaged)} of its files are not what the conversion wrote: convert again "
+            "with --overwrite",
+            damaged,
+        )

@@ -6,9 +6,10 @@ import math
 from typing import Any
 
 from ..configuration.share_pattern import SharePattern
-from .checkpoint import DTYPE_BITS, Checkpoint, Source, read_checkpoint
-from .families import INDEXCACHE, INDEXER, convert_config, family_of, layer_of, load_config
+from .checkpoint import DTYPE_BITS, Checkpoint, Source
+from .families import INDEXCACHE, indexer_layer, layer_of
 from .fp8 import SCALE_SUFFIX
+from .open_checkpoint import open_checkpoint
 
 _CACHE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 
@@ -23,11 +24,10 @@ def describe(source: Source) -> dict[str, Any]:
         `index_keys_all_full`, `saved_share`).
 
     Raises:
-        ConversionError: the checkpoint cannot be read, or is of an unknown family.
+        ConversionError: the checkpoint cannot be read, is not whole, or is of an unknown family.
     """
-    checkpoint = read_checkpoint(source)
-    family = family_of(checkpoint.config, source.location)
-    config = load_config(convert_config(checkpoint.config, None, None, {}, source.location), source.location)
+    opened = open_checkpoint(source)
+    checkpoint, config = opened.checkpoint, opened.config
     pattern = config.share_pattern
     indexer_bytes = _bytes_by_indexer(checkpoint)
     bits = _CACHE_BITS.get(str(config.dtype).removeprefix("torch."), 16)
@@ -37,7 +37,7 @@ def describe(source: Source) -> dict[str, Any]:
     return {
         "location": source.location,
         "model_type": checkpoint.config["model_type"],
-        "source_model_type": family.model_type,
+        "source_model_type": opened.fields["source_model_type"],
         "is_indexcache": checkpoint.config["model_type"] == INDEXCACHE,
         "num_layers": len(pattern),
         "parameters": _parameters(checkpoint),
@@ -68,9 +68,9 @@ def _indexer(layer: int, pattern: SharePattern, nbytes: int) -> dict[str, Any]:
 def _bytes_by_indexer(checkpoint: Checkpoint) -> dict[int, int]:
     found: dict[int, int] = {}
     for name, info in checkpoint.tensors.items():
-        place = layer_of(name)
-        if place and place[1].startswith(INDEXER):
-            found[place[0]] = found.get(place[0], 0) + info.nbytes
+        layer = indexer_layer(name)
+        if layer is not None:
+            found[layer] = found.get(layer, 0) + info.nbytes
     return found
 
 

@@ -9,7 +9,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..configuration.share_pattern import SharePattern
+from .checkpoint import CONFIG_FILE
+from .hub_contents import HubContents
 from .plan import Plan
+from .refresh import RefreshPlan
 from .verify import Verification
 
 # One colour a group, so that a shared layer shows whose selection it reads.
@@ -24,6 +27,27 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def contents_text(contents: HubContents) -> str:
+    """What a push sends, and what stays with its reason."""
+    lines = [f"{len(contents.files)} files, {human_bytes(contents.nbytes)}: {', '.join(contents.files)}"]
+    lines += [f"stays here: {name} ({why})" for name, why in contents.left.items()]
+    return "\n".join(lines)
+
+
+def refresh_text(plan: RefreshPlan, dry_run: bool) -> str:
+    """What a refresh changed, or would change."""
+    if plan.is_current:
+        return f"{plan.location}: has the code of IndexCache {plan.new_version} already"
+    told = f"code of IndexCache {plan.old_version or '(unknown)'} -> {plan.new_version}"
+    lines = [f"{plan.location}: {told}{' (--dry-run: nothing written)' if dry_run else ''}"]
+    for what, names in (("changed", plan.changed), ("added", plan.added), ("removed", plan.removed)):
+        if names:
+            lines.append(f"{what}: {', '.join(names)}")
+    if CONFIG_FILE in plan.content:
+        lines.append(f"config.json: indexcache_version {plan.new_version}, nothing else")
+    return "\n".join(lines)
 
 
 def draw_cells(pattern: SharePattern) -> Text:
@@ -65,7 +89,7 @@ def draw_description(description: dict[str, Any]) -> RenderableType:
             f"({cache['index_keys_all_full']:,} with every layer full: {cache['saved_share']:.1%} of the cache saved)",
         ),
     ):
-        facts.add_row(Text(name, style="bold"), value)
+        facts.add_row(Text(name, style="bold"), Text(value))
     table = Table("layer", "indexer", "reads the selection of", "indexer weights", title="Indexers")
     for entry in description["indexers"]:
         own = entry["reads"] == entry["layer"]
@@ -89,7 +113,7 @@ def draw_plan(plan: Plan) -> RenderableType:
         notes = [f"{dropped[shard.file]} tensors dropped"] if shard.file in dropped else []
         notes += [f"{cast} tensors cast"] if cast else []
         what = "passed through whole" if shard.is_whole else f"rewritten{': ' if notes else ''}{', '.join(notes)}"
-        table.add_row(shard.file, what, f"{len(shard.tensors):,}", human_bytes(shard.nbytes))
+        table.add_row(Text(shard.file), what, f"{len(shard.tensors):,}", human_bytes(shard.nbytes))
     for file in plan.vanished_files:
         table.add_row(Text(file, style="dim"), Text("not kept under this name", style="dim"), "", "")
     summary = plan_summary(plan)
@@ -136,15 +160,15 @@ def draw_verification(result: Verification) -> RenderableType:
         lines.append(Text(f"indexers dropped in layers {', '.join(map(str, result.indexers_dropped))}, all shared"))
     logits = result.logits
     if logits.get("compared"):
-        weight = "" if logits["same_pattern"] else " (for information: the two run different patterns)"
         lines.append(
             Text(
-                f"logits of {logits['tokens']} tokens: max |difference| {logits['max_abs_difference']:.3g}, "
-                f"at the median token {logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}{weight}"
+                f"logits of {logits['tokens']} tokens against {logits['reference']} on the source's weights, both "
+                f"with this pattern: max |difference| {logits['max_abs_difference']:.3g}, at the median token "
+                f"{logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}"
             )
         )
-    elif logits:
-        lines.append(Text(f"logits not compared: {logits['reason']}", style="dim"))
+    lines += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
     lines += [Text(f"differs: {difference}", style="red") for difference in result.differences]
-    lines.append(Text("verified", style="bold green") if result.ok else Text("not verified", style="bold red"))
+    colour = {"verified": "green", "not verified": "red"}.get(result.verdict, "yellow")
+    lines.append(Text(result.verdict, style=f"bold {colour}"))
     return Group(*lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ..configuration.share_pattern import SharePattern
 from .checkpoint import ConversionError
 
 INDEXCACHE = IndexCacheConfig.model_type
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
 # A multi-token-prediction layer has these; any other layer beyond num_hidden_layers is a mistake in the config.
 MTP_MARK = "eh_proj.weight"
 INDEXER = "self_attn.indexer."
@@ -23,6 +24,24 @@ INDEXER = "self_attn.indexer."
 # Fields that IndexCacheConfig derives, whatever a source says (GLM-5.2 ships head_dim 192).
 _DERIVED_FIELDS = frozenset({"head_dim", "layer_types", "architectures", "dtype"})
 _SOURCE_CODE_FIELDS = frozenset({"auto_map", "architectures", "model_type"})
+# Where the source lay on somebody's machine, and code that its owner chose to run it with (a Hub kernel's name, say).
+LOCAL_FIELDS = frozenset(
+    {
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "experts_implementation",
+        "_experts_implementation_internal",
+        "custom_pipelines",
+    }
+)
+# The one router that these families have, and IndexCacheForCausalLM with them.
+_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +62,9 @@ FAMILIES = {
 
 # Dense MLA models, and the family that each becomes once it has indexers.
 DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMILIES["deepseek_v32"]}
+
+# What transformers' configs raise at values of a wrong kind.
+_CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 
 _REFUSED = {
     **dict.fromkeys(
@@ -75,7 +97,7 @@ def family_of(config: dict[str, Any], location: str) -> Family:
     model_type = config.get("model_type")
     if model_type == INDEXCACHE:
         model_type = config.get("source_model_type") or "deepseek_v32"
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     reason = _REFUSED.get(str(model_type), "it is not known")
     raise ConversionError(
@@ -89,10 +111,13 @@ def has_pattern(config: dict[str, Any]) -> bool:
 
 
 def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
-    """`fields` as a checked IndexCacheConfig; ConversionError with the config's own message."""
+    """`fields` as a checked IndexCacheConfig; ConversionError with the config's own message.
+
+    transformers normalises nested fields (`rope_scaling`) in place: it gets a copy, so that `fields` stay as they are.
+    """
     try:
-        return IndexCacheConfig.from_dict(dict(fields))
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        return IndexCacheConfig.from_dict(copy.deepcopy(fields))
+    except _CONFIG_FAULTS as error:
         reason = str(error.__cause__ or error).strip()
         raise ConversionError(f"{location}: config.json cannot be used: {reason}") from error
 
@@ -108,7 +133,8 @@ def convert_config(
     """The config.json of the converted checkpoint.
 
     Every field of the source stays, under its name and with its value; its own spellings of the pattern and its code
-    are replaced, and defaults that the source's family has and IndexCacheConfig has not are spelled out.
+    are replaced, `LOCAL_FIELDS` stay behind, and defaults that the source's family has and IndexCacheConfig has not
+    are spelled out.
 
     Args:
         source: the source's config.json.
@@ -126,13 +152,15 @@ def convert_config(
         raise ConversionError(f"{location}: config.json has num_hidden_layers={num_layers!r}: it must be a number")
     if "index_topk" in source and source["index_topk"] is None:
         raise ConversionError(f"{location}: config.json has index_topk=null: dense layers have no indexer to share")
+    _check_router(source, location)
     if pattern is None:
         pattern = source_pattern(source, location)
     try:
         pattern = SharePattern.parse(pattern, num_layers)
     except ValueError as error:
         raise ConversionError(f"{location}: {error}") from error
-    fields = {name: value for name, value in source.items() if name not in {*PATTERN_FIELDS, *_SOURCE_CODE_FIELDS}}
+    replaced = {*PATTERN_FIELDS, *_SOURCE_CODE_FIELDS, *LOCAL_FIELDS}
+    fields = {name: value for name, value in source.items() if name not in replaced}
     fields |= {
         "model_type": INDEXCACHE,
         "architectures": ["IndexCacheForCausalLM"],
@@ -152,6 +180,17 @@ def convert_config(
         fields |= _family_defaults(source, family, config, location)
         load_config(fields, location)
     return fields
+
+
+def _check_router(source: dict[str, Any], location: str) -> None:
+    """Refuse a router that would be computed as another: transformers' classes of these families ignore the fields."""
+    for name, known in _ROUTER.items():
+        value = source.get(name)
+        if value is not None and value != known:
+            raise ConversionError(
+                f"{location}: config.json has {name}={value!r}, and IndexCacheForCausalLM routes by {known!r} alone: "
+                f"if the model was trained so, it cannot be converted; if the field is stale, set it to {known!r}"
+            )
 
 
 def convert_dense_config(
@@ -182,8 +221,8 @@ def convert_dense_config(
             f"(accepted: {', '.join(DENSE_FAMILIES)})"
         )
     try:
-        native = CONFIG_MAPPING[model_type].from_dict(dict(source)).to_dict()
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        native = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(source)).to_dict()
+    except _CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {model_type} config: {error}") from error
     if native.get("q_lora_rank") is None:
         raise ConversionError(
@@ -203,9 +242,9 @@ def _family_defaults(
 
     try:
         native = CONFIG_MAPPING[family.model_type].from_dict(
-            {name: value for name, value in source.items() if name not in PATTERN_FIELDS}
+            copy.deepcopy({name: value for name, value in source.items() if name not in PATTERN_FIELDS})
         )
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except _CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {family.model_type} config: {error}") from error
     names = {entry.name for entry in dataclasses.fields(config)} - _DERIVED_FIELDS
     return {
@@ -230,6 +269,12 @@ def layer_of(name: str) -> tuple[int, str] | None:
     """The layer a tensor belongs to and its name there; `None` outside the layers."""
     match = _LAYER.fullmatch(name)
     return (int(match[1]), match[2]) if match else None
+
+
+def indexer_layer(name: str) -> int | None:
+    """The layer whose lightning indexer a tensor belongs to; `None` for all other tensors."""
+    place = layer_of(name)
+    return place[0] if place and place[1].startswith(INDEXER) else None
 
 
 def expected_indexer(config: IndexCacheConfig, layer: int) -> dict[str, ExpectedTensor]:

@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .checkpoint import ConversionError
+
+FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
+SCALE_DTYPES = ("F32", "F8_E8M0")
 
 # All 256 values of e4m3: looking them up is three times as fast on a CPU as torch's conversion.
 _VALUES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+
+
+def is_fp8(config: dict[str, Any]) -> bool:
+    """Whether a config.json says that its weights are block-scaled fp8."""
+    quantisation = config.get("quantization_config")
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == "fp8"
+
+
+def fp8_block_size(config: dict[str, Any], location: str) -> tuple[int, int] | None:
+    """Rows and columns that share an fp8 scale; `None` for an unquantised source.
+
+    Args:
+        config: the source's config.json.
+        location: how errors name the source.
+
+    Raises:
+        ConversionError: quantised otherwise, or a block size that is none.
+    """
+    quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return None
+    if not is_fp8(config):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise ConversionError(
+            f"{location}: quantization_config has quant_method {method!r}: only block-scaled fp8 and unquantised "
+            "checkpoints can be converted"
+        )
+    size = quantisation.get("weight_block_size", [128, 128])
+    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+        raise ConversionError(
+            f"{location}: quantization_config has weight_block_size {size!r}: it must be two numbers, as [128, 128]"
+        )
+    return size[0], size[1]
 
 
 def scale_grid(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import ConversionError, FolderSource, read_checkpoint
-from .hub_source import HUB_FAILURES
+from .checkpoint import Checkpoint, ConversionError, FolderSource, read_checkpoint
+from .hub_contents import HubContents, check_no_token, code_files, hub_contents
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
 from .shard_writer import PARTIAL_SUFFIX
 
@@ -23,10 +26,12 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str | None = None,
+    announce: Callable[[HubContents], None] | None = None,
 ) -> str:
     """Upload a checkpoint as a model repository, after checking that it is whole.
 
-    After an interrupted upload, push again: weights that have arrived are not sent a second time.
+    Only what `hub_contents` lists is sent. After an interrupted upload, push again: weights that have arrived are not
+    sent a second time.
 
     Args:
         folder: the checkpoint.
@@ -36,20 +41,21 @@ def push_folder(
         revision: branch to push to, made when absent; `main` when `None`.
         token: Hub token; `HF_TOKEN` or the saved login when `None`.
         commit_message: the commit's title.
+        announce: called with what will be sent and what stays, before the Hub is spoken to.
 
     Returns:
         The commit's address.
 
     Raises:
-        ConversionError: an unfinished or damaged checkpoint, no token, no permission, or no connection; with the mend.
+        ConversionError: an unfinished or damaged checkpoint, a token among its files, no token, no permission, a card
+            that the Hub refuses, or no connection; with the mend.
     """
-    check_complete(folder)
-    if (token or get_token()) is None:
-        raise ConversionError(
-            f"no Hub token to push to {repo_id} with: log in with `hf auth login`, set HF_TOKEN, or give --token"
-        )
+    contents = check_contents(folder, token)
+    if announce is not None:
+        announce(contents)
+    require_token(repo_id, token)
     api = HfApi(token=token, library_name="indexcache")
-    try:
+    with hub_errors(repo_id, Path(folder) / "README.md"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ConversionError(
@@ -63,8 +69,27 @@ def push_folder(
             folder_path=Path(folder),
             revision=revision,
             commit_message=commit_message or "Upload IndexCache checkpoint",
-            ignore_patterns=["__pycache__/*", "*.pyc"],
+            # Patterns, not names, are what it takes.
+            allow_patterns=[glob.escape(name) for name in contents.files],
         )
+    return str(commit.commit_url)
+
+
+def require_token(repo_id: str, token: str | None) -> None:
+    """ConversionError when there is no token to write to `repo_id` with."""
+    if (token or get_token()) is None:
+        raise ConversionError(
+            f"no Hub token to push to {repo_id} with: log in with `hf auth login`, set HF_TOKEN, or give --token"
+        )
+
+
+@contextmanager
+def hub_errors(repo_id: str, card: Path | None = None) -> Iterator[None]:
+    """Turns what goes wrong in a write to `repo_id`, with `card` among its files, into ConversionErrors."""
+    try:
+        yield
+    except ConversionError:
+        raise
     except HFValidationError as error:
         raise ConversionError(f"{repo_id!r} is no Hub id (org/name): {error}") from error
     except HUB_FAILURES as error:
@@ -74,11 +99,26 @@ def push_folder(
         if not isinstance(error.__cause__, HUB_FAILURES):
             raise
         raise ConversionError(_explain(error.__cause__, repo_id)) from error
-    return str(commit.commit_url)
+    except GARBLED_ANSWERS as error:
+        raise ConversionError(_explain_answer(error, repo_id, card)) from error
 
 
-def check_complete(folder: str | os.PathLike[str]) -> None:
+def check_contents(folder: str | os.PathLike[str], token: str | None = None) -> HubContents:
+    """What a push of this folder would send, after every check that needs no Hub.
+
+    Raises:
+        ConversionError: an unfinished or damaged checkpoint, or a Hub token among its files.
+    """
+    contents = hub_contents(check_complete(folder), folder)
+    check_no_token(contents, token or get_token())
+    return contents
+
+
+def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     """Check that a folder is a finished checkpoint: config, every shard in full, and the code that its config names.
+
+    Returns:
+        The checkpoint, by its headers.
 
     Raises:
         ConversionError: saying what is missing or damaged, and the mend.
@@ -95,20 +135,20 @@ def check_complete(folder: str | os.PathLike[str]) -> None:
             "files if they are strays",
             unfinished,
         )
-    auto_map = read_checkpoint(source).config.get("auto_map") or {}
-    entries = sorted({f"{reference.partition('.')[0]}.py" for reference in auto_map.values() if "--" not in reference})
-    needed = {Path(folder) / file for file in entries}
-    missing = sorted(path.name for path in needed if not path.is_file())
-    if not missing:
-        try:
-            for path in needed:
-                get_relative_import_files(path)
-        except FileNotFoundError as error:
-            missing = [Path(error.filename).name]
-    if missing:
-        raise ConversionError.collect(
-            f"{folder} lacks code that loading it with trust_remote_code=True needs: convert or save it again", missing
-        )
+    checkpoint = read_checkpoint(source)
+    code_files(checkpoint, Path(folder))
+    return checkpoint
+
+
+def _explain_answer(error: Exception, repo_id: str, card: Path | None) -> str:
+    """huggingface_hub passes on what the Hub says of the card as a ValueError; others come of foreign answers."""
+    if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
+        what = card or "it"
+        return f"the Hub does not take {what}: mend the metadata between its `---` lines and push again ({error})"
+    return (
+        f"{constants.ENDPOINT} answers as no Hub does ({type(error).__name__}: {error}) when pushing to {repo_id}: is "
+        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is mended"
+    )
 
 
 def _explain(error: Exception, repo_id: str) -> str:
@@ -123,6 +163,8 @@ def _explain(error: Exception, repo_id: str) -> str:
             f"the token may not write to {repo_id}: use one with write access to that namespace, or push to another "
             f"id ({error})"
         )
+    if status == 412:
+        return f"somebody has committed to {repo_id} in the meantime: run it again on what is there now ({error})"
     if status is None:
         return (
             f"the Hub at {constants.ENDPOINT} cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE, "

@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub: headers by HTTP range, then one shard at a time on disk."""
+"""A checkpoint on the Hub: headers by HTTP range, then one shard at a time on disk, each checked before it is used."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, NoReturn
 
-from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers
 
 from .checkpoint import ConversionError, check_file_name
-
-# The HTTP library's own base error comes with HfHubHTTPError: which library that is depends on huggingface_hub.
-HUB_FAILURES = cast(tuple[type[Exception], ...], (*HfHubHTTPError.__bases__, EntryNotFoundError, OSError))
+from .hub_integrity import HubFile, RunningCheck, SeenRange, file_fault, is_commit_id
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes
 
 
 class HubSource:
     """A model repository at one commit.
+
+    Sizes, git blob ids and sha256s of all files are known from the commit before the first byte is read. A file that
+    is read from begin to end is compared with them as it comes, and a shard when it has been downloaded, before
+    anything is made of it. Where parts alone are read (headers, for a plan), their place and length are checked, and
+    they are compared with the whole file if that is fetched later.
 
     Args:
         repo_id: `org/name`.
@@ -27,7 +32,7 @@ class HubSource:
         token: Hub token; the saved login when `None`.
 
     Raises:
-        ConversionError: no such repository or revision, no access, or no connection.
+        ConversionError: no such repository or revision, no access, no connection, or answers that are no Hub's.
     """
 
     def __init__(self, repo_id: str, *, revision: str | None = None, token: str | None = None) -> None:
@@ -36,8 +41,9 @@ class HubSource:
         self._headers = build_hf_headers(token=token)
         #: Where shards are put while they are read; beside the output, so that they can be moved there.
         self.download_folder: Path | None = None
+        self.revision: str | None = None
         try:
-            info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+            self.revision, self._files = self._read_commit(revision)
         except RevisionNotFoundError as error:
             raise ConversionError(
                 f"{self.location} has no revision {revision!r}: see its branches and tags"
@@ -49,41 +55,81 @@ class HubSource:
             ) from error
         except HUB_FAILURES as error:
             raise ConversionError(f"{self.location} cannot be reached: {error}") from error
-        self.revision: str | None = info.sha
-        self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        except GARBLED_ANSWERS as error:
+            raise ConversionError(
+                f"{self.location}: {constants.ENDPOINT} answers as no Hub does ({error}): is a proxy in between, or "
+                "HF_ENDPOINT wrong?"
+            ) from error
+        self._checks: dict[str, RunningCheck] = {}
+        self._seen: dict[str, list[SeenRange]] = {}
+
+    def _read_commit(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:
+        """The commit that `revision` is now, and its files."""
+        api = HfApi(token=self._token)
+        info = patiently(lambda: api.model_info(self.id, revision=revision), also_unreachable=False)
+        if not is_commit_id(info.sha):
+            raise ValueError(f"it names {info.sha!r} as the commit of {revision or 'the main branch'}")
+        commit = str(info.sha)
+        tree = patiently(lambda: list(api.list_repo_tree(self.id, recursive=True, revision=commit)))
+        files = {entry.path: HubFile.from_tree(entry) for entry in tree if isinstance(entry, RepoFile)}
+        if not files:
+            raise ValueError(f"commit {commit} has no files")
+        return commit, files
 
     def list_files(self) -> list[str]:
         """All files of the commit, sorted."""
-        return sorted(self._sizes)
+        return sorted(self._files)
+
+    def entry(self, file: str) -> HubFile:
+        """What the commit says of one file."""
+        check_file_name(file, self.location)
+        if file not in self._files:
+            raise ConversionError(f"{self.location}: {file} is missing")
+        return self._files[file]
 
     def size(self, file: str) -> int:
         """Bytes of one file."""
-        check_file_name(file, self.location)
-        if file not in self._sizes:
-            raise ConversionError(f"{self.location}: {file} is missing")
-        return self._sizes[file]
+        return self.entry(file).size
 
     def read_range(self, file: str, begin: int, end: int) -> bytes:
-        """Bytes `begin` to `end` of one file, by an HTTP range request."""
-        end = min(end, self.size(file))
+        """Bytes `begin` to `end` of one file, by an HTTP range request.
+
+        Raises:
+            ConversionError: it cannot be read, or is not what the commit holds.
+        """
+        expected = self.entry(file)
+        end = min(end, expected.size)
         if begin >= end:
             return b""
         url = hf_hub_url(self.id, file, revision=self.revision)
         try:
-            response = get_session().get(
-                url, headers={**self._headers, "range": f"bytes={begin}-{end - 1}"}, timeout=60
-            )
-            hf_raise_for_status(response)
+            content = read_bytes(url, begin, end, expected.size, self._headers)
+        except UnfitAnswer as error:
+            self._refuse(file, str(error))
         except HUB_FAILURES as error:
             raise ConversionError(f"{self.location}: {file} cannot be read: {error}") from error
-        body: bytes = response.content
-        # A server may ignore the range and send the whole file.
-        return body[begin:end] if response.status_code == 200 and len(body) > end - begin else body
+        self._check_as_it_comes(file, begin, content)
+        return content
+
+    def _check_as_it_comes(self, file: str, begin: int, content: bytes) -> None:
+        """Blocks from the first to the last add up to the file's hash; others wait for the whole file."""
+        check = RunningCheck(self._files[file]) if begin == 0 else self._checks.pop(file, None)
+        if check is not None and check.position == begin:
+            check.take(content)
+            if not check.is_complete:
+                self._checks[file] = check
+            elif (fault := check.fault()) is None:
+                self._seen.pop(file, None)
+                return
+            else:
+                self._refuse(file, f"{fault}; its last part read begins with {content[:32]!r}")
+        if len(content) < self._files[file].size:
+            self._seen.setdefault(file, []).append(SeenRange.of(begin, content))
 
     @contextmanager
     def local(self, file: str) -> Iterator[Path]:
-        """The file, downloaded for as long as the block lasts; the caller may move it away."""
-        self.size(file)
+        """The file, downloaded and checked, for as long as the block lasts; the caller may move it away."""
+        self.entry(file)
         with ExitStack() as stack:
             folder = self.download_folder or Path(stack.enter_context(TemporaryDirectory()))
             path = self._download(file, folder)
@@ -92,11 +138,27 @@ class HubSource:
             path.unlink(missing_ok=True)
 
     def _download(self, file: str, folder: Path) -> Path:
+        def fetch() -> str:
+            return hf_hub_download(self.id, file, revision=self.revision, token=self._token, local_dir=folder)
+
         try:
-            path = hf_hub_download(self.id, file, revision=self.revision, token=self._token, local_dir=folder)
+            path = Path(patiently(fetch))
         except HUB_FAILURES as error:
             raise ConversionError(f"{self.location}: {file} cannot be downloaded: {error}") from error
-        return Path(path)
+        except GARBLED_ANSWERS as error:
+            self._refuse(file, str(error))
+        if (fault := file_fault(path, self._files[file], self._seen.get(file, ()))) is not None:
+            path.unlink()
+            self._refuse(file, fault)
+        return path
+
+    def _refuse(self, file: str, fault: str) -> NoReturn:
+        raise ConversionError(
+            f"{self.location}: {file} did not arrive as commit {str(self.revision)[:8]} holds it: {fault}. Run it "
+            f"again; if that does not help, look for a proxy or mirror that answers in the Hub's place "
+            f"(HF_ENDPOINT={constants.ENDPOINT}, HTTPS_PROXY), or fetch the folder elsewhere with "
+            f"`hf download {self.id}`"
+        )
 
     def fingerprint(self, file: str) -> list[Any]:
         """The repository, its commit and the file's size."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ConversionError, check_file_name
-from .shard_writer import PARTIAL_SUFFIX, WrittenFile, hash_file, write_json
+from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ConversionError, is_unicode
+from .shard_writer import PARTIAL_SUFFIX, WrittenFile, hash_files, path_inside, write_json
+from .strict_json import parse_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
 JOURNAL_FILE = ".indexcache_convert.json"
 RECIPE_FILE = "indexcache_recipe.json"
@@ -40,9 +48,9 @@ class Journal:
             ConversionError: it was another conversion, or the journal is damaged.
         """
         try:
-            state = json.loads(self._path.read_text(encoding="utf-8"))
-            identity, shards = state["identity"], dict(state["shards"])
-        except (ValueError, KeyError, TypeError) as error:
+            state = parse_json(self._path.read_bytes())
+            identity, shards = dict(state["identity"]), _sizes_and_hashes(state["shards"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{self._path} is damaged ({error}): start again with --overwrite") from error
         differing = [key for key in self._identity if identity.get(key) != self._identity[key]]
         if differing:
@@ -55,10 +63,11 @@ class Journal:
                 "--resume, or start again with --overwrite",
                 changes,
             )
-        for file, entry in shards.items():
-            path = self._path.parent / check_file_name(file, str(self._path))
-            if path.is_file() and path.stat().st_size == entry["size"] and hash_file(path).sha256 == entry["sha256"]:
-                self.finished[file] = entry
+        paths = {file: path_inside(self._path.parent, file) for file in shards}
+        found = hash_files(paths.values())
+        for file, path in paths.items():
+            if path in found and {"size": found[path].size, "sha256": found[path].sha256} == shards[file]:
+                self.finished[file] = shards[file]
 
     def record(self, file: str, written: WrittenFile) -> None:
         """Note that a shard is finished. Safe to call from several threads."""
@@ -74,6 +83,10 @@ class Journal:
     def remove(self) -> None:
         """The conversion is complete."""
         self._path.unlink(missing_ok=True)
+
+
+def _sizes_and_hashes(entries: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {file: {"size": entry["size"], "sha256": entry["sha256"]} for file, entry in entries.items()}
 
 
 def _short(value: Any) -> str:
@@ -94,6 +107,8 @@ def check_apart(source: Path, output: Path) -> None:
 
 def output_state(output: Path) -> str:
     """`empty` (or absent), `interrupted`, `finished` (a converted checkpoint), or `foreign`."""
+    if not is_unicode(str(output)):
+        raise ConversionError(f"the output {str(output)!r} is no name in UTF-8: give another name")
     if not output.exists():
         return "empty"
     if not output.is_dir():
@@ -114,16 +129,17 @@ def clear_output(output: Path, planned: Iterable[str]) -> None:
     names = [CONFIG_FILE, INDEX_FILE, SINGLE_FILE, *planned]
     for mark, field in ((RECIPE_FILE, "files"), (JOURNAL_FILE, "shards")):
         try:
-            names += list(json.loads((output / mark).read_text(encoding="utf-8"))[field])
+            named = parse_json((output / mark).read_bytes())[field]
+            names += [name for name in named if isinstance(name, str)]
         except (OSError, ValueError, KeyError, TypeError):
             continue
     for name in [*dict.fromkeys(names), *_MARKS]:
         try:
-            path = output / check_file_name(name, str(output))
-        except ConversionError:
+            path = path_inside(output, name)
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+        except (ConversionError, NotADirectoryError):
             continue
-        if path.is_file() or path.is_symlink():
-            path.unlink()
     remove_leftovers(output)
 
 
@@ -137,3 +153,32 @@ def remove_leftovers(output: Path) -> None:
     """Remove temporary files and downloads."""
     remove_partials(output)
     shutil.rmtree(output / DOWNLOAD_FOLDER, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(output: Path) -> Iterator[None]:
+    """Make the folder and keep every other conversion out of it until the block ends.
+
+    The lock is the kernel's, on the folder itself: a killed process leaves nothing behind. File systems that have no
+    locks go without.
+
+    Raises:
+        ConversionError: another process converts into it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConversionError(
+                f"another conversion is writing to {output}: wait for it, or give another output"
+            ) from error
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)

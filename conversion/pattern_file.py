@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..configuration.share_pattern import SharePattern, count_to_keep
 from .checkpoint import ConversionError
 from .families import has_pattern
+from .strict_json import parse_json
 
 
 def choose_pattern(
@@ -57,14 +57,16 @@ def read_pattern_file(path: Path, num_layers: int, keep: str | None = None) -> S
         ConversionError: unreadable file, no pattern in it, or several and none chosen.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes(), allow_nan=True)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} is no readable JSON pattern file: {error}") from error
     patterns = content.get("patterns") if isinstance(content, dict) else None
     single = content.get("index_share_pattern") if isinstance(content, dict) else None
     try:
-        if isinstance(patterns, dict) and patterns and (keep is not None or single is None):
-            return SharePattern.parse(_chosen(path, patterns, num_layers, keep), num_layers)
+        if patterns is not None and not isinstance(patterns, dict):
+            raise ValueError(f"its patterns must be an object keyed by the number of full layers (got {patterns!r})")
+        if patterns and (keep is not None or single is None):
+            return _chosen(patterns, num_layers, keep)
         if single is None:
             raise ValueError('it needs {"index_share_pattern": "FSSS..."} or {"patterns": {"4": "FSSS..."}}')
         pattern = SharePattern.parse(single, num_layers)
@@ -75,12 +77,16 @@ def read_pattern_file(path: Path, num_layers: int, keep: str | None = None) -> S
     return pattern
 
 
-def _chosen(path: Path, patterns: dict[str, str], num_layers: int, keep: str | None) -> str:
+def _chosen(patterns: dict[str, Any], num_layers: int, keep: str | None) -> SharePattern:
     if keep is None:
-        if len(patterns) == 1:
-            return next(iter(patterns.values()))
-        raise ValueError(f"it holds patterns for {', '.join(patterns)} full layers: choose one with --keep")
-    count = count_to_keep(num_layers, keep)
-    if str(count) not in patterns:
-        raise ValueError(f"it has no pattern for {count} full layers (it has {', '.join(patterns)})")
-    return patterns[str(count)]
+        if len(patterns) > 1:
+            raise ValueError(f"it holds patterns for {', '.join(patterns)} full layers: choose one with --keep")
+        (key,) = patterns
+    else:
+        key = str(count_to_keep(num_layers, keep))
+        if key not in patterns:
+            raise ValueError(f"it has no pattern for {key} full layers (it has {', '.join(patterns)})")
+    pattern = SharePattern.parse(patterns[key], num_layers)
+    if str(pattern.num_full) != key:
+        raise ValueError(f"its pattern for {key} full layers has {pattern.num_full} ({pattern})")
+    return pattern

@@ -9,23 +9,12 @@ from typing import Any
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.hub_code import AUTO_MAP
 from ..configuration.share_pattern import SharePattern
-from .checkpoint import DTYPE_BITS, SINGLE_FILE, Checkpoint, ConversionError, TensorInfo
-from .families import (
-    INDEXER,
-    MTP_MARK,
-    ExpectedTensor,
-    convert_config,
-    expected_indexer,
-    expected_tensors,
-    layer_of,
-    load_config,
-    source_pattern,
-)
-from .fp8 import SCALE_SUFFIX, scale_grid
+from .checkpoint import DTYPE_BITS, FLOAT_DTYPES, SINGLE_FILE, Checkpoint, ConversionError, TensorInfo
+from .companion_files import Companion, plan_companions
+from .families import INDEXER, LOCAL_FIELDS, convert_config, indexer_layer, load_config, source_pattern
+from .fp8 import FP8, SCALE_SUFFIX, fp8_block_size
+from .open_checkpoint import check_layer_count, check_weights
 
-FP8 = "F8_E4M3"
-FLOAT_DTYPES = ("BF16", "F16", "F32")
-SCALE_DTYPES = ("F32", "F8_E8M0")
 CAST_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -85,6 +74,7 @@ class Plan:
     dropped: tuple[TensorInfo, ...]
     folded: tuple[TensorInfo, ...]
     has_index: bool
+    companions: tuple[Companion, ...]
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -111,7 +101,7 @@ def build_plan(
     max_shard_size: int | None = None,
     keep_shared_indexers: bool = False,
 ) -> Plan:
-    """Check a source against its family and lay out the output.
+    """Check a source against its family, and the files that come along, and lay out the output.
 
     Args:
         checkpoint: the source's config and headers.
@@ -129,20 +119,14 @@ def build_plan(
         raise ConversionError(f"dtype {dtype!r} is not known: choose auto, {', '.join(CAST_DTYPES)}")
     cast_to = None if dtype == "auto" else dtype
     block_size = fp8_block_size(checkpoint.config, location)
+    check_layer_count(checkpoint)
     fields = convert_config(checkpoint.config, pattern, cast_to, AUTO_MAP, location)
     config = load_config(fields, location)
     tensors = checkpoint.tensors
-    _check_indexers_present(config, tensors, location)
-    problems = _problems(config, tensors, block_size)
-    if problems:
-        raise ConversionError.collect(
-            f"{location} does not hold what its config.json describes ({len(problems)} tensors): "
-            "fetch it again, or mend the config",
-            problems,
-        )
+    check_weights(checkpoint, config)
 
     shared = set() if keep_shared_indexers else set(config.share_pattern.shared_layers)
-    dropped = tuple(info for name, info in tensors.items() if _indexer_layer(name) in shared)
+    dropped = tuple(info for name, info in tensors.items() if indexer_layer(name) in shared)
     gone = {info.name for info in dropped}
     folded, planned = [], {}
     for name, info in tensors.items():
@@ -155,6 +139,7 @@ def build_plan(
         scale = tensors.get(name + SCALE_SUFFIX) if target != info.dtype and info.dtype == FP8 else None
         planned[name] = PlannedTensor(info, target, scale, block_size if scale else None)
 
+    companions, notes = plan_companions(checkpoint.source)
     if max_shard_size is None:
         shards, has_index = _shards_as_in_source(checkpoint, planned), checkpoint.is_sharded
     else:
@@ -168,123 +153,9 @@ def build_plan(
         dropped,
         tuple(folded),
         has_index,
-        tuple(_warnings(checkpoint, config)),
+        tuple(companions),
+        (*_warnings(checkpoint, config), *notes),
     )
-
-
-# ---- validation ---------------------------------------------------------------------------------------------------
-
-
-def fp8_block_size(config: dict[str, Any], location: str) -> tuple[int, int] | None:
-    """Rows and columns that share an fp8 scale; `None` for an unquantised source."""
-    quantisation = config.get("quantization_config")
-    if quantisation is None:
-        return None
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if method != "fp8":
-        raise ConversionError(
-            f"{location}: quantization_config has quant_method {method!r}: only block-scaled fp8 and unquantised "
-            "checkpoints can be converted"
-        )
-    size = quantisation.get("weight_block_size", [128, 128])
-    if not isinstance(size, list) or len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
-        raise ConversionError(
-            f"{location}: quantization_config has weight_block_size {size!r}: it must be two numbers, as [128, 128]"
-        )
-    return size[0], size[1]
-
-
-def _indexer_layer(name: str) -> int | None:
-    """The layer whose indexer a tensor belongs to."""
-    place = layer_of(name)
-    return place[0] if place and place[1].startswith(INDEXER) else None
-
-
-def _check_indexers_present(config: IndexCacheConfig, tensors: Iterable[str], location: str) -> None:
-    present = {_indexer_layer(name) for name in tensors}
-    lacking = [layer for layer in config.share_pattern.full_layers if layer not in present]
-    if len(lacking) == config.num_hidden_layers or not present - {None}:
-        raise ConversionError(f"{location} holds no indexer weights at all: it is no DSA checkpoint")
-    if lacking:
-        named = ", ".join(map(str, lacking))
-        raise ConversionError(
-            f"{location} has no indexer weights in layers {named}, which the pattern {config.index_share_pattern} "
-            f"makes full: make them 'S', or convert from a checkpoint that has them"
-        )
-
-
-def _problems(
-    config: IndexCacheConfig, tensors: dict[str, TensorInfo], block_size: tuple[int, int] | None
-) -> list[str]:
-    """What is missing, unknown or of the wrong shape or dtype, one sentence a tensor."""
-    layers = config.num_hidden_layers
-    expected = expected_tensors(config)
-    for layer in sorted({layer for layer in map(_indexer_layer, tensors) if layer is not None and layer < layers}):
-        expected |= expected_indexer(config, layer)
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    if config.tie_word_embeddings:
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    extra_layers = {place[0] for place in map(layer_of, tensors) if place and place[0] >= layers}
-    plain = {layer for layer in extra_layers if f"model.layers.{layer}.{MTP_MARK}" not in tensors}
-    problems += [
-        f"layer {layer} is beyond num_hidden_layers={layers} and no MTP layer (it has no {MTP_MARK})"
-        for layer in sorted(plain)
-    ]
-    for name, info in tensors.items():
-        if name.endswith(SCALE_SUFFIX):
-            problems += _scale_problems(info, tensors.get(name.removesuffix(SCALE_SUFFIX)), block_size)
-            continue
-        place = layer_of(name)
-        if place and place[0] >= layers:
-            quantisable = True
-        elif name not in expected:
-            problems.append(f"{name} ({info.dtype} {list(info.shape)} in {info.file}) is not known to this family")
-            continue
-        else:
-            problems += _shape_problems(info, expected[name])
-            quantisable = expected[name].quantisable
-        problems += _dtype_problems(info, quantisable, tensors, block_size)
-    return problems
-
-
-def _shape_problems(info: TensorInfo, expected: ExpectedTensor) -> list[str]:
-    if info.shape == expected.shape:
-        return []
-    return [f"{info.name} in {info.file} has shape {list(info.shape)}, and the config asks for {list(expected.shape)}"]
-
-
-def _dtype_problems(
-    info: TensorInfo, quantisable: bool, tensors: dict[str, TensorInfo], block_size: tuple[int, int] | None
-) -> list[str]:
-    if info.dtype in FLOAT_DTYPES:
-        return []
-    where = f"{info.name} in {info.file} has dtype {info.dtype}"
-    if info.dtype != FP8 or not quantisable:
-        return [f"{where}, and {' or '.join((*FLOAT_DTYPES, FP8) if quantisable else FLOAT_DTYPES)} is accepted here"]
-    if block_size is None:
-        return [f"{where}, and config.json has no quantization_config: add the one it was published with"]
-    if info.name + SCALE_SUFFIX not in tensors:
-        return [f"{where} without its scales: {info.name + SCALE_SUFFIX} is missing"]
-    return []
-
-
-def _scale_problems(info: TensorInfo, weight: TensorInfo | None, block_size: tuple[int, int] | None) -> list[str]:
-    if weight is None or weight.dtype != FP8 or len(weight.shape) != 2:
-        state = "missing" if weight is None else f"{weight.dtype} {list(weight.shape)}"
-        return [
-            f"{info.name} in {info.file} scales an fp8 matrix, and {info.name.removesuffix(SCALE_SUFFIX)} is {state}"
-        ]
-    problems = []
-    if block_size is not None and info.shape != (grid := scale_grid(weight.shape, block_size)):
-        problems.append(
-            f"{info.name} in {info.file} has shape {list(info.shape)}, and a weight of shape {list(weight.shape)} in "
-            f"blocks of {block_size[0]} x {block_size[1]} needs {list(grid)}"
-        )
-    if info.dtype not in SCALE_DTYPES:
-        problems.append(
-            f"{info.name} in {info.file} has dtype {info.dtype}, and {' or '.join(SCALE_DTYPES)} is needed"
-        )
-    return problems
 
 
 def _warnings(checkpoint: Checkpoint, config: IndexCacheConfig) -> list[str]:
@@ -296,6 +167,10 @@ def _warnings(checkpoint: Checkpoint, config: IndexCacheConfig) -> list[str]:
             f"layers {', '.join(map(str, revived))} are shared in the source and full in the output: "
             "their indexers may never have been trained to run"
         )
+    local = {name: checkpoint.config[name] for name in sorted(LOCAL_FIELDS & set(checkpoint.config))}
+    if local:
+        named = ", ".join(f"{name}={value!r}" for name, value in local.items())
+        warnings.append(f"config.json: what names code or places of the source's owner stays behind: {named}")
     if checkpoint.stray_weights:
         warnings.append(f"weight files that the checkpoint does not name stay behind: {checkpoint.stray_weights}")
     return warnings

@@ -8,13 +8,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .checkpoint import ConversionError
-from .plan import OutputShard
+from .checkpoint import ConversionError, FolderSource, Source, check_file_name
 from .tensor_stream import BLOCK_BYTES, OpenShards, tensor_blocks
+
+if TYPE_CHECKING:
+    from .plan import OutputShard
 
 try:
     import fcntl
@@ -57,8 +61,29 @@ def encode_header(shard: OutputShard) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def path_inside(output: Path, name: str) -> Path:
+    """Where a file of the output lies; ConversionError when a folder on the way is a link, which may lead outside."""
+    path = output / check_file_name(name, str(output))
+    for folder in path.parents:
+        if folder == output:
+            break
+        if folder.is_symlink():
+            raise ConversionError(f"{folder} is a link, so {name} would be written elsewhere: remove the link")
+    return path
+
+
+def mode_of(source: Source, *files: str) -> int | None:
+    """The permissions that what is made of these files gets: those that all of them give; `None` for the system's."""
+    if not files or not isinstance(source, FolderSource):
+        return None
+    mode = 0o777
+    for file in files:
+        mode &= source.path(file).stat().st_mode
+    return mode
+
+
 def write_shard(shard: OutputShard, target: Path, shards: OpenShards) -> WrittenFile:
-    """Write a shard's header and tensors, block by block.
+    """Write a shard's header and tensors, block by block, with the permissions of the shards that it comes from.
 
     Raises:
         ConversionError: the source ends early, a value does not fit its dtype, or the disk is full.
@@ -70,16 +95,25 @@ def write_shard(shard: OutputShard, target: Path, shards: OpenShards) -> Written
         for tensor in shard.tensors:
             yield from tensor_blocks(tensor, shards)
 
-    return write_blocks(target, content())
+    return write_blocks(target, content(), mode=mode_of(shards.source, *shard.source_files))
 
 
-def write_blocks(target: Path, blocks: Iterable[bytes | memoryview], *, durable: bool = True) -> WrittenFile:
-    """Write blocks under a temporary name, sync unless told not to, and rename; an error leaves nothing behind."""
+def write_blocks(
+    target: Path, blocks: Iterable[bytes | memoryview], *, durable: bool = True, mode: int | None = None
+) -> WrittenFile:
+    """Write blocks under a temporary name, sync unless told not to, and rename; an error leaves nothing behind.
+
+    Args:
+        target: the file.
+        blocks: its bytes, in order.
+        durable: wait until they are on disk.
+        mode: permissions from the first byte on, less what the umask takes; the system's when `None`.
+    """
     digest, size = hashlib.sha256(), 0
 
     def fill(partial: Path) -> None:
         nonlocal size
-        with open(partial, "xb", buffering=0) as stream:
+        with open(partial, "xb", buffering=0, opener=_opener(mode)) as stream:
             for block in blocks:
                 write_all(stream.fileno(), block)
                 digest.update(block)
@@ -91,6 +125,10 @@ def write_blocks(target: Path, blocks: Iterable[bytes | memoryview], *, durable:
     return WrittenFile(size, digest.hexdigest(), "written")
 
 
+def _opener(mode: int | None) -> Callable[[str, int], int]:
+    return lambda path, flags: os.open(path, flags, 0o666 if mode is None else mode)
+
+
 def write_all(descriptor: int, block: bytes | memoryview) -> None:
     """Write all of a block."""
     view = memoryview(block)
@@ -98,17 +136,19 @@ def write_all(descriptor: int, block: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_text(target: Path, text: str, *, durable: bool = True) -> None:
+def write_text(target: Path, text: str, *, durable: bool = True, mode: int | None = None) -> None:
     """Write a small text file."""
-    write_blocks(target, [text.encode()], durable=durable)
+    write_blocks(target, [text.encode()], durable=durable, mode=mode)
 
 
-def write_json(target: Path, value: object, *, durable: bool = True) -> None:
+def write_json(target: Path, value: object, *, durable: bool = True, mode: int | None = None) -> None:
     """Write a value as JSON, keys in the order given."""
-    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
+    write_text(target, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable, mode=mode)
 
 
-def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = False) -> WrittenFile:
+def pass_whole(
+    source: Path, target: Path, *, copy: bool = False, move: bool = False, sha256: str | None = None
+) -> WrittenFile:
     """Bring a source file to the output byte for byte.
 
     Tries a reflink, then a hard link, then a copy: the first two cost neither time nor space. A hard link is the
@@ -119,6 +159,7 @@ def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = F
         target: its place in the output.
         copy: make an independent copy at once.
         move: the file is a download of ours: take it away.
+        sha256: of the file, where it has just been checked; saves reading it again.
     """
     if copy:
         return _copied(source, target)
@@ -129,21 +170,22 @@ def pass_whole(source: Path, target: Path, *, copy: bool = False, move: bool = F
             if error.errno not in (*_NO_LINK_POSSIBLE, errno.EINVAL, errno.ENOTTY):
                 raise
         else:
-            return hash_file(target, how)
+            return hash_file(target, how) if sha256 is None else WrittenFile(target.stat().st_size, sha256, how)
     return _copied(source, target)
 
 
 def _copied(source: Path, target: Path) -> WrittenFile:
     with open(source, "rb", buffering=0) as stream:
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        written = write_blocks(target, (buffer[:count] for count in iter(lambda: stream.readinto(buffer), 0)))
+        blocks = (buffer[:count] for count in iter(lambda: stream.readinto(buffer), 0))
+        written = write_blocks(target, blocks, mode=source.stat().st_mode & 0o777)
     return WrittenFile(written.size, written.sha256, "copied")
 
 
 def _clone(source: Path, partial: Path) -> None:
     if fcntl is None:
         raise OSError(errno.ENOTSUP, "no reflinks here")
-    with open(source, "rb") as original, open(partial, "xb") as twin:
+    with open(source, "rb") as original, open(partial, "xb", opener=_opener(source.stat().st_mode & 0o777)) as twin:
         fcntl.ioctl(twin.fileno(), _FICLONE, original.fileno())
         os.fsync(twin.fileno())
 
@@ -194,6 +236,18 @@ def hash_file(path: Path, how: str = "written") -> WrittenFile:
             digest.update(buffer[:count])
             size += count
     return WrittenFile(size, digest.hexdigest(), how)
+
+
+def hash_files(paths: Iterable[Path]) -> dict[Path, WrittenFile]:
+    """Size and sha256 of each file that is there, several at a time: hashing is bound by a core's speed."""
+    present = [path for path in paths if path.is_file()]
+    with ThreadPoolExecutor(hash_workers()) as pool:
+        return dict(zip(present, pool.map(hash_file, present)))
+
+
+def hash_workers() -> int:
+    """How many files to hash at a time; hashlib lets go of Python's lock."""
+    return min(16, os.cpu_count() or 1)
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
 from .checkpoint import DTYPE_BITS, ConversionError, Source, TensorInfo
 from .fp8 import dequantise_block
-from .plan import PlannedTensor
+
+if TYPE_CHECKING:
+    from .plan import PlannedTensor
 
 BLOCK_BYTES = 4 << 20
 _BLOCK_ELEMENTS = 1 << 20
@@ -20,7 +22,6 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -28,7 +29,7 @@ class OpenShards:
     """The source shards that are being read. A shard stays on this machine until another set is asked for."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
+        self.source = source
         self._open: dict[str, tuple[ExitStack, BinaryIO]] = {}
         self._buffer = bytearray(BLOCK_BYTES)
 
@@ -39,7 +40,7 @@ class OpenShards:
         for file in files:
             if file not in self._open:
                 with ExitStack() as stack:
-                    path = stack.enter_context(self._source.local(file))
+                    path = stack.enter_context(self.source.local(file))
                     stream = stack.enter_context(open(path, "rb", buffering=0))
                     self._open[file] = (stack.pop_all(), stream)
 
@@ -74,7 +75,7 @@ class OpenShards:
 
     def read_whole(self, info: TensorInfo) -> bytearray:
         """A small tensor from any shard of the source, held or not."""
-        return bytearray(self._source.read_range(info.file, info.begin, info.end))
+        return bytearray(self.source.read_range(info.file, info.begin, info.end))
 
 
 def tensor_blocks(tensor: PlannedTensor, shards: OpenShards) -> Iterator[memoryview | bytes]:
@@ -93,7 +94,7 @@ def tensor_blocks(tensor: PlannedTensor, shards: OpenShards) -> Iterator[memoryv
     slab, scales = max(1, _BLOCK_ELEMENTS // row_elements), None
     if tensor.scale is not None and tensor.block_size is not None:
         raw = shards.read_whole(tensor.scale)
-        scales = torch.frombuffer(raw, dtype=TORCH_DTYPES[tensor.scale.dtype]).view(tensor.scale.shape)
+        scales = read_scales(raw, tensor.scale)
         slab = -(-slab // tensor.block_size[0]) * tensor.block_size[0]
     for start in range(0, rows, slab):
         stop = min(start + slab, rows)
@@ -102,6 +103,18 @@ def tensor_blocks(tensor: PlannedTensor, shards: OpenShards) -> Iterator[memoryv
             continue
         part = torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype]).view(stop - start, -1)
         yield _cast(part, start, scales, tensor).view(torch.uint8).numpy().data.cast("B")
+
+
+def read_scales(raw: bytearray, info: TensorInfo) -> torch.Tensor:
+    """The scales of an fp8 weight, in their shape.
+
+    Powers of two (e8m0, one byte of exponent) come as fp32: torch has had a dtype for them since 2.7 only.
+    """
+    if info.dtype != "F8_E8M0":
+        return torch.frombuffer(raw, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)
+    codes = torch.frombuffer(raw, dtype=torch.uint8).view(info.shape)
+    powers = torch.ldexp(torch.ones(codes.shape), codes.int() - 127)
+    return powers.masked_fill(codes == 255, torch.nan)
 
 
 def _cast(part: torch.Tensor, start: int, scales: torch.Tensor | None, tensor: PlannedTensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,16 +17,23 @@ ADAPTERS_FILE = "adapters.safetensors"
 _INDEXER_MARK = ".indexer."
 
 
+def require_peft() -> None:
+    """DistillationError where peft cannot be imported."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise DistillationError(f"--lora-rank needs peft ({error}): pip install peft") from error
+
+
 def add_adapters(model: IndexCacheForCausalLM, rank: int) -> None:
     """Put an adapter on every linear layer outside the indexers and the head, in place; its product starts at zero.
 
     Raises:
         DistillationError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise DistillationError("--lora-rank needs peft: pip install peft") from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     targets = [
         name
         for name, module in model.named_modules()
@@ -38,15 +46,25 @@ def save_adapters(model: Any, folder: Path, state: dict[str, Any] | None = None)
     """Write adapters and indexers, which are all that such a run trains; `state` in place of the model's own."""
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict() if state is None else state
-    trained = {name: value.contiguous() for name, value in state.items() if "lora_" in name or _INDEXER_MARK in name}
+    trained = {name: value.contiguous() for name, value in state.items() if _is_trained(name)}
     save_file(trained, folder / ADAPTERS_FILE)
 
 
 def load_adapters(model: IndexCacheForCausalLM, folder: Path) -> None:
     """Fill the adapters and indexers of a model that has been through `add_adapters`."""
-    unexpected = model.load_state_dict(load_file(folder / ADAPTERS_FILE), strict=False).unexpected_keys
-    if unexpected:
-        raise DistillationError(f"{folder / ADAPTERS_FILE} was made for another model: it holds {unexpected[0]}")
+    path = folder / ADAPTERS_FILE
+    try:
+        found = model.load_state_dict(load_file(path), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        raise DistillationError(f"{path} cannot be read into this model: {error}") from error
+    if found.unexpected_keys:
+        raise DistillationError(f"{path} was made for another model: it holds {found.unexpected_keys[0]}")
+    if lacking := [name for name in found.missing_keys if _is_trained(name)]:
+        raise DistillationError(f"{path} was made for another model: it lacks {lacking[0]}")
+
+
+def _is_trained(name: str) -> bool:
+    return "lora_" in name or _INDEXER_MARK in name
 
 
 @torch.no_grad()

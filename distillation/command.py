@@ -19,6 +19,7 @@ from ..evaluation.arguments import (
     Seqlen,
     TextField,
     Token,
+    finite,
 )
 
 if TYPE_CHECKING:
@@ -63,21 +64,26 @@ def distill(
         int, typer.Option(min=0, help="Then: attention sparse, everything learns.", rich_help_panel=_STAGES)
     ] = 4000,
     dense_learning_rate: Annotated[
-        float, typer.Option(help="Of the indexers in the warm-up.", rich_help_panel=_STAGES)
+        float, typer.Option(callback=finite, help="Of the indexers in the warm-up.", rich_help_panel=_STAGES)
     ] = 1e-3,
     learning_rate: Annotated[
-        float, typer.Option(help="Of all else in the sparse stage.", rich_help_panel=_STAGES)
+        float, typer.Option(callback=finite, help="Of all else in the sparse stage.", rich_help_panel=_STAGES)
     ] = 7.3e-6,
     indexer_learning_rate: Annotated[
         float | None,
-        typer.Option(help="Of the indexers there. Default: --learning-rate.", rich_help_panel=_STAGES),
+        typer.Option(
+            callback=finite, help="Of the indexers there. Default: --learning-rate.", rich_help_panel=_STAGES
+        ),
     ] = None,
     schedule: Annotated[
         Literal["cosine", "linear", "constant_with_warmup"],
         typer.Option(help="Of the rates in each stage.", rich_help_panel=_STAGES),
     ] = "cosine",
     rise: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of a stage in which rates rise.", rich_help_panel=_STAGES)
+        float,
+        typer.Option(
+            min=0, max=1, callback=finite, help="Share of a stage in which rates rise.", rich_help_panel=_STAGES
+        ),
     ] = 0.03,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Windows a process and micro-batch.", rich_help_panel=_STAGES)
@@ -90,10 +96,14 @@ def distill(
         ),
     ] = True,
     kl_weight: Annotated[
-        float, typer.Option(help="Factor of the divergence beside the loss.", rich_help_panel=_STAGES)
+        float, typer.Option(callback=finite, help="Factor of the divergence beside the loss.", rich_help_panel=_STAGES)
     ] = 1.0,
-    weight_decay: Annotated[float, typer.Option(min=0, help="Of AdamW.", rich_help_panel=_STAGES)] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it.", rich_help_panel=_STAGES)] = 1.0,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, callback=finite, help="Of AdamW.", rich_help_panel=_STAGES)
+    ] = 0.0,
+    max_grad_norm: Annotated[
+        float, typer.Option(callback=finite, help="Gradients are clipped to it.", rich_help_panel=_STAGES)
+    ] = 1.0,
     precision: Annotated[
         Literal["bf16", "fp32"],
         typer.Option(help="Of the computation; weights and optimiser are fp32.", rich_help_panel=_STAGES),
@@ -131,7 +141,9 @@ def distill(
         int | None,
         typer.Option(min=1, help="Held-out windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of new indexers and of the order.", rich_help_panel=DATA_PANEL)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of new indexers and of the order.", rich_help_panel=DATA_PANEL)
+    ] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
     log_every: Annotated[int, typer.Option(min=1, help="Steps between log entries.", rich_help_panel=RUN_PANEL)] = 10,
@@ -219,15 +231,17 @@ def distill(
         return
     url = None
     if push_to_hub:
+        from ..conversion.drawing import contents_text
         from ..conversion.hub import push_folder
 
-        url = push_folder(output, push_to_hub, private=private or None, token=token)
+        announce = None if as_json else (lambda contents: typer.echo(contents_text(contents)))
+        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)
     if as_json:
         sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
         return
-    from rich.console import Console
+    from ..evaluation.terminal import terminal
 
-    Console(soft_wrap=not sys.stdout.isatty()).print(_summary(document, output, url))
+    terminal().print(_summary(document, output, url))
 
 
 def _summary(document: dict[str, Any], output: Path, url: str | None) -> RenderableType:

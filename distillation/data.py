@@ -8,19 +8,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from ..evaluation.text_sources import Document, documents_of
+from ..evaluation.tokenizer import Tokenizer
 from ..evaluation.window_sources import (
     DEFAULT_SAMPLES,
     Sampling,
-    Tokenizer,
     default_seqlen,
-    documents_of,
+    part_size,
     read_windows,
+    windows_named,
     windows_of_file,
 )
 from ..evaluation.windows import Windows
@@ -102,16 +103,17 @@ def load_training_data(
     """
     seqlen = recipe.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     wanted = (recipe.dense_steps + recipe.sparse_steps) * recipe.accumulation * recipe.batch_size * processes
-    path, _, name = data.partition(":")
-    if path.endswith(".safetensors"):
+    if named := windows_named(data):
         if recipe.isolate_documents:
             raise DistillationError(
                 f"{data} holds windows and does not say where documents begin: give text for --isolate-documents"
             )
-        found = windows_of_file(Path(path), name, Sampling(seqlen=recipe.seqlen), None)
+        found = windows_of_file(*named, Sampling(seqlen=recipe.seqlen), None)
+        # Before the cast, which would take 2**32 off a token until the model knows it.
+        _check_vocabulary(found.ids, config.vocab_size, data)
         windows = TrainingWindows(found.ids.to(torch.int32), None, found.origin)
     else:
-        documents = documents_of(data, tokenizer, sampling)
+        documents = documents_of(data, tokenizer, split=sampling.split, field=sampling.text_field)
         assert tokenizer is not None
         windows = pack_documents(documents, tokenizer, seqlen, wanted, recipe.isolate_documents, data, on_tokens)
     if len(windows) < recipe.batch_size * processes:
@@ -133,7 +135,7 @@ def load_training_data(
 
 
 def pack_documents(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: Tokenizer,
     seqlen: int,
     wanted: int,
@@ -143,7 +145,7 @@ def pack_documents(
 ) -> TrainingWindows:
     """Documents one after the other, each followed by the end-of-text token, cut into windows of `seqlen + 1` tokens.
 
-    Reading stops when there are `wanted` windows.
+    Reading stops when there are `wanted` windows. A document longer than `part_size` is tokenised part by part.
 
     Raises:
         DistillationError: less than one window.
@@ -153,12 +155,17 @@ def pack_documents(
     pieces: list[torch.Tensor] = []
     starts: list[int] = []
     total = 0
-    for text in documents:
-        tokens = tokenizer.encode(text, add_special_tokens=False, verbose=False) + end
+    for document in documents:
         starts.append(total)
-        pieces.append(torch.tensor(tokens, dtype=torch.int32))
-        total += len(tokens)
-        on_tokens(total)
+        for part in document.parts(part_size(size)):
+            tokens = tokenizer.encode(part, add_special_tokens=False, verbose=False)
+            pieces.append(torch.tensor(tokens, dtype=torch.int32))
+            total += len(tokens)
+            on_tokens(total)
+            if total >= wanted * size:
+                break
+        pieces.append(torch.tensor(end, dtype=torch.int32))
+        total += len(end)
         if total >= wanted * size:
             break
     if total < size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import warnings
@@ -15,10 +16,13 @@ from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
 from ..conversion.companion_files import copy_companions
 from ..conversion.installed_versions import installed_versions
 from ..conversion.journal import RECIPE_FILE
+from ..conversion.load_source import filled_weights, refuse_filled_weights
 from ..conversion.shard_writer import sync_folder, write_json
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .data import TrainingWindows
+from .errors import DistillationDiverged
+from .finite import first_not_finite
 from .recipe import Recipe
 from .source import DistillationSource
 
@@ -95,9 +99,18 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = IndexCacheForCausalLM.from_pretrained(trained, dtype=source.written_dtype(run.dtype))
-        model.save_pretrained(partial)
+        model, info = IndexCacheForCausalLM.from_pretrained(
+            trained, dtype=source.written_dtype(run.dtype), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    refuse_filled_weights(model, filled_weights(info), str(trained))
+    _refuse_not_finite(model, trained, run.output)
+    model.save_pretrained(partial)
     score(model)
+    if not math.isfinite(scores.get("after", {}).get("loss", 0.0)):
+        raise DistillationDiverged(
+            f"the trained model's loss on the held-out windows is {scores['after']['loss']}: {run.output} is not "
+            f"finished; the weights are in {trained}"
+        )
     copy_companions(source.opened, partial)
     write_json(partial / LOG_FILE, logs)
     card = None
@@ -125,6 +138,17 @@ def write_checkpoint(
             (run.output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(partial / name, run.output / name)
     sync_folder(run.output)
+
+
+def _refuse_not_finite(model: IndexCacheForCausalLM, trained: Path, output: Path) -> None:
+    """DistillationDiverged where a weight is no number in the dtype that is written."""
+    name = first_not_finite(model.state_dict().items())
+    if name is not None:
+        raise DistillationDiverged(
+            f"{trained}: {name} is not finite as {str(model.dtype).removeprefix('torch.')}, and {output} is not "
+            "finished: if the weights outgrew that dtype, they are there in float32, and `indexcache convert` writes "
+            "them with --dtype bfloat16; otherwise train again at lower rates"
+        )
 
 
 def _measured(scores: dict[str, Any]) -> list[dict[str, str]] | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluation.arguments import LARGEST_SEED
 from .errors import DistillationError
 
 DENSE, SPARSE = "dense", "sparse"
@@ -88,18 +90,33 @@ class Recipe:
                 raise DistillationError(f"{_flag(name)} must be at least {least} (got {value})")
         if not self.dense_steps + self.sparse_steps:
             raise DistillationError("--dense-steps and --sparse-steps are both 0: there is nothing to train")
-        for name in ("dense_learning_rate", "learning_rate", "indexer_learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise DistillationError(f"{_flag(name)} must be positive (got {value})")
-        if not 0 <= self.rise <= 1:
-            raise DistillationError(f"--rise must lie in 0 .. 1 (got {self.rise})")
+        self._check_rates()
         if self.schedule not in SCHEDULES:
             raise DistillationError(f"--schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
         if self.precision not in ("bf16", "fp32"):
             raise DistillationError(f"--precision must be bf16 or fp32 (got {self.precision!r})")
         if self.cuda_graph:
             self._check_graph()
+
+    def _check_rates(self) -> None:
+        """No number that turns weights into NaN, or gradients around."""
+        for name in ("dense_learning_rate", "learning_rate", "indexer_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DistillationError(f"{_flag(name)} must be positive and finite (got {value})")
+        for name in ("kl_weight", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise DistillationError(f"{_flag(name)} must be finite and at least 0 (got {getattr(self, name)})")
+        if not self.kl_weight and self.dense_steps:
+            raise DistillationError(
+                "--kl-weight 0 leaves the warm-up nothing to learn from: give --dense-steps 0 or a weight above 0"
+            )
+        if not 0 <= self.rise <= 1:
+            raise DistillationError(f"--rise must lie in 0 .. 1 (got {self.rise})")
+        if not 0 <= self.adam_beta2 < 1:
+            raise DistillationError(f"adam_beta2 must lie in 0 .. 1, 1 left out (got {self.adam_beta2})")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise DistillationError(f"--seed must lie in 0 .. {LARGEST_SEED} (got {self.seed})")
 
     def _check_graph(self) -> None:
         """A graph holds whole steps of one kind, in memory."""

@@ -28,12 +28,13 @@ from ..conversion.journal import (
 )
 from ..conversion.shard_writer import write_json
 from ..evaluation.perplexity import evaluate_windows
-from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.tokenizer import load_tokenizer
+from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import short_window_warning
 from ..pattern_search.processes import Processes
-from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters
+from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, require_peft
 from .all_experts import use_all_experts
 from .autocast_experts import use_autocast_experts
 from .data import TrainingWindows, load_training_data
@@ -90,6 +91,8 @@ def run_distillation(
     """
     if importlib.util.find_spec("accelerate") is None:
         raise DistillationError("training needs accelerate: pip install 'indexcache[train]'")
+    if recipe.lora_rank is not None:
+        require_peft()
     processes = Processes.from_environment()
     quiet = monitor if processes.is_first else TrainingMonitor()
     if source.is_dense and not recipe.dense_steps:
@@ -108,8 +111,7 @@ def run_distillation(
     document = recipe_document(source, recipe, windows, held_out, processes.count, run.dtype)
     journal = Journal(run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)})
     if processes.share(processes.is_first and _begin(run, journal, document)):
-        finished: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
-        return finished
+        return _read_object(run.output / RECIPE_FILE)
     _say_start(quiet, source, recipe, windows, processes)
     training = run.output / TRAINING_FOLDER
     scores: dict[str, Any] = {}
@@ -135,15 +137,14 @@ def run_distillation(
             if not run.keep_checkpoints:
                 shutil.rmtree(training, ignore_errors=True)
     processes.wait()
-    done: dict[str, Any] = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
-    return done
+    return _read_object(run.output / RECIPE_FILE)
 
 
 def _begin(run: RunOptions, journal: Journal, document: dict[str, Any]) -> bool:
     """Make the output ready; True when a finished run is what this one would write."""
     state = output_state(run.output)
     if state == "finished" and run.resume and not run.overwrite:
-        found = json.loads((run.output / RECIPE_FILE).read_text(encoding="utf-8"))
+        found = _read_object(run.output / RECIPE_FILE)
         if any(found.get(key) != value for key, value in document.items()):
             raise ConversionError(
                 f"{run.output} holds another finished checkpoint: give another output, or --overwrite"
@@ -238,12 +239,7 @@ def _train_stage(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:
-        stopped = folder / f"stopped-at-{trainer.state.global_step}"
-        trainer.save_model(str(stopped), _internal_call=True)
-        raise DistillationDiverged(
-            f"{error}. The model before that step is {stopped}, a checkpoint like any other; earlier ones stand "
-            "beside it"
-        ) from None
+        raise DistillationDiverged(f"{error}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
         raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))
@@ -251,6 +247,16 @@ def _train_stage(
         raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
+
+
+def _what_is_left(error: DistillationDiverged, trainer: DistillationTrainer, folder: Path) -> str:
+    """Save the model that a stopped stage had, where it is sound; a sentence that says where to look."""
+    if error.weights_are_sound:
+        stopped = folder / f"stopped-at-{trainer.state.global_step}"
+        trainer.save_model(str(stopped), _internal_call=True)
+        return f"The model before that step is {stopped}, a checkpoint like any other; earlier ones stand beside it"
+    checkpoint, _ = latest_checkpoint(folder)
+    return f"The last checkpoint before it is {checkpoint}" if checkpoint else "There is no checkpoint before it"
 
 
 def _load(
@@ -287,8 +293,21 @@ def _merged(
 def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
     """The log entries of a stage that ended with this checkpoint."""
     assert checkpoint is not None
-    state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    return list(state["log_history"])
+    history = _read_object(checkpoint / TRAINER_STATE_NAME).get("log_history")
+    if not isinstance(history, list):
+        raise DistillationError(f"{checkpoint / TRAINER_STATE_NAME} has no log_history: start again with --overwrite")
+    return history
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that an earlier run wrote; DistillationError where it is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} stands there where an object belongs")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DistillationError(f"{path} is damaged ({error}): start again with --overwrite") from error
+    return found
 
 
 def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
@@ -323,7 +342,7 @@ def _before(
     path = training / BEFORE_FILE
     scores: dict[str, Any] = {}
     if processes.is_first and path.exists():
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores = _read_object(path)
     elif processes.is_first:
         dtype = source.written_dtype(run.dtype)
         untrained = source.load_untrained(dtype)

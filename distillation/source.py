@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.bundle import AUTO_MAP
-from ..conversion.checkpoint import ConversionError, Source, open_source, read_json
+from ..conversion.checkpoint import ConversionError, Source, read_json
 from ..conversion.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
+from ..conversion.load_source import filled_weights, refuse_filled_weights, where_to_load
+from ..conversion.open_checkpoint import open_checkpoint
 from ..conversion.pattern_file import choose_pattern
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import DistillationError
@@ -73,14 +76,8 @@ class DistillationSource:
 
     def load(self, dtype: torch.dtype, **kwargs: Any) -> tuple[IndexCacheForCausalLM, list[int]]:
         """The model, and the layers whose indexers are new (random, from torch's current seed)."""
-        return load_with_new_indexers(
-            self.location,
-            self.config,
-            dtype=dtype,
-            revision=self.opened.revision or "main",
-            token=self.token,
-            **kwargs,
-        )
+        place, commit = where_to_load(self.opened)
+        return load_with_new_indexers(place, self.config, dtype=dtype, revision=commit, token=self.token, **kwargs)
 
     def load_untrained(self, dtype: torch.dtype) -> IndexCacheForCausalLM:
         """The source as it is: dense, or with its own pattern."""
@@ -92,9 +89,8 @@ class DistillationSource:
             config.layer_types = ["full_attention"] * len(self.pattern)
         else:
             config = load_config(convert_config(fields, None, None, AUTO_MAP, self.location), self.location)
-        model, _ = load_with_new_indexers(
-            self.location, config, dtype=dtype, revision=self.opened.revision or "main", token=self.token
-        )
+        place, commit = where_to_load(self.opened)
+        model, _ = load_with_new_indexers(place, config, dtype=dtype, revision=commit, token=self.token)
         return model
 
     def written_dtype(self, name: str) -> torch.dtype:
@@ -128,11 +124,11 @@ def open_distillation_source(
         token: for the Hub.
 
     Raises:
-        ConversionError: an unknown family, a config that does not validate.
+        ConversionError: an unknown family, a config that does not validate, a checkpoint that is not whole.
         DistillationError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
     """
-    opened = open_source(source, revision=revision, token=token)
-    fields = read_json(opened, "config.json")
+    checkpoint = open_checkpoint(source, new_indexers=True, revision=revision, token=token).checkpoint
+    opened, fields = checkpoint.source, checkpoint.config
     try:
         chosen = choose_pattern(fields, pattern, pattern_file, keep)
     except ConversionError as error:
@@ -173,21 +169,19 @@ def load_with_new_indexers(
         The model and the layers with new indexers.
 
     Raises:
-        DistillationError: other weights are missing.
+        ConversionError: other weights are missing.
+        DistillationError: weights that cannot be read.
     """
     kwargs |= {} if config is None else {"config": config}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model, info = IndexCacheForCausalLM.from_pretrained(
-            location, new_indexers=True, output_loading_info=True, **kwargs
-        )
-    missing = set(info["missing_keys"])
-    lacking = sorted(name for name in missing if ".indexer." not in name)
-    if lacking or info.get("mismatched_keys"):
-        wrong = lacking or [str(key) for key in info["mismatched_keys"]]
-        raise DistillationError(
-            f"{location} lacks weights that its config describes, or has them in other shapes: "
-            f"{', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}"
-        )
+        try:
+            model, info = IndexCacheForCausalLM.from_pretrained(
+                location, new_indexers=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise DistillationError(f"{location}: its weights cannot be read ({error})") from error
+    missing = {name for name in info["missing_keys"] if ".indexer." in name}
+    refuse_filled_weights(model, filled_weights(info) - missing, str(location))
     new = sorted({int(name.split("layers.")[1].split(".")[0]) for name in missing})
     return model, new

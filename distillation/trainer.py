@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.share_pattern import SharePattern
 from ..modeling_indexcache.indexer_training import IndexerTraining
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .adapters import save_adapters
 from .errors import DistillationDiverged
+from .finite import are_finite, first_not_finite
 from .graphed_step import GraphedSteps, refuse_where_no_graphs_run
 from .losses import group_means, multi_layer_loss
 from .recipe import DENSE, SPARSE, Recipe
@@ -98,7 +99,8 @@ class DistillationTrainer(Trainer):
         recipe: rates, batches, loss.
         args: from `training_arguments`.
         train_dataset: of `input_ids`, `labels` and `shift_labels`.
-        check_every: steps between looks whether the loss is finite; each waits for the device.
+        check_every: steps between looks whether loss, gradient and updated weights are finite; each waits for the
+            device.
         **kwargs: as `Trainer`.
     """
 
@@ -133,6 +135,7 @@ class DistillationTrainer(Trainer):
         from transformers.trainer_callback import PrinterCallback
 
         self.remove_callback(PrinterCallback)
+        self.add_callback(_UpdateCheck(self))
         refuse_where_no_graphs_run(recipe, args.device.type != "cuda", self.accelerator.num_processes)
         self._graphs: GraphedSteps | None = None
 
@@ -180,7 +183,7 @@ class DistillationTrainer(Trainer):
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._note()
-        if self.state.global_step % self.check_every == 0:
+        if self._checks_this_step():
             self._check(loss)
         return loss
 
@@ -203,6 +206,11 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         return {"loss": loss, **self._found}
 
+    # ---- what must be finite ------------------------------------------------------------------------------------
+
+    def _checks_this_step(self) -> bool:
+        return self.state.global_step % self.check_every == 0
+
     def _check(self, loss: torch.Tensor) -> None:
         worst = self.accelerator.reduce(loss.detach().float(), "sum")
         value = float(worst) / self.accelerator.num_processes
@@ -222,6 +230,40 @@ class DistillationTrainer(Trainer):
                 f"the loss of the {self.stage} stage rose from {start:.3f} to {value:.3f} at step {step + 1}: lower "
                 f"{self._rate_flag()}, or raise --rise"
             )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As Trainer's; a gradient that is not finite stops before it can reach the weights."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self._checks_this_step():
+            value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            if not math.isfinite(value):
+                raise DistillationDiverged(
+                    f"the gradient of the {self.stage} stage has the norm {value} at step "
+                    f"{self.state.global_step + 1}: lower {self._rate_flag()}, raise --rise, or try --precision fp32"
+                )
+        return norm
+
+    def check_update(self) -> None:
+        """Look at the weights that the optimiser has just changed.
+
+        Raises:
+            DistillationDiverged: one is not finite; on all processes at once.
+        """
+        if not self._checks_this_step():
+            return
+        optimizer: Any = self.optimizer
+        model: Any = self.model
+        learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        finite = are_finite(learned).to(self.args.device, torch.float32)
+        if bool(self.accelerator.reduce(finite, "sum") == self.accelerator.num_processes):
+            return
+        # Of sharded weights the spoilt ones may be another process's.
+        name = first_not_finite(model.named_parameters()) or "a weight of another process's shard"
+        raise DistillationDiverged(
+            f"the update of step {self.state.global_step + 1} of the {self.stage} stage left weights that are not "
+            f"finite ({name}): lower {self._rate_flag()}, or raise --rise",
+            weights_are_sound=False,
+        )
 
     def _rate_flag(self) -> str:
         if self.stage == DENSE:
@@ -318,6 +360,19 @@ class DistillationTrainer(Trainer):
         """
         if any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class _UpdateCheck(TrainerCallback):
+    """Looks at every update before the step counts, so that none is saved that spoilt the weights."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See `TrainerCallback`."""
+        self._trainer.check_update()
 
 
 def _found(outputs: Any, kl: torch.Tensor, share: torch.Tensor | float, processes: int) -> dict[str, torch.Tensor]:

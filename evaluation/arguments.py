@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import typer
 
+# NumPy's generator takes no larger one.
+LARGEST_SEED = 2**32 - 1
+
+
+def finite(value: float | None) -> float | None:
+    """The callback of every option that takes a float: click's ranges let NaN, and open ones infinity, pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
+
 DATA_PANEL, RUN_PANEL = "Data", "Where it runs"
-DATA_HELP = "Text, .jsonl, .safetensors with NAME_ids windows (FILE:NAME chooses), dataset (org/name:config)."
+DATA_HELP = (
+    "Text, .jsonl, Parquet, a folder, .safetensors with NAME_ids windows (FILE:NAME), dataset (org/name:config)."
+)
 
 Seqlen = Annotated[
     int | None, typer.Option(min=1, help="Tokens a window. Default: 32 x top-k.", rich_help_panel=DATA_PANEL)

@@ -127,8 +127,8 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
-    from rich.console import Console
+    from .terminal import terminal
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = terminal()
     console.print(draw_tables(document))
     console.print(f"{output}: evaluation.json" + (", report.html" if (output / "report.html").exists() else ""))

@@ -12,6 +12,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+# A "$" in a model's name is one.
+matplotlib.rcParams["text.parse_math"] = False
+
 INK, BLUE, ORANGE, GREY, PALE = "#1b1f24", "#1f5fa8", "#d1622b", "#9a9fa6", "#e9edf2"
 # Of lines that are told apart, in order.
 LINES = (BLUE, ORANGE, GREY, "#2e8b57", "#8e5ea2", INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,46 +12,76 @@ import torch
 
 from .errors import EvaluationError
 
+# A damaged journal is kept beside the mended one under this suffix.
+DAMAGED_SUFFIX = ".damaged"
+_NUMBER, _CHECK = "line", "check"
+
 
 class Journal:
     """Scores by window set, pattern and round, in a file of JSON lines, or in memory only.
 
-    The first line says what the work is; each other line is one evaluation. A line is on disk (fsync) before `add`
-    returns; a half line that a crash left at the end is cut off.
+    The first line says what the work is; each other line is one evaluation. Every line carries its number and a
+    checksum, so that a line that was changed or taken out is noticed: its evaluation is run again, and `damage` says
+    so. A line is on disk (fsync) before `add` returns; a half line that a crash left at the end is cut off. One
+    process at a time may hold the file.
 
     Args:
         path: the file; None keeps scores in memory.
         identity: JSON values that decide the scores (hashes of model and data, settings).
         resume: go on from an existing file.
         work: what messages call it.
+        overwrite: forget what the file holds.
 
     Raises:
-        EvaluationError: the file exists and `resume` is false, is damaged, or belongs to other work.
+        EvaluationError: the file exists and `resume` is false, its first line is damaged, it belongs to other work,
+            or another process is writing it.
     """
 
     def __init__(
-        self, path: Path | None, identity: dict[str, Any], resume: bool = False, work: str = "search"
+        self,
+        path: Path | None,
+        identity: dict[str, Any],
+        resume: bool = False,
+        work: str = "search",
+        overwrite: bool = False,
     ) -> None:
         self.path, self.identity, self.work = path, identity, work
         #: Evaluations taken from the file.
         self.resumed = 0
+        #: What was wrong with the file, in a sentence; None where it is whole.
+        self.damage: str | None = None
         self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._used: set[tuple[str, str, int]] = set()
+        self._lines = 0
         self._file: TextIO | None = None
         if path is None:
             return
-        if path.exists() and path.stat().st_size:
-            if not resume:
-                raise EvaluationError(f"{path} holds an earlier {work}: go on with --resume, or use --overwrite")
-            self._read(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
-        if not path.stat().st_size:
-            self._write({"identity": identity})
+        self._file = _open_alone(path, work)
+        try:
+            if overwrite:
+                self._file.truncate(0)
+            if path.stat().st_size:
+                if not resume:
+                    raise EvaluationError(f"{path} holds an earlier {work}: go on with --resume, or use --overwrite")
+                self._read(path)
+            else:
+                self._write({"identity": identity})
+        except BaseException:
+            self.close()
+            raise
 
     def get(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
         """The scores of a round, fp64 `[windows of the round, 4]`, or None when it has not been run."""
         record = self._records.get((windows, pattern, round_))
-        return None if record is None else torch.tensor(record["scores"], dtype=torch.float64)
+        if record is None:
+            return None
+        self._used.add((windows, pattern, round_))
+        return torch.tensor(record["scores"], dtype=torch.float64)
+
+    def was_used(self, windows: str, pattern: str, round_: int) -> bool:
+        """Whether this round was asked for or added since the work was begun or gone on with."""
+        return (windows, pattern, round_) in self._used
 
     def add(self, windows: str, pattern: str, round_: int, scores: torch.Tensor, layer_forwards: int) -> None:
         """Record one round of one pattern, with the layer-forwards that it took."""
@@ -61,16 +92,17 @@ class Journal:
             "scores": scores.tolist(),
             "layer_forwards": layer_forwards,
         }
-        self._records[windows, pattern, round_] = record
+        self._take(record)
+        self._used.add((windows, pattern, round_))
         self._write(record)
 
     def layer_forwards(self, windows: str) -> int:
-        """What all recorded evaluations on these windows took, those of interrupted runs included."""
-        return sum(record["layer_forwards"] for key, record in self._records.items() if key[0] == windows)
+        """What the evaluations on these windows took that were used so far, those of interrupted runs included."""
+        return sum(self._records[key]["layer_forwards"] for key in self._used if key[0] == windows)
 
     def count(self, windows: str) -> int:
-        """How many evaluations on these windows are recorded."""
-        return sum(key[0] == windows for key in self._records)
+        """How many evaluations on these windows were used so far."""
+        return sum(key[0] == windows for key in self._used)
 
     def records(self) -> list[dict[str, Any]]:
         """All evaluations, for another process's journal in memory."""
@@ -79,7 +111,7 @@ class Journal:
     def adopt(self, records: list[dict[str, Any]]) -> None:
         """Take over the evaluations that the first process read from its file."""
         for record in records:
-            self._records[record["windows"], record["pattern"], record["round"]] = record
+            self._take(record)
 
     def close(self) -> None:
         """Close the file."""
@@ -87,32 +119,115 @@ class Journal:
             self._file.close()
             self._file = None
 
+    def _take(self, record: dict[str, Any]) -> None:
+        """Take over one record; ValueError, KeyError or TypeError when it is none."""
+        key = record["windows"], record["pattern"], record["round"]
+        if [type(part) for part in key] != [str, str, int] or type(record["layer_forwards"]) is not int:
+            raise TypeError("a record's windows and pattern are texts, its round and layer_forwards numbers")
+        torch.tensor(record["scores"], dtype=torch.float64)
+        self._records[key] = record
+
+    # ---- the file -----------------------------------------------------------------------------------------------
+
     def _write(self, value: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(value) + "\n")
+            self._file.write(_line(value, self._lines))
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._lines += 1
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete < len(content):
-            with path.open("r+b") as file:
-                file.truncate(complete)
-        lines = content[:complete].splitlines()
-        try:
-            records = [json.loads(line) for line in lines]
-            identity = records[0]["identity"] if records else self.identity
-            self.adopt(records[1:])
-            self.resumed = len(self._records)
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is damaged ({error}): start again with --overwrite") from error
-        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
-        if differing:
-            # Of hashes the beginning is enough.
-            shown = {key: [str(part.get(key))[:24] for part in (identity, self.identity)] for key in differing}
-            changes = "; ".join(f"{key}: {there} there, {now} now" for key, (there, now) in shown.items())
+            os.truncate(path, complete)
+        lines = content[:complete].split(b"\n")[:-1]
+        identity = _checked(lines[0], 0) if lines else {"identity": self.identity}
+        if identity is None or not isinstance(identity.get("identity"), dict):
             raise EvaluationError(
-                f"{path} belongs to another {self.work} ({changes}): repeat its command, or give another --output, or "
+                f"{path} is damaged in its first line, which says what it belongs to, or an older release wrote it: "
                 "start again with --overwrite"
             )
+        self._compare(path, identity["identity"])
+        sound: dict[int, dict[str, Any]] = {}
+        for line in lines[1:]:
+            record = _checked(line)
+            number = None if record is None else record.pop(_NUMBER)
+            try:
+                if record is not None and number is not None:
+                    self._take(record)
+                    sound[number] = record
+            except (ValueError, KeyError, TypeError, RuntimeError):
+                continue
+        self.resumed, self._lines = len(sound), len(lines)
+        expected = range(1, max([len(lines) - 1, *sound]) + 1)
+        if broken := [number for number in expected if number not in sound]:
+            self._mend(path, content, list(sound.values()), len(expected), broken[0])
+
+    def _compare(self, path: Path, identity: dict[str, Any]) -> None:
+        """EvaluationError where the file belongs to other work."""
+        differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
+        if not differing:
+            return
+        # Of hashes the beginning is enough.
+        shown = {key: [str(part.get(key))[:24] for part in (identity, self.identity)] for key in differing}
+        changes = "; ".join(f"{key}: {there} there, {now} now" for key, (there, now) in shown.items())
+        raise EvaluationError(
+            f"{path} belongs to another {self.work} ({changes}): repeat its command, or give another --output, or "
+            "start again with --overwrite"
+        )
+
+    def _mend(self, path: Path, content: bytes, sound: list[dict[str, Any]], expected: int, first: int) -> None:
+        """Write the file anew from its sound lines, numbered through; what it was stays beside it."""
+        damaged = path.with_name(path.name + DAMAGED_SUFFIX)
+        damaged.write_bytes(content)
+        lines = [{"identity": self.identity}, *sound]
+        with path.open("r+", encoding="utf-8") as file:
+            # In place: the file is held under its name.
+            file.write("".join(_line(value, number) for number, value in enumerate(lines)))
+            file.truncate()
+            os.fsync(file.fileno())
+        self._lines = len(lines)
+        self.damage = (
+            f"{path}: {expected - len(sound)} of {expected} evaluations are damaged or missing (the first is that of "
+            f"line {first + 1}) and are run again where they are needed, so that what the work took may be counted "
+            f"differently; the file as it was is {damaged}"
+        )
+
+
+def _line(value: dict[str, Any], number: int) -> str:
+    numbered = {**value, _NUMBER: number}
+    return json.dumps({**numbered, _CHECK: _checksum(numbered)}) + "\n"
+
+
+def _checksum(numbered: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()[:16]
+
+
+def _checked(line: bytes, number: int | None = None) -> dict[str, Any] | None:
+    """A line's value with its number, or None where it is not what was written."""
+    try:
+        value = json.loads(line)
+        check = value.pop(_CHECK)
+        sound = check == _checksum(value) and type(value[_NUMBER]) is int and number in (None, value[_NUMBER])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return value if sound else None
+
+
+def _open_alone(path: Path, work: str) -> TextIO:
+    """The file, opened to append, held so that no other process opens it so; EvaluationError where one has."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise EvaluationError(
+            f"{path} is being written by another process: wait until its {work} ends, or give another --output"
+        ) from error
+    except (ImportError, OSError):
+        # Not every system and file system has locks.
+        pass
+    return file

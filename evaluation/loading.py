@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
-from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..conversion.bundle import AUTO_MAP
-from ..conversion.families import convert_config, load_config
+from ..configuration.share_pattern import SharePattern
 from ..conversion.load_source import load_source
+from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from .errors import EvaluationError
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
@@ -35,31 +37,63 @@ class Placement:
     revision: str | None = None
     token: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            check_device(self.device)
+        if self.device_map is not None and self.device_map not in DEVICE_MAPS:
+            check_device(self.device_map, "--device-map")
+        if self.device_map is not None and importlib.util.find_spec("accelerate") is None:
+            raise EvaluationError("--device-map needs accelerate: pip install accelerate")
 
-def load_model(source: str, placement: Placement | None = None) -> IndexCacheForCausalLM:
-    """A DSA or IndexCache checkpoint as an IndexCache model in evaluation mode."""
+
+def check_device(name: str, flag: str = "--device") -> torch.device:
+    """The device of that name.
+
+    Raises:
+        EvaluationError: torch knows none, or this machine has none of it.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EvaluationError(
+            f"{flag} {name!r} is no device that torch knows: {str(error).splitlines()[0]}"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EvaluationError(f"{flag} {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "meta":
+        raise EvaluationError(f"{flag} meta holds no values: give a device that computes")
+    return device
+
+
+def open_model(
+    source: str, placement: Placement | None = None, pattern: SharePattern | None = None
+) -> OpenedCheckpoint:
+    """A DSA or IndexCache checkpoint, found whole from config and headers, without its weights.
+
+    Raises:
+        ConversionError: a source that is no DSA checkpoint, or not a whole one.
+    """
     placement = placement or Placement()
+    return open_checkpoint(source, pattern, revision=placement.revision, token=placement.token)
+
+
+def load_model(source: str | OpenedCheckpoint, placement: Placement | None = None) -> IndexCacheForCausalLM:
+    """A DSA or IndexCache checkpoint as an IndexCache model in evaluation mode.
+
+    Raises:
+        ConversionError: as `load_source`.
+    """
+    placement = placement or Placement()
+    opened = open_model(source, placement) if isinstance(source, str) else source
     on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
     automatic = torch.bfloat16 if on_cuda else torch.float32
     arguments: dict[str, Any] = {
         "dtype": automatic if placement.dtype == "auto" else getattr(torch, placement.dtype),
-        "revision": placement.revision,
         "token": placement.token,
     }
     if placement.tensor_parallel:
-        return load_source(source, tp_plan="auto", **arguments).eval()
+        return load_source(opened, tp_plan="auto", **arguments).eval()
     if placement.device_map:
-        return load_source(source, device_map=placement.device_map, **arguments).eval()
+        return load_source(opened, device_map=placement.device_map, **arguments).eval()
     local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    return load_source(source, **arguments).to(placement.device or local).eval()  # type: ignore[arg-type]
-
-
-def read_config(source: str, placement: Placement | None = None) -> IndexCacheConfig:
-    """The config of a DSA or IndexCache checkpoint, without its weights.
-
-    Raises:
-        ConversionError: a source that is no DSA checkpoint.
-    """
-    placement = placement or Placement()
-    fields, _ = PreTrainedConfig.get_config_dict(source, revision=placement.revision, token=placement.token)
-    return load_config(convert_config(fields, None, None, AUTO_MAP, source), source)
+    return load_source(opened, **arguments).to(placement.device or local).eval()  # type: ignore[arg-type]

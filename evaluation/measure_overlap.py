@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from .errors import EvaluationError
-from .loading import Placement, load_model, read_config
+from .loading import Placement, load_model, open_model
 from .overlap import selection_overlap
-from .window_sources import Sampling, default_seqlen, load_tokenizer, read_windows
+from .tokenizer import load_tokenizer
+from .window_sources import Sampling, default_seqlen, read_windows
 
 # From no overlap to full: dark to bright.
 _SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
@@ -43,23 +45,30 @@ def measure_overlap(
     Raises:
         EvaluationError: data that cannot be used, or windows not longer than top-k.
     """
+    draw = None if picture is None else _picture_drawer()
     placement = Placement(revision=revision, token=token)
-    config = read_config(source, placement)
+    opened = open_model(source, placement)
+    config = opened.config
     sampling = Sampling(seqlen, nsamples)
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
     try:
-        found = selection_overlap(load_model(source, placement), windows.ids[:, :-1])
+        found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
     except ValueError as error:
         raise EvaluationError(str(error)) from error
     matrix = found.matrix.tolist()
-    if picture is not None:
-        try:
-            from .figures import draw_overlap
-        except ImportError as error:
-            raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
-        draw_overlap(found.layers, matrix, picture)
+    if draw is not None:
+        draw(found.layers, matrix, picture)
     return {"layers": found.layers, "matrix": matrix, "adjacent": found.adjacent, "queries": found.queries}
+
+
+def _picture_drawer() -> Callable[..., None]:
+    """`figures.draw_overlap`; EvaluationError where it cannot be imported."""
+    try:
+        from .figures import draw_overlap
+    except ImportError as error:
+        raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
+    return draw_overlap
 
 
 def draw_heatmap(layers: list[int], matrix: list[list[float]]) -> Text:

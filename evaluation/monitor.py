@@ -39,16 +39,17 @@ class TerminalMonitor(Monitor):
     """Draws a bar with the time left on stderr; one line a step where stderr is no terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._console = Console(stderr=True, soft_wrap=True)
+        from .terminal import terminal
+
+        self._console = terminal(stderr=True, soft_wrap=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[speed]}", markup=False),
         )
         self._bar = Progress(*columns, console=self._console)
         self._task = self._bar.add_task("loading", total=None, speed="")
@@ -93,7 +94,7 @@ class TerminalMonitor(Monitor):
 
     def note(self, text: str) -> None:
         """See `Monitor`."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False)
 
     def warn(self, text: str) -> None:
         """See `Monitor`."""

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import EvaluationError
-from .window_sources import Tokenizer
+from .tokenizer import Tokenizer
 
 KINDS = ("records", "passkey")
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"

@@ -25,12 +25,14 @@ from .environment import environment
 from .errors import EvaluationError
 from .fingerprint import model_sha256
 from .journal import Journal
-from .loading import Placement, load_model, read_config
+from .loading import Placement, load_model, open_model
 from .monitor import Monitor
+from .output import prepare_output
 from .overlap import selection_overlap
 from .perplexity import token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
-from .window_sources import DEFAULT_SAMPLES, Sampling, Tokenizer, default_seqlen, load_tokenizer, read_windows
+from .tokenizer import Tokenizer, load_tokenizer
+from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from .windows import Windows
 
 FORMAT = "indexcache-evaluation/1"
@@ -132,19 +134,21 @@ def run_evaluation(
     """
     monitor, placement = monitor or Monitor(), placement or Placement()
     begun = time.monotonic()
-    configs = [read_config(source, placement) for source in sources]
+    opened = [open_model(source, placement) for source in sources]
+    configs = [one.config for one in opened]
     inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
-    if overwrite:
-        path.unlink(missing_ok=True)
-    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation")
+    prepare_output(output, path, resume, overwrite, "evaluation")
+    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
+    if journal.damage:
+        monitor.warn(journal.damage)
     document: dict[str, Any] = {"format": FORMAT, "models": []} | {task: [] for task in options.wanted}
     names = _names(sources)
     try:
         with monitor:
-            for source, name, given, patterns in zip(sources, names, inputs, columns):
-                model = load_model(source, placement)
+            for source, checkpoint, name, given, patterns in zip(sources, opened, names, inputs, columns):
+                model = load_model(checkpoint, placement)
                 runner = _Runner(model, options, journal, monitor, name)
                 for pattern in patterns:
                     number = len(document["models"])
@@ -165,6 +169,8 @@ def run_evaluation(
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
+    if journal.damage:
+        document["warnings"] = [journal.damage]
     write_json(output / EVALUATION_FILE, document)
     return document
 

@@ -9,13 +9,15 @@ import torch
 
 from .errors import EvaluationError
 
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
 
 @dataclass(frozen=True)
 class Windows:
     """Windows of tokens; token i+1 is predicted from tokens 0 .. i.
 
     Attributes:
-        ids: int64 `[N, L + 1]`.
+        ids: integers `[N, L + 1]`.
         recall: bool `[N, L + 1]`, True where a token must be recalled from far back; None when nothing is marked.
         origin: where they came from, for reports.
     """
@@ -25,7 +27,8 @@ class Windows:
     origin: str = ""
 
     def __post_init__(self) -> None:
-        if self.ids.dim() != 2 or self.ids.shape[0] < 1 or self.ids.shape[1] < 2 or self.ids.is_floating_point():
+        integers = self.ids.dtype in INTEGERS
+        if self.ids.dim() != 2 or self.ids.shape[0] < 1 or self.ids.shape[1] < 2 or not integers:
             raise EvaluationError(
                 f"{self.origin or 'windows'}: ids must be integers of shape [windows, tokens + 1] with at least one "
                 f"window of two tokens (got {self.ids.dtype} {tuple(self.ids.shape)})"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -28,7 +29,7 @@ def absorb_queries_triton(
     rope = width - nope
     q, cos, sin = q.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, queries, heads, rank + rope, dtype=q.dtype, device=q.device)
-    absorb_queries_kernel[(batch * queries * heads, triton.cdiv(rank, LATENT_ENTRIES) + 1)](
+    launcher(absorb_queries_kernel, (batch * queries * heads, triton.cdiv(rank, LATENT_ENTRIES) + 1), q)(
         q,
         to_latent,
         cos,
@@ -57,7 +58,7 @@ def expand_values_triton(latent_out: torch.Tensor, to_value: torch.Tensor) -> to
     value = to_value.shape[1]
     latent_out = latent_out.contiguous()
     out = torch.empty(batch, queries, heads, value, dtype=latent_out.dtype, device=latent_out.device)
-    expand_values_kernel[(batch * queries * heads, triton.cdiv(value, VALUE_ENTRIES))](
+    launcher(expand_values_kernel, (batch * queries * heads, triton.cdiv(value, VALUE_ENTRIES)), latent_out)(
         latent_out,
         to_value,
         out,

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .argument_checks import check_tensors
+
 
 class CacheSlot(NamedTuple):
     """Rows from `position` on.
@@ -32,3 +34,21 @@ class CacheSlot(NamedTuple):
         """Write `new [B, S, D]` in PyTorch; `rows`."""
         places = self.position + torch.arange(new.shape[1], device=new.device)
         return self.rows.index_copy_(1, places, new)
+
+
+def check_slot(operation: str, slot: CacheSlot | None, new: torch.Tensor) -> None:
+    """`slot` holds rows for `new [B, S, D]`, or is None.
+
+    Raises:
+        TypeError: for a part of it that is no tensor.
+        ValueError: for rows of another batch, width, dtype or device, or a position that is not int64 `[1]`.
+    """
+    if slot is None:
+        return
+    check_tensors(operation, **{"what is cached": new, "slot.rows": slot.rows, "slot.position": slot.position})
+    if slot.rows.dim() != 3 or slot.rows.shape[::2] != new.shape[::2] or slot.rows.dtype != new.dtype:
+        wanted, got = f"[B, T, D] of B, D = {tuple(new.shape[::2])}", f"{slot.rows.dtype} of {tuple(slot.rows.shape)}"
+        raise ValueError(f"{operation}: slot.rows must be {new.dtype} {wanted}, got {got}")
+    if slot.position.dtype != torch.int64 or slot.position.shape != (1,):
+        got = f"{slot.position.dtype} of {tuple(slot.position.shape)}"
+        raise ValueError(f"{operation}: slot.position must be int64 [1], got {got}")

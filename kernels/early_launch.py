@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .device_target import has_capability
+
 _thread = local()
 
 
@@ -49,10 +51,12 @@ def early_launch() -> dict[str, Any]:
     return {"EARLY": True, "launch_pdl": True} if getattr(_thread, "early", False) else {}
 
 
-@lru_cache
 def _can_launch_early(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+    return device.type == "cuda" and has_capability(device, 90) and _triton_has_early_launches()
+
+
+@lru_cache
+def _triton_has_early_launches() -> bool:
     try:
         from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
     except ImportError:

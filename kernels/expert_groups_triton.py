@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     import triton.language as tl
@@ -34,9 +36,9 @@ def group_by_expert_triton(experts: torch.Tensor, count: int, block: int) -> tup
     padded = max(16, triton.next_power_of_2(count))
     rows = max(16, TILE // padded)
     sizes = dict(E=count, EP=padded, PAIRS=PAIRS, ROWS=rows, num_warps=4)
-    count_experts_kernel[(parts, blocks)](experts, counts, pairs, block_pairs, parts, **sizes)
-    start_experts_kernel[(blocks,)](counts, ends, parts, E=count, EP=padded, ROWS=rows, num_warps=4)
-    place_pairs_kernel[(parts, blocks)](experts, counts, place, pairs, block_pairs, parts, **sizes)
+    launcher(count_experts_kernel, (parts, blocks), experts)(experts, counts, pairs, block_pairs, parts, **sizes)
+    launcher(start_experts_kernel, (blocks,), counts)(counts, ends, parts, E=count, EP=padded, ROWS=rows, num_warps=4)
+    launcher(place_pairs_kernel, (parts, blocks), experts)(experts, counts, place, pairs, block_pairs, parts, **sizes)
     return place, ends
 
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .argument_checks import check_floats, check_integer, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
 from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton, triton
+from .kernel_launch import register_fake
+from .rms_norm import rms_norm
+from .triton_support import runs_kernels
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -43,8 +48,18 @@ def expert_topk(
 
     Returns:
         fp32 logits `[tokens, E]`, weights `[tokens, k]` and int64 experts `[tokens, k]`, in no particular order.
+
+    Raises:
+        TypeError: a tensor or integer that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, more experts than there are.
     """
+    _check_routing("expert_topk", x, weight, bias, k)
     grouped = groups is not None and groups > 1
+    if groups is not None and groups > 1:
+        check_integer("expert_topk", "groups", groups, 1, weight.shape[0])
+        check_integer("expert_topk", "topk_groups", topk_groups, 1, groups)
+        if weight.shape[0] % groups:
+            raise ValueError(f"expert_topk: {weight.shape[0]} experts do not divide into {groups} groups")
     if allow_triton and not grouped and _fits(x, weight, bias):
         return _expert_topk(x, weight, bias, k, scaling, normalise)
     return expert_topk_reference(
@@ -82,8 +97,29 @@ def normed_expert_topk(
 
     Returns:
         The normed rows `[tokens, D]`, fp32 weights and int64 experts, `[tokens, k]` each.
+
+    Raises:
+        TypeError: a tensor or integer that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, more experts than there are.
     """
-    return normed_expert_topk_triton(x, norm, eps, weight, bias, k, scaling, normalise)
+    _check_routing("normed_expert_topk", x, weight, bias, k)
+    check_tensors("normed_expert_topk", x=x, norm=norm)
+    check_floats("normed_expert_topk", norm=norm)
+    check_shape("normed_expert_topk", "norm", norm, "[D]", x.shape[1:])
+    backends = _NORMED if runs_kernels(x) else _NORMED[-1:]
+    arguments = (x, norm, eps, weight, bias, k, scaling, normalise)
+    return dispatch("normed_expert_topk", backends, x.device, *arguments)
+
+
+def _normed_in_pytorch(x, norm, eps, weight, bias, k, scaling, normalise):
+    normed = rms_norm(x, norm, eps, allow_triton=False)
+    return normed, *expert_topk_reference(normed, weight, bias, k, scaling, normalise)[1:]
+
+
+_NORMED = (
+    Backend("Triton", takes_all, normed_expert_topk_triton),
+    Backend("PyTorch", takes_all, _normed_in_pytorch),
+)
 
 
 def expert_topk_reference(
@@ -102,7 +138,7 @@ def expert_topk_reference(
     scores = logits.sigmoid()
     choice = scores + bias
     if groups is not None:
-        by_group = choice.view(choice.shape[0], groups, -1)
+        by_group = choice.view(choice.shape[0], groups, choice.shape[1] // groups)
         group_scores = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(-1)
         best = group_scores.topk(topk_groups, dim=-1, sorted=False).indices
         outside = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, best, False)
@@ -112,6 +148,17 @@ def expert_topk_reference(
     if normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return logits, weights * scaling, experts
+
+
+def _check_routing(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int) -> None:
+    check_tensors(operation, x=x, weight=weight, bias=bias)
+    check_floats(operation, x=x, weight=weight, bias=bias)
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or x.shape[1] == 0:
+        raise ValueError(
+            f"{operation}: x [tokens, D] and weight [E, D] do not fit: got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    check_shape(operation, "bias", bias, "[E]", weight.shape[:1])
+    check_integer(operation, "k", k, 1, weight.shape[0])
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
@@ -132,12 +179,17 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
 def _expert_topk(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x.is_cuda:
-        return expert_topk_triton(x, weight, bias, k, scaling, normalise)
-    return expert_topk_reference(x, weight, bias, k, scaling, normalise)
+    backends = _BACKENDS if x.is_cuda else _BACKENDS[-1:]
+    return dispatch("expert_topk", backends, x.device, x, weight, bias, k, scaling, normalise)
 
 
-@_expert_topk.register_fake
+_BACKENDS = (
+    Backend("Triton", takes_all, expert_topk_triton),
+    Backend("PyTorch", takes_all, expert_topk_reference),
+)
+
+
+@register_fake(_expert_topk)
 def _(x, weight, bias, k, scaling, normalise):
     tokens = x.shape[0]
     return (

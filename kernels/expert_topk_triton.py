@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -42,7 +43,7 @@ def expert_topk_triton(
     padded = max(16, triton.next_power_of_2(experts))
     few = tokens <= 512
     block = 16 if few or padded > 128 else 64
-    expert_topk_kernel[(triton.cdiv(tokens, block),)](
+    launcher(expert_topk_kernel, (triton.cdiv(tokens, block),), x)(
         x,
         weight.contiguous(),
         bias,
@@ -97,7 +98,7 @@ def _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise,
     columns = triton.next_power_of_2(width)
     if padded * columns > WHOLE_TILE:
         columns = PART_TILE // padded
-    expert_topk_vector_kernel[(tokens,)](
+    launcher(expert_topk_vector_kernel, (tokens,), x)(
         x,
         weight.contiguous(),
         bias,

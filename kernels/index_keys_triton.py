@@ -6,6 +6,7 @@ import torch
 
 from .cache_slot import CacheSlot
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -36,7 +37,7 @@ def index_key_rows_triton(
     cos, sin = cos.contiguous(), sin.contiguous()
     block = triton.next_power_of_2(width)
     rows_each = max(1, TILE // block)
-    index_key_kernel[(triton.cdiv(rows.shape[0], rows_each),)](
+    launcher(index_key_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
         rows,
         out,
         weight.contiguous(),

@@ -7,12 +7,22 @@ over a query's keys, the teacher's the mean over heads of the attention probabil
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from .argument_checks import (
+    check_floats,
+    check_heads_and_keys,
+    check_indices,
+    check_query_start,
+    check_scale,
+    check_shape,
+    check_tensors,
+)
+from .device_target import has_capability
+from .dispatch import Backend, dispatch, takes_all
 from .indexer_distillation_dense_triton import dense_kl_backward_triton, dense_kl_triton
 from .indexer_distillation_reference import (
     attention_lse_reference,
@@ -29,6 +39,7 @@ from .indexer_distillation_triton import (
     selected_scores_triton,
     triton,
 )
+from .kernel_launch import register_fake
 
 # The custom ops below are the Triton kernels; PyTorch's autograd differentiates the references.
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -61,14 +72,17 @@ def selected_index_scores(
         and `weights`; no gradient passes through the entries that are minus infinity.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, a scale that is not positive.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, a scale that is not positive.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_indexer(q, k, weights)
-    _check_indices(indices, q)
-    scale = _index_scale(q, scale)
-    if _runs_in_triton("selected_index_scores", allow_triton, q, k, (weights, indices), _MAX_INDEX_WIDTH, indices):
-        return _selected_index_scores(q, k, weights, indices, scale)
-    return selected_index_scores_reference(q, k, weights, indices, scale)
+    _check_indexer("selected_index_scores", q, k, weights)
+    check_indices("selected_index_scores", indices, q, k.shape[1])
+    scale = _index_scale("selected_index_scores", q, scale)
+    arguments = (q, k, weights, indices, scale)
+    reason = _why_not_triton(q, k, _MAX_INDEX_WIDTH, indices)
+    backends = _backends(reason, _selected_index_scores, selected_index_scores_reference)
+    return _run("selected_index_scores", backends, allow_triton, arguments)
 
 
 def selected_attention(
@@ -97,15 +111,19 @@ def selected_attention(
         `[B, S, K]` in fp32 (fp64 for fp64 inputs), zero where `indices` is -1. No gradient flows.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_attention(q, kv)
-    _check_indices(indices, q)
-    _check_lse(lse, q)
+    check_heads_and_keys("selected_attention", q, kv, ("q", "kv"))
+    check_scale("selected_attention", scale, positive=False)
+    check_indices("selected_attention", indices, q, kv.shape[1])
+    _check_lse("selected_attention", lse, q)
     q, kv, lse = q.detach(), kv.detach(), lse.detach()
-    if _runs_in_triton("selected_attention", allow_triton, q, kv, (lse, indices), _MAX_LATENT_WIDTH, indices):
-        return _selected_attention(q, kv, lse, indices, scale)
-    return selected_attention_reference(q, kv, lse, indices, scale)
+    arguments = (q, kv, lse, indices, scale)
+    reason = _why_not_triton(q, kv, _MAX_LATENT_WIDTH, indices)
+    backends = _backends(reason, _selected_attention, selected_attention_reference)
+    return _run("selected_attention", backends, allow_triton, arguments)
 
 
 def indexer_kl(
@@ -138,19 +156,20 @@ def indexer_kl(
         keys, and those whose target is zero on all of them, give 0 and no gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: a slot that there is no key for, on a CPU; on a GPU it is taken for -1.
     """
-    _check_indexer(q, k, weights)
-    _check_indices(indices, q)
-    if target.shape != indices.shape or not target.is_floating_point():
-        raise ValueError(
-            f"target must be floating-point [B, S, K] = {tuple(indices.shape)}, got {target.dtype} of "
-            f"{tuple(target.shape)}"
-        )
-    scale, target = _index_scale(q, scale), target.detach()
-    if _runs_in_triton("indexer_kl", allow_triton, q, k, (weights, indices, target), _MAX_INDEX_WIDTH, indices):
-        return _indexer_kl(q, k, weights, indices, target, scale)[0]
-    return indexer_kl_reference(q, k, weights, indices, target, scale)
+    _check_indexer("indexer_kl", q, k, weights)
+    check_indices("indexer_kl", indices, q, k.shape[1])
+    check_tensors("indexer_kl", q=q, target=target)
+    check_shape("indexer_kl", "target", target, "[B, S, K]", indices.shape)
+    check_floats("indexer_kl", target=target)
+    scale, target = _index_scale("indexer_kl", q, scale), target.detach()
+    arguments = (q, k, weights, indices, target, scale)
+    reason = _why_not_triton(q, k, _MAX_INDEX_WIDTH, indices)
+    backends = _backends(reason, lambda *args: _indexer_kl(*args)[0], indexer_kl_reference)
+    return _run("indexer_kl", backends, allow_triton, arguments)
 
 
 def attention_lse(
@@ -171,13 +190,12 @@ def attention_lse(
     Returns:
         `[B, S, H]` in fp32 (fp64 for fp64 inputs), minus infinity for queries that see nothing.
     """
-    _check_attention(q, kv)
-    start, key_start, key_mask = _visibility(q, kv.shape[1], query_start, key_start, key_mask)
+    check_heads_and_keys("attention_lse", q, kv, ("q", "kv"))
+    check_scale("attention_lse", scale, positive=False)
+    start, key_start, key_mask = _visibility("attention_lse", q, kv.shape[1], query_start, key_start, key_mask)
     arguments = (q.detach(), kv.detach(), scale, start, key_start, key_mask)
-    others = [x for x in (start, key_start, key_mask) if x is not None]
-    if _runs_in_triton("attention_lse", allow_triton, q, kv, others, _MAX_LATENT_WIDTH):
-        return _attention_lse(*arguments)
-    return attention_lse_reference(*arguments)
+    reason = _why_not_triton(q, kv, _MAX_LATENT_WIDTH)
+    return _run("attention_lse", _backends(reason, _attention_lse, attention_lse_reference), allow_triton, arguments)
 
 
 def dense_indexer_kl(
@@ -224,28 +242,31 @@ def dense_indexer_kl(
         no key give 0 and no gradient.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other, lists of different lengths.
+        TypeError: a tensor or number that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, lists of different lengths.
     """
-    _check_indexer(q, k, weights)
+    _check_indexer("dense_indexer_kl", q, k, weights)
+    check_scale("dense_indexer_kl", attn_scale, positive=False, name="attn_scale")
     layers_q, layers_kv = _as_list(q_attn), _as_list(kv)
     layers_lse = None if attn_lse is None else _as_list(attn_lse)
     lengths = {len(layers_q), len(layers_kv)} | (set() if layers_lse is None else {len(layers_lse)})
     if len(lengths) != 1 or not layers_q:
         raise ValueError(
-            f"q_attn, kv and attn_lse must be lists of one entry a served layer, got {len(layers_q)}, "
-            f"{len(layers_kv)} and {'none' if layers_lse is None else len(layers_lse)}"
+            f"dense_indexer_kl: q_attn, kv and attn_lse must be lists of one entry a served layer, got "
+            f"{len(layers_q)}, {len(layers_kv)} and {'none' if layers_lse is None else len(layers_lse)}"
         )
     for index, (one_q, one_kv) in enumerate(zip(layers_q, layers_kv)):
-        _check_attention(one_q, one_kv)
+        check_tensors("dense_indexer_kl", q=q, q_attn=one_q)
+        check_heads_and_keys("dense_indexer_kl", one_q, one_kv, ("q_attn", "kv"))
         if one_q.shape[:2] != q.shape[:2] or one_kv.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"served layer {index}: q_attn {tuple(one_q.shape)} and kv {tuple(one_kv.shape)} must have the batch, "
-                f"queries and keys of q {tuple(q.shape)} and k {tuple(k.shape)}"
+                f"dense_indexer_kl: served layer {index}: q_attn {tuple(one_q.shape)} and kv {tuple(one_kv.shape)} "
+                f"must have the batch, queries and keys of q {tuple(q.shape)} and k {tuple(k.shape)}"
             )
         if layers_lse is not None:
-            _check_lse(layers_lse[index], one_q)
-    start, key_start, key_mask = _visibility(q, k.shape[1], query_start, key_start, key_mask)
-    scale = _index_scale(q, scale)
+            _check_lse("dense_indexer_kl", layers_lse[index], one_q)
+    start, key_start, key_mask = _visibility("dense_indexer_kl", q, k.shape[1], query_start, key_start, key_mask)
+    scale = _index_scale("dense_indexer_kl", q, scale)
     layers_q, layers_kv = [x.detach() for x in layers_q], [x.detach() for x in layers_kv]
     if layers_lse is None:
         layers_lse = [
@@ -262,13 +283,10 @@ def dense_indexer_kl(
         ]
     layers_lse = [x.detach() for x in layers_lse]
     arguments = (q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask)
-    others = [weights, *layers_lse, *(x for x in (start, key_start, key_mask) if x is not None)]
-    if all(
-        _runs_in_triton("dense_indexer_kl", allow_triton, *pair, others, width)
-        for pair, width in [((q, k), _MAX_INDEX_WIDTH), *((x, _MAX_LATENT_WIDTH) for x in zip(layers_q, layers_kv))]
-    ):
-        return _dense_indexer_kl(*arguments)[0]
-    return dense_indexer_kl_reference(*arguments)
+    pairs = [((q, k), _MAX_INDEX_WIDTH), *((pair, _MAX_LATENT_WIDTH) for pair in zip(layers_q, layers_kv))]
+    reason = next(filter(None, (_why_not_triton(*pair, width) for pair, width in pairs)), None)
+    backends = _backends(reason, lambda *args: _dense_indexer_kl(*args)[0], dense_indexer_kl_reference)
+    return _run("dense_indexer_kl", backends, allow_triton, arguments)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::selected_index_scores", mutates_args=())
@@ -278,7 +296,7 @@ def _selected_index_scores(
     return selected_scores_triton(q, k, weights, indices, scale)
 
 
-@_selected_index_scores.register_fake
+@register_fake(_selected_index_scores)
 def _(q, k, weights, indices, scale):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
@@ -296,7 +314,7 @@ def _indexer_kl(
     return indexer_kl_triton(q, k, weights, indices, target, scale)
 
 
-@_indexer_kl.register_fake
+@register_fake(_indexer_kl)
 def _(q, k, weights, indices, target, scale):
     return q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(2, *q.shape[:2], dtype=torch.float32)
 
@@ -314,10 +332,36 @@ def _index_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and weights, of the scores or (with a target) of the KL."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return index_backward_triton(grad, q, k, weights, indices, target, stats, scale, deterministic)
+    arguments = (grad, q, k, weights, indices, target, stats, scale, deterministic)
+    return dispatch("indexer_kl's gradient", _INDEX_BACKWARD, q.device, *arguments)
 
 
-@_index_backward.register_fake
+def _index_backward_in_pytorch(grad, q, k, weights, indices, target, stats, scale, deterministic):
+    def run(*inputs):
+        if target is None:
+            return selected_index_scores_reference(*inputs, indices, scale)
+        return indexer_kl_reference(*inputs, indices, target, scale)
+
+    return _gradients_in_pytorch(run, grad, q, k, weights)
+
+
+def _gradients_in_pytorch(function: Callable[..., torch.Tensor], grad: torch.Tensor, *inputs: torch.Tensor) -> tuple:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = function(*leaves)
+        # What is minus infinity depends on nothing.
+        grad = grad.to(result.dtype).masked_fill(result == float("-inf"), 0.0)
+        gradients = torch.autograd.grad(result, leaves, grad)
+    return tuple(x.contiguous() for x in gradients)
+
+
+_INDEX_BACKWARD = (
+    Backend("Triton", takes_all, index_backward_triton),
+    Backend("PyTorch", takes_all, _index_backward_in_pytorch),
+)
+
+
+@register_fake(_index_backward)
 def _(grad, q, k, weights, indices, target, stats, scale):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
 
@@ -351,7 +395,7 @@ def _selected_attention(
     return selected_attention_triton(q, kv, lse, indices, scale)
 
 
-@_selected_attention.register_fake
+@register_fake(_selected_attention)
 def _(q, kv, lse, indices, scale):
     return q.new_empty(indices.shape, dtype=torch.float32)
 
@@ -368,7 +412,7 @@ def _attention_lse(
     return attention_lse_triton(q, kv, scale, Visibility(query_start, key_start, key_mask))
 
 
-@_attention_lse.register_fake
+@register_fake(_attention_lse)
 def _(q, kv, scale, query_start, key_start, key_mask):
     return q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -392,7 +436,7 @@ def _dense_indexer_kl(
     return dense_kl_triton(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible)
 
 
-@_dense_indexer_kl.register_fake
+@register_fake(_dense_indexer_kl)
 def _(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, query_start, key_start, key_mask):
     return tuple(q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
 
@@ -414,10 +458,24 @@ def _dense_indexer_kl_backward(
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     visible = Visibility(query_start, key_start, key_mask)
-    return dense_kl_backward_triton(grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible)
+    arguments = (grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible)
+    return dispatch("dense_indexer_kl's gradient", _DENSE_BACKWARD, q.device, *arguments)
 
 
-@_dense_indexer_kl_backward.register_fake
+def _dense_backward_in_pytorch(grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible):
+    def run(*inputs):
+        return dense_indexer_kl_reference(*inputs, q_attn, kv, attn_lse, scale, attn_scale, *visible)
+
+    return _gradients_in_pytorch(run, grad, q, k, weights)
+
+
+_DENSE_BACKWARD = (
+    Backend("Triton", takes_all, dense_kl_backward_triton),
+    Backend("PyTorch", takes_all, _dense_backward_in_pytorch),
+)
+
+
+@register_fake(_dense_indexer_kl_backward)
 def _(grad, q, k, weights, *rest):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
 
@@ -440,30 +498,22 @@ def _differentiate_dense_kl(ctx, grad, _):
 _dense_indexer_kl.register_autograd(_differentiate_dense_kl, setup_context=_keep_for_dense_kl)
 
 
-def _runs_in_triton(
-    name: str,
-    allow_triton: bool,
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    others: Sequence[torch.Tensor],
-    max_width: int,
-    indices: torch.Tensor | None = None,
-) -> bool:
-    """Whether the Triton kernels take these arguments; warns once why not, on CUDA where one would expect them to."""
+def _backends(reason: str | None, kernels: Callable[..., Any], reference: Callable[..., Any]) -> tuple[Backend, ...]:
+    return Backend("Triton", lambda *_: reason, kernels), Backend("PyTorch", takes_all, reference)
+
+
+def _run(operation: str, backends: tuple[Backend, ...], allow_triton: bool, arguments: tuple) -> torch.Tensor:
+    """Run one of two backends; inside `torch.compile`, which keeps no record of failures, the first that takes."""
+    q, (kernels, reference) = arguments[0], backends
     if not q.is_cuda or not allow_triton:
-        return False
-    reason = _unsupported(q, keys, others, max_width, indices)
-    if reason is not None and not torch.compiler.is_compiling():
-        _warn_once(f"{name} runs in PyTorch, which is slow: {reason}")
-    return reason is None
+        return reference.run(*arguments)
+    if torch.compiler.is_compiling():
+        return (kernels if kernels.why_not(*arguments) is None else reference).run(*arguments)
+    return dispatch(operation, backends, q.device, *arguments)
 
 
-def _unsupported(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    others: Sequence[torch.Tensor],
-    max_width: int,
-    indices: torch.Tensor | None,
+def _why_not_triton(
+    q: torch.Tensor, keys: torch.Tensor, max_width: int, indices: torch.Tensor | None = None
 ) -> str | None:
     """Why the Triton kernels cannot take these arguments, or None."""
     _, _, heads, width = q.shape
@@ -471,28 +521,19 @@ def _unsupported(
         return "Triton is not installed (pip install triton)"
     if q.dtype not in (torch.bfloat16, torch.float16) or keys.dtype != q.dtype:
         return f"the kernels take bfloat16 or float16 queries and keys of one dtype, not {q.dtype} and {keys.dtype}"
-    devices = {str(x.device) for x in (q, keys, *others)}
-    if len(devices) > 1:
-        return f"the arguments are on {', '.join(sorted(devices))}"
     if heads > _MAX_HEADS or width > max_width:
         return f"{heads} heads or width {width} is above {_MAX_HEADS}, {max_width}"
     if indices is not None and indices.shape[-1] > _MAX_TOPK:
         return f"{indices.shape[-1]} selected keys are above {_MAX_TOPK}"
-    if torch.version.hip is None and q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if q.is_cuda and torch.version.hip is None and not has_capability(q.device, 80):
         return "the kernels need compute capability 8.0 or newer"
     return None
 
 
-@lru_cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
-
-
-def _index_scale(q: torch.Tensor, scale: float | None) -> float:
+def _index_scale(operation: str, q: torch.Tensor, scale: float | None) -> float:
     if scale is None:
         return q.shape[-1] ** -0.5
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, as it is taken out of the ReLU (got {scale})")
+    check_scale(operation, scale, positive=True)
     return scale
 
 
@@ -500,32 +541,21 @@ def _as_list(value: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-def _check_indexer(q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
-    if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
-    if weights.shape != q.shape[:3]:
-        raise ValueError(f"weights must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(weights.shape)}")
+def _check_indexer(operation: str, q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor) -> None:
+    check_heads_and_keys(operation, q, k, ("q", "k"))
+    check_tensors(operation, q=q, weights=weights)
+    check_shape(operation, "weights", weights, "[B, S, H]", q.shape[:3])
+    check_floats(operation, weights=weights)
 
 
-def _check_attention(q: torch.Tensor, kv: torch.Tensor) -> None:
-    if q.dim() != 4 or kv.dim() != 3 or q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and kv [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(kv.shape)}")
-
-
-def _check_indices(indices: torch.Tensor, q: torch.Tensor) -> None:
-    if indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or indices.dtype != torch.int32:
-        raise ValueError(
-            f"indices must be int32 [B, S, K] of B, S = {tuple(q.shape[:2])}, got {indices.dtype} of "
-            f"{tuple(indices.shape)}"
-        )
-
-
-def _check_lse(lse: torch.Tensor, q: torch.Tensor) -> None:
-    if lse.shape != q.shape[:3]:
-        raise ValueError(f"lse must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(lse.shape)}")
+def _check_lse(operation: str, lse: torch.Tensor, q: torch.Tensor) -> None:
+    check_tensors(operation, q=q, lse=lse)
+    check_shape(operation, "lse", lse, "[B, S, H]", q.shape[:3])
+    check_floats(operation, lse=lse)
 
 
 def _visibility(
+    operation: str,
     q: torch.Tensor,
     num_keys: int,
     query_start: torch.Tensor | int | None,
@@ -533,17 +563,13 @@ def _visibility(
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     B, S = q.shape[:2]
+    check_query_start(operation, query_start, B)
+    check_tensors(operation, q=q, key_start=key_start, key_mask=key_mask)
     if not isinstance(query_start, torch.Tensor):
         first = num_keys - S if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
-    if query_start.numel() not in (1, B):
-        raise ValueError(f"query_start must have 1 or B = {B} entries, got shape {tuple(query_start.shape)}")
-    if key_start is not None and (tuple(key_start.shape) != (B, S) or key_start.dtype != torch.int32):
-        raise ValueError(
-            f"key_start must be int32 [B, S] = {(B, S)}, got {key_start.dtype} of {tuple(key_start.shape)}"
-        )
-    if key_mask is not None and (tuple(key_mask.shape) != (B, num_keys) or key_mask.dtype != torch.bool):
-        raise ValueError(
-            f"key_mask must be bool [B, T] = {(B, num_keys)}, got {key_mask.dtype} of {tuple(key_mask.shape)}"
-        )
+    if key_start is not None:
+        check_shape(operation, "key_start", key_start, "[B, S]", (B, S), torch.int32)
+    if key_mask is not None:
+        check_shape(operation, "key_mask", key_mask, "[B, T]", (B, num_keys), torch.bool)
     return query_start.reshape(-1).expand(B), key_start, key_mask

@@ -15,6 +15,7 @@ import torch
 
 from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets, visibility_arguments
 from .indexer_distillation_triton import GRADIENT_SCALE
+from .kernel_launch import launcher
 from .sparse_mla_triton import gpu_target
 
 try:
@@ -55,7 +56,7 @@ def dense_kl_triton(
         return kl, lse
     tile = index_tile(gpu_target(q.device), H)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        _dense_kl_forward_kernel[(triton.cdiv(last - first, tile.block_q), B)](
+        launcher(_dense_kl_forward_kernel, (triton.cdiv(last - first, tile.block_q), B), q)(
             q,
             k,
             weights,
@@ -100,7 +101,7 @@ def dense_kl_backward_triton(
     tile = index_tile(gpu_target(q.device), H)
     visibility = visibility_arguments(visible)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        _dense_kl_grad_q_kernel[(triton.cdiv(last - first, tile.block_q), B)](
+        launcher(_dense_kl_grad_q_kernel, (triton.cdiv(last - first, tile.block_q), B), grad)(
             grad,
             q,
             k,
@@ -119,7 +120,7 @@ def dense_kl_backward_triton(
             GRADIENT_SCALE=GRADIENT_SCALE,
             **_index_blocks(H, D, tile),
         )
-        _dense_kl_grad_k_kernel[(triton.cdiv(T, tile.block_n), B)](
+        launcher(_dense_kl_grad_k_kernel, (triton.cdiv(T, tile.block_n), B), grad)(
             grad,
             largest,
             q,

@@ -28,7 +28,7 @@ def selected_index_scores_reference(
     def scores(q, weights, indices, k):
         return _selected_scores(q, k, weights, indices, scale)
 
-    return _in_chunks(scores, chunked, (k_BTD,), row_bytes, (indices_BSK.shape[-1],))
+    return _in_chunks(scores, chunked, (k_BTD,), row_bytes)
 
 
 def selected_attention_reference(
@@ -44,7 +44,7 @@ def selected_attention_reference(
         scores = scores - _finite(lse).unsqueeze(-1)
         return scores.exp().mean(2).masked_fill(~valid, 0.0)
 
-    return _in_chunks(probabilities, chunked, (kv_BTD,), row_bytes, (indices_BSK.shape[-1],))
+    return _in_chunks(probabilities, chunked, (kv_BTD,), row_bytes)
 
 
 def indexer_kl_reference(
@@ -60,9 +60,10 @@ def indexer_kl_reference(
     row_bytes = indices_BSK.shape[-1] * (q_BSHD.shape[2] + q_BSHD.shape[3]) * 4
 
     def kl(q, weights, indices, target, k):
-        return _kl_to_softmax(target, _selected_scores(q, k, weights, indices, scale), indices >= 0)
+        listed = (indices >= 0) & (indices < k.shape[1])
+        return _kl_to_softmax(target, _selected_scores(q, k, weights, indices, scale), listed)
 
-    return _in_chunks(kl, chunked, (k_BTD,), row_bytes, ())
+    return _in_chunks(kl, chunked, (k_BTD,), row_bytes)
 
 
 def attention_lse_reference(
@@ -82,7 +83,7 @@ def attention_lse_reference(
         scores = torch.einsum("bshd,btd->bsht", q.to(dtype), kv.to(dtype)) * scale
         return scores.masked_fill(~seen.unsqueeze(2), float("-inf")).logsumexp(-1)
 
-    return _in_chunks(lse, chunked, (kv_BTD,), kv_BTD.shape[1] * q_BSHD.shape[2] * 8, (q_BSHD.shape[2],))
+    return _in_chunks(lse, chunked, (kv_BTD,), kv_BTD.shape[1] * q_BSHD.shape[2] * 8)
 
 
 def dense_indexer_kl_reference(
@@ -110,7 +111,7 @@ def dense_indexer_kl_reference(
         return _kl_to_softmax(target, indexer_scores(q, k, weights, scale).masked_fill(~seen, float("-inf")), seen)
 
     # Scores of every indexer head are alive while a chunk's gradient is computed.
-    return _in_chunks(kl, chunked, (k_BTD,), T * (q_BSHD.shape[2] + 4) * 4, ())
+    return _in_chunks(kl, chunked, (k_BTD,), T * (q_BSHD.shape[2] + 4) * 4)
 
 
 def _selected_scores(q, k, weights, indices, scale):
@@ -124,11 +125,11 @@ def _picked(keys_BTD, indices_BsK, dtype):
     """Keys `[B, c, K, D]` of each query in at least fp32, zeros where the index is -1, and which are listed."""
     B, c, K = indices_BsK.shape
     T, D = keys_BTD.shape[1:]
-    valid = indices_BsK >= 0
+    valid = (indices_BsK >= 0) & (indices_BsK < T)
     if T == 0:
         return keys_BTD.new_zeros(B, c, K, D, dtype=torch.promote_types(dtype, torch.float32)), valid
-    rows = torch.arange(B, device=keys_BTD.device).view(B, 1, 1) * T + indices_BsK.clamp(min=0)
-    picked = keys_BTD.reshape(-1, D).index_select(0, rows.flatten()).view(B, c, K, D)
+    rows = torch.arange(B, device=keys_BTD.device).view(B, 1, 1) * T + indices_BsK.masked_fill(~valid, 0)
+    picked = keys_BTD.flatten(0, 1).index_select(0, rows.flatten()).view(B, c, K, D)
     # A key that is not listed must not matter, not even by being NaN.
     picked = picked.masked_fill(~valid.unsqueeze(-1), 0.0)
     return picked.to(torch.promote_types(dtype, torch.float32)), valid
@@ -180,17 +181,14 @@ def _in_chunks(
     chunked: tuple[torch.Tensor, ...],
     whole: tuple[torch.Tensor, ...],
     row_bytes: int,
-    empty_shape: tuple[int, ...],
 ) -> torch.Tensor:
     """`function(*rows of chunked, *whole)` over chunks of queries (dimension 1), joined."""
     B, S = chunked[0].shape[:2]
-    dtype = torch.promote_types(chunked[0].dtype, torch.float32)
-    if B * S == 0:
-        return torch.empty(B, S, *empty_shape, dtype=dtype, device=chunked[0].device)
     chunk = max(1, BLOCK_BYTES // max(1, B * row_bytes))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (*chunked, *whole))
     blocks = []
-    for first in range(0, S, chunk):
+    # Once for no queries, so that empty results have their gradients too.
+    for first in range(0, max(S, 1), chunk):
         arguments = (*(x[:, first : first + chunk] for x in chunked), *whole)
         blocks.append(
             checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_triton import LOG2_E, gpu_target
 
 try:
@@ -71,7 +72,7 @@ def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visibl
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
     tile = lse_tile(gpu_target(q.device), D)
-    _attention_lse_kernel[(triton.cdiv(S, tile.block_q) * H, B)](
+    launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
         q,
         kv,
         lse,
@@ -111,7 +112,9 @@ def teacher_targets(
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
             tile = target_tile(gpu_target(one_q.device), D)
-            _head_mean_kernel[(triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B)](
+            launcher(
+                _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
+            )(
                 one_q,
                 one_kv,
                 one_lse,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
 from .sparse_mla_triton import LOG2_E, gpu_target
 
@@ -128,7 +129,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
     main = 1 << (D.bit_length() - 1)
     tile = attention_tile(gpu_target(q.device), D)
-    _selected_attention_kernel[(B * S,)](
+    launcher(_selected_attention_kernel, (B * S,), q)(
         q,
         kv,
         lse,
@@ -137,6 +138,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         scale * LOG2_E,
         1.0 / H,
         S,
+        kv.shape[1],
         K,
         *q.stride()[:3],
         *kv.stride()[:2],
@@ -160,7 +162,7 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
         return
     q, k, weights, indices = q.contiguous(), k.contiguous(), weights.contiguous(), indices.contiguous()
     tile = index_tile(gpu_target(q.device), backward=False)
-    _index_forward_kernel[(B * S,)](
+    launcher(_index_forward_kernel, (B * S,), q)(
         q,
         k,
         weights,
@@ -183,7 +185,7 @@ def _launch_backward(
 ) -> None:
     B, S, H, D = q.shape
     tile = index_tile(gpu_target(q.device), backward=True)
-    _index_backward_kernel[(rows.stop - rows.start,)](
+    launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
         grad,
         q,
         k,
@@ -274,7 +276,7 @@ if triton is not None:
             key = next_key
             offs_next = first + BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_next, mask=offs_next < count, other=-1)
-            listed = key >= 0
+            listed = (key >= 0) & (key < T)
             k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
             if BLOCK_D == D:
                 k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
@@ -364,7 +366,7 @@ if triton is not None:
             key = next_key
             offs_k = first + offs_n
             next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
-            listed = key >= 0
+            listed = (key >= 0) & (key < T)
             k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
             if BLOCK_D == D:
                 k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
@@ -406,6 +408,7 @@ if triton is not None:
         scale_log2,
         inverse_heads,
         S,
+        T,
         K,
         q_stride_b,
         q_stride_s,
@@ -445,7 +448,7 @@ if triton is not None:
                 key = next_key
                 offs_k = first + offs_n
                 next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
-                listed = key >= 0
+                listed = (key >= 0) & (key < T)
                 kv_rows = (kv_batch + key.to(tl.int64) * kv_stride_t)[:, None]
                 main = tl.load(kv_rows + offs_d[None, :], mask=listed[:, None], other=0.0)
                 s = tl.dot(main, tl.trans(q_main))  # [BN, BH]

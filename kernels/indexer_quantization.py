@@ -12,6 +12,8 @@ from functools import lru_cache
 
 import torch
 
+from .argument_checks import check_floats, check_tensors
+from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization_triton import quantization_runs_in_triton, quantize_triton
 
 E4M3_MAX = 448.0
@@ -36,13 +38,28 @@ def quantize_for_scoring(x: torch.Tensor, allow_triton: bool = True) -> tuple[to
     Returns:
         e4m3 of shape `[..., D]`, and fp32 scales of shape `[...]`, powers of two: `values * scale` are the entries of
         `x` after a rotation that keeps dot products.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: another dtype, or no width.
     """
-    width = x.shape[-1]
+    check_tensors("quantize_for_scoring", x=x)
+    check_floats("quantize_for_scoring", x=x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"quantize_for_scoring: x must be [..., D] with a column, got {tuple(x.shape)}")
     if allow_triton and quantization_runs_in_triton(x):
-        return quantize_triton(x)
+        return dispatch("quantize_for_scoring", _BACKENDS, x.device, x)
+    return _quantize_in_pytorch(x)
+
+
+def _quantize_in_pytorch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    width = x.shape[-1]
     if width & (width - 1) == 0:
         x = (x @ _hadamard(width, x.dtype, x.device)) * width**-0.5
     return e4m3_of_rows(x)
+
+
+_BACKENDS = (Backend("Triton", takes_all, quantize_triton), Backend("PyTorch", takes_all, _quantize_in_pytorch))
 
 
 def e4m3_of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

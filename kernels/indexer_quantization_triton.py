@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
+
+from .device_target import has_capability
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -24,13 +25,8 @@ def quantization_runs_in_triton(x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and x.dtype in (torch.bfloat16, torch.float16)
         and width in (16, 32, 64, 128, 256)
-        and _has_e4m3(x.device)
+        and has_capability(x.device, 89)
     )
-
-
-@cache
-def _has_e4m3(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +37,7 @@ def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = scale.numel(), x.shape[-1]
     if rows:
         grid = (triton.cdiv(rows, ROWS),)
-        quantize_rows_kernel[grid](x, values, scale, rows, width**-0.5, D=width, ROWS=ROWS, num_warps=4)
+        launcher(quantize_rows_kernel, grid, x)(x, values, scale, rows, width**-0.5, D=width, ROWS=ROWS, num_warps=4)
     return values, scale
 
 

@@ -5,17 +5,26 @@ Meaning: `lightning_indexer_reference.py`. Source: DeepSeek-V3.2 inference code 
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from .argument_checks import (
+    FLOATS,
+    check_floats,
+    check_heads_and_keys,
+    check_integer,
+    check_query_start,
+    check_scale,
+    check_shape,
+    check_tensors,
+)
+from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization import quantize_for_scoring, quantized_rows
+from .kernel_launch import register_fake
 from .lightning_indexer_reference import lightning_indexer_reference
-from .lightning_indexer_triton import hopper_takes, lightning_indexer_triton, unsupported_reason
+from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
-_warned: set[str] = set()
 
 
 def lightning_indexer(
@@ -42,7 +51,7 @@ def lightning_indexer(
         k: indexer keys of shape `[B, T, D]`: the whole cache, unfilled slots included.
         weights: head weights of shape `[B, S, H]` (`weights_proj(x) * H**-0.5`), any float dtype.
         topk: number of keys to select.
-        scale: factor on the dot products. Default: `D**-0.5`.
+        scale: factor on the dot products, positive. Default: `D**-0.5`.
         query_start: cache slot of the first query, an int or an integer tensor of shape `[]` or `[B]` (read on its
             device, never synchronised). Default: `T - S`.
         key_start: int32 of shape `[B, S]`, the first slot that a query may see (where its document begins in a packed
@@ -56,12 +65,14 @@ def lightning_indexer(
 
     Returns:
         int32 of shape `[B, S, min(topk, T)]`: key slots in ascending order, -1 at the end of rows that see fewer
-        keys. Ties go to the smaller slot. No gradient flows.
+        keys. Ties go to the smaller slot. A key whose score is NaN or minus infinity is never selected, as if it were
+        not visible; a NaN that no visible key of a query meets changes nothing for it. No gradient flows.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        TypeError: a tensor, number or integer that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other, a scale that is not positive.
     """
-    _check_shapes(q, k, weights, topk, key_mask, key_start)
+    _check_arguments(q, k, weights, topk, scale, query_start, key_mask, key_start)
     if not isinstance(query_start, torch.Tensor):
         first = k.shape[1] - q.shape[1] if query_start is None else query_start
         query_start = torch.full((), first, dtype=torch.int64, device=q.device)
@@ -85,49 +96,48 @@ def _lightning_indexer(
     fp8: bool,
     allow_triton: bool,
 ) -> torch.Tensor:
-    reason = None
-    if q.is_cuda and allow_triton:
-        reason = unsupported_reason(q, k, topk, scale, key_mask)
-        if reason and reason not in _warned:
-            _warned.add(reason)
-            warnings.warn(f"lightning_indexer runs in PyTorch, not in Triton: {reason}", stacklevel=2)
-    in_triton = q.is_cuda and allow_triton and reason is None
+    backends = _BACKENDS if q.is_cuda and allow_triton else _BACKENDS[-1:]
     if fp8:
         q, q_scale = quantize_for_scoring(q, allow_triton)
         weights = weights.float() * q_scale
-        if not (in_triton and hopper_takes(q, k, topk)):
-            q = q.to(k.dtype)
-    if in_triton:
-        return lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start)
-    return lightning_indexer_reference(q, k, weights, topk, scale, query_start, key_mask, key_start)
+    arguments = (q, k, weights, topk, scale, query_start, key_mask, key_start)
+    return dispatch("lightning_indexer", backends, q.device, *arguments)
 
 
-@_lightning_indexer.register_fake
+def _why_not_triton(q, k, weights, topk, scale, query_start, key_mask, key_start) -> str | None:
+    return unsupported_reason(q, k, topk, key_mask)
+
+
+def _in_pytorch(q, k, *rest) -> torch.Tensor:
+    return lightning_indexer_reference(q if q.dtype in FLOATS else q.to(k.dtype), k, *rest)
+
+
+_BACKENDS = (
+    Backend("Triton", _why_not_triton, lightning_indexer_triton),
+    Backend("PyTorch", takes_all, _in_pytorch),
+)
+
+
+@register_fake(_lightning_indexer)
 def _(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton):
     return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 
-def _check_shapes(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    topk: int,
-    key_mask: torch.Tensor | None,
-    key_start: torch.Tensor | None,
-) -> None:
-    if q.dim() != 4 or k.dim() != 3 or q.shape[0] != k.shape[0] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and k [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(k.shape)}")
-    if weights.shape != q.shape[:3]:
-        raise ValueError(f"weights must be [B, S, H] = {tuple(q.shape[:3])}, got {tuple(weights.shape)}")
-    if topk < 1:
-        raise ValueError(f"topk must be at least 1 (got {topk})")
-    per_key, per_query = (q.shape[0], k.shape[1]), (q.shape[0], q.shape[1], k.shape[1])
-    if key_mask is not None and (key_mask.dtype != torch.bool or tuple(key_mask.shape) not in (per_key, per_query)):
-        raise ValueError(
-            f"key_mask must be bool of shape [B, T] = {per_key} (or [B, S, T]), got {key_mask.dtype} of "
-            f"{tuple(key_mask.shape)}"
-        )
-    if key_start is not None and (key_start.dtype != torch.int32 or key_start.shape != q.shape[:2]):
-        raise ValueError(
-            f"key_start must be int32 [B, S] = {tuple(q.shape[:2])}, got {key_start.dtype} of {tuple(key_start.shape)}"
-        )
+def _check_arguments(q, k, weights, topk, scale, query_start, key_mask, key_start) -> None:
+    name = "lightning_indexer"
+    check_heads_and_keys(name, q, k, ("q", "k"))
+    check_tensors(name, q=q, weights=weights, key_mask=key_mask, key_start=key_start)
+    check_shape(name, "weights", weights, "[B, S, H]", q.shape[:3])
+    check_floats(name, weights=weights)
+    check_integer(name, "topk", topk, 1)
+    if scale is not None:
+        check_scale(name, scale, positive=True)
+    check_query_start(name, query_start, q.shape[0])
+    if key_mask is not None:
+        shape = (q.shape[0], q.shape[1], k.shape[1])
+        if key_mask.dim() != 3:
+            check_shape(name, "key_mask", key_mask, "[B, T] (or [B, S, T])", (shape[0], shape[2]), torch.bool)
+        else:
+            check_shape(name, "key_mask", key_mask, "[B, S, T] (or [B, T])", shape, torch.bool)
+    if key_start is not None:
+        check_shape(name, "key_start", key_start, "[B, S]", q.shape[:2], torch.int32)

@@ -2,7 +2,8 @@
 
 Three launches, each with lengths read on the device:
 
-1. scores of a slab of rows, minus infinity where a key is not visible; only the visible part is written;
+1. scores of a slab of rows, minus infinity where a key is not visible or its score NaN; only the visible part is
+   written;
 2. a guess of each row's k-th best score from a sample, and, by pieces of the row, the keys whose score is above it;
 3. if at least `topk` and at most CAP keys passed, the exact top-k of those; otherwise the row's scores are visited in
    order with a running bound, as the prefill kernel does. Either way the selection is exact.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -86,7 +88,7 @@ def indexer_score_slab(
             first_part = None if first_keys is None else first_keys[part].contiguous()
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
-            indexer_scores_kernel[grid](
+            launcher(indexer_scores_kernel, grid, q_part)(
                 q_part,
                 k_part,
                 w_part,
@@ -115,7 +117,7 @@ def indexer_score_slab(
                 num_stages=config["STAGES"],
                 **early_launch(),
             )
-            indexer_filter_kernel[(pieces, ns, nb)](
+            launcher(indexer_filter_kernel, (pieces, ns, nb), scores)(
                 scores,
                 starts_part,
                 passed,
@@ -132,7 +134,7 @@ def indexer_score_slab(
                 num_warps=4,
                 **early_launch(),
             )
-            indexer_select_kernel[(ns, nb)](
+            launcher(indexer_select_kernel, (ns, nb), scores)(
                 scores,
                 starts_part,
                 passed,
@@ -232,7 +234,7 @@ if triton is not None:
                 else:
                     k_tile = tl.load(k_rows[:, None] + dim[None, :], mask=(dim < D)[None, :], other=0.0)
                 dots = tl.dot(k_tile, q_tile)  # [BK, BQ * HP]
-                terms = tl.maximum(dots, 0.0) * w[None, :]
+                terms = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
                 score = tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)  # [BK, BQ]
                 seen = key[:, None] <= slot[None, :]
                 if HAS_FIRST:
@@ -240,7 +242,8 @@ if triton is not None:
                 if HAS_MASK:
                     allowed = tl.load(mask + b * T + key, mask=key < T, other=0)
                     seen &= (allowed != 0)[:, None]
-                score = tl.where(seen, score, float("-inf"))
+                # NaN would be sorted by its bits.
+                score = tl.where(seen & (score == score), score, float("-inf"))
                 inside = (key < T)[:, None] & (first_query + row < S)[None, :]
                 tl.store(scores + slab_row[None, :] * T + key[:, None], score, mask=inside)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
 from .lightning_indexer_blocks_gluon import block_number, block_of, load_queries
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_scores_gluon import SLOT_LAYOUT, WEIGHTS_LAYOUT, score_group
@@ -201,7 +202,7 @@ def _launch(
     has_guess = guesses is not None and not sampling
     for first_turn in range(0, turns, launch_turns):
         number = min(launch_turns, turns - first_turn)
-        lightning_indexer_hopper_kernel[(programs,)](
+        launcher(lightning_indexer_hopper_kernel, (programs,), q)(
             q_desc,
             k_desc,
             k_scale,
@@ -229,7 +230,7 @@ def _launch(
             enable_fp_fusion=True,
         )
         if not sampling:
-            finish_rows_kernel[(number * programs * BQ,)](
+            launcher(finish_rows_kernel, (number * programs * BQ,), lists)(
                 lists,
                 out,
                 redo,

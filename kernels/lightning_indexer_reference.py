@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import is_capturing
+
 # Largest score block [B, chunk, T] in bytes; queries are taken in chunks that fit, and small enough that keys behind a
 # whole chunk are often skipped.
 SCORE_BLOCK_BYTES = 64 * 2**20
@@ -91,7 +93,7 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """The `topk` best of each row, ascending by index; ties go to the smaller index, missing ones are -1 at the end.
 
     Args:
-        scores: `[..., T]`, minus infinity where a key may not be selected.
+        scores: `[..., T]`, minus infinity or NaN where a key may not be selected.
         topk: K.
 
     Returns:
@@ -99,7 +101,9 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """
     T = scores.shape[-1]
     k = min(topk, T)
-    if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+    # NaN sorts above everything, and equals no threshold.
+    scores = scores.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+    if is_capturing(scores):
         # Whether there are ties cannot be looked up there.
         return select_topk_by_sorting(scores, k)
     values, order = scores.topk(min(k + 1, T), dim=-1)
@@ -113,7 +117,7 @@ def select_topk(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def select_topk_by_sorting(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """As `select_topk`, slower, without looking at values: in a stable sort ties keep their order."""
+    """As `select_topk`, slower, without looking at values: in a stable sort ties keep their order. No NaN."""
     values, order = (part[..., :topk] for part in scores.sort(dim=-1, descending=True, stable=True))
     return _ascending(order, values, scores.shape[-1])
 

@@ -3,6 +3,7 @@
 A row's *list* holds (score, key) pairs in ascending key order, a score's bits above its key in one int64, and has
 room for CAP of them. Every key appended later has a larger index, so a later score that only equals the k-th best so
 far can never be selected: `score > bound` loses nothing, and a list cut to its best keeps ties with the smaller index.
+NaN is above no bound, not even minus infinity, and so never in a list.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from .device_target import device_target
+from .dispatch import Backend, dispatch, takes_all
 from .indexer_quantization import e4m3_of_rows
+from .kernel_launch import launcher
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
@@ -31,13 +32,13 @@ TILE_COLUMNS = 256
 MAX_TOPK = 4096
 
 
-def unsupported_reason(
-    q: torch.Tensor, k: torch.Tensor, topk: int, scale: float, key_mask: torch.Tensor | None
-) -> str | None:
+def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: torch.Tensor | None) -> str | None:
     """Why the Triton path cannot take these arguments; None if it can."""
     if triton is None:
         return "triton is not installed"
-    if q.dtype not in (torch.bfloat16, torch.float16) or k.dtype != q.dtype:
+    # Queries for fp8 scoring are in e4m3 already, and exact in the keys' dtype.
+    dtype = k.dtype if q.dtype == torch.float8_e4m3fn else q.dtype
+    if dtype not in (torch.bfloat16, torch.float16) or k.dtype != dtype:
         return f"q and k must both be bfloat16 or float16 (got {q.dtype} and {k.dtype})"
     if not 1 <= q.shape[2] <= 64 or not 16 <= q.shape[3] <= 256:
         return f"1 to 64 heads of width 16 to 256 are supported (got {q.shape[2]} of {q.shape[3]})"
@@ -45,8 +46,6 @@ def unsupported_reason(
         return f"topk is at most {MAX_TOPK} (got {topk})"
     if key_mask is not None and key_mask.dim() == 3:
         return "a key_mask for each query ([B, S, T]) is not supported, only [B, T]"
-    if not scale > 0:
-        return f"scale must be positive (got {scale})"
     return None
 
 
@@ -62,9 +61,9 @@ def lightning_indexer_triton(
 ) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
 
-    `q` may be e4m3 where `hopper_takes` it; `k` are rows of `quantized_rows` then.
+    `q` may be e4m3; `k` are rows of `quantized_rows` then.
     """
-    B, S, H, D = q.shape
+    B, S = q.shape[:2]
     T = k.shape[1]
     out = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
@@ -73,32 +72,48 @@ def lightning_indexer_triton(
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
-    multiprocessors, architecture = _multiprocessors(q.device), _architecture(q.device)
-    config = prefill_config(H, D, architecture)
-    programs = multiprocessors * config["programs_per_sm"]
-    redo = None
-    if hopper_takes(q, k, topk):
-        scaled = (weights.float() * scale).contiguous()
-        keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
-        redo = lightning_indexer_hopper(
-            q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
-        )
-        if redo is None:
-            return out
-        q = q.to(k.dtype)
-        programs = multiprocessors
-    elif B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
-        return out
-    _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs)
+    arguments = (q, k, weights, topk, scale, starts, first_keys, mask, out)
+    dispatch("lightning_indexer's kernels", _KERNELS, q.device, *arguments)
     return out
 
 
-def hopper_takes(q: torch.Tensor, k: torch.Tensor, topk: int) -> bool:
-    """Whether the Hopper kernel runs for these tensors: it needs a block of queries for every multiprocessor."""
-    blocks = q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS
-    enough = blocks >= _multiprocessors(q.device)
-    return enough and _architecture(q.device) == 90 and hopper_supports(q, k, topk)
+def why_not_hopper(q: torch.Tensor, k: torch.Tensor, topk: int) -> str | None:
+    """Why the Hopper kernel does not run for these tensors; it needs a block of queries for every multiprocessor."""
+    if _architecture(q.device) != 90:
+        return "it is for compute capability 9.0"
+    if q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS < _multiprocessors(q.device):
+        return "there are too few queries"
+    return None if hopper_supports(q, k, topk) else "the shapes, dtypes or strides are not what it takes"
+
+
+def _in_hopper(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    multiprocessors = _multiprocessors(q.device)
+    scaled = (weights.float() * scale).contiguous()
+    keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
+    redo = lightning_indexer_hopper(
+        q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
+    )
+    if redo is not None:
+        config = prefill_config(q.shape[2], q.shape[3], _architecture(q.device))
+        q = q.to(k.dtype)
+        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, multiprocessors)
+
+
+def _in_triton(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    B, S, H, D = q.shape
+    q, multiprocessors = q.to(k.dtype), _multiprocessors(q.device)
+    config = prefill_config(H, D, _architecture(q.device))
+    programs = multiprocessors * config["programs_per_sm"]
+    if B * -(-S // config["BQ"]) < programs:
+        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
+    else:
+        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
+
+
+_KERNELS = (
+    Backend("Gluon for Hopper", lambda q, k, weights, topk, *_: why_not_hopper(q, k, topk), _in_hopper, optional=True),
+    Backend("Triton", takes_all, _in_triton),
+)
 
 
 def prefill_config(H: int, D: int, architecture: int) -> dict:
@@ -137,7 +152,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
-    lightning_indexer_prefill_kernel[(programs,)](
+    launcher(lightning_indexer_prefill_kernel, (programs,), q)(
         q,
         k,
         weights,
@@ -175,17 +190,13 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     )
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return device_target(device).processors if device.type == "cuda" else 1
 
 
-@functools.cache
 def _architecture(device: torch.device) -> int:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    arch = device_target(device).arch if device.type == "cuda" else 0
+    return arch if isinstance(arch, int) else 0
 
 
 if triton is not None:
@@ -224,7 +235,8 @@ if triton is not None:
     def weighted_scores(k_tile, q_tile, w, BK: tl.constexpr, BQ: tl.constexpr, HP: tl.constexpr):
         """`sum_h w[q, h] * relu(k . q[h])` of a tile of keys, `[BK, BQ]`."""
         dots = tl.dot(k_tile, q_tile)  # [BK, BQ * HP]
-        terms = tl.maximum(dots, 0.0) * w[None, :]
+        # A NaN stays one, and is above no bound.
+        terms = tl.maximum(dots, 0.0, propagate_nan=tl.PropagateNan.ALL) * w[None, :]
         return tl.sum(tl.reshape(terms, [BK, BQ, HP]), 2)
 
     @triton.jit

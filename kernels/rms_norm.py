@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from .cache_slot import CacheSlot
+from .argument_checks import check_angles, check_floats, check_shape, check_tensors
+from .cache_slot import CacheSlot, check_slot
+from .dispatch import Backend, dispatch, takes_all
 from .rms_norm_triton import latent_rows_triton, rms_norm_triton
 from .rotary import rotate
 from .triton_support import runs_triton
@@ -24,12 +26,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, allow_triton: bo
 
     Returns:
         `[..., D]`, of the dtype that `weight * x` has.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
+    check_tensors("rms_norm", x=x, weight=weight)
+    check_floats("rms_norm", x=x, weight=weight)
+    check_shape("rms_norm", "weight", weight, "[D] of x [..., D]", x.shape[-1:])
     if allow_triton and runs_triton(x, weight):
-        return rms_norm_triton(x, weight, eps)
+        return dispatch("rms_norm", _NORM, x.device, x, weight, eps)
+    return _norm_in_pytorch(x, weight, eps)
+
+
+def _norm_in_pytorch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float() if x.dtype != torch.float64 else x
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
+
+
+_NORM = (Backend("Triton", takes_all, rms_norm_triton), Backend("PyTorch", takes_all, _norm_in_pytorch))
 
 
 def latent_rows(
@@ -56,13 +72,35 @@ def latent_rows(
 
     Returns:
         `[B, S, C + R]`: `[rms_norm(c) | rotate(k)]`; with a slot its `rows [B, T, C + R]`.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
-    width = weight.shape[0]
+    check_tensors("latent_rows", kv=kv, weight=weight)
+    check_floats("latent_rows", kv=kv, weight=weight)
+    if kv.dim() != 3 or weight.dim() != 1 or weight.shape[0] > kv.shape[-1]:
+        raise ValueError(
+            f"latent_rows: kv [B, S, C + R] and weight [C] do not fit: got {tuple(kv.shape)} and {tuple(weight.shape)}"
+        )
+    check_angles("latent_rows", kv, cos, sin, kv.shape[-1] - weight.shape[0])
+    check_slot("latent_rows", slot, kv)
     if allow_triton and runs_triton(kv, weight, cos, sin) and cos.shape[-1] & (cos.shape[-1] - 1) == 0:
-        if slot is None or slot.takes(kv):
-            return latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot)
-        return slot.write(latent_rows_triton(kv, weight, eps, cos, sin, interleaved))
-    latent, k = kv.split([width, kv.shape[-1] - width], dim=-1)
+        return dispatch("latent_rows", _ROWS, kv.device, kv, weight, eps, cos, sin, interleaved, slot)
+    return _rows_in_pytorch(kv, weight, eps, cos, sin, interleaved, slot)
+
+
+def _rows_in_triton(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+    if slot is None or slot.takes(kv):
+        return latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot)
+    return slot.write(latent_rows_triton(kv, weight, eps, cos, sin, interleaved))
+
+
+def _rows_in_pytorch(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+    latent, k = kv.split([weight.shape[0], kv.shape[-1] - weight.shape[0]], dim=-1)
     k = rotate(k, cos, sin, interleaved)
-    rows = torch.cat((rms_norm(latent, weight, eps, allow_triton=False).to(k.dtype), k), dim=-1)
+    rows = torch.cat((_norm_in_pytorch(latent, weight, eps).to(k.dtype), k), dim=-1)
     return rows if slot is None else slot.write(rows)
+
+
+_ROWS = (Backend("Triton", takes_all, _rows_in_triton), Backend("PyTorch", takes_all, _rows_in_pytorch))

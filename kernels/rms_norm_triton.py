@@ -6,6 +6,7 @@ import torch
 
 from .cache_slot import CacheSlot
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -50,7 +51,7 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
     normed = rows.shape[1] - rotated
     block = triton.next_power_of_2(normed)
     rows_each = max(1, TILE // block)
-    rms_norm_rope_kernel[(triton.cdiv(rows.shape[0], rows_each),)](
+    launcher(rms_norm_rope_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
         rows,
         out,
         weight.contiguous(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -24,7 +25,7 @@ def rotate_into_triton(
     if x.numel() == 0:
         return
     cos, sin = cos.contiguous(), sin.contiguous()
-    rotate_kernel[(triton.cdiv(tokens * heads, PAIRS), batch)](
+    launcher(rotate_kernel, (triton.cdiv(tokens * heads, PAIRS), batch), x)(
         x,
         out,
         cos,

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .argument_checks import check_experts, check_floats, check_shape, check_tensors
+from .device_target import has_capability
+from .dispatch import Backend, dispatch, takes_all
 from .expert_groups_triton import group_by_expert_triton
+from .kernel_launch import register_fake
 from .routed_experts_triton import combine, copy_rows, experts_vector, gated, triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -41,7 +45,8 @@ def routed_experts(
 
     Args:
         x: `[T, D]`.
-        experts: int64 `[T, K]`, in 0 .. E - 1.
+        experts: int64 `[T, K]`, in 0 .. E - 1. On a CPU others are refused; a GPU does not look, and reads what is not
+            a weight.
         weights: fp32 `[T, K]`.
         gate_up: `[E, 2 I, D]`, gate above up.
         down: `[E, D, I]`.
@@ -50,16 +55,50 @@ def routed_experts(
 
     Returns:
         `[T, D]`: `accumulate` if given. No gradient flows.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: an expert that there is not, on a CPU.
     """
+    _check_arguments(x, experts, weights, gate_up, down, shared, accumulate)
     gate, up, shared_down = shared if shared is not None else (None, None, None)
     if accumulate is None:
         return _routed_experts(x, experts, weights, gate_up, down, gate, up, shared_down)
-    if not _on_triton(x):
-        return accumulate.add_(routed_experts_reference(x, experts, weights, gate_up, down, shared))
-    if x.shape[0] <= VECTOR_TOKENS:
-        return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
-    _grouped(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
-    return accumulate
+    return _run(x, experts, weights, gate_up, down, shared, accumulate)
+
+
+def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate) -> None:
+    name = "routed_experts"
+    if shared is not None and len(shared) != 3:
+        raise ValueError(f"{name}: shared must be the three weights gate, up and down, got {len(shared)}")
+    gate, up, shared_down = shared if shared is not None else (None, None, None)
+    floats = {"gate_up": gate_up, "down": down, "gate": gate, "up": up, "shared down": shared_down}
+    check_tensors(name, x=x, experts=experts, weights=weights, accumulate=accumulate, **floats)
+    check_floats(name, x=x, weights=weights, accumulate=accumulate, **floats)
+    if x.dim() != 2 or experts.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
+        raise ValueError(
+            f"{name}: x [T, D], experts [T, K], gate_up [E, 2 I, D] and down [E, D, I] do not fit: got "
+            f"{tuple(x.shape)}, {tuple(experts.shape)}, {tuple(gate_up.shape)} and {tuple(down.shape)}"
+        )
+    (tokens, width), (count, _, inner) = x.shape, down.shape
+    check_shape(name, "down", down, "[E, D, I]", (count, width, inner))
+    check_shape(name, "gate_up", gate_up, "[E, 2 I, D]", (count, 2 * inner, width))
+    check_shape(name, "experts", experts, "[T, K]", (tokens, experts.shape[1]), torch.int64)
+    check_shape(name, "weights", weights, "[T, K]", experts.shape)
+    if gate is not None:
+        rows = gate.shape[0] if gate.dim() else 0
+        check_shape(name, "gate", gate, "[J, D]", (rows, width))
+        check_shape(name, "up", up, "[J, D]", (rows, width))
+        check_shape(name, "shared down", shared_down, "[D, J]", (width, rows))
+    if accumulate is not None:
+        check_shape(name, "accumulate", accumulate, "[T, D]", x.shape)
+        if accumulate.dtype != x.dtype or not accumulate.is_contiguous():
+            raise ValueError(f"{name}: accumulate must be contiguous {x.dtype}, as x, got {accumulate.dtype}")
+    for key, value in floats.items():
+        if value is not None and value.dtype != x.dtype:
+            raise ValueError(f"{name}: {key} must be {x.dtype}, as x, got {value.dtype}")
+    check_experts(name, experts, count)
 
 
 def unsupported_experts_reason(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
@@ -72,7 +111,7 @@ def unsupported_experts_reason(x: torch.Tensor, gate_up: torch.Tensor, down: tor
         return f"the kernels take bfloat16, not {x.dtype} with weights {gate_up.dtype}, {down.dtype}"
     if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad or down.requires_grad):
         return "the kernels have no gradient"
-    if _grouped_mm() is None or (torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0)):
+    if _grouped_mm() is None or (torch.version.hip is None and not has_capability(x.device, 80)):
         return "this torch or device has no grouped_mm"
     if gate_up.stride(-1) != 1 or down.stride(-1) != 1 or gate_up.shape[-1] % 8 or down.shape[-1] % 8:
         return "rows of the experts' weights must be contiguous and a multiple of 8 wide"
@@ -112,18 +151,32 @@ def _routed_experts(
     shared_down: torch.Tensor | None,
 ) -> torch.Tensor:
     shared = None if gate is None or up is None or shared_down is None else (gate, up, shared_down)
-    if not _on_triton(x):
-        return routed_experts_reference(x, experts, weights, gate_up, down, shared)
+    return _run(x, experts, weights, gate_up, down, shared, None)
+
+
+@register_fake(_routed_experts)
+def _(x, experts, weights, gate_up, down, gate, up, shared_down):
+    return x.new_empty(x.shape)
+
+
+def _run(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return dispatch("routed_experts", _BACKENDS if _on_triton(x) else _BACKENDS[-1:], x.device, x, *arguments)
+
+
+def _in_triton(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
     if x.shape[0] <= VECTOR_TOKENS:
-        return experts_vector(x, experts, weights, gate_up, down, shared, None)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _grouped(x, experts, weights, gate_up, down, shared, None, out)
+        return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
+    _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
     return out
 
 
-@_routed_experts.register_fake
-def _(x, experts, weights, gate_up, down, gate, up, shared_down):
-    return x.new_empty(x.shape)
+def _in_pytorch(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
+    out = routed_experts_reference(x, experts, weights, gate_up, down, shared)
+    return out if accumulate is None else accumulate.add_(out)
+
+
+_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, _in_pytorch))
 
 
 def _grouped(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -54,7 +55,7 @@ def experts_vector(
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)
-    experts_up_vector_kernel[(tokens, k * tiles + shared_tiles)](
+    launcher(experts_up_vector_kernel, (tokens, k * tiles + shared_tiles), x)(
         x,
         experts,
         gate_up,
@@ -74,7 +75,7 @@ def experts_vector(
         num_warps=4,
         **early_launch(),
     )
-    experts_down_vector_kernel[(tokens, triton.cdiv(width, VECTOR_ROWS))](
+    launcher(experts_down_vector_kernel, (tokens, triton.cdiv(width, VECTOR_ROWS)), hidden)(
         hidden,
         experts,
         weights,
@@ -106,7 +107,9 @@ def copy_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         block = triton.next_power_of_2(x.shape[1])
         rows = max(1, 4096 // block)
         grid = (triton.cdiv(tokens, rows),)
-        copy_rows_kernel[grid](x, place, out, tokens, x.stride(0), x.shape[1], block, k, rows, num_warps=4)
+        launcher(copy_rows_kernel, grid, x)(
+            x, place, out, tokens, x.stride(0), x.shape[1], block, k, rows, num_warps=4
+        )
     return out
 
 
@@ -117,7 +120,9 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if out.numel():
         block = min(1024, triton.next_power_of_2(width))
         grid = (triton.cdiv(rows, 4), triton.cdiv(width, block))
-        gated_kernel[grid](gate, up, out, rows, gate.stride(0), up.stride(0), width, block, 4, num_warps=4)
+        launcher(gated_kernel, grid, gate)(
+            gate, up, out, rows, gate.stride(0), up.stride(0), width, block, 4, num_warps=4
+        )
     return out
 
 
@@ -142,7 +147,7 @@ def combine(
     tokens, width = out.shape
     if out.numel():
         block = triton.next_power_of_2(width)
-        combine_kernel[(tokens,)](
+        launcher(combine_kernel, (tokens,), routed)(
             routed,
             place,
             weights,

@@ -7,15 +7,17 @@ computes the probabilities again.
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-
 import torch
 
+from .argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
+from .device_target import has_capability
+from .dispatch import Backend, dispatch, say_fallback, takes_all
+from .kernel_launch import register_fake
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference
 from .sparse_mla_triton import sparse_mla_merged, sparse_mla_triton, triton
+from .triton_support import runs_kernels
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
 _NAMESPACE = __name__.replace(".", "_")
@@ -38,9 +40,10 @@ def sparse_mla(
         q: absorbed queries of shape `[B, S, H, D]`: `[q_nope W_UK | rope(q_rope)]`; bf16, fp16, fp32 or fp64.
         kv: latents of shape `[B, T, D]`: `[c | rope(k_rope)]`, one row a token, shared by all heads.
         indices: int32 of shape `[B, S, K]`: slots in `kv`, -1 where a query has fewer keys (anywhere in the row).
-            Causality and padding are the caller's business: whatever is listed is read. Or a `MergedSelection` of S
-            queries, without gradient and for the Triton kernels alone.
-        scale: factor on the dot products.
+            Causality and padding are the caller's business: whatever is listed is read. A slot that `kv` does not
+            have is refused on a CPU and taken for -1 on a GPU, where looking would wait for the device. Or a
+            `MergedSelection` of S queries, without gradient and for the Triton kernels alone.
+        scale: factor on the dot products, any finite number.
         value_dim: leading entries of a latent that are its value.
         allow_triton: use the Triton kernels on CUDA where they take these arguments; False is PyTorch anywhere.
 
@@ -54,22 +57,22 @@ def sparse_mla(
     order, which is slower and takes up to 1 GiB of scratch memory.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other.
+        TypeError: a tensor, number or integer that is none.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+        IndexError: a slot that `kv` does not have, on a CPU.
     """
-    if q.dim() != 4 or kv.dim() != 3 or q.shape[0] != kv.shape[0] or q.shape[-1] != kv.shape[-1]:
-        raise ValueError(f"q [B, S, H, D] and kv [B, T, D] do not fit: got {tuple(q.shape)} and {tuple(kv.shape)}")
+    check_heads_and_keys("sparse_mla", q, kv, ("q", "kv"))
+    check_scale("sparse_mla", scale, positive=False)
+    check_integer("sparse_mla", "value_dim", value_dim, 1, kv.shape[-1])
     if isinstance(indices, MergedSelection):
         return _attend_by_merged(q, kv, indices, scale, value_dim)
-    if indices.dim() != 3 or indices.shape[:2] != q.shape[:2] or indices.dtype != torch.int32:
-        raise ValueError(f"indices must be int32 [B, S, K], got {indices.dtype} of {tuple(indices.shape)}")
-    if not 0 < value_dim <= kv.shape[-1]:
-        raise ValueError(f"value_dim must lie in 1 .. {kv.shape[-1]}, the latent width (got {value_dim})")
+    check_indices("sparse_mla", indices, q, kv.shape[1])
     if q.is_cuda and allow_triton:
         reason = _unsupported(q, kv, indices, value_dim)
         if reason is None:
             return _sparse_mla(q, kv, indices, scale, value_dim)
         if not torch.compiler.is_compiling():
-            _warn_once(f"sparse_mla runs in PyTorch, which is slow: {reason}")
+            say_fallback("sparse_mla", "Triton", reason, q.device)
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
 
 
@@ -87,23 +90,34 @@ def merging_group(
         topk: K.
         slots: T.
     """
-    if not like.is_cuda:
-        return 1
-    q, kv = like.new_empty(1, 0, heads, width), like.new_empty(1, 0, width)
-    if _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is not None:
+    if not takes_sparse_mla(like.new_empty(1, 0, width), heads, value_dim, topk):
         return 1
     return merges_ahead(like.device, heads, queries, topk, slots)
+
+
+def takes_sparse_mla(kv: torch.Tensor, heads: int, value_dim: int, topk: int) -> bool:
+    """Whether the Triton kernels, not PyTorch, would attend to lists of `topk` of the latents `kv [B, T, D]`."""
+    if not kv.is_cuda:
+        return False
+    q = kv.new_empty(1, 0, heads, kv.shape[-1])
+    return _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is None
 
 
 def _attend_by_merged(
     q: torch.Tensor, kv: torch.Tensor, selection: MergedSelection, scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_tensors("sparse_mla", q=q, keys=selection.keys, counts=selection.counts)
+    if not runs_kernels(q):
+        raise ValueError(
+            f"merged selections are for the Triton kernels, and q is on {q.device}: give indices [B, S, K]"
+        )
     if selection.queries != q.shape[1] or selection.keys.shape[0] != q.shape[0]:
         raise ValueError(
-            f"the selection is of {selection.keys.shape[0]} x {selection.queries} queries, q is {tuple(q.shape)}"
+            f"sparse_mla: the selection is of {selection.keys.shape[0]} x {selection.queries} queries, q is "
+            f"{tuple(q.shape)}"
         )
     if torch.is_grad_enabled() and (q.requires_grad or kv.requires_grad):
-        raise ValueError("merged selections have no gradient: give indices [B, S, K]")
+        raise ValueError("sparse_mla: merged selections have no gradient: give indices [B, S, K]")
     keys, counts, group, _ = selection
     return sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim)
 
@@ -112,12 +126,19 @@ def _attend_by_merged(
 def _sparse_mla(
     q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if q.is_cuda:
-        return sparse_mla_triton(q, kv, indices, scale, value_dim)
-    return sparse_mla_reference(q, kv, indices, scale, value_dim)
+    backends = _FORWARD if q.is_cuda else _FORWARD[-1:]
+    return dispatch("sparse_mla", backends, q.device, q, kv, indices, scale, value_dim)
 
 
-@_sparse_mla.register_fake
+def _forward_in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
+    return out.contiguous(), lse.contiguous()
+
+
+_FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", takes_all, _forward_in_pytorch))
+
+
+@register_fake(_sparse_mla)
 def _(q, kv, indices, scale, value_dim):
     return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -134,10 +155,27 @@ def _sparse_mla_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
-    return sparse_mla_backward_triton(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    arguments = (grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
+    return dispatch("sparse_mla's gradient", _BACKWARD, q.device, *arguments)
 
 
-@_sparse_mla_backward.register_fake
+def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
+    with torch.enable_grad():
+        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
+        results = sparse_mla_reference(*inputs, indices, scale, grad_out.shape[-1])
+        # The lse of a query without keys is a constant.
+        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+        gradients = torch.autograd.grad(results, inputs, (grad_out, grad_lse.to(results[1].dtype)))
+    return tuple(x.contiguous() for x in gradients)
+
+
+_BACKWARD = (
+    Backend("Triton", takes_all, sparse_mla_backward_triton),
+    Backend("PyTorch", takes_all, _backward_in_pytorch),
+)
+
+
+@register_fake(_sparse_mla_backward)
 def _(grad_out, grad_lse, q, kv, indices, out, lse, scale):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
         kv, memory_format=torch.contiguous_format
@@ -165,18 +203,11 @@ def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value
         return "Triton is not installed (pip install triton)"
     if q.dtype not in (torch.bfloat16, torch.float16) or kv.dtype != q.dtype:
         return f"the kernels take bfloat16 or float16 for both q and kv, not {q.dtype} and {kv.dtype}"
-    if kv.device != q.device or indices.device != q.device:
-        return f"q, kv and indices are on {q.device}, {kv.device} and {indices.device}"
     if heads > _MAX_HEADS or indices.shape[-1] > _MAX_TOPK or width > _MAX_WIDTH or value_dim > 512:
         return (
             f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
             f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, 512"
         )
-    if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.version.hip is None and not has_capability(q.device, 80):
         return "the kernels need compute capability 8.0 or newer"
     return None
-
-
-@lru_cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)

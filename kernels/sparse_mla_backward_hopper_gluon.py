@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import hopper_supports
 
 try:
@@ -24,7 +25,7 @@ try:
         warpgroup_mma_wait,
     )
 
-    from .sparse_mla_hopper_gluon import opaque_zero, row_of
+    from .sparse_mla_hopper_gluon import is_listed, opaque_zero, row_of
 
     # Renamed after Triton 3.6.
     async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -48,7 +49,7 @@ def sparse_mla_backward_hopper(
     B, S, H, _ = q.shape
     lists = triton.cdiv(S, group)
     head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
-    _sparse_mla_backward_hopper_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_backward_hopper_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,
@@ -63,6 +64,7 @@ def sparse_mla_backward_hopper(
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -98,6 +100,7 @@ if gluon is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -196,7 +199,9 @@ if gluon is not None:
         dq_2 = gl.zeros([64, 128], gl.float32, wide)
         dq_3 = gl.zeros([64, 128], gl.float32, wide)
         dq_r = gl.zeros([64, 64], gl.float32, narrow)
-        _gather(kv_v, kv_r, kv, kv_stride_t, keys, 0, count, offs_copy, offs_copy_r, cols, cols_r, GROUP, OWNER_SHIFT)
+        _gather(
+            kv_v, kv_r, kv, kv_stride_t, T, keys, 0, count, offs_copy, offs_copy_r, cols, cols_r, GROUP, OWNER_SHIFT
+        )
         for block in range((count + 63) // 64):
             zero = opaque_zero(block)
             first = block * 64
@@ -211,7 +216,7 @@ if gluon is not None:
                 dp = warpgroup_mma(do_v.index(c + zero), keys_t, dp, use_acc=c > 0, is_async=True)
             s = warpgroup_mma(q_r.index(zero), kv_r.index(zero).permute((1, 0)), s, is_async=True)
             key = gl.load(keys + first + offs_s, mask=first + offs_s < count, other=-1)
-            visible = (key >= 0)[None, :]
+            visible = is_listed(key, T, GROUP)[None, :]
             if GROUP > 1:
                 owned = (key[None, :] >> (OWNER_SHIFT + member)[:, None]) & 1
                 visible = visible & (owned != 0)
@@ -240,6 +245,7 @@ if gluon is not None:
                 kv_r,
                 kv,
                 kv_stride_t,
+                T,
                 keys,
                 first + 64,
                 count,
@@ -252,11 +258,11 @@ if gluon is not None:
             )
             even = _grad_piece(ds_sm, p_sm, q_v, do_v, 0, zero, wide)
             dkv_r = warpgroup_mma_wait(2, deps=[dkv_r])
-            row_ptr, listed = _grad_rows(grad_kv, keys, first, offs_narrow, count, GROUP, OWNER_SHIFT, PER_ENTRY)
+            row_ptr, listed = _grad_rows(grad_kv, keys, T, first, offs_narrow, count, GROUP, OWNER_SHIFT, PER_ENTRY)
             _add_or_store(row_ptr[:, None] + (512 + cols_narrow)[None, :], dkv_r, listed[:, None], PER_ENTRY)
             odd = _grad_piece(ds_sm, p_sm, q_v, do_v, 1, zero, wide)
             even = warpgroup_mma_wait(2, deps=[even])
-            row_ptr, listed = _grad_rows(grad_kv, keys, first, offs_wide, count, GROUP, OWNER_SHIFT, PER_ENTRY)
+            row_ptr, listed = _grad_rows(grad_kv, keys, T, first, offs_wide, count, GROUP, OWNER_SHIFT, PER_ENTRY)
             pointers, listed = row_ptr[:, None] + cols_wide[None, :], listed[:, None]
             _add_or_store(pointers, even, listed, PER_ENTRY)
             even = _grad_piece(ds_sm, p_sm, q_v, do_v, 2, zero, wide)
@@ -286,6 +292,7 @@ if gluon is not None:
         kv_r,
         kv,
         kv_stride_t,
+        T,
         keys,
         first,
         count,
@@ -305,14 +312,14 @@ if gluon is not None:
             slot_r = key_r & ((1 << OWNER_SHIFT) - 1)
         kv_rows = (kv + slot.to(gl.int64) * kv_stride_t)[:, None]
         for c in gl.static_range(4):
-            async_load(kv_v[c].index(0), kv_rows + (c * 128 + cols)[None, :], mask=(key >= 0)[:, None])
+            async_load(kv_v[c].index(0), kv_rows + (c * 128 + cols)[None, :], mask=is_listed(key, T, GROUP)[:, None])
         kv_rows = (kv + slot_r.to(gl.int64) * kv_stride_t)[:, None]
-        async_load(kv_r.index(0), kv_rows + (512 + cols_r)[None, :], mask=(key_r >= 0)[:, None])
+        async_load(kv_r.index(0), kv_rows + (512 + cols_r)[None, :], mask=is_listed(key_r, T, GROUP)[:, None])
         async_copy.commit_group()
 
     @gluon.jit
     def _grad_rows(
-        grad_kv, keys, first, offs, count, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr, PER_ENTRY: gl.constexpr
+        grad_kv, keys, T, first, offs, count, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr, PER_ENTRY: gl.constexpr
     ):
         key = gl.load(keys + first + offs, mask=first + offs < count, other=-1)
         slot = key
@@ -320,7 +327,7 @@ if gluon is not None:
             slot = key & ((1 << OWNER_SHIFT) - 1)
         if PER_ENTRY:
             slot = first + offs
-        return grad_kv + slot.to(gl.int64) * 576, key >= 0
+        return grad_kv + slot.to(gl.int64) * 576, is_listed(key, T, GROUP)
 
     @gluon.jit
     def _grad_piece(ds_sm, p_sm, q_v, do_v, c: gl.constexpr, zero, layout: gl.constexpr):

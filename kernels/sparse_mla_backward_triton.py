@@ -13,10 +13,10 @@ Legend: as `sparse_mla_triton.py`.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 
+from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import launcher
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
 from .sparse_mla_triton import GROUPING_ARCHITECTURES, LOG2_E, QUERIES_PER_LAUNCH, Tile, gpu_target
@@ -30,8 +30,6 @@ except ImportError:
 
 # fp32 contributions written out at a time in the deterministic mode.
 DETERMINISTIC_SCRATCH_BYTES = 2**30
-
-_hopper_failed = False
 
 
 def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
@@ -79,27 +77,36 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic, target) -> None:
     """One launch's worth of queries."""
-    global _hopper_failed
-    _, S, H, D = q.shape
+    _, S, H, _ = q.shape
     group, keys, counts = 1, indices, None
     if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
         group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
     launch = _launch_deterministic if deterministic else _launch
-    if target == ("cuda", 90) and hopper_backward_supports(q, kv, grad_out) and not _hopper_failed:
-        try:
-            return launch(*arguments, tile=None)
-        except torch.OutOfMemoryError:
-            raise
-        except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-            # Gluon is an experimental interface of Triton and may change under us.
-            _hopper_failed = True
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            message = f"sparse_mla: Triton {triton.__version__} failed on the Hopper backward kernel ({reason})"
-            warnings.warn(message, stacklevel=2)
-    return launch(*arguments, tile=sparse_mla_backward_tile(target, group * H, D))
+    arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
+    dispatch("sparse_mla's backward pass", _BACKENDS, q.device, launch, target, *arguments)
+
+
+def _why_not_hopper(launch, target, q, kv, keys, counts, grad_out, *_) -> str | None:
+    if target != ("cuda", 90):
+        return "it is for compute capability 9.0"
+    return None if hopper_backward_supports(q, kv, grad_out) else "the shapes or strides are not what it takes"
+
+
+def _in_hopper(launch, target, *arguments) -> None:
+    launch(*arguments, tile=None)
+
+
+def _in_triton(launch, target, q, *arguments) -> None:
+    group = arguments[-1]
+    launch(q, *arguments, tile=sparse_mla_backward_tile(target, group * q.shape[2], q.shape[3]))
+
+
+_BACKENDS = (
+    Backend("Gluon for Hopper", _why_not_hopper, _in_hopper, optional=True),
+    Backend("Triton", takes_all, _in_triton),
+)
 
 
 def _launch_deterministic(
@@ -143,7 +150,7 @@ def add_rows_by_slot(rows: torch.Tensor, slots: torch.Tensor, total: torch.Tenso
     T, D = total.shape
     ordered, order = torch.where(slots < 0, T, slots).flatten().sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(T + 1, device=total.device, dtype=ordered.dtype))
-    _add_segments_kernel[(T,)](
+    launcher(_add_segments_kernel, (T,), rows)(
         rows,
         order,
         starts,
@@ -182,7 +189,7 @@ def _launch(
     head_blocks = triton.cdiv(group * H, tile.block_m)
     lists = triton.cdiv(S, group)
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
-    _sparse_mla_bwd_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,
@@ -197,6 +204,7 @@ def _launch(
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -226,8 +234,15 @@ def _row_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     dots = torch.empty(one.shape[:3], dtype=torch.float32, device=one.device)
     V = one.shape[-1]
     rows = 8
-    _row_dots_kernel[(triton.cdiv(dots.numel(), rows),)](
-        one, other.contiguous(), dots, dots.numel(), V=V, BLOCK_V=triton.next_power_of_2(V), ROWS=rows, num_warps=4
+    launcher(_row_dots_kernel, (triton.cdiv(dots.numel(), rows),), one)(
+        one,
+        other.contiguous(),
+        dots,
+        dots.numel(),
+        V=V,
+        BLOCK_V=triton.next_power_of_2(V),
+        ROWS=rows,
+        num_warps=4,
     )
     return dots
 
@@ -279,6 +294,7 @@ if triton is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -365,6 +381,8 @@ if triton is not None:
             slot = key
             if GROUP > 1:
                 slot = key & ((1 << OWNER_SHIFT) - 1)
+            else:
+                listed = listed & (key < T)
             kv_rows = (kv_batch + slot.to(tl.int64) * kv_stride_t)[:, None]
             c_lo = tl.load(kv_rows + lo[None, :], mask=listed[:, None] & lo_mask[None, :], other=0.0)
             c_hi = tl.load(kv_rows + hi[None, :], mask=listed[:, None] & hi_mask[None, :], other=0.0)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     from triton.experimental import gluon
@@ -53,7 +55,7 @@ def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, own
     B, S, H, _ = q.shape
     lists = triton.cdiv(S, group)
     head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
-    _sparse_mla_hopper_kernel[(B * lists * head_blocks,)](
+    launcher(_sparse_mla_hopper_kernel, (B * lists * head_blocks,), q)(
         q,
         kv,
         keys,
@@ -64,6 +66,7 @@ def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, own
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -80,7 +83,7 @@ def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, own
 
 if gluon is not None:
 
-    @gluon.jit(do_not_specialize=["S", "lists", "lse_stride_b", "lse_stride_s"])
+    @gluon.jit(do_not_specialize=["S", "lists", "T", "lse_stride_b", "lse_stride_s"])
     def _sparse_mla_hopper_kernel(
         q,
         kv,
@@ -92,6 +95,7 @@ if gluon is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -176,6 +180,7 @@ if gluon is not None:
                         keys,
                         count,
                         pairs,
+                        T,
                         scale_log2,
                         out,
                         lse,
@@ -206,6 +211,7 @@ if gluon is not None:
                         keys,
                         count,
                         pairs,
+                        T,
                         scale_log2,
                         out,
                         list_id,
@@ -220,12 +226,20 @@ if gluon is not None:
                 ),
                 (
                     _gather_group,
-                    (lo, hi, rope, full, empty, keys, count, pairs, kv, kv_stride_t, GROUP, OWNER_SHIFT),
+                    (lo, hi, rope, full, empty, keys, count, pairs, kv, kv_stride_t, T, GROUP, OWNER_SHIFT),
                 ),
             ],
             [4, 4],
             [216, 72],
         )
+
+    @gluon.jit
+    def is_listed(key, T, GROUP: gl.constexpr):
+        """Which entries are one of T keys; merged lists hold no others."""
+        listed = key >= 0
+        if GROUP == 1:
+            listed = listed & (key < T)
+        return listed
 
     @gluon.jit
     def row_of(rows, list_id, S, H: gl.constexpr, GROUP: gl.constexpr):
@@ -250,6 +264,7 @@ if gluon is not None:
         pairs,
         kv,
         kv_stride_t,
+        T,
         GROUP: gl.constexpr,
         OWNER_SHIFT: gl.constexpr,
     ):
@@ -264,7 +279,7 @@ if gluon is not None:
                 key = next_key
                 offs_k = pair * 128 + (b + 1) * 64 + offs_n
                 next_key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-                listed = (key >= 0)[:, None]
+                listed = is_listed(key, T, GROUP)[:, None]
                 slot = key
                 if GROUP > 1:
                     slot = key & ((1 << OWNER_SHIFT) - 1)
@@ -297,8 +312,8 @@ if gluon is not None:
         return warpgroup_mma_wait(0, deps=[s])
 
     @gluon.jit
-    def _mask(s, key, member, scale_log2, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
-        visible = (key >= 0)[None, :]
+    def _mask(s, key, T, member, scale_log2, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
+        visible = is_listed(key, T, GROUP)[None, :]
         if GROUP > 1:
             owned = (key[None, :] >> (OWNER_SHIFT + member)[:, None]) & 1
             visible = visible & (owned != 0)
@@ -323,6 +338,7 @@ if gluon is not None:
         keys,
         count,
         pairs,
+        T,
         scale_log2,
         out,
         lse,
@@ -352,7 +368,7 @@ if gluon is not None:
             offs_k = pair * 128 + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
             s = _scores(q_lo, q_hi, q_rope, lo, hi, rope, full, 0, phase, zero, s_layout)
-            s = _mask(s, key, member, scale_log2, GROUP, OWNER_SHIFT)
+            s = _mask(s, key, T, member, scale_log2, GROUP, OWNER_SHIFT)
             left_max = gl.maximum(row_max, gl.max(s, 1))
             reference = _finite(left_max)
             p = gl.exp2(s - reference[:, None])
@@ -407,6 +423,7 @@ if gluon is not None:
         keys,
         count,
         pairs,
+        T,
         scale_log2,
         out,
         list_id,
@@ -441,7 +458,7 @@ if gluon is not None:
             acc = warpgroup_mma(rope.index(0 + zero), hi.index(0), acc, is_async=True)
 
             # The softmax of this block runs while the tensor cores work on the left group's.
-            s = _mask(s, key, member, scale_log2, GROUP, OWNER_SHIFT)
+            s = _mask(s, key, T, member, scale_log2, GROUP, OWNER_SHIFT)
             right_max = gl.maximum(left_max, gl.max(s, 1))
             reference = _finite(right_max)
             p = gl.exp2(s - reference[:, None])

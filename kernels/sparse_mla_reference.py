@@ -19,20 +19,21 @@ def sparse_mla_reference(
 
     Differentiable in `q_BSHD` and `kv_BTD`; the backward pass gathers again instead of keeping the gathered latents.
     """
-    B, S, H, D = q_BSHD.shape
+    B, S, _, D = q_BSHD.shape
     K = indices_BSK.shape[-1]
     chunk = max(1, GATHER_BLOCK_BYTES // max(1, B * K * D * 4))
+    if kv_BTD.shape[1] == 0:
+        # One latent that nobody selects, so that there is something to gather.
+        kv_BTD, indices_BSK = kv_BTD.new_zeros(B, 1, D), torch.full_like(indices_BSK, -1)
     needs_grad = torch.is_grad_enabled() and (q_BSHD.requires_grad or kv_BTD.requires_grad)
     blocks = []
-    for first in range(0, S, chunk):
+    # Once for no queries, so that empty results have their gradients too.
+    for first in range(0, max(S, 1), chunk):
         rows = slice(first, min(first + chunk, S))
         args = (q_BSHD[:, rows], kv_BTD, indices_BSK[:, rows], scale, value_dim)
         blocks.append(
             checkpoint(_attend, *args, use_reentrant=False, preserve_rng_state=False) if needs_grad else _attend(*args)
         )
-    if not blocks:
-        empty_lse = torch.empty(B, S, H, dtype=torch.promote_types(q_BSHD.dtype, torch.float32), device=q_BSHD.device)
-        return q_BSHD.new_empty(B, S, H, value_dim), empty_lse
     out, lse = blocks[0] if len(blocks) == 1 else [torch.cat(parts, dim=1) for parts in zip(*blocks)]
     return out, lse
 
@@ -42,9 +43,11 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
     B, S, K = indices_BSK.shape
-    valid = indices_BSK >= 0
-    rows = torch.arange(B, device=kv_BTD.device).view(B, 1, 1) * kv_BTD.shape[1] + indices_BSK.clamp(min=0)
-    picked = kv_BTD.reshape(-1, kv_BTD.shape[-1]).index_select(0, rows.view(-1)).view(B, S, K, -1).to(dtype)
+    T = kv_BTD.shape[1]
+    valid = (indices_BSK >= 0) & (indices_BSK < T)
+    rows = torch.arange(B, device=kv_BTD.device).view(B, 1, 1) * T + indices_BSK.masked_fill(~valid, 0)
+    picked = kv_BTD.flatten(0, 1).index_select(0, rows.flatten()).view(B, S, K, kv_BTD.shape[-1])
+    picked = picked.to(dtype)
     scores = (q_BSHD.to(dtype) @ picked.transpose(2, 3)) * scale
     scores = scores.masked_fill(~valid.unsqueeze(2), float("-inf"))
     lse = scores.logsumexp(-1)

@@ -9,13 +9,14 @@ Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value w
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
+from .device_target import device_target
+from .dispatch import Backend, dispatch, takes_all
 from .early_launch import early_launch
+from .kernel_launch import launcher
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
@@ -32,8 +33,6 @@ QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64
 
-
-_hopper_failed = False
 # Compute capabilities whose shared memory holds 64 rows and whose matrix unit takes them from there or from registers.
 GROUPING_ARCHITECTURES = (80, 90)
 
@@ -133,26 +132,28 @@ def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
 
 
 def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
+    dispatch("sparse_mla's prefill", _PREFILL, q.device, q, kv, keys, counts, group, scale, out, lse)
+
+
+def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
+    if gpu_target(q.device) != ("cuda", 90):
+        return "it is for compute capability 9.0"
+    return None if hopper_supports(q, kv, out.shape[-1]) else "the shapes or strides are not what it takes"
+
+
+def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
+    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+
+
+def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
     H, D = q.shape[2:]
-    target = gpu_target(q.device)
-    on_hopper = target == ("cuda", 90) and hopper_supports(q, kv, out.shape[-1])
-    if not (on_hopper and _run_on_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))):
-        _launch(q, kv, keys, counts, scale, out, lse, _tile(target, group * H, D), group, splits=1)
+    _launch(q, kv, keys, counts, scale, out, lse, _tile(gpu_target(q.device), group * H, D), group, splits=1)
 
 
-def _run_on_hopper(*arguments) -> bool:
-    """Run the Gluon kernel; False, from the first failure on, if this Triton cannot compile it."""
-    global _hopper_failed
-    if _hopper_failed:
-        return False
-    try:
-        sparse_mla_hopper(*arguments)
-    except (triton.CompilationError, RuntimeError, AttributeError, TypeError) as error:
-        # Gluon is an experimental interface of Triton and may change under us.
-        _hopper_failed = True
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        warnings.warn(f"sparse_mla: Triton {triton.__version__} failed on the Hopper kernel ({reason})", stacklevel=2)
-    return not _hopper_failed
+_PREFILL = (
+    Backend("Gluon for Hopper", _why_not_hopper, _prefill_in_hopper, optional=True),
+    Backend("Triton", takes_all, _prefill_in_triton),
+)
 
 
 def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +162,7 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
     part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
     _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
     block_v = min(COMBINED_ENTRIES, triton.next_power_of_2(V))
-    _sparse_mla_combine_kernel[(B * S * H, triton.cdiv(V, block_v))](
+    launcher(_sparse_mla_combine_kernel, (B * S * H, triton.cdiv(V, block_v)), part_out)(
         part_out,
         part_lse,
         out,
@@ -184,7 +185,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     lists = triton.cdiv(S, group)
     split_stride = out.stride(0) if splits > 1 else 0
     split_lse_stride = lse.stride(0) if splits > 1 else 0
-    _sparse_mla_fwd_kernel[(B * lists * head_blocks, splits)](
+    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
         q,
         kv,
         keys,
@@ -195,6 +196,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         S,
         lists,
         keys.shape[-1],
+        kv.shape[1],
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -232,20 +234,15 @@ def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
     return sparse_mla_tile(*target, rows, width)
 
 
-@lru_cache
 def gpu_target(device: torch.device) -> tuple[str, int | str]:
     """Backend and compute capability (or GCN name) that tiles are chosen for."""
     if device.type != "cuda":  # Triton's interpreter
         return "cuda", 80
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return "hip", properties.gcnArchName
-    return "cuda", 10 * properties.major + properties.minor
+    return device_target(device)[:2]
 
 
-@lru_cache
 def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return device_target(device).processors if device.type == "cuda" else 4
 
 
 if triton is not None:
@@ -262,6 +259,7 @@ if triton is not None:
         S,
         lists,
         K,
+        T,
         q_stride_b,
         q_stride_s,
         q_stride_h,
@@ -346,6 +344,8 @@ if triton is not None:
             slot = key
             if GROUP > 1:
                 slot = key & ((1 << OWNER_SHIFT) - 1)
+            else:
+                listed = listed & (key < T)
             kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
             if BLOCK_V == V:
                 c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .kernel_launch import launcher
+
 try:
     import triton
     import triton.language as tl
@@ -41,7 +43,8 @@ def merge_key_lists(
     """Merged lists of every `group` adjacent queries.
 
     Args:
-        indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys, its last dimension contiguous.
+        indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys, its last dimension contiguous. A key that
+            is not below `slots` is taken for -1.
         group: queries a list, 2 to `MAX_GROUP`.
         slots: number of key slots; at most `1 << owner_shift(group)`.
         packed: int32 of shape `[B, ceil(S / group), group * K]` to write to, its last dimension contiguous; made when
@@ -51,6 +54,9 @@ def merge_key_lists(
     Returns:
         `packed`: the entries, of which only the leading ones of a list are written, and `counts`: their number.
     """
+    if indices.dim() != 3 or indices.dtype != torch.int32:
+        got = f"{indices.dtype} of {tuple(indices.shape)}"
+        raise ValueError(f"merge_key_lists: indices must be int32 [B, S, K], got {got}")
     B, S, K = indices.shape
     if not 1 < group <= MAX_GROUP or slots > 1 << owner_shift(group):
         raise ValueError(f"cannot pack {group} owners and {slots} slots into 31 bits")
@@ -63,13 +69,14 @@ def merge_key_lists(
     # Per member and entry: the new keys before it, and its place in every other member.
     scratch = torch.empty(B, lists, group, group, K + 1, dtype=torch.int16, device=indices.device)
     block_k = triton.next_power_of_2(K)
-    _merge_key_lists_kernel[(B * lists,)](
+    launcher(_merge_key_lists_kernel, (B * lists,), indices)(
         indices,
         packed,
         counts,
         scratch,
         S,
         lists,
+        slots,
         0,
         *indices.stride()[:2],
         *packed.stride()[:2],
@@ -86,7 +93,7 @@ def merge_key_lists(
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["S", "lists", "packed_stride_b", "counts_stride_b", "counts_stride_l"])
+    @triton.jit(do_not_specialize=["S", "lists", "slots", "packed_stride_b", "counts_stride_b", "counts_stride_l"])
     def _merge_key_lists_kernel(
         indices,
         packed,
@@ -94,6 +101,7 @@ if triton is not None:
         scratch,
         S,
         lists,
+        slots,
         zero,
         stride_b,
         stride_s,
@@ -137,12 +145,13 @@ if triton is not None:
             for g in tl.static_range(GROUP):
                 tl.debug_barrier()
                 key = tl.load(rows + g * stride_s + offs, mask=offs < tl.where(g < members, K, 0), other=-1)
-                new = (key >= 0).to(tl.int32)
+                real = (key >= 0) & (key < slots)
+                new = real.to(tl.int32)
                 for h in tl.static_range(g):
                     # Rows past the last query have no keys to place: search any row instead of theirs.
                     row = rows + tl.minimum(h, members - 1) * stride_s
-                    at = _lower_bound(row, key, key >= 0, K, BLOCK_K)
-                    found = (key >= 0) & (tl.load(row + at, mask=(key >= 0) & (at < K), other=-1) == key)
+                    at = _lower_bound(row, key, real, K, BLOCK_K)
+                    found = real & (tl.load(row + at, mask=real & (at < K), other=-1) == key)
                     tl.store(scratch + (g * GROUP + h) * (K + 1) + offs, at.to(tl.int16), mask=offs < K)
                     tl.store(scratch + (h * GROUP + g) * (K + 1) + at, offs.to(tl.int16), mask=found)
                     new = tl.where(found, 0, new)
@@ -172,7 +181,7 @@ if triton is not None:
         else:
             for g in tl.static_range(GROUP):
                 key = tl.load(rows + g * stride_s + offs, mask=offs < tl.where(g < members, K, 0), other=-1)
-                entry = tl.where(key >= 0, key | (1 << (g + OWNER_SHIFT)), -1)
+                entry = tl.where((key >= 0) & (key < slots), key | (1 << (g + OWNER_SHIFT)), -1)
                 tl.store(packed + g * K + offs, entry, mask=offs < K)
             tl.store(counts, GROUP * K)
 

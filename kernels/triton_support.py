@@ -1,4 +1,4 @@
-"""Whether the small fused kernels run Triton for given tensors, or PyTorch."""
+"""Whether kernels run Triton for given tensors, or PyTorch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ try:
     import triton
 except ImportError:
     triton = None
+
+
+def runs_kernels(tensor: torch.Tensor) -> bool:
+    """Whether a Triton kernel may be given `tensor`: one on a GPU, or any in Triton's interpreter."""
+    return triton is not None and (tensor.is_cuda or triton.knobs.runtime.interpret)
 
 
 def runs_triton(*tensors: torch.Tensor) -> bool:

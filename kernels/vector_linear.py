@@ -10,7 +10,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .argument_checks import check_floats, check_shape, check_tensors
+from .dispatch import Backend, dispatch, takes_all
+from .kernel_launch import register_fake
 from .rms_norm import rms_norm
+from .triton_support import runs_kernels
 from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, triton, vector_linear_triton
 
 # A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
@@ -37,7 +41,22 @@ def vector_linear(
 
     Returns:
         `[T, N]`, N the sum of N_i. No gradient flows.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
+    _check_linears("vector_linear", x, weights)
+    check_tensors("vector_linear", x=x, norm=norm, base=base)
+    check_floats("vector_linear", norm=norm, base=base)
+    for name, value in {f"weights[{i}]": weight for i, weight in enumerate(weights)}.items():
+        if value.dtype != x.dtype:
+            raise ValueError(f"vector_linear: {name} must be {x.dtype}, as x, got {value.dtype}")
+    if norm is not None:
+        check_shape("vector_linear", "norm", norm, "[D]", x.shape[1:])
+    if base is not None:
+        outputs = sum(weight.shape[0] for weight in weights)
+        check_shape("vector_linear", "base", base, "[T, N]", (x.shape[0], outputs))
     return _vector_linear(x, list(weights), norm, eps, base)
 
 
@@ -58,8 +77,16 @@ def wide_vector_linear(x: torch.Tensor, weight: torch.Tensor, scale: float) -> t
     """fp32 `scale * (x W^T)`, `[T, N]`, of half-precision `x [T, D]`.
 
     `weight [N, D]` is fp32, for fp32 arithmetic, or as `x`, whose precision products are then rounded to first.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
     """
-    return vector_linear_triton(x, [weight], scale=scale)
+    _check_linears("wide_vector_linear", x, [weight])
+    if weight.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"wide_vector_linear: weight must be fp32 or {x.dtype}, as x, got {weight.dtype}")
+    backends = _WIDE if runs_kernels(x) else _WIDE[-1:]
+    return dispatch("wide_vector_linear", backends, x.device, x, weight, scale)
 
 
 def takes_wide_vector_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -72,6 +99,17 @@ def takes_wide_vector_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not (torch.is_grad_enabled() and weight.requires_grad)
         and takes_vector_linear(x)
     )
+
+
+def _check_linears(operation: str, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> None:
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    check_tensors(operation, x=x, **named)
+    check_floats(operation, x=x, **named)
+    if x.dim() != 2 or x.shape[1] == 0 or not named:
+        raise ValueError(f"{operation}: x must be [T, D] with a column and one weight, got {tuple(x.shape)}")
+    for name, weight in named.items():
+        rows = weight.shape[0] if weight.dim() else 0
+        check_shape(operation, name, weight, "[N, D] of x's D", (rows, x.shape[1]))
 
 
 def vector_linear_reference(
@@ -96,13 +134,24 @@ def _vector_linear(
     eps: float,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    if x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS:
-        if norm is not None and x.shape[1] > MAX_NORMED:
-            x, norm = rms_norm(x, norm, eps), None
-        return vector_linear_triton(x, weights, norm, eps, base)
-    return vector_linear_reference(x, weights, norm, eps, base)
+    fits = x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS
+    backends = _BACKENDS if fits else _BACKENDS[-1:]
+    return dispatch("vector_linear", backends, x.device, x, weights, norm, eps, base)
 
 
-@_vector_linear.register_fake
+def _in_triton(x, weights, norm, eps, base) -> torch.Tensor:
+    if norm is not None and x.shape[1] > MAX_NORMED:
+        x, norm = rms_norm(x, norm, eps), None
+    return vector_linear_triton(x, weights, norm, eps, base)
+
+
+_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, vector_linear_reference))
+_WIDE = (
+    Backend("Triton", takes_all, lambda x, weight, scale: vector_linear_triton(x, [weight], scale=scale)),
+    Backend("PyTorch", takes_all, lambda x, weight, scale: F.linear(x.to(weight.dtype), weight).float() * scale),
+)
+
+
+@register_fake(_vector_linear)
 def _(x, weights, norm, eps, base):
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

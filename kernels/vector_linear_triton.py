@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .early_launch import early_launch
+from .kernel_launch import launcher
 
 try:
     import triton
@@ -43,7 +44,7 @@ def vector_linear_triton(
     sizes += [0] * (MAX_WEIGHTS - len(weights))
     tiles = sum(triton.cdiv(size, rows) for size in sizes)
     x = x if x.stride(1) == 1 else x.contiguous()
-    vector_linear_kernel[(tokens, tiles)](
+    launcher(vector_linear_kernel, (tokens, tiles), x)(
         x,
         *padded,
         out,

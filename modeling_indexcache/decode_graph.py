@@ -3,8 +3,10 @@
 A step of one token runs the same kernels on the same memory every time but for the position, which kernels read on
 the device. A static cache's memory stands still by design; a dynamic cache's buffers do between the rare times when
 they are full (`growing_cache.py`). The layers are captured once, over the whole length of that memory, and replayed.
-Nothing is compiled, so a first token costs three slow steps, not minutes. Whatever is out of the ordinary (hooks,
-wanted attentions, beams that reorder the cache, several devices) runs step by step as before.
+Nothing is compiled, so a first token costs three slow steps, not minutes. Layers on several devices are captured
+device by device; what passes from one to the next is copied between the replays. Whatever is out of the ordinary
+(hooks, wanted attentions, beams that reorder the cache, offloaded layers) runs step by step as before.
+`model_census.py` notices when the model is no longer the one that was captured.
 """
 
 from __future__ import annotations
@@ -16,21 +18,24 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticCache, StaticIndexedLayer
 
 from ..kernels.cache_slot import CacheSlot
 from ..kernels.early_launch import early_launches
-from .attention_backends import TRITON_ATTENTION
-from .feed_forward import runs_expert_kernels
+from ..kernels.kernel_launch import are_recorded
+from .eligibility import say_slower, why_no_graphs, why_not_plain_step, why_not_recorded
 from .growing_cache import Buffer, buffer_of
 from .key_visibility import KeyVisibility
-from .module_hooks import hooks_of, is_foreign
+from .layer_placement import DeviceRange, LayerRange, device_ranges, runs_on_one_device
+from .model_census import ModelCensus
 
 # Steps in a row that must have found a cache where it was before it is captured.
 STEPS_BEFORE_CAPTURE = 2
+# Where recording was refused, it is asked for again after so many steps.
+STEPS_UNTIL_ASKED_AGAIN = 64
 _ATTRIBUTE = "_indexcache_decode_graph"
+_CENSUS = "_indexcache_census"
 _ROWS = ("keys", "indexer_keys")
-_OUTPUTS = ("hidden_states", "attentions", "router_logits", "topk_indices")
 
 
 class StepInputs(NamedTuple):
@@ -69,64 +74,62 @@ class _BufferCache:
         self.layers = layers
 
 
-class DecodeGraph:
-    """One captured step for one cache.
+class _Segment:
+    """Layers recorded together, on one device: all of them with the last norm, or a range without it.
 
-    Belongs to the cache that it was made for: copies of the cache carry it along and do not use it.
+    Attributes:
+        rows: keys and indexer keys of every layer of the cache.
+        lengths: of a static cache, how many rows each of these layers counts on the device.
+        selection: what the range before them selected, where its first layer shares it; else None.
+        out: the hidden states that a replay makes.
+        part: of a range, what its layers read besides hidden states, and the selection that they leave.
     """
 
-    def __init__(self, model: Any, cache: Any, inputs: StepInputs) -> None:
-        self.cache = weakref.ref(cache)
-        self.is_static = isinstance(cache, StaticCache)
-        self.circumstances = _circumstances(model, inputs)
-        hidden_states = inputs.hidden_states
-        device, batch = hidden_states.device, hidden_states.shape[0]
-        self.hidden_states = torch.empty_like(hidden_states)
-        self.position_ids = None if inputs.position_ids is None else torch.zeros_like(inputs.position_ids)
-        #: Of a dynamic cache: its buffers, the rows in them, and the place of the next one on the device.
-        self.buffers: list[dict[str, Buffer]] = []
-        self.length, self.position = 0, torch.zeros(1, dtype=torch.int64, device=device)
-        self.lengths: list[tuple[torch.Tensor, torch.Tensor]] = []
-        if self.is_static:
-            self.lengths = [(t, t.clone()) for layer in cache.layers for t in _static_lengths(layer)]
-            self.capacity = cache.get_max_length()
-        else:
-            self.buffers = [_buffers(layer) for layer in cache.layers]
-            self.capacity = min(buffer.rows.shape[-2] for buffers in self.buffers for buffer in buffers.values())
-            self.length = cache.get_seq_length()
+    def __init__(self, where: DeviceRange, inputs: StepInputs, capacity: int, in_one: bool) -> None:
+        self.first, self.last, self.device = where
+        like = inputs.hidden_states
+        self.hidden_states = torch.empty_like(like, device=self.device)
+        self.position_ids = None
+        if in_one and inputs.position_ids is not None:
+            self.position_ids = torch.zeros_like(inputs.position_ids)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.key_mask = None
         if inputs.attention_mask is not None:
-            self.key_mask = torch.ones(batch, self.capacity, dtype=torch.bool, device=device)
+            self.key_mask = torch.ones(like.shape[0], capacity, dtype=torch.bool, device=self.device)
+        self.lengths: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.part: LayerRange | None = None
+        self.selection: torch.Tensor | None = None
         self.out: torch.Tensor | None = None
         self.replay: Callable[[], None] | None = None
-        self.tensors = _tensors(cache)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
+    def count_on(self, layers: list[Any]) -> None:
+        """Let a replay count the rows of a static cache's `layers`."""
+        own = layers[self.first : self.last]
+        self.lengths = [(length, length.clone()) for layer in own for length in _static_lengths(layer)]
 
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()
+    def read(self, before: LayerRange, shares: bool) -> None:
+        """Let replays start from copies of `before`'s angles, and of its selection if the first layer `shares` it."""
+        cos, sin = (torch.empty_like(angle, device=self.device) for angle in before.position_embeddings)
+        if shares and before.topk_indices is not None:
+            self.selection = torch.empty_like(before.topk_indices, device=self.device)
+        self.part = LayerRange(self.first, self.last, (cos, sin), self.selection)
 
-    def serves(self, model: Any, cache: Any, inputs: StepInputs) -> bool:
-        """Whether the next step may be replayed: nobody touched the cache or the model since the last one."""
-        mask = inputs.attention_mask
-        return (
-            self.cache() is cache
-            and (self.is_static or self.length < self.capacity)
-            and (mask is None or mask.shape[1] <= self.capacity)
-            and self.circumstances == _circumstances(model, inputs)
-            and all(now is then for now, then in zip(_tensors(cache), self.tensors, strict=True))
-        )
+    def load(self, inputs: StepInputs, length: int, before: LayerRange | None = None) -> None:
+        """Write a step's inputs where a replay reads them; `before` is what a range reads besides hidden states."""
+        self.hidden_states.copy_(inputs.hidden_states)
+        self.position.fill_(length)
+        if self.position_ids is not None and inputs.position_ids is not None:
+            self.position_ids.copy_(inputs.position_ids)
+        if self.key_mask is not None and inputs.attention_mask is not None:
+            self.key_mask[:, : inputs.attention_mask.shape[1]].copy_(inputs.attention_mask)
+        if self.part is not None and before is not None:
+            for angle, new in zip(self.part.position_embeddings, before.position_embeddings):
+                angle.copy_(new)
+            if self.selection is not None:
+                self.selection.copy_(before.topk_indices)
 
-    def capture(self, run_layers: Any, inputs: StepInputs) -> None:
-        """Run the step once as it is and once to record it; both write what a replay writes."""
-        self._load(inputs)
-        rows: list[tuple[torch.Tensor, torch.Tensor | None]]
-        if self.is_static:
-            found: Any = self.cache()
-            rows = [(layer.keys, layer.indexer_keys) for layer in found.layers]
-        else:
-            rows = [(own["keys"].rows, own["indexer_keys"].rows if len(own) > 1 else None) for own in self.buffers]
+    def capture(self, run_layers: Any, rows: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """Run the layers once as they are and once to record them; both write what a replay writes."""
         cache = _BufferCache([_BufferLayer(*pair, self.position) for pair in rows])
         # A static cache counts its rows on the device, each layer for itself and all alike.
         lengths = [length for length, _ in self.lengths]
@@ -137,27 +140,147 @@ class DecodeGraph:
             if lengths:
                 self.position.copy_(lengths[0])
             visibility = KeyVisibility(self.position.squeeze(0), self.key_mask)
-            out = run_layers(self.hidden_states, self.position_ids, visibility, cache)
+            if self.part is None:
+                out = run_layers(self.hidden_states, self.position_ids, visibility, cache)
+            else:
+                self.part.topk_indices = self.selection
+                out = run_layers(self.hidden_states, None, visibility, cache, part=self.part)
             if lengths:
                 torch._foreach_add_(lengths, 1)
             return out
 
-        self.out, self.replay = record(run, self.rewind, self.hidden_states.device)
+        self.out, self.replay = record(run, self.rewind, self.device)
 
     def rewind(self) -> None:
         """Take back the steps since this object was made, which a static cache counts on the device."""
         for length, earlier in self.lengths:
             length.copy_(earlier)
 
-    def step(self, inputs: StepInputs) -> torch.Tensor:
-        """Replay the step; a dynamic cache's layers then show the row more that they hold."""
-        assert self.out is not None
-        assert self.replay is not None
-        self._load(inputs)
-        self.replay()
+    def step_back(self) -> None:
+        """Take back one replay; what it wrote behind the rows of a cache, the next step writes over."""
+        if self.lengths:
+            torch._foreach_sub_([length for length, _ in self.lengths], 1)
+
+
+class DecodeGraph:
+    """One captured step for one cache, in one recording or in one for each device.
+
+    Belongs to the cache that it was made for: copies of the cache carry it along and do not use it.
+    """
+
+    def __init__(self, model: Any, cache: Any, inputs: StepInputs) -> None:
+        self.cache = weakref.ref(cache)
+        self.is_static = isinstance(cache, StaticCache)
+        self.circumstances = _circumstances(model, inputs)
+        #: Of a dynamic cache: its buffers, and the rows in them.
+        self.buffers: list[dict[str, Buffer]] = []
+        self.length = 0
+        if self.is_static:
+            self.capacity = cache.get_max_length()
+        else:
+            self.buffers = [_buffers(layer) for layer in cache.layers]
+            self.capacity = min(buffer.rows.shape[-2] for buffers in self.buffers for buffer in buffers.values())
+            self.length = cache.get_seq_length()
+        device = inputs.hidden_states.device
+        ranges = device_ranges(model.layers, device)
+        self.in_one = runs_on_one_device(model, device)
+        self.census = weakref.ref(_census_of(model, self.in_one))
+        self.segments = [_Segment(where, inputs, self.capacity, self.in_one) for where in ranges]
+        if self.is_static:
+            for segment in self.segments:
+                segment.count_on(cache.layers)
+        self.tensors = _tensors(cache)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()
+
+    def serves(self, model: Any, cache: Any, inputs: StepInputs) -> bool:
+        """Whether the next step may be replayed: nobody touched the cache since the last one, and memory is there."""
+        mask, census = inputs.attention_mask, self.census()
+        return (
+            self.cache() is cache
+            and census is not None
+            and census.memory_is_there()
+            and (self.is_static or self.length < self.capacity)
+            and (mask is None or mask.shape[1] <= self.capacity)
+            and self.circumstances == _circumstances(model, inputs)
+            and all(now is then for now, then in zip(_tensors(cache), self.tensors, strict=True))
+        )
+
+    def capture(self, model: Any, run_layers: Any, inputs: StepInputs) -> None:
+        """Record every segment."""
+        rows: list[tuple[torch.Tensor, torch.Tensor | None]]
+        if self.is_static:
+            found: Any = self.cache()
+            rows = [(layer.keys, layer.indexer_keys) for layer in found.layers]
+        else:
+            rows = [(own["keys"].rows, own["indexer_keys"].rows if len(own) > 1 else None) for own in self.buffers]
+        if self.in_one:
+            (segment,) = self.segments
+            segment.load(inputs, self.length)
+            segment.capture(run_layers, rows)
+            return
+        if self.is_static and len({int(segment.lengths[0][0]) for segment in self.segments}) > 1:
+            raise RuntimeError("layers of the static cache hold different numbers of rows")
+        before = LayerRange(0, 0, self._angles(model, inputs))
+        for segment in self.segments:
+            segment.read(before, shares=not model._running_pattern.is_full(segment.first))
+            segment.load(inputs, self.length, before)
+            segment.capture(run_layers, rows)
+            # The next segment is recorded on real numbers: selected keys of no meaning could lie anywhere.
+            inputs, before = self._run(segment, inputs, before)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Take back all steps since this object was made."""
+        for segment in self.segments:
+            segment.rewind()
+
+    def step(self, model: Any, inputs: StepInputs) -> torch.Tensor | None:
+        """Replay the step; a dynamic cache's layers then show the row more that they hold.
+
+        None when the model is found changed: then the cache is as before, and nothing may be replayed any more.
+        """
+        if self.in_one:
+            (segment,) = self.segments
+            segment.load(inputs, self.length)
+            inputs, _ = self._run(segment, inputs, None)
+        else:
+            before = LayerRange(0, 0, self._angles(model, inputs))
+            for segment in self.segments:
+                segment.load(inputs, self.length, before)
+                inputs, before = self._run(segment, inputs, before)
+        # Asked while the device is busy with the replay.
+        census = self.census()
+        if census is None or not census.unchanged():
+            for segment in self.segments:
+                segment.step_back()
+            vars(model).pop(_CENSUS, None)
+            return None
         if not self.is_static:
             self._show_row()
-        return self.out.clone()
+        return inputs.hidden_states.clone() if self.in_one else model.norm(inputs.hidden_states.clone())
+
+    def _run(self, segment: _Segment, inputs: StepInputs, before: Any) -> tuple[StepInputs, Any]:
+        """Replay a segment: its hidden states as the next one's inputs, and what the next one reads besides."""
+        assert segment.replay is not None
+        assert segment.out is not None
+        segment.replay()
+        if segment.part is not None:
+            before = LayerRange(segment.last, segment.last, before.position_embeddings, segment.part.topk_indices)
+        return inputs._replace(hidden_states=segment.out), before
+
+    def _angles(self, model: Any, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the step's position, made outside of the recordings."""
+        position_ids, device = inputs.position_ids, inputs.hidden_states.device
+        if position_ids is None:
+            lengths = self.segments[0].lengths
+            slot = lengths[0][0] if lengths else torch.full((1,), self.length, dtype=torch.int64, device=device)
+            position_ids = slot.reshape(1, 1).to(device)
+        return model.rotary_emb(inputs.hidden_states, position_ids)
 
     def _show_row(self) -> None:
         cache: Any = self.cache()
@@ -172,19 +295,15 @@ class DecodeGraph:
             layer.values = layer.keys[..., :0]
         self.tensors = tensors
 
-    def _load(self, inputs: StepInputs) -> None:
-        self.hidden_states.copy_(inputs.hidden_states)
-        self.position.fill_(self.length)
-        if self.position_ids is not None and inputs.position_ids is not None:
-            self.position_ids.copy_(inputs.position_ids)
-        if self.key_mask is not None and inputs.attention_mask is not None:
-            self.key_mask[:, : inputs.attention_mask.shape[1]].copy_(inputs.attention_mask)
-
 
 def record(
     run: Callable[[], torch.Tensor], rewind: Callable[[], None], device: torch.device
 ) -> tuple[torch.Tensor, Callable[[], None]]:
     """Run once to warm up, rewind, then capture: the tensor that holds the result, and what makes it anew."""
+    if are_recorded():
+        # Their variants are wanted, and nothing runs.
+        with early_launches(device):
+            return run(), lambda: None
     current, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(current)
     with early_launches(device):
@@ -224,14 +343,15 @@ def decode_graph(
         cache: as `forward` was given it.
         kwargs: of `forward`.
     """
-    if not _ordinary(model, hidden_states, attention_mask, cache, kwargs):
+    if why_not_plain_step(model, hidden_states, attention_mask, cache, kwargs) is not None:
         return None
     assert cache is not None
     inputs = StepInputs(hidden_states, position_ids, attention_mask)
     known = vars(cache).get(_ATTRIBUTE)
     if isinstance(known, DecodeGraph):
-        if known.serves(model, cache, inputs):
-            return known.step(inputs)
+        replayed = known.step(model, inputs) if known.serves(model, cache, inputs) else None
+        if replayed is not None:
+            return replayed
         known = None
     if known is False:
         return None
@@ -239,56 +359,37 @@ def decode_graph(
     memory = _memory(cache)
     steps = known.steps + 1 if isinstance(known, _Watch) and known.memory == memory else 0
     setattr(cache, _ATTRIBUTE, _Watch(steps, memory))
-    if memory is None or steps < STEPS_BEFORE_CAPTURE or not _capturable(model, hidden_states):
+    # Where recording is refused, the next time to ask is a while later: it takes a look at every module.
+    if memory is None or steps < STEPS_BEFORE_CAPTURE or (steps - STEPS_BEFORE_CAPTURE) % STEPS_UNTIL_ASKED_AGAIN:
+        return None
+    reason = why_not_recorded(model, hidden_states)
+    if reason is not None:
+        say_slower(model, hidden_states, "decoding steps are not recorded", reason)
         return None
     graph = DecodeGraph(model, cache, inputs)
     try:
-        graph.capture(run_layers, inputs)
+        graph.capture(model, run_layers, inputs)
     except RuntimeError as error:
         graph.rewind()
         setattr(cache, _ATTRIBUTE, False)
         warnings.warn(f"decoding runs step by step, a CUDA graph could not be made: {error}", stacklevel=2)
         return None
     setattr(cache, _ATTRIBUTE, graph)
-    return graph.step(inputs)
+    return graph.step(model, inputs)
 
 
 def graphs_serve(model: Any) -> bool:
     """Whether decoding steps of this decoder can come from graphs, as it stands now."""
-    one = model.embed_tokens.weight[:1].detach().unsqueeze(0)
-    has_indexers = model.config.index_topk is not None
-    return model.decode_graphs and has_indexers and _device_takes_graphs(one) and _capturable(model, one)
+    return why_no_graphs(model) is None
 
 
-def _ordinary(
-    model: Any,
-    hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: Any,
-    kwargs: dict[str, Any],
-) -> bool:
-    """Whether this is a plain decoding step, seen from the outside; cheap, asked at every step."""
-    config = model.config
-    return (
-        not torch.compiler.is_compiling()
-        and hidden_states.shape[1] == 1
-        and model.decode_graphs
-        and _device_takes_graphs(hidden_states)
-        and type(cache) in (DynamicCache, StaticCache)
-        and not cache.offloading
-        and len(cache.layers) == config.num_hidden_layers
-        and not model.training
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-        and config.index_topk is not None
-        and (attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2))
-        and not any(kwargs.get(f"output_{name}", getattr(config, f"output_{name}", False)) for name in _OUTPUTS)
-        and kwargs.get("indexer_training") is None
-    )
-
-
-def _device_takes_graphs(hidden_states: torch.Tensor) -> bool:
-    return hidden_states.is_cuda and not torch.cuda.is_current_stream_capturing()
+def _census_of(model: Any, in_one: bool) -> ModelCensus:
+    """The model's census, made now unless one is there that still holds; it lives and dies with the model."""
+    census = vars(model).get(_CENSUS)
+    if census is None or not (census.memory_is_there() and census.unchanged()):
+        census = ModelCensus(model, ("layers", "norm", "rotary_emb") if in_one else ("layers",))
+        vars(model)[_CENSUS] = census
+    return census
 
 
 def _memory(cache: Any) -> tuple[int, ...] | None:
@@ -307,22 +408,6 @@ def _memory(cache: Any) -> tuple[int, ...] | None:
     return tuple(addresses)
 
 
-def _capturable(model: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether the layers run the same kernels at every step; looks at every module, asked once a cache."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False
-    if model.config._attn_implementation != TRITON_ATTENTION:
-        return False
-    for module in model.modules():
-        if "forward" in vars(module) or any(map(is_foreign, hooks_of(module))):
-            return False
-    sparse = [layer.mlp for layer in model.layers if hasattr(layer.mlp, "experts")]
-    tokens = hidden_states.view(-1, hidden_states.shape[-1])
-    return all(runs_expert_kernels(mlp, tokens) for mlp in sparse) and all(
-        parameter.device == hidden_states.device for parameter in model.layers.parameters()
-    )
-
-
 def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
     """What a captured step depends on besides the cache."""
     hidden_states = inputs.hidden_states
@@ -337,7 +422,6 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
         hidden_states.device,
         None if inputs.position_ids is None else inputs.position_ids.shape,
         inputs.attention_mask is None,
-        model.layers[0].input_layernorm.weight.data_ptr(),
         torch.is_inference_mode_enabled(),
     )
 

@@ -12,7 +12,7 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..kernels.expert_topk import expert_topk, normed_expert_topk, takes_normed_expert_topk
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_norm
-from .module_hooks import is_watched
+from .module_hooks import is_offloaded, is_watched, is_wrapped
 
 
 class IndexCacheTopkRouter(nn.Module):
@@ -52,7 +52,8 @@ class IndexCacheTopkRouter(nn.Module):
             and config.n_group in (None, 1)
             and is_plain_norm(norm)
             and not is_watched(self)
-            and "forward" not in vars(self)
+            and not is_wrapped(self)
+            and not is_offloaded(self)
             and takes_normed_expert_topk(rows, norm.weight, self.weight, self.e_score_correction_bias)
         )
 

@@ -10,15 +10,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..kernels.routed_experts import block_tokens, routed_experts, unsupported_experts_reason
-from .attention_backends import TRITON_ATTENTION
-from .few_token_linears import is_plain_linear
-from .module_hooks import hooks_of, is_watched
+from ..kernels.routed_experts import block_tokens, routed_experts
+from .eligibility import say_slower, why_not_expert_kernels
+from .module_hooks import is_own, is_watched, is_wrapped
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
 FEED_FORWARD_BLOCK_BYTES = 256 * 2**20
-# Experts implementations of transformers that the kernels replace; any other was chosen by the user.
-_REPLACED = ("grouped_mm", "batched_mm")
+# Parts of a mixture of experts that are modules of this package.
+_PARTS = ("gate", "experts", "shared_experts")
 
 
 class IndexCacheMLP(nn.Module):
@@ -40,30 +39,11 @@ class IndexCacheMLP(nn.Module):
         return accumulate
 
 
-def works_in_place(module: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether a module's work may happen in place: nobody differentiates, traces, watches or wraps it."""
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-        and "forward" not in vars(module)
-        and not is_watched(module)
-    )
-
-
-def layers_work_in_place(layers: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether each layer may overwrite its input: nobody keeps it, as the layer's or as a norm's."""
-    return all(
-        works_in_place(part, hidden_states)
-        for layer in layers
-        for part in (layer, layer.input_layernorm, layer.post_attention_layernorm)
-    )
-
-
 def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`hidden_states += mlp(norm(hidden_states))`, `[..., hidden_size]`, in place and block by block of tokens."""
-    if any(map(is_watched, mlp.modules())):
-        # Whoever watches a part of it sees what that part makes, whole and of all tokens.
+    named = [part for name, part in mlp.named_children() if name in _PARTS]
+    if any(map(is_watched, mlp.modules())) or not all(is_own(part) and not is_wrapped(part) for part in named):
+        # Whoever watches or stands in for a part of it sees what that part makes, whole and of all tokens.
         return hidden_states.add_(mlp(norm(hidden_states)))
     rows = hidden_states.view(-1, hidden_states.shape[-1])
     router = getattr(mlp, "gate", None)
@@ -99,20 +79,11 @@ def _rows_at_once(x: torch.Tensor, wide: nn.Module) -> int:
 
 
 def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
-    """Whether `kernels.routed_experts` serves this mixture of experts, as its weights and hooks stand."""
-    experts, config = module.experts, module.config
-    return (
-        config._attn_implementation == TRITON_ATTENTION
-        and config._experts_implementation in _REPLACED
-        and config.hidden_act == "silu"
-        and not getattr(experts, "_is_expert_parallel", False)
-        and all(type(weight) is nn.Parameter for weight in (experts.gate_up_proj, experts.down_proj))
-        and not hooks_of(experts)
-        and not hooks_of(module.shared_experts)
-        and "forward" not in vars(experts)
-        and all(map(is_plain_linear, shared_linears(module)))
-        and unsupported_experts_reason(tokens, experts.gate_up_proj, experts.down_proj) is None
-    )
+    """Whether `kernels.routed_experts` serves this mixture of experts; see `why_not_expert_kernels`."""
+    reason = why_not_expert_kernels(module, tokens)
+    if reason is not None:
+        say_slower(module, tokens, "experts run in PyTorch", reason)
+    return reason is None
 
 
 def shared_linears(module: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

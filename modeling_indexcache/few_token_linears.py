@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.vector_linear import takes_vector_linear, vector_linear
 from .module_hooks import runs_as_written
 from .normalization import IndexCacheRMSNorm
@@ -51,9 +52,9 @@ def linears(
 
 def is_plain_norm(module: Any) -> bool:
     """Whether an `IndexCacheRMSNorm` does nothing but norm by its weight."""
-    return type(module) is IndexCacheRMSNorm and type(module.weight) is nn.Parameter and runs_as_written(module)
+    return type(module) is IndexCacheRMSNorm and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether `module.weight` is, as it stands, the whole of what `module` computes, but for a bias."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and runs_as_written(module)
+    return type(module) is nn.Linear and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)

@@ -47,6 +47,8 @@ def append_rows(layer: Any, name: str, new: torch.Tensor) -> torch.Tensor:
         room = max(LEAST_ROOM, length // 8)
         rows = old.new_empty(*old.shape[:-2], total + room, old.shape[-1])
         rows[..., :length, :] = old
+        # A recorded step reads all of it, and a key of weight 0 must not be NaN.
+        rows[..., total:, :] = 0
         buffer = Buffer(rows, id(layer), length)
         vars(layer).setdefault(_ATTRIBUTE, {})[name] = buffer
     buffer.rows[..., length:total, :] = new

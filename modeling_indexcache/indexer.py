@@ -20,7 +20,7 @@ from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_linear, linears
 from .key_visibility import KeyVisibility
 from .latent_cache import append_index_keys, index_key_slot
-from .module_hooks import is_watched
+from .module_hooks import is_offloaded, is_watched, is_wrapped
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
 QUERY_BLOCK_BYTES = 512 * 2**20
@@ -90,7 +90,7 @@ class IndexCacheIndexer(nn.Module):
         (k,) = linears(hidden_states, (self.wk,), allow_triton)
         norm = self.k_norm
         slot = None if self.config.indexer_fp8 else index_key_slot(past_key_values, self.layer_idx)
-        if type(norm) is nn.LayerNorm and "forward" not in vars(norm) and not is_watched(norm):
+        if type(norm) is nn.LayerNorm and not (is_wrapped(norm) or is_offloaded(norm) or is_watched(norm)):
             turns = (*position_embeddings, self.interleaved)
             k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton, slot)
             if slot is not None:
@@ -197,13 +197,13 @@ class IndexCacheIndexer(nn.Module):
         q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
         q = self._turn(q, position_embeddings)
         k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings).to(q.dtype)
-        weights = self.weights_proj(hidden_states.to(self.weights_proj.weight.dtype))
+        weights = self.weights_proj(hidden_states.to(_dtype(self.weights_proj, hidden_states)))
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
     def head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
         module = self.weights_proj
-        dtype = module.weight.dtype
+        dtype = _dtype(module, hidden_states)
         rows = hidden_states.flatten(0, -2)
         if self._reads_as_vectors(rows):
             return wide_vector_linear(rows, module.weight, self.n_heads**-0.5).view(*hidden_states.shape[:-1], -1)
@@ -233,6 +233,12 @@ class IndexCacheIndexer(nn.Module):
 
     def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return rotate_leading(x, *position_embeddings, self.interleaved)
+
+
+def _dtype(module: nn.Module, like: torch.Tensor) -> torch.dtype:
+    """Of the weights of a linear layer, whatever wraps it; `like`'s where there are none."""
+    weight = next(module.parameters(), like)
+    return weight.dtype
 
 
 def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:

@@ -168,7 +168,7 @@ def compare_attention(
 @torch.no_grad()
 def _absorb(attention: Any, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
     """Queries in the latent space, `[B, S, H, C + R]`."""
-    to_latent, _ = attention._absorbed_weights()
+    to_latent, _ = attention._absorbed_weights(q_nope)
     return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
 
 

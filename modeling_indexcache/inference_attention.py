@@ -19,14 +19,15 @@ from ..kernels.cache_slot import CacheSlot
 from ..kernels.merged_selection import MergedSelection
 from ..kernels.rms_norm import latent_rows
 from ..kernels.rotary import rotate, rotate_into
-from ..kernels.sparse_mla import merging_group, sparse_mla
+from ..kernels.sparse_mla import merging_group, sparse_mla, takes_sparse_mla
 from ..kernels.sparse_mla_triton import queries_per_wave, selection_group
 from .attention_backends import TRITON_ATTENTION
-from .feed_forward import works_in_place
-from .few_token_linears import is_plain_linear, linears
-from .key_visibility import KeyVisibility
+from .attention_form import absorbed_is_cheaper
+from .eligibility import say_slower, why_not_streamed, works_in_place
+from .few_token_linears import is_plain_linear, is_plain_norm, linears
+from .key_visibility import KeyVisibility, listed_width
 from .latent_cache import append_latents, latent_slot
-from .module_hooks import is_watched, runs_as_written
+from .module_hooks import is_own, is_watched, is_wrapped
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20
@@ -34,27 +35,12 @@ ATTENTION_BLOCK_BYTES = 128 * 2**20
 SPARSE_BLOCK_BYTES = 320 * 2**20
 
 
-def runs_streamed(module: Any, hidden_states: torch.Tensor, topk_indices: Any, run_indexer: bool) -> bool:
+def runs_streamed(module: Any, hidden_states: torch.Tensor) -> bool:
     """Whether `attend_streamed` serves this forward: no gradient, no eager attention, few tokens when compiled."""
-    selects = (module.indexer is not None and run_indexer) or isinstance(topk_indices, (torch.Tensor, MergedSelection))
-    dropout = module.config.attention_dropout if module.training else 0.0
-    return (
-        selects
-        and not torch.is_grad_enabled()
-        and (not torch.compiler.is_compiling() or _runs_vectors(module, hidden_states))
-        and not torch.is_autocast_enabled(hidden_states.device.type)
-        and module.config._attn_implementation != "eager"
-        and not dropout
-    )
-
-
-def _runs_vectors(module: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether the kernels for one or two tokens serve, none of which writes into a view."""
-    return (
-        module.config._attn_implementation == TRITON_ATTENTION
-        and is_plain_linear(module.kv_b_proj)
-        and takes_absorbed_vector(hidden_states, module.kv_b_proj.weight)
-    )
+    reason = why_not_streamed(module, hidden_states)
+    if reason is not None:
+        say_slower(module, hidden_states, "attention makes queries and outputs of all tokens at once", reason)
+    return reason is None
 
 
 def attend_streamed(
@@ -90,7 +76,7 @@ def attend_streamed(
         projections = module.q_a_proj, module.kv_a_proj_with_mqa
         queries_from, kv = linears(normed, projections, allow_triton, norm=input_norm)
         q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
-        if indexer is not None or is_watched(q_norm):
+        if indexer is not None or not is_own(q_norm) or is_wrapped(q_norm) or is_watched(q_norm):
             queries_from, q_norm = q_norm(queries_from), None
     slot = latent_slot(past_key_values, module.layer_idx)
     latents = _latents(module, kv, position_embeddings, allow_triton, slot)
@@ -119,9 +105,7 @@ def attend_streamed(
         topk_indices = choose()
     queries = _Queries(queries_from, q_norm, q_proj, position_embeddings)
     if topk_indices is None:
-        out = _attend_to_all(module, queries, latents, visibility)
-        if residual is not None:
-            out = residual.add_(out) if overwrite_residual else residual + out
+        out = _attend_to_all(module, queries, latents, visibility, allow_triton, residual, overwrite_residual)
         return out, None
     out = _attend_to_selected(module, queries, latents, topk_indices, allow_triton, residual, overwrite_residual)
     return out, topk_indices
@@ -143,8 +127,8 @@ def _latents(
     """The rows to cache, `[B, S, C + R]`, of the projected `kv`; written to the `slot` if given, then all rows."""
     norm = module.kv_a_layernorm
     interleaved = module.config.rope_interleave
-    if not runs_as_written(norm):
-        # Offloaded or watched: its weight may be elsewhere until it is called.
+    if not is_plain_norm(norm):
+        # Offloaded, watched or another module: its weight may be elsewhere until it is called, or there is none.
         latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
         rows = torch.cat((norm(latent), rotate(k_rope, *position_embeddings, interleaved)), dim=-1)
         return rows if slot is None else slot.write(rows)
@@ -165,20 +149,43 @@ class _Queries(NamedTuple):
         return self.proj(part if self.norm is None else self.norm(part))
 
 
-def _attend_to_all(module: Any, queries: _Queries, latents: torch.Tensor, visibility: KeyVisibility) -> torch.Tensor:
-    """Dense attention, for sequences no longer than the selection."""
+def _attend_to_all(
+    module: Any,
+    queries: _Queries,
+    latents: torch.Tensor,
+    visibility: KeyVisibility,
+    allow_triton: bool,
+    residual: torch.Tensor | None,
+    overwrite_residual: bool,
+) -> torch.Tensor:
+    """Dense attention, for sequences no longer than the selection: of few queries as to a selection of all keys."""
     batch, num_queries = queries.x.shape[:2]
+    num_keys = latents.shape[1]
+    if allow_triton and _lists_every_key(module, latents, num_queries):
+        every_index = visibility.every_listed_index(num_queries, num_keys, batch)
+        return _attend_to_selected(module, queries, latents, every_index, True, residual, overwrite_residual)
     q = queries.projected(0, num_queries).view(batch, num_queries, -1, module.head_dim)
     rotate_into(
         q[..., module.nope_dim :],
         q[..., module.nope_dim :],
         *queries.angles,
         module.config.rope_interleave,
-        module.config._attn_implementation == TRITON_ATTENTION,
+        allow_triton,
     )
     q_nope, q_rope = q.split([module.nope_dim, module.rope_dim], dim=-1)
-    out, _ = module._attend_expanded(q_nope, q_rope, latents, visibility, None, 0.0, False)
-    return module.o_proj(out.flatten(2))
+    attended, _ = module._attend_densely(q_nope, q_rope, latents, visibility, None, 0.0, False)
+    out = module.o_proj(attended.flatten(2))
+    if residual is None:
+        return out
+    return residual.add_(out) if overwrite_residual else residual + out
+
+
+def _lists_every_key(module: Any, latents: torch.Tensor, num_queries: int) -> bool:
+    """Whether the sparse kernels attend to all of `latents [B, T, C + R]` for less than expanding them costs."""
+    heads, num_keys = module.config.num_attention_heads, latents.shape[1]
+    return absorbed_is_cheaper(module, num_queries, num_keys) and takes_sparse_mla(
+        latents, heads, module.kv_lora_rank, listed_width(num_keys)
+    )
 
 
 def _attend_to_selected(
@@ -191,7 +198,7 @@ def _attend_to_selected(
     overwrite_residual: bool,
 ) -> torch.Tensor:
     """Absorbed form on the selected latents, chunk by chunk of queries, added to `residual` if given."""
-    to_latent, to_value = module._absorbed_weights()
+    to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries = queries.x.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
     if allow_triton and takes_absorbed_vector(queries.x, to_latent, to_value):
@@ -286,3 +293,13 @@ def chunks(
     unit = multiple if step >= multiple else least
     step = max(least, step - step % unit)
     return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)] or [(0, 0)]
+
+
+def weight_chunks(num_rows: int, row_bytes: int, want_weights: bool) -> list[tuple[int, int]]:
+    """As `chunks`; a single one where a gradient may be asked of the weights, which pieces put together are not."""
+    return chunks(num_rows, 0 if want_weights and torch.is_grad_enabled() else row_bytes)
+
+
+def joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """The parts in a row; a single one as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)

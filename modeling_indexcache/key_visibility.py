@@ -5,13 +5,16 @@ Legend: B batch, S queries, T key slots.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
 from ..kernels.lightning_indexer_reference import visible_keys
+
+# Lists of all keys are at least so wide.
+LEAST_LISTED = 64
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,10 @@ class KeyVisibility:
     key_mask: torch.Tensor | None
     key_start: torch.Tensor | None = None
     is_triangle: bool = False
+    #: What `every_listed_index` made, which every layer of a forward asks for.
+    _listed: dict[tuple[int, int, int], torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of(
@@ -74,6 +81,15 @@ class KeyVisibility:
             return cls(query_start, None, is_triangle=cache is None)
         return cls(query_start, key_mask)
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> KeyVisibility:
+        """The same on `device`; accelerate's hooks move arguments by a method of this name."""
+        start = self.query_start.to(device, non_blocking=non_blocking)
+        if start is self.query_start:
+            return self
+        given = self.key_mask, self.key_start
+        mask, key_start = (None if t is None else t.to(device, non_blocking=non_blocking) for t in given)
+        return KeyVisibility(start, mask, key_start, is_triangle=self.is_triangle)
+
     def for_keys(self, num_keys: int) -> KeyVisibility:
         """The same, with `key_mask` cut or filled up to `num_keys` slots (later slots are hidden by causality)."""
         if self.key_mask is None or self.key_mask.shape[-1] == num_keys:
@@ -104,6 +120,19 @@ class KeyVisibility:
         slots = torch.arange(num_keys, device=seen.device).expand_as(seen)
         ordered = slots.masked_fill(~seen, num_keys).sort(dim=-1).values
         return ordered.masked_fill(ordered == num_keys, -1).to(torch.int32)
+
+    def every_listed_index(self, num_queries: int, num_keys: int, batch: int) -> torch.Tensor:
+        """As `every_index`, made once for all layers and as wide as `listed_width`: int32 `[B, S, width]`."""
+        key = (num_queries, num_keys, batch)
+        if key not in self._listed:
+            indices = self.for_keys(num_keys).every_index(num_queries, num_keys, batch)
+            self._listed[key] = F.pad(indices, (0, listed_width(num_keys) - num_keys), value=-1)
+        return self._listed[key]
+
+
+def listed_width(num_keys: int) -> int:
+    """Width of lists that hold so many keys: of few sizes, since kernels are compiled for each."""
+    return max(LEAST_LISTED, 1 << (num_keys - 1).bit_length())
 
 
 def packed_key_start(

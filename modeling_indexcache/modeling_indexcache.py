@@ -8,6 +8,7 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,28 +30,25 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.rotary import rotate
 from ..kernels.routed_experts import routed_experts
-from .absorbed_attention import attend_absorbed
+from .absorbed_attention import attend_absorbed, attend_absorbed_masked
+from .absorbed_weights import multiplier
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
+from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
 from .expert_router import IndexCacheTopkRouter
-from .feed_forward import (
-    IndexCacheMLP,
-    add_feed_forward,
-    layers_work_in_place,
-    runs_expert_kernels,
-    shared_linears,
-    works_in_place,
-)
-from .few_token_linears import is_plain_linear, linears
+from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
+from .few_token_linears import linears
 from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .fp8_guard import refuse_ragged_dequantisation
 from .indexer import IndexCacheIndexer, refuse_missing_indexers
 from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
-from .inference_attention import attend_streamed, chunks, runs_streamed
+from .inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
 from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
 from .latent_cache import append_latents
+from .layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .normalization import IndexCacheRMSNorm
 from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
@@ -117,7 +115,7 @@ class IndexCacheAttention(nn.Module):
         """
         input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
         training: IndexerTraining | None = kwargs.get("indexer_training")
-        if training is None and runs_streamed(self, hidden_states, topk_indices, run_indexer):
+        if training is None and runs_streamed(self, hidden_states):
             out, topk_indices = attend_streamed(
                 self,
                 hidden_states,
@@ -170,7 +168,7 @@ class IndexCacheAttention(nn.Module):
         dropout = self.config.attention_dropout if self.training else 0.0
         if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
             want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-            out, weights = self._attend_expanded(
+            out, weights = self._attend_densely(
                 q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
             )
         else:
@@ -181,6 +179,21 @@ class IndexCacheAttention(nn.Module):
             )
         (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
         return out if residual is None else residual + out, weights, topk_indices
+
+    def _attend_densely(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latents: torch.Tensor,
+        visibility: KeyVisibility,
+        topk_indices: torch.Tensor | None,
+        dropout: float,
+        want_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Masked attention in the form that costs less: `[B, S, H, V]`, and the weights `[B, H, S, T]` or None."""
+        absorbed = absorbed_is_cheaper(self, q_nope.shape[1], latents.shape[1])
+        attend = partial(attend_absorbed_masked, self) if absorbed else self._attend_expanded
+        return attend(q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights)
 
     def _attend_expanded(
         self,
@@ -209,7 +222,7 @@ class IndexCacheAttention(nn.Module):
             # Without a mask the fastest kernel runs, and nothing of S x T is made.
             return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
         outs, weights = [], []
-        for first, last in chunks(num_queries, batch * heads * num_keys * 4):
+        for first, last in weight_chunks(num_queries, batch * heads * num_keys * 4, want_weights):
             mask = seen.rows(first, last, num_keys)
             if topk_indices is not None:
                 mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
@@ -220,17 +233,11 @@ class IndexCacheAttention(nn.Module):
             outs.append(out)
             if want_weights and weight is not None:
                 weights.append(weight)
-        return torch.cat(outs, dim=1), torch.cat(weights, dim=2) if weights else None
+        return joined(outs, 1), joined(weights, 2) if weights else None
 
-    def _absorbed_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`."""
-        module = self.kv_b_proj
-        if is_plain_linear(module):
-            weight = module.weight
-        else:
-            # Quantised, adapted, sharded or offloaded: the module itself knows best what it multiplies by.
-            like = self.kv_a_layernorm.weight
-            weight = module(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).transpose(0, 1)
+    def _absorbed_weights(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`, to multiply what has `like`'s dtype by."""
+        weight = multiplier(self.kv_b_proj, self.kv_lora_rank, like)
         by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
         to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
         return to_latent, to_value
@@ -293,6 +300,8 @@ class IndexCacheMoE(nn.Module):
         out = self.experts(tokens, experts, weights).view_as(x)
         if accumulate is None:
             return out + self.shared_experts(x)
+        if not works_in_place(self.shared_experts, x):
+            return accumulate.add_(out).add_(self.shared_experts(x))
         return self.shared_experts(x, accumulate.add_(out))
 
 
@@ -313,22 +322,24 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         `kwargs` as `IndexCacheAttention.forward`; `overwrite_hidden_states` lets the result take the input's memory.
         """
         overwrite = kwargs.pop("overwrite_hidden_states", False)
-        if works_in_place(self.self_attn, hidden_states):
-            # Norm and residual are handed over: what they make is freed early, or never made.
-            hidden_states, _, topk_indices = self.self_attn(
-                hidden_states,
-                input_norm=self.input_layernorm,
-                residual=hidden_states,
-                overwrite_residual=overwrite,
-                **kwargs,
-            )
-        else:
-            attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-            hidden_states = hidden_states + attended
-            del attended
-        if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
-            return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+        with onloaded(self.self_attn):
+            if works_in_place(self.self_attn, hidden_states):
+                # Norm and residual are handed over: what they make is freed early, or never made.
+                hidden_states, _, topk_indices = direct(self.self_attn, hidden_states.device)(
+                    hidden_states,
+                    input_norm=self.input_layernorm,
+                    residual=hidden_states,
+                    overwrite_residual=overwrite,
+                    **kwargs,
+                )
+            else:
+                attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+                hidden_states = hidden_states + attended
+                del attended
+        with onloaded(self.mlp):
+            if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
+                return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -377,6 +388,10 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         if resolved == TRITON_ATTENTION:
             return resolved
         return super().get_correct_attn_implementation(resolved, is_init_check)
+
+    def explain_paths(self) -> Paths:
+        """Which path prefill, decoding steps and recorded steps take here, and why not a faster one; see `Paths`."""
+        return explain_paths(getattr(self, self.base_model_prefix, self))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -498,21 +513,34 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any] | None = None,
         traces: list[Any] | None = None,
+        part: LayerRange | None = None,
     ) -> torch.Tensor:
-        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`."""
-        if position_ids is None:
-            slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-            position_ids = slots.unsqueeze(0)
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        topk_indices = None
-        in_place = hidden_states.shape[1] > 1 and layers_work_in_place(self.layers, hidden_states)
+        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`.
+
+        With a `part` those layers alone, and no norm.
+        """
+        if part is not None:
+            position_embeddings, topk_indices = part.position_embeddings, part.topk_indices
+        else:
+            if position_ids is None:
+                slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
+                position_ids = slots.unsqueeze(0)
+            position_embeddings, topk_indices = self.rotary_emb(hidden_states, position_ids), None
+        in_place = hidden_states.shape[1] > 1 and prefills_in_place(self, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
         for layer_idx, layer in enumerate(self.layers):
+            if part is not None and not part.first <= layer_idx < part.last:
+                continue
             run_indexer = self._running_pattern.is_full(layer_idx)
             if run_indexer:
                 topk_indices = None  # frees the memory of a selection that nobody reads any more
-            hidden_states, topk_indices = layer(
+            device = device_of_layer(layer, hidden_states.device)
+            if not device == hidden_states.device == position_embeddings[0].device:
+                # Once, where the device changes: accelerate would move all but the hidden states for every layer.
+                hidden_states, visibility = moved_to(hidden_states, device), moved_to(visibility, device)
+                position_embeddings, topk_indices = moved_to((position_embeddings, topk_indices), device)
+            hidden_states, topk_indices = direct(layer, device)(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 visibility=visibility,
@@ -525,6 +553,9 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             )
             if traces is not None and kwargs and "indexer_training" in kwargs:
                 traces.append(topk_indices)
+        if part is not None:
+            part.topk_indices = topk_indices
+            return hidden_states
         return self.norm(hidden_states)
 
 

@@ -1,12 +1,74 @@
-"""Who watches a module: its own hooks and those on every module. Fast paths run only where nobody would notice."""
+"""Who watches, wraps or places a module: hooks, forwards of its own, accelerate. Fast paths run where nobody notices.
+
+accelerate replaces `forward` of every module of a model spread over devices. What its hook does is known: it moves
+inputs, and may fetch weights that lie elsewhere between calls. Such a module is *placed*, and no stranger.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from functools import partial
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 from transformers.utils import output_capturing
+
+_PACKAGE = __name__.rpartition(".")[0] + "."
+
+
+class Placement(NamedTuple):
+    """What accelerate's hooks on a module do when it is called.
+
+    Attributes:
+        device: inputs are moved there, and weights are there while the module runs.
+        offloads: the weights are elsewhere until then, and again after it.
+        returns: the output is moved to where the input came from.
+    """
+
+    device: torch.device
+    offloads: bool
+    returns: bool
+
+
+def placement_of(module: nn.Module) -> Placement | None:
+    """How accelerate placed a module whose forward is its class's otherwise; None without hooks or with other ones."""
+    forward = vars(module).get("forward")
+    if forward is None or type(forward) is not partial:
+        return None
+    accelerate = sys.modules.get("accelerate.hooks")
+    inner = vars(module).get("_old_forward")
+    if (
+        accelerate is None
+        or getattr(forward.func, "__module__", None) != accelerate.__name__
+        or getattr(inner, "__func__", None) is not type(module).forward
+    ):
+        return None
+    hook: Any = vars(module).get("_hf_hook")
+    hooks = hook.hooks if type(hook) is accelerate.SequentialHook else (hook,)
+    if any(type(part) is not accelerate.AlignDevicesHook or part.execution_device is None for part in hooks):
+        return None
+    devices = {_device(part.execution_device) for part in hooks}
+    if len(devices) != 1:
+        return None
+    return Placement(devices.pop(), any(h.offload for h in hooks), any(h.io_same_device for h in hooks))
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether somebody gave `module` a forward of its own that does more than to place it."""
+    return "forward" in vars(module) and placement_of(module) is None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module's own weights are elsewhere until it is called."""
+    placement = placement_of(module)
+    return placement is not None and placement.offloads
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is of a class defined here: what wraps, replaces or subclasses ours is called as a module."""
+    return type(module).__module__.startswith(_PACKAGE)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -20,8 +82,13 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def runs_as_written(module: nn.Module) -> bool:
-    """Whether a call of `module` is its class's forward alone: no hook of anyone's, no forward of its own."""
-    return not hooks_of(module) and "forward" not in vars(module)
+    """Whether a call of `module` is its class's forward alone, on weights that are there: no hook of anyone's."""
+    return not hooks_of(module) and ("forward" not in vars(module) or _stays(module))
+
+
+def _stays(module: nn.Module) -> bool:
+    placement = placement_of(module)
+    return placement is not None and not placement.offloads
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -41,3 +108,11 @@ def recording() -> bool:
     collector = getattr(output_capturing, "_active_collector", None)
     # In a forward that nothing is wanted of it is there, and empty.
     return collector is None or bool(collector.get())
+
+
+def _device(place: Any) -> torch.device:
+    """The device that tensors moved to `place` (an index, a name, a device) say they are on."""
+    device = torch.device(place)
+    if device.index is None and device.type not in ("cpu", "meta"):
+        return torch.device(device.type, torch.accelerator.current_device_index())
+    return device

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..evaluation.window_sources import DEFAULT_SAMPLES, Sampling, Tokenizer, default_seqlen, read_windows
+from ..evaluation.tokenizer import Tokenizer
+from ..evaluation.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..evaluation.windows import Windows
 from .errors import PatternSearchError
 

@@ -166,12 +166,11 @@ def search(
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
-    from rich.console import Console
-
+    from ..evaluation.terminal import terminal
     from .drawing import draw_summary
     from .result import PATTERNS_FILE
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    console = terminal()
     console.print(draw_summary(document))
     console.print(f"{output}: {PATTERNS_FILE}" + (", report.html" if (output / "report.html").exists() else ""))
     which = "" if "keep" in document else f" --keep {document['asked_for'][-1]}"

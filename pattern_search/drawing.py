@@ -30,7 +30,7 @@ def draw_result(document: dict[str, Any]) -> RenderableType:
         Column("held-out loss", justify="right"),
         Column("rise", justify="right"),
         Column("recall", justify="right"),
-        title=f"Patterns of {document['source']['name']}",
+        title=Text(f"Patterns of {document['source']['name']}"),
         title_justify="left",
     )
     for count, pattern in sorted(document["patterns"].items(), key=lambda item: -int(item[0])):

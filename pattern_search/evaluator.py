@@ -141,6 +141,8 @@ class Evaluator:
         # With rounds of a few batches, no pattern is the one that the others start like: each is in its turn.
         self._follows = round_size is not None
         self._on_evaluation = on_evaluation
+        # Batches that an interrupted run has run the teacher on.
+        self._taught_before: set[int] = set()
         dense_is_the_same = windows.seqlen <= (model.config.index_topk or windows.seqlen)
         self._teacher = "source" if objective == "lm" or dense_is_the_same else teacher
 
@@ -151,7 +153,11 @@ class Evaluator:
 
     @property
     def layer_forwards(self) -> int:
-        """Layers run times windows, over all processes and interrupted runs."""
+        """Layers run times windows, over all processes, as if the search had never been interrupted.
+
+        Layers that are run again after an interruption, because their states are gone, are not counted; what a search
+        takes depends on the memory for states alone.
+        """
         return self.journal.layer_forwards(self.name) + self.journal.layer_forwards(self._teacher_key)
 
     @property
@@ -214,18 +220,21 @@ class Evaluator:
     # ---- one round ----------------------------------------------------------------------------------------------
 
     def _round(self, pattern: str, number: int) -> torch.Tensor:
+        # Every process must take part in the choice, also one that has no batch in this round, and in its turn.
+        teacher = self.teacher
+        batches = self.rounds[number]
+        resumed = not self.journal.was_used(self.name, pattern, number)
         known = self.journal.get(self.name, pattern, number)
         if known is not None:
+            if resumed:
+                self._remember(pattern, batches, teacher)
             return known
         SharePattern.parse(pattern, self.num_layers)
-        # Every process must take part in the choice, also one that has no batch in this round.
-        assert self.teacher
         before = self.engine.layer_forwards
-        batches = self.rounds[number]
         sizes = [len(self.batches[batch]) for batch in batches]
         table = torch.zeros(sum(sizes), 4, dtype=torch.float64)
         for batch in self.processes.mine(batches):
-            self._prepare(batch)
+            self._prepare(batch, teacher)
             first = sum(sizes[: batch - batches.start])
             scores = self.scorer.score(batch, self.engine.last_hidden(pattern, batch))
             table[first : first + len(scores)] = scores
@@ -236,20 +245,32 @@ class Evaluator:
         self._on_evaluation(layer_forwards)
         return table
 
-    def _prepare(self, batch: int) -> None:
+    def _prepare(self, batch: int, teacher: str) -> None:
         """Run the teacher on a batch, where the objective needs it."""
         if self.objective == "lm" or self.scorer.has_reference(batch):
             return
+        before, is_new = self.engine.layer_forwards, batch not in self._taught_before
         if self.objective == "far-kl":
-            hidden = self.engine.last_hidden(self.reference.letters, batch)
+            hidden = self.engine.last_hidden(self.reference.letters, batch, is_new)
             weights = far_context_weights(self.engine, self.scorer, batch, self.scorer.token_losses(batch, hidden))
             self.scorer.weights[batch] = weights
-        self.scorer.set_reference(batch, self._taught(self.teacher, batch))
+        self.scorer.set_reference(batch, self._taught(teacher, batch, is_new))
+        if not is_new:
+            self.engine.layer_forwards = before
 
-    def _taught(self, teacher: str, batch: int) -> torch.Tensor:
+    def _taught(self, teacher: str, batch: int, is_new: bool = True) -> torch.Tensor:
         if teacher == "dense":
             return self.engine.dense_hidden(batch)
-        return self.engine.last_hidden(self.reference.letters, batch)
+        return self.engine.last_hidden(self.reference.letters, batch, is_new)
+
+    def _remember(self, pattern: str, batches: range, teacher: str) -> None:
+        """Take a round of an interrupted run into account: the states and teachers that it would have left behind."""
+        for batch in self.processes.mine(batches):
+            if self.objective != "lm" and batch not in self._taught_before:
+                self._taught_before.add(batch)
+                if self.objective == "far-kl" or teacher == "source":
+                    self.engine.remember(self.reference.letters, batch)
+            self.engine.remember(pattern, batch)
 
     @property
     def _teacher_key(self) -> str:
@@ -257,7 +278,11 @@ class Evaluator:
 
     def _teacher_losses(self) -> tuple[float, float]:
         """Losses with dense attention and with the source's pattern, summed over the first round of windows."""
+        resumed = not self.journal.was_used(self._teacher_key, self.reference.letters, 0)
         known = self.journal.get(self._teacher_key, self.reference.letters, 0)
+        if known is not None and resumed:
+            for batch in self.processes.mine(self.rounds[0]):
+                self.engine.remember(self.reference.letters, batch)
         if known is None:
             before = self.engine.layer_forwards
             known = torch.zeros(1, 2, dtype=torch.float64)

@@ -47,21 +47,42 @@ class LayerEngine:
         self._sized = False
 
     @torch.inference_mode()
-    def last_hidden(self, letters: str, batch: int) -> torch.Tensor:
-        """The normed hidden states `[B, S, E]` after the last layer of batch number `batch` under `letters`."""
+    def last_hidden(self, letters: str, batch: int, counted: bool = True) -> torch.Tensor:
+        """The normed hidden states `[B, S, E]` after the last layer of batch number `batch` under `letters`.
+
+        Args:
+            letters: the pattern.
+            batch: its number.
+            counted: False: an interrupted run has run this at its time, and it is neither counted nor newly kept.
+        """
         ids = self.batches[batch]
+        self._size_cache(batch)
+        # Layers before this one were run by an interrupted run, or are here.
+        known = self.cache.depth(batch, letters) if counted else self.num_layers
         found = self.cache.longest(batch, letters)
         if found is None:
             layer, state = 0, self._embed(ids)
-            self._size_cache(state)
-            self.cache.keep(batch, "", state)
+            self._enter(batch, "", state, known is None)
         else:
             layer, state = found[0], found[1].to(self._input_device)
         for behind, reached in enumerate(self._run(state, letters, layer), start=layer + 1):
-            self.layer_forwards += ids.shape[0]
+            is_new = behind > (known or 0)
+            self.layer_forwards += ids.shape[0] * is_new
             if behind < self.num_layers:
-                self.cache.keep(batch, letters[:behind], reached)
+                self._enter(batch, letters[:behind], reached, is_new)
         return self.model.model.norm(reached.hidden)
+
+    def remember(self, letters: str, batch: int) -> None:
+        """Take `last_hidden(letters, batch)` of an interrupted run into account: what it would have left behind."""
+        self._size_cache(batch)
+        hidden_bytes, selection_bytes = self._state_bytes(batch)
+        known = self.cache.depth(batch, letters)
+        for layer in range(0 if known is None else known + 1, self.num_layers):
+            self.cache.remember(batch, letters[:layer], hidden_bytes, selection_bytes if layer else 0)
+
+    def _enter(self, batch: int, prefix: str, state: LayerState, is_new: bool) -> None:
+        """Keep the state that enters layer `len(prefix)`: a new one, or one that is remembered alone."""
+        (self.cache.keep if is_new else self.cache.refill)(batch, prefix, state)
 
     @torch.inference_mode()
     def dense_hidden(self, batch: int) -> torch.Tensor:
@@ -104,11 +125,16 @@ class LayerEngine:
     def _input_device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def _size_cache(self, embedded: LayerState) -> None:
-        """Fit the cache to the model, from the first batch's state."""
+    def _state_bytes(self, batch: int) -> tuple[int, int]:
+        """Bytes of a state's hidden values and of its selection, where one is made."""
+        tokens, config = self.batches[batch].numel(), self.model.config
+        topk = config.index_topk or 0
+        hidden = tokens * config.hidden_size * self.model.get_input_embeddings().weight.element_size()
+        return hidden, 4 * tokens * topk * (self.batches[batch].shape[1] > topk)
+
+    def _size_cache(self, batch: int) -> None:
+        """Fit the cache to the model, from the first batch that is run."""
         if self._sized:
             return
-        windows, tokens = embedded.hidden.shape[:2]
-        topk = min(self.model.config.index_topk or 0, tokens)
-        self.cache.fit_stride(embedded.hidden.nbytes + 4 * windows * tokens * topk, self.num_layers, self._together)
+        self.cache.fit_stride(sum(self._state_bytes(batch)), self.num_layers, self._together)
         self._sized = True

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
-from ..configuration.share_pattern import FULL
+from ..configuration.share_pattern import FULL, SharePattern
 from ..conversion.shard_writer import write_json
+from ..conversion.strict_json import parse_json
 from ..evaluation.environment import environment
 from ..evaluation.windows import Windows
+from .document_shape import misfit
 from .errors import PatternSearchError
 from .evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
 
 FORMAT = "indexcache-patterns/1"
+# What readers of the document rely on: types, lists of one shape, dicts by key (`?`: may be missing) or of one shape.
+_SCORES = {"loss": float, "recall?": float}
+_WINDOWS = {"origin": str, "windows": int, "seqlen": int}
+_SHAPE = {
+    "num_layers": int,
+    "patterns": {str: str},
+    "index_share_pattern?": str,
+    "keep?": int,
+    "asked_for": [int],
+    "steps": [{"layer": int, "full_layers": int, "pattern": str}],
+    "curve": [{"method": str, "full_layers": int, "pattern": str, "held_out?": _SCORES, "calibration?": _SCORES}],
+    "recipe": {"algorithm": str, "objective": str},
+    "source": {"name": str, "pattern": str},
+    "data": {"calibration": _WINDOWS, "held_out": _WINDOWS},
+    "date": str,
+    "cost": {"search_layer_forwards": int, "held_out_layer_forwards": int},
+}
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
 
 
@@ -108,14 +126,25 @@ def read_result(path: Path) -> dict[str, Any]:
     """The document that a search wrote.
 
     Raises:
-        PatternSearchError: unreadable, or of another format.
+        PatternSearchError: unreadable, of another format, or with a field that is missing or holds something else.
     """
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = parse_json(path.read_bytes(), allow_nan=True)
     except (OSError, ValueError) as error:
         raise PatternSearchError(f"{path} is no readable result of a search: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PatternSearchError(f"{path} is no result of a search: its format is not {FORMAT!r}")
+    if problem := misfit(document, _SHAPE):
+        raise PatternSearchError(f"{path} is damaged: {problem}; take the file that the search wrote")
+    for count, pattern in document["patterns"].items():
+        try:
+            found = SharePattern.parse(pattern, document["num_layers"]).num_full
+        except ValueError as error:
+            raise PatternSearchError(f"{path} is damaged: {error}; take the file that the search wrote") from error
+        if str(found) != count:
+            raise PatternSearchError(
+                f"{path} is damaged: {pattern} does not have {count} full layers; take the file that the search wrote"
+            )
     return document
 
 

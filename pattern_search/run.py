@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 
 from ..evaluation.journal import Journal
-from ..evaluation.loading import Placement, load_model, read_config
+from ..evaluation.loading import Placement, load_model, open_model
 from ..evaluation.monitor import Monitor
+from ..evaluation.output import prepare_output
 from ..evaluation.overlap import Overlap, selection_overlap
-from ..evaluation.window_sources import Sampling, load_tokenizer
+from ..evaluation.tokenizer import load_tokenizer
+from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .calibration import load_windows, short_window_warning
@@ -64,7 +66,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     """
     processes = Processes.from_environment(run.parallel)
     quiet = monitor if processes.is_first else Monitor()
-    config = read_config(source, run.placement)
+    opened = open_model(source, run.placement)
+    config = opened.config
     options.counts(config.share_pattern)
     tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
@@ -72,16 +75,18 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     if warning:
         quiet.warn(warning)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
+    if processes.is_first:
+        prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
-    model = load_model(source, replace(run.placement, tensor_parallel=sharded))
+    model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
-        if run.overwrite:
-            journal_path.unlink(missing_ok=True)
-        journal = Journal(journal_path, identity, run.resume)
+        journal = Journal(journal_path, identity, run.resume, overwrite=run.overwrite)
     else:
         journal = Journal(None, identity)
     journal.adopt(processes.share(journal.records()))
+    if journal.damage:
+        quiet.warn(journal.damage)
     quiet.note(
         f"{source}: {len(calibration)} calibration windows of {calibration.seqlen:,} tokens, {len(held_out)} held out"
         + (f"; {journal.resumed} evaluations taken from {journal_path}" if journal.resumed else "")
@@ -114,8 +119,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     )
     if overlap is not None:
         document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
-    if warning:
-        document["warnings"] = [warning]
+    if warnings := [text for text in (warning, journal.damage) if text]:
+        document["warnings"] = warnings
     if processes.is_first:
         write_result(document, run.output)
     processes.wait()
@@ -132,7 +137,7 @@ def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:
 def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
-    found = re.fullmatch(r"([\d.]+)\s*([kmgt]?)i?b?", size.strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)i?b?", size.strip().lower())
     if found is None:
         raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -7,9 +7,18 @@ import sys
 import pytest
 from hub_double import Hub
 from huggingface_hub import constants
+from time_limits import PROCESS_SECONDS, TEST_SECONDS
 
 # None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every test may hang as long as `time_limits` says, but those that say so themselves."""
+    if config.pluginmanager.has_plugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 @pytest.fixture
@@ -23,6 +32,8 @@ def hub():
 def hub_here(hub, monkeypatch):
     """The double, with this process turned to it; what the environment sets before import is set here."""
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "any")
     return hub
@@ -58,7 +69,7 @@ def run_python(tmp_path):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PROCESS_SECONDS,
         )
         if check:
             assert process.returncode == 0, process.stdout + process.stderr

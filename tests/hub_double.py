@@ -14,8 +14,10 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TEXT_SUFFIXES = (".json", ".md", ".py", ".txt", ".jinja", ".gitattributes", ".toml", ".yaml", ".yml", ".model.json")
@@ -83,6 +85,8 @@ class Failure:
     status: int
     times: int
     skip: int
+    body: object = None
+    headers: dict[str, str] = field(default_factory=dict)
 
     def strikes(self, method: str, path: str) -> bool:
         if method != self.method or not re.search(self.path, path) or not self.times:
@@ -104,6 +108,8 @@ class Hub:
         stored: sha256 of every LFS object that was sent, in order.
         tokens: the `Authorization` header of every request.
         members_only: organisations in which nobody may create or write.
+        served: what a proxy makes of a file's bytes on their way, by path; what the tree says of it stays.
+        ignores_ranges: answer range requests with the whole file.
     """
 
     def __init__(self, port: int = 0, user: str = "tester") -> None:
@@ -115,6 +121,8 @@ class Hub:
         self.tokens: list[str | None] = []
         self.members_only: set[str] = set()
         self.failures: list[Failure] = []
+        self.served: dict[str, Callable[[bytes], bytes]] = {}
+        self.ignores_ranges = False
         self.lock = threading.Lock()
         hub = self
 
@@ -129,6 +137,37 @@ class Hub:
     def fail(self, method: str, path: str, *, status: int = 400, times: int = 1, skip: int = 0) -> None:
         """Answer the next `times` requests whose path matches the regex with `status`, after letting `skip` pass."""
         self.failures.append(Failure(method, path, status, times, skip))
+
+    def answer(
+        self,
+        method: str,
+        path: str,
+        *,
+        status: int = 200,
+        body: object = b"",
+        content_type: str = "application/json",
+        times: int = 1,
+        skip: int = 0,
+        **headers: str,
+    ) -> None:
+        """Answer as `fail` does, with a body and headers (underscores for hyphens) of one's own: what a proxy says."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.failures.append(Failure(method, path, status, times, skip, body, {"Content-Type": content_type, **named}))
+
+    def put(self, folder: Path, id: str = "tester/base", branch: str = "main") -> str:
+        """Commit a folder's files without a client; returns the commit."""
+        repo = self.repos.setdefault(("model", id), Repo("model", id))
+        tree = {
+            path.relative_to(folder).as_posix(): File(path.read_bytes(), lfs=path.suffix == ".safetensors")
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        return repo.commit(branch, tree, "put")
+
+    def tree(self, id: str, revision: str = "main") -> dict[str, bytes]:
+        """The content of all files of a revision."""
+        repo = self.repos["model", id]
+        return {path: file.data for path, file in repo.commits[repo.refs[revision]].items()}
 
     def __enter__(self) -> Hub:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -180,6 +219,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.tokens.append(self.headers.get("Authorization"))
             for failure in self.hub.failures:
                 if failure.strikes(self.command, path):
+                    if failure.body is not None:
+                        self.reply(failure.status, failure.body, failure.headers)
+                        return
                     self.error(failure.status, "TestFailure", "the test asked for this failure")
                     return
             for methods, pattern, handler in _ROUTES:
@@ -455,13 +497,15 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
             if file.lfs:
                 headers |= {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.data))}
-            if (span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))) and self.command == "GET":
+            data = self.hub.served.get(path, bytes)(file.data)
+            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if span and self.command == "GET" and not self.hub.ignores_ranges:
                 start, stop = int(span[1]), int(span[2] or len(file.data) - 1) + 1
                 headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(file.data)}"
-                self.reply(206, file.data[start:stop], headers)
+                self.reply(206, data[start:stop], headers)
                 return
-            headers["Content-Length"] = str(len(file.data))
-            self.reply(200, file.data, headers)
+            headers["Content-Length"] = str(len(data))
+            self.reply(200, data, headers)
 
 
 _KIND = r"/api/(?P<kind>model|dataset|space|kernel)s/(?P<id>[^/]+/[^/]+)"

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from time_limits import PROCESS_SECONDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +30,12 @@ def installed(tmp_path_factory):
 def run(installed, folder, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     finished = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_SECONDS,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout

@@ -7,11 +7,13 @@ import re
 import pytest
 import torch
 from checkpoints import build, edit_json, edit_shard, tiny_config, tiny_tensors, write_checkpoint
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint, read_header
 from indexcache.conversion.plan import build_plan
+from indexcache.conversion.strict_json import parse_json
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00003.safetensors"
@@ -339,3 +341,109 @@ def test_a_checkpoint_that_transformers_saved_is_accepted(tmp_path):
 def test_save_file_is_what_these_tests_take_it_for(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert list(FolderSource(tmp_path).list_files()) == ["a.safetensors"]
+
+
+# ---- JSON of unknown origin -----------------------------------------------------------------------------------------
+
+
+def nested(depth):
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("text, reason", [
+    (b'\xef\xbb\xbf{"a": 1}', "byte-order mark"),
+    ('{"a": 1}'.encode("utf-16"), "codec can't decode"),
+    (b'{"a": "\\ud800"}', r"half a surrogate pair \('\\ud800'\)"),
+    (b'{"\\udfff": 1}', "half a surrogate pair"),
+    (b'{"a": "\xed\xa0\x80"}', "codec can't decode"),
+    (f'{{"a": {nested(70)}}}'.encode(), "nested deeper than 64 levels"),
+    (f'{{"a": {nested(100_000)}}}'.encode(), "nested too deeply"),
+    (b'{"a": NaN}', "NaN is no JSON number"),
+    (b'{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "integer string conversion"),
+])  # fmt: skip
+@pytest.mark.parametrize("file", ["config.json", INDEX, "generation_config.json", "tokenizer_config.json"])
+def test_json_that_others_would_trip_over(tmp_path, file, text, reason):
+    folder = build(tmp_path / "s")
+    (folder / file).write_bytes(text)
+    message = refused(folder)
+    assert f"{file} is not valid JSON" in message and re.search(reason, message)
+
+
+def test_whole_surrogate_pairs_and_other_escapes_are_text():
+    assert parse_json(b'{"\\ud83d\\ude00": "\\u00e9"}') == {"\U0001f600": "\u00e9"}
+
+
+@pytest.mark.timeout(600)
+def test_a_key_that_is_there_twice_is_found_at_once_in_a_large_index():
+    pairs = "".join(f'"model.layers.{i}.mlp.experts.weight": "a", ' for i in range(90_000))
+    with pytest.raises(ValueError, match=r"'model\.layers\.89999\.mlp\.experts\.weight' is there twice"):
+        parse_json(f'{{{pairs}"model.layers.89999.mlp.experts.weight": "a"}}'.encode())
+
+
+_ENTRY = b'"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}'
+
+
+@pytest.mark.parametrize("header", [
+    b"{" + _ENTRY + b"}",
+    b" {" + _ENTRY + b"} ",
+    b'{"__metadata__": null, ' + _ENTRY + b"}",
+    b'{"__metadata__": {"format": "pt"}, ' + _ENTRY + b"}",
+    b"\xef\xbb\xbf{" + _ENTRY + b"}",
+    b'{"__metadata__": [1], ' + _ENTRY + b"}",
+    b'{"__metadata__": "pt", ' + _ENTRY + b"}",
+    b'{"__metadata__": {"a": 1}, ' + _ENTRY + b"}",
+    b'{"__metadata__": {"a": "\\ud800"}, ' + _ENTRY + b"}",
+    b"{" + _ENTRY.replace(b'"a"', b'"a\\ud800"') + b"}",
+    b"{" + _ENTRY + b"}\0",
+    b"{" + _ENTRY.replace(b"[2]", b"[2.0]") + b"}",
+    b"{" + _ENTRY.replace(b"]}", b'], "x": NaN}') + b"}",
+    b"{" + _ENTRY.replace(b"]}", b'], "dtype": "U8"}') + b"}",
+    b"{" + _ENTRY.replace(b'"U8", "shape": [2]', b'"F6_E2M3", "shape": [2]') + b"}",
+    b'{"z": {"dtype": "U8", "shape": [9223372036854775808, 4, 0], "data_offsets": [0, 0]}, ' + _ENTRY + b"}",
+    b'{"z": {"dtype": "U8", "shape": [18446744073709551616, 0], "data_offsets": [0, 0]}, ' + _ENTRY + b"}",
+    b'{"z": {"dtype": "F64", "shape": [2305843009213693952, 0], "data_offsets": [0, 0]}, ' + _ENTRY + b"}",
+])  # fmt: skip
+def test_a_header_is_accepted_only_if_the_safetensors_library_accepts_it(tmp_path, header):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
+    try:
+        with safe_open(path, "pt") as shard:
+            theirs = sorted(shard.keys())
+    except SafetensorError:
+        theirs = None
+    try:
+        ours = sorted(read_header(FolderSource(tmp_path), "a.safetensors").tensors)
+    except ConversionError as error:
+        assert "has a damaged safetensors header" in str(error)
+        ours = None
+    assert ours == theirs
+
+
+# ---- what would be computed as another model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"scoring_func": "softmax"}, {"topk_method": "greedy"}, {"topk_method": 7}])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_another_router_is_not_taken_for_sigmoid_with_bias(tmp_path, family, fields):
+    message = refused(build(tmp_path / "s", family=family, **fields))
+    (name, value), = fields.items()  # fmt: skip
+    assert f"config.json has {name}={value!r}, and IndexCacheForCausalLM routes by" in message
+
+
+def test_the_known_router_may_be_spelled_out_or_not(tmp_path):
+    fields = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+    for name, given in (("s", fields), ("t", dict.fromkeys(fields))):
+        plan = build_plan(read_checkpoint(FolderSource(build(tmp_path / name, **given))), SharePattern("FSFS"))
+        assert {field: plan.config[field] for field in fields} == given
+
+
+@pytest.mark.parametrize("fields", [
+    {"model_type": ["deepseek_v32"]}, {"moe_layer_freq": 0}, {"dtype": ["sparse"] * 4}, {"rope_scaling": "yarn"},
+    {"eos_token_id": {}}, {"mlp_layer_types": 3}, {"n_routed_experts": "many"}, {"index_topk_pattern": {"F": 1}},
+])  # fmt: skip
+def test_config_fields_of_a_wrong_kind_are_a_message(tmp_path, fields):
+    folder = build(tmp_path / "s")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    refused(folder, None)

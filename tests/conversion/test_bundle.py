@@ -21,6 +21,7 @@ assert type(model).__module__.startswith("transformers_modules."), type(model)
 ids = torch.arange(12)[None]
 tokens = model.generate(ids, max_new_tokens=5, do_sample=False)
 assert tokens.shape == (1, 17)
+assert model.explain_paths().prefill.runs == "streamed, in place", model.explain_paths()
 model.save_pretrained(target)
 again = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
 here, there = model.state_dict(), again.state_dict()

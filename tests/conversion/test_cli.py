@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from checkpoints import build, hashes
+from time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
 from indexcache.cli import app
@@ -111,5 +112,7 @@ def test_help_imports_nothing_heavy():
         "import sys\nsys.argv = ['indexcache', '--help']\nfrom indexcache.cli import app\n"
         "app(standalone_mode=False)\nsys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
-    shown = subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", script], check=True, timeout=PROCESS_SECONDS, capture_output=True, text=True
+    )
     assert all(verb in shown.stdout for verb in ("convert", "verify", "inspect", "env"))

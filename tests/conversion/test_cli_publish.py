@@ -1,6 +1,7 @@
 """The verbs that hand a checkpoint on: generate, push, export."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,25 @@ def test_push_gives_the_commit_s_address(checkpoint, hub_here):
     assert result.exit_code == 0, result.output
     repo = hub_here.repos["model", "tester/demo"]
     assert repo.private
-    assert json.loads(result.stdout) == {"url": f"{hub_here.url}/tester/demo/commit/{repo.refs['quarter']}"}
+    document = json.loads(result.stdout)
+    assert document["url"] == f"{hub_here.url}/tester/demo/commit/{repo.refs['quarter']}"
+    assert document["files"] == {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    assert document["left"] == {}
     assert "license_name: psf-2.0" in repo.commits[repo.refs["quarter"]]["README.md"].data.decode()
+
+
+def test_push_shows_first_what_it_sends_and_what_stays(checkpoint, tmp_path, hub_here):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, folder)
+    (folder / ".env").write_text("HF_TOKEN=x")
+    trial = run("push", folder, "tester/demo", "--dry-run")
+    assert trial.exit_code == 0, trial.output
+    assert "model.safetensors" in trial.stdout.splitlines()[0]
+    assert "stays here: .env (hidden)" in trial.stdout
+    assert hub_here.requests == []
+    hub_here.fail("POST", "/api/repos/create", status=403)
+    refused = run("push", folder, "tester/demo")
+    assert refused.stdout.splitlines() == trial.stdout.splitlines()[:-1], "shown before the Hub is asked"
 
 
 def test_push_of_what_is_no_checkpoint_ends_with_one(tmp_path):

@@ -1,11 +1,16 @@
 """Dequantising block-scaled fp8, ragged blocks included, against a loop over single elements."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from indexcache.conversion.checkpoint import TensorInfo
 from indexcache.conversion.fp8 import dequantise_block
+from indexcache.conversion.tensor_stream import read_scales
 
 
 def slowly(weight, scale, block, dtype):
@@ -54,7 +59,21 @@ def test_a_grid_that_does_not_fit_is_refused(grid):
         dequantise_block(torch.ones(576, 256).to(torch.float8_e4m3fn), torch.ones(grid))
 
 
-def test_power_of_two_scales_of_one_byte():
+def test_power_of_two_scales_of_one_byte_are_read_without_torch_s_dtype_for_them():
+    codes = bytearray(range(256))
+    read = read_scales(codes, TensorInfo("x_scale_inv", "a", "F8_E8M0", (16, 16), 0, 256))
+    want = torch.frombuffer(codes, dtype=torch.float8_e8m0fnu).view(16, 16).float()
+    assert read.dtype == torch.float32 and torch.equal(read.nan_to_num(), want.nan_to_num())
+    assert read.isnan().sum() == want.isnan().sum() == 1
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn)
-    scale = torch.tensor([[2.0, 0.5]]).to(torch.float8_e8m0fnu)
+    scale = read_scales(bytearray([128, 126]), TensorInfo("x_scale_inv", "a", "F8_E8M0", (1, 2), 0, 2))
     assert dequantise_block(weight, scale, (4, 2))[0].tolist() == [2, 2, 0.5, 0.5]
+
+
+def test_conversion_imports_where_torch_lacks_that_dtype():
+    script = (
+        "import torch, torch._inductor.utils, transformers.modeling_utils\n"  # this torch's own files read it
+        "del torch.float8_e8m0fnu\n"
+        "import indexcache.conversion.convert, indexcache.conversion.verify, indexcache.conversion.tensor_stream"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)

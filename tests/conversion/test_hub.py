@@ -179,6 +179,19 @@ class TestRefusals:
         with pytest.raises(ConversionError, match="may not write to closed/small: use one with write access"):
             push(checkpoint, "closed/small")
 
+    def test_card_that_the_hub_refuses(self, checkpoint, push, hub):
+        hub.answer("POST", "/api/validate-yaml", status=400, body={"errors": [{"message": '"license" is wrong'}]})
+        with pytest.raises(ConversionError, match=r'README\.md: mend the metadata(.|\n)*"license" is wrong'):
+            push(checkpoint, "tester/small")
+        assert "config.json" not in tree(hub)
+
+    @pytest.mark.parametrize("path", ["/api/repos/create", "/api/validate-yaml", "/preupload/", "/commit/"])
+    def test_a_proxy_that_answers_in_the_hub_s_place(self, checkpoint, push, hub, path):
+        page = b"<!doctype html><title>Sign in</title>"
+        hub.answer("POST", path, status=200, body=page, content_type="text/html", times=99)
+        with pytest.raises(ConversionError, match="answers as no Hub does"):
+            push(checkpoint, "tester/small")
+
     def test_no_network(self, checkpoint, push, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(ConversionError, match=r"127\.0\.0\.1:9 cannot be reached: check the network, HF_ENDPOINT"):

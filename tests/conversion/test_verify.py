@@ -1,5 +1,6 @@
 """`verify` proves equality and names every difference; `inspect` tells what is there."""
 
+import io
 import json
 import os
 import shutil
@@ -8,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import build, edit_json, edit_shard
+from rich.console import Console
 
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.checkpoint import ConversionError, FolderSource
+from indexcache.conversion import logits_comparison
+from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
 from indexcache.conversion.convert import ConvertOptions, convert
 from indexcache.conversion.describe import describe
-from indexcache.conversion.drawing import draw_cells, human_bytes
+from indexcache.conversion.drawing import draw_cells, draw_verification, human_bytes
+from indexcache.conversion.logits_comparison import compare_logits
 from indexcache.conversion.verify import verify
 
 
@@ -107,7 +111,8 @@ def test_an_indexer_lost_in_a_full_layer_is_named(tmp_path):
     source = build(tmp_path / "s")
     output = converted(source, tmp_path / "o", "FSFS")
     edit_json(output / "config.json", index_share_pattern="FSFF", indexer_types=None)
-    found = check(source, output).differences
+    pattern, *found = check(source, output).differences
+    assert pattern == "the pattern is FSFS in the recipe of the conversion and FSFF in config.json"
     assert len(found) == 5 and all("layers.3.self_attn.indexer" in difference for difference in found)
 
 
@@ -136,14 +141,26 @@ def test_a_truncated_conversion_is_refused(tmp_path):
         check(source, output)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
-def test_logits_agree_with_transformers_own_model(tmp_path, family):
+@pytest.mark.parametrize("pattern", ["FFFF", "FSSS"])
+@pytest.mark.parametrize("family, native", [
+    ("deepseek_v32", "DeepseekV32ForCausalLM"), ("glm_moe_dsa", "GlmMoeDsaForCausalLM"),
+])  # fmt: skip
+def test_logits_agree_with_transformers_own_model_whatever_the_pattern(tmp_path, family, native, pattern):
     source = build(tmp_path / "s", family=family, mtp=1, index_n_heads=32)  # so that few scores tie at zero
-    same = check(source, converted(source, tmp_path / "o", "FFFF"), logits=True)
-    assert same.ok and same.logits["same_pattern"] and same.logits["compared"]
-    assert same.logits["max_abs_difference"] < 1e-4 and abs(same.logits["mean_kl"]) < 1e-6
-    other = check(source, converted(source, tmp_path / "p", "FSSS"), logits=True)
-    assert other.ok and other.logits["compared"] and not other.logits["same_pattern"]
+    found = check(source, converted(source, tmp_path / "o", pattern), logits=True)
+    assert found.ok and found.verdict == "verified" and not found.warnings
+    assert found.logits["compared"] and found.logits["reference"] == native
+    assert found.logits["tokens"] > found.logits["index_topk"] == 8
+    assert found.logits["max_abs_difference"] < 1e-4 and abs(found.logits["mean_kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_logits_tell_one_shared_pattern_from_another(tmp_path, family):
+    source = build(tmp_path / "s", family=family, index_n_heads=32)
+    output = converted(source, tmp_path / "o", "FSSS")
+    before, after = (read_checkpoint(FolderSource(folder)) for folder in (source, output))
+    assert compare_logits(before, after, SharePattern("FSSS"))["agree"]
+    assert not compare_logits(before, after, SharePattern("FFSS"))["agree"]
 
 
 def test_glm_with_its_own_sharing_agrees_with_transformers(tmp_path):
@@ -151,7 +168,84 @@ def test_glm_with_its_own_sharing_agrees_with_transformers(tmp_path):
     source = build(tmp_path / "s", family="glm_moe_dsa", indexer_types=types, lacking=(1, 2), index_n_heads=32)
     convert(FolderSource(source), tmp_path / "o", ConvertOptions())
     result = check(source, tmp_path / "o", logits=True)
-    assert result.ok and result.logits["same_pattern"] and result.logits["max_abs_difference"] < 1e-4
+    assert result.ok and result.logits["max_abs_difference"] < 1e-4
+
+
+def test_a_block_fp8_checkpoint_runs_on_a_cpu(tmp_path):
+    source = build(tmp_path / "s", fp8=True, mtp=1, index_n_heads=32)
+    found = check(source, converted(source, tmp_path / "o", "FSSF"), logits=True)
+    assert found.ok and found.logits["reference"] == "DeepseekV32ForCausalLM" and found.verdict == "verified"
+
+
+def test_an_indexcache_source_is_run_by_our_own_class_and_that_is_said(tmp_path):
+    first = converted(build(tmp_path / "s", index_n_heads=32), tmp_path / "o", "FSFF")
+    found = check(first, converted(first, tmp_path / "p", "FSSF"), logits=True)
+    assert found.ok and found.logits["compared"] and found.logits["reference"] == "IndexCacheForCausalLM"
+    assert "transformers has no class of its own" in found.warnings[0]
+
+
+def test_what_is_not_compared_is_a_warning_and_no_pass(tmp_path, monkeypatch):
+    source = build(tmp_path / "s")
+    output = converted(source, tmp_path / "o")
+    monkeypatch.setattr(logits_comparison, "_free_memory", lambda: 1000)
+    small = check(source, output, logits=True)
+    assert small.ok and small.verdict == "weights and config verified, logits NOT COMPARED"
+    assert small.warnings[0].startswith("logits not compared: ") and "1,000 of memory are free" in small.warnings[0]
+    skipped = check(source, output)
+    assert skipped.warnings == ["logits not compared: not asked for"] and "NOT COMPARED" in skipped.verdict
+    drawn = Console(width=200, file=io.StringIO())
+    drawn.print(draw_verification(skipped))
+    assert "warning: logits not compared: not asked for" in drawn.file.getvalue()
+    (output / "indexcache_recipe.json").unlink()
+    assert check(source, output).warnings[0].startswith("pattern not compared: there is no indexcache_recipe.json")
+
+
+def test_a_converted_checkpoint_that_does_not_run_is_a_difference(tmp_path, monkeypatch):
+    source = build(tmp_path / "s")
+    output = converted(source, tmp_path / "o")
+
+    def broken(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(logits_comparison, "_our_logits", broken)
+    found = check(source, output, logits=True)
+    assert not found.ok and found.verdict == "not verified"
+    assert found.differences == [
+        "the converted checkpoint does not run: RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+    ]
+
+
+def test_configs_are_compared_by_meaning(tmp_path):
+    """Another spelling of the same angles is no difference; another value in any spelling is."""
+    yarn = {"factor": 4, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
+    source = build(tmp_path / "s", rope_scaling={"type": "yarn", **yarn})
+    output = converted(source, tmp_path / "o")
+    written = json.loads((output / "config.json").read_text())
+    assert written["rope_scaling"] == {"type": "yarn", **yarn} and written["rope_theta"] == 10000
+    assert "rope_parameters" not in written and check(source, output).ok
+    edit_json(output / "config.json", rope_scaling=None, rope_theta=None,
+              rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, **yarn})  # fmt: skip
+    assert check(source, output).ok
+    edit_json(output / "config.json", rope_parameters={"rope_type": "yarn", "rope_theta": 500000, **yarn})
+    assert check(source, output).differences == [
+        "config.json: rope_parameters.rope_theta is 10000 in the source and 500000 now"
+    ]
+    edit_json(output / "config.json", rope_parameters=None, rope_scaling={"type": "yarn", **yarn}, rope_theta=10000,
+              indexer_fp8=True, first_k_dense_replace=None, mlp_layer_types=["dense"] + ["sparse"] * 3)  # fmt: skip
+    assert [difference.split(" is ")[0] for difference in check(source, output).differences] == [
+        "config.json: first_k_dense_replace",
+        "config.json: indexer_fp8",
+    ]
+
+
+def test_shared_indexers_that_the_recipe_dropped_are_named(tmp_path):
+    source = build(tmp_path / "s")
+    output = converted(source, tmp_path / "o", "FSFS", keep_shared_indexers=True)
+    assert check(source, output).ok
+    edit_json(output / "indexcache_recipe.json", keep_shared_indexers=None)
+    recipe = json.loads((output / "indexcache_recipe.json").read_text())
+    (output / "indexcache_recipe.json").write_text(json.dumps({**recipe, "keep_shared_indexers": False}))
+    assert "layers 1, 3 are shared and hold indexer weights" in check(source, output).differences[0]
 
 
 def test_logits_that_differ_under_the_same_pattern_fail(tmp_path):
@@ -159,7 +253,7 @@ def test_logits_that_differ_under_the_same_pattern_fail(tmp_path):
     output = converted(source, tmp_path / "o", "FFFF")
     edit_json(output / "config.json", rope_interleave=False)
     result = check(source, output, logits=True)
-    assert not result.ok and "at the median token" in result.differences[0]
+    assert not result.ok and any("at the median token" in difference for difference in result.differences)
 
 
 # ---- inspect --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from time_limits import PROCESS_SECONDS
 
 from indexcache.distillation.monitor import TrainingMonitor
 from indexcache.distillation.recipe import Recipe
@@ -75,7 +76,7 @@ def run_processes(folder, output, kill_at=0, count=1, check=True, **changes):
         ]
     command += [__file__, str(folder), str(output), str(kill_at), json.dumps(changes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
     return process

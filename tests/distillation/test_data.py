@@ -10,6 +10,7 @@ from indexcache.distillation.data import IGNORED, load_training_data, pack_docum
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.recipe import Recipe
 from indexcache.evaluation.errors import EvaluationError
+from indexcache.evaluation.text_sources import TextInMemory
 from indexcache.evaluation.window_sources import Sampling
 
 
@@ -26,8 +27,12 @@ class Config:
     index_topk, max_position_embeddings, vocab_size = 2, 64, 27
 
 
+def documents(*texts):
+    return map(TextInMemory, texts)
+
+
 def test_documents_follow_each_other_with_the_end_token_between():
-    windows = pack_documents(["abc", "de", "fghij"], Letters(), seqlen=4, wanted=9)
+    windows = pack_documents(documents("abc", "de", "fghij"), Letters(), seqlen=4, wanted=9)
     assert windows.ids.tolist() == [[1, 2, 3, 0, 4], [5, 0, 6, 7, 8]]
     item = windows[0]
     assert item["input_ids"].tolist() == [1, 2, 3, 0] and item["shift_labels"].tolist() == [2, 3, 0, 4]
@@ -35,7 +40,7 @@ def test_documents_follow_each_other_with_the_end_token_between():
 
 
 def test_isolated_documents_start_anew_and_do_not_predict_the_next_one():
-    windows = pack_documents(["abc", "de", "fghij"], Letters(), seqlen=4, wanted=9, isolate=True)
+    windows = pack_documents(documents("abc", "de", "fghij"), Letters(), seqlen=4, wanted=9, isolate=True)
     first, second = windows[0], windows[1]
     assert first["position_ids"].tolist() == [0, 1, 2, 3] and first["shift_labels"].tolist() == [2, 3, 0, IGNORED]
     # A document that a window's edge cuts goes on as a new one.
@@ -45,7 +50,7 @@ def test_isolated_documents_start_anew_and_do_not_predict_the_next_one():
 def test_reading_stops_when_there_is_enough():
     def endless():
         while True:
-            yield "abc"
+            yield TextInMemory("abc")
 
     assert len(pack_documents(endless(), Letters(), seqlen=7, wanted=3)) == 3
 
@@ -83,6 +88,10 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
         load(text, held_out=text)
     save_file({"train_ids": torch.full((6, 9), 99)}, tmp_path / "w.safetensors")
     with pytest.raises(DistillationError, match=r"tokens 99 \.\. 99, the model knows 0 \.\. 26"):
+        load(tmp_path / "w.safetensors")
+    # A cast to 32 bits would make token 3 of the last one.
+    save_file({"train_ids": torch.tensor([[1, 2, 3, 4, 2**32 + 3]]).repeat(6, 1)}, tmp_path / "w.safetensors")
+    with pytest.raises(DistillationError, match=r"tokens 1 \.\. 4294967299, the model knows 0 \.\. 26"):
         load(tmp_path / "w.safetensors")
     with pytest.raises(DistillationError, match="does not say where documents begin"):
         load(tmp_path / "w.safetensors", isolate_documents=True)

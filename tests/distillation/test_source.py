@@ -73,8 +73,10 @@ def test_lost_indexers_are_made_anew_and_other_lost_weights_refused(tmp_path):
     )
     del kept["model.norm.weight"]
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DistillationError, match=r"lacks weights .*model\.norm\.weight"):
+    with pytest.raises(ConversionError, match=r"lacks weights .*\s.*model\.norm\.weight"):
         source.load(torch.float32)
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight is missing"):
+        open_distillation_source(str(tmp_path), pattern="FSFS")
 
 
 def test_unfit_sources_are_refused(tmp_path):

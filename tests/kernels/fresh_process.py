@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from time_limits import PROCESS_SECONDS
+
 
 def run_worker(worker):
     """Run the tests of `interpret_*.py` with TRITON_INTERPRET=1, those of `compile_*.py` without it."""
@@ -14,5 +16,5 @@ def run_worker(worker):
         env["TRITON_INTERPRET"] = "1"
     path = Path(__file__).parent / f"{worker}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", str(path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -50,6 +50,25 @@ def assert_gradients(ours, expected):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
+def test_slots_that_there_are_not_count_as_none(deterministic):
+    q, k, weights, indices, target = problem(2, 4, 50, 8, 32, 24)
+    outside = torch.where(indices < 0, 50 + torch.arange(24) * 10**7, indices).int()
+    scale, lse = 0.2, torch.zeros(2, 4, 8)
+    both = [kernels.selected_scores_triton(q, k, weights, chosen, scale) for chosen in (indices, outside)]
+    assert torch.equal(*both)
+    both = [kernels.selected_attention_triton(q, k, lse, chosen, scale) for chosen in (indices, outside)]
+    assert torch.equal(*both)
+    both = [kernels.indexer_kl_triton(q, k, weights, chosen, target, scale) for chosen in (indices, outside)]
+    assert all(torch.equal(*pair) for pair in zip(*both))
+    upstream = torch.ones(2, 4)
+    both = [
+        kernels.index_backward_triton(upstream, q, k, weights, chosen, target, stats, scale, deterministic)
+        for chosen, (_, stats) in zip((indices, outside), both)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*both))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_and_their_gradients_match_fp64(shape, deterministic):
     q, k, weights, indices, _ = problem(*shape)

@@ -63,6 +63,25 @@ def test_grouped_queries_match_the_reference(group, order):
     assert_close((out, lse), q, kv, indices, 32, 0.2)
 
 
+@pytest.mark.parametrize("group", [0, 1, 3])
+@pytest.mark.parametrize("order", ["ascending", "scattered"])
+def test_slots_that_there_are_not_count_as_none(group, order):
+    """In place of -1: the first slot behind the last, ..., the greatest int32; group 0 splits the keys."""
+    q, kv, indices = problem(2, 7, 50, 4, 40, 20, order)
+    far = torch.where(torch.arange(20) % 3 == 0, 50 + torch.arange(20), 2**31 - 1 - 20 + torch.arange(20))
+    far = 50 + torch.arange(20) if order == "ascending" else far
+    outside = torch.where(indices < 0, far, indices).int()
+    assert (outside >= 50).any()
+    out, lse = torch.full((*q.shape[:3], 32), float("nan"), dtype=DTYPE), torch.full(q.shape[:3], float("nan"))
+    tile = kernels.Tile(16, 16, 4, 2)
+    if group == 0:
+        kernels._decode(q, kv, outside, 0.2, out, lse, 2, tile)
+    else:
+        keys, counts = (outside, None) if group == 1 else merge_key_lists(outside, group, 50)
+        kernels._launch(q, kv, keys, counts, 0.2, out, lse, tile, group, 1)
+    assert_close((out, lse), q, kv, indices, 32, 0.2)
+
+
 def test_merged_lists_are_the_ascending_union_with_its_owners():
     _, _, indices = problem(2, 7, 60, 1, 16, 20)
     keys, counts = merge_key_lists(indices, 3, 60)

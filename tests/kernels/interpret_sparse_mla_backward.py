@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from indexcache.kernels import sparse_mla_backward_triton as kernels
+from indexcache.kernels.dispatch import forget_failures
 from indexcache.kernels.sparse_mla import _sparse_mla
 from indexcache.kernels.sparse_mla_reference import sparse_mla_reference
 
@@ -50,6 +51,18 @@ def run(q, kv, indices, grad_out, grad_lse, scale, deterministic=False):
     out, lse, expected = exact(q, kv, indices, grad_out, grad_lse, scale)
     arguments = (grad_out, grad_lse, q, kv, indices, out.to(DTYPE), lse.float(), scale)
     return kernels.sparse_mla_backward_triton(*arguments, deterministic), expected
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("groups", [(), (80,)])
+def test_slots_that_there_are_not_have_no_gradient(monkeypatch, deterministic, groups):
+    monkeypatch.setattr(kernels, "GROUPING_ARCHITECTURES", groups)
+    arguments = problem(2, 5, 40, 8, 40, 32, 24, "scattered")
+    q, kv, indices, *grads = arguments
+    out, lse, expected = exact(*arguments, 0.2)
+    outside = torch.where(indices < 0, 40 + torch.arange(24), indices).int()
+    rest = (out.to(DTYPE), lse.float(), 0.2, deterministic)
+    assert_gradients(kernels.sparse_mla_backward_triton(*grads, q, kv, outside, *rest), expected)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -115,7 +128,7 @@ def test_a_hopper_kernel_that_fails_is_replaced_and_said_so(monkeypatch, determi
     def fail(*arguments):
         raise AttributeError("no such thing in this Triton")
 
-    monkeypatch.setattr(kernels, "_hopper_failed", False)
+    forget_failures()
     monkeypatch.setattr(kernels, "gpu_target", lambda device: ("cuda", 90))
     monkeypatch.setattr(kernels, "hopper_backward_supports", lambda *tensors: True)
     monkeypatch.setattr(kernels, "sparse_mla_backward_hopper", fail)

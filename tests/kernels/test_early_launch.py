@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from indexcache.kernels import early_launch
+from indexcache.kernels.device_target import DeviceTarget, pretended_target
 from indexcache.kernels.early_launch import early_launches, launches_in_turn
 
 EARLY = {"EARLY": True, "launch_pdl": True}
@@ -25,11 +26,10 @@ def test_kernels_launch_early_inside_alone(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("hip", "capability", "can"), [(None, (9, 0), True), (None, (8, 9), False), ("6", (9, 4), False)]
+    ("backend", "arch", "can"), [("cuda", 90, True), ("cuda", 89, False), ("hip", "gfx942", False)]
 )
-def test_cards_before_hopper_and_of_others_do_not(monkeypatch, hip, capability, can):
+def test_cards_before_hopper_and_of_others_do_not(backend, arch, can):
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert early_launch._can_launch_early.__wrapped__(torch.device("cuda")) is can
-    assert early_launch._can_launch_early.__wrapped__(torch.device("cpu")) is False
+    with pretended_target(DeviceTarget(backend, arch, 132)):
+        assert early_launch._can_launch_early(torch.device("cuda")) is can
+        assert early_launch._can_launch_early(torch.device("cpu")) is False

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from time_limits import PROCESS_SECONDS
 
 pytest.importorskip("triton")
 
@@ -18,7 +19,7 @@ def run(worker, **environment):
     env = dict(os.environ, OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{WORKERS / worker}.py"]
-    done = subprocess.run(command, env=env | environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=env | environment, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 

@@ -203,7 +203,7 @@ def test_nothing_asked_and_nothing_selected():
         (lambda q, k, w, i, a, kv: selected_index_scores(q, k, w[..., :3], i), "weights must be"),
         (lambda q, k, w, i, a, kv: selected_index_scores(q, k, w, i.long()), "indices must be int32"),
         (lambda q, k, w, i, a, kv: selected_attention(a, kv, w, i, scale=1.0), "lse must be"),
-        (lambda q, k, w, i, a, kv: indexer_kl(q, k, w, i, i), "target must be floating-point"),
+        (lambda q, k, w, i, a, kv: indexer_kl(q, k, w, i, i), "target must be bf16"),
         (lambda q, k, w, i, a, kv: dense_indexer_kl(q, k, w, [a, a], [kv], attn_scale=1.0), "got 2, 1 and none"),
         (lambda q, k, w, i, a, kv: dense_indexer_kl(q, k, w, a, kv[:, :5], attn_scale=1.0), "served layer 0"),
         (
@@ -223,9 +223,9 @@ def test_arguments_that_do_not_fit_are_refused(call, words):
 
 def test_what_the_kernels_do_not_take_is_said_in_words():
     pytest.importorskip("triton")
-    (q, k, weights), indices = indexer(), selection()
+    (q, k, _), indices = indexer(), selection()
     half = q.half(), k.half()
-    assert "bfloat16 or float16" in op._unsupported(q, k, [weights], 256, indices)
-    assert "width 6 is above" in op._unsupported(*half, [weights], 5, indices)
-    assert "9000 selected keys" in op._unsupported(*half, [weights], 256, torch.zeros(2, 6, 9000))
-    assert op._unsupported(*half, [weights], 256, indices) is None
+    assert "bfloat16 or float16" in op._why_not_triton(q, k, 256, indices)
+    assert "width 6 is above" in op._why_not_triton(*half, 5, indices)
+    assert "9000 selected keys" in op._why_not_triton(*half, 256, torch.zeros(2, 6, 9000))
+    assert op._why_not_triton(*half, 256, indices) is None

@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
+from indexcache.kernels.dispatch import forget_failures
 from indexcache.kernels.indexer_distillation import (
-    _warn_once,
     attention_lse,
     dense_indexer_kl,
     indexer_kl,
@@ -165,7 +165,7 @@ def test_keys_beyond_two_to_the_31_entries_are_found():
 def test_what_triton_does_not_take_runs_in_pytorch_and_says_so_once():
     *inputs, indices, target = problem(*SHAPES[3])
     wide = [x.float().nan_to_num() for x in inputs]
-    _warn_once.cache_clear()
+    forget_failures()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

@@ -74,6 +74,37 @@ def test_packed_documents(bench):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize(
+    "B, S, T, H, D, topk",
+    [
+        (1, 8192, 20000, 32, 128, 2048),
+        (1, 8192, 20000, 64, 128, 2048),
+        (1, 9000, 20000, 16, 64, 2048),
+        (1, 8192, 20000, 32, 128, 300),
+        (1, 4096, 6000, 3, 128, 1000),
+        (2, 1, 20000, 32, 128, 2048),
+        (1, 8, 20000, 32, 128, 2048),
+    ],
+)
+@pytest.mark.parametrize("share", [0.3, 0.995])
+def test_a_nan_key_is_as_one_that_is_masked(bench, B, S, T, H, D, topk, share, fp8):
+    """Of either sign, beside ties; where few are left, all of them and then -1. The Hopper kernels included."""
+    q, k, weights = bench.make_inputs(B, S, T, H, D)
+    k[:, : T // 2] = k[:, T // 2 : T // 2 * 2]
+    mask = torch.rand(B, T, device="cuda") > share
+    want = select(q, k, weights, topk, key_mask=mask, fp8=fp8)
+    poison = torch.where(torch.rand(B, T, device="cuda") > 0.5, float("nan"), -float("nan")).to(k.dtype)
+    k[..., 0] = torch.where(mask, k[..., 0], poison)
+    got = select(q, k, weights, topk, fp8=fp8)
+    assert torch.equal(got, want)
+    assert share < 0.9 or (got == -1).any()
+    everything = weights.clone()
+    everything[:, ::2, 0] = float("nan")
+    got = select(q, k, everything, topk, fp8=fp8)
+    assert (got[:, ::2] == -1).all() and torch.equal(got[:, 1::2], want[:, 1::2])
+
+
+@pytest.mark.parametrize("fp8", [False, True])
 def test_queries_that_see_nothing(bench, fp8):
     """Whole blocks of them, said by the largest number there is."""
     q, k, weights = bench.make_inputs(1, 8192, 8192, 32)
@@ -127,13 +158,13 @@ def test_quantises_as_pytorch(bench, D):
 def test_fp8_selects_by_the_quantised_scores(bench, monkeypatch, S, T, multiply_e4m3):
     from indexcache.kernels import lightning_indexer_hopper_gluon as hopper
     from indexcache.kernels.indexer_quantization import quantize_for_scoring
-    from indexcache.kernels.lightning_indexer_triton import hopper_takes
+    from indexcache.kernels.lightning_indexer_triton import why_not_hopper
 
     monkeypatch.setattr(hopper, "MULTIPLY_E4M3", multiply_e4m3)
     q, k, weights = bench.make_inputs(1, S, T, 32)
     got = select(q, k, weights, 2048, query_start=T - S, fp8=True)
     products = None
-    if multiply_e4m3 and hopper_takes(quantize_for_scoring(q)[0], k, 2048):
+    if multiply_e4m3 and why_not_hopper(quantize_for_scoring(q)[0], k, 2048) is None:
         products = bench.tensor_core_products(q, k)
     q, k = ((x8.float() * scale.unsqueeze(-1)).bfloat16() for x8, scale in map(quantize_for_scoring, (q, k)))
     rows = sorted({0, S // 4, S // 3, S // 2, S - 1})

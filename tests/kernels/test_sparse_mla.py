@@ -79,7 +79,7 @@ def test_what_the_kernels_do_not_take_is_said_in_words(change, words):
     [
         ({"q": torch.zeros(1, 2, 3)}, "do not fit"),
         ({"indices": torch.zeros(1, 2, 4)}, "int32"),
-        ({"value_dim": 9}, "value_dim must lie in 1 .. 8"),
+        ({"value_dim": 9}, "value_dim must be from 1 to 8"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, words):

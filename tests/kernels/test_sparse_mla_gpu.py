@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from indexcache.kernels.sparse_mla import _warn_once, sparse_mla
+from indexcache.kernels.dispatch import forget_failures
+from indexcache.kernels.sparse_mla import sparse_mla
 from indexcache.kernels.sparse_mla_reference import sparse_mla_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -112,7 +113,7 @@ def test_head_major_queries_are_read_in_place():
 
 def test_what_triton_does_not_take_runs_in_pytorch_and_says_so_once():
     q, kv, indices = problem(1, 3, 50, 4, 576, 5)
-    _warn_once.cache_clear()
+    forget_failures()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):

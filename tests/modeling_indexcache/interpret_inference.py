@@ -52,6 +52,7 @@ def calls(monkeypatch):
         (few_token_linears, "takes_vector_linear", lambda x, *w: x.shape[0] <= 2),
         (few_token_linears, "vector_linear", spied(ran, "linears", vector_linear_triton)),
         (inference_attention, "takes_absorbed_vector", lambda q, *w: q.shape[:2].numel() <= 2),
+        (inference_attention, "takes_sparse_mla", lambda *a: True),
         (inference_attention, "absorb_queries", spied(ran, "absorb", absorb_queries_triton)),
         (inference_attention, "expand_values", spied(ran, "values", expand_values_triton)),
     ):
@@ -95,8 +96,10 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
         "experts of few",
         "experts of many",
         "linears",
+        "absorb",
+        "values",
     }
-    assert calls == expected | ({"absorb", "values"} if not kind.endswith("selection") else set())
+    assert calls == expected
 
 
 def test_shared_layers_attend_by_lists_merged_ahead(calls, monkeypatch):

@@ -19,7 +19,7 @@ def model():
         ("past_key_value", "past_key_values"),  # what a release before 4.36 called it
         ("caches", "cache"),
         ("attention_masks", "attention_mask"),
-        ("lables", "labels"),
+        ("label", "labels"),
         ("output_topk_indexes", "output_topk_indices"),
         ("cache_position", "position_ids"),
     ],

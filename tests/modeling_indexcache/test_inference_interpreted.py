@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from time_limits import PROCESS_SECONDS
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
@@ -24,5 +25,5 @@ def test_in_a_fresh_process():
         "no:cacheprovider",
         str(HERE / "interpret_inference.py"),
     ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

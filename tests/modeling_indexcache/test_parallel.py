@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from time_limits import PROCESS_SECONDS
 from tiny_models import tiny_model
 
 
@@ -18,7 +19,7 @@ def test_two_processes_equal_one(tmp_path, ep_size):
         [*command, str(script), str(tmp_path), str(ep_size)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PROCESS_SECONDS,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert finished.returncode == 0, finished.stderr[-4000:]

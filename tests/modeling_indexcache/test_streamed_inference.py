@@ -12,7 +12,7 @@ from indexcache.kernels import routed_experts
 from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.modeling_indexcache import feed_forward, growing_cache, indexer, inference_attention
 from indexcache.modeling_indexcache.absorbed_attention import attend_absorbed
-from indexcache.modeling_indexcache.feed_forward import works_in_place
+from indexcache.modeling_indexcache.eligibility import works_in_place
 from indexcache.modeling_indexcache.few_token_linears import is_plain_linear, is_plain_norm
 
 PATTERN = "FSFS"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from time_limits import PROCESS_SECONDS
 from transformers import AutoModelForCausalLM
 
 from indexcache.conversion.load_source import load_source
@@ -74,7 +75,7 @@ def test_the_probe_holds(model):
 def test_a_prefill_of_8k_tokens_stays_within_bounded_memory():
     """Measured in a process of its own: the peak beyond the loaded model, far under one [S, T] mask a head."""
     command = [sys.executable, "-m", "indexcache.benchmarks.cpu_prefill", "--one", "8192", "FFSSSSFFSSSS"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert finished.returncode == 0, finished.stderr
     record = json.loads(finished.stdout.splitlines()[-1])
     assert record["peak_mib"] - record["loaded_mib"] < 400

@@ -110,15 +110,15 @@ def test_a_dataset_by_name(monkeypatch, text):
     datasets = pytest.importorskip("datasets")
     asked = {}
 
-    def load_dataset(name, config, **arguments):
-        asked.update(name=name, config=config, **arguments)
+    def load_dataset(path, **arguments):
+        asked.update(path=path, **arguments)
         return ({"text": text.read_text()[start : start + 200]} for start in range(0, 3000, 200))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     calibration, _ = load("org/name:small", seqlen=32, nsamples=4, split="validation")
     assert len(calibration) == 4
-    assert asked == {"name": "org/name", "config": "small", "split": "validation", "streaming": True}
-    with pytest.raises(EvaluationError, match="has no field 'body'"):
+    assert asked == {"path": "org/name", "name": "small", "split": "validation", "streaming": True}
+    with pytest.raises(EvaluationError, match=r"no field 'body' .it has text."):
         load("org/name", text_field="body")
 
 
@@ -148,13 +148,13 @@ def test_bad_files(tmp_path, tensors, text):
     save_file({"a_ids": torch.zeros(2, 9)}, tmp_path / "floats.safetensors")
     for data, message in (
         (tmp_path / "absent.txt", "is no file here and no dataset's name"),
-        (tmp_path, "is a folder"),
+        (tmp_path, "cannot be read"),
         (tmp_path / "binary.txt", "no readable UTF-8"),
         (tmp_path / "broken.safetensors", "no readable safetensors"),
         (tmp_path / "absent.safetensors", "does not exist"),
         (tmp_path / "other.safetensors", "holds no NAME_ids"),
         (tmp_path / "floats.safetensors", "ids must be integers"),
-        (tmp_path / "broken.jsonl", "line 2: no JSON record with a 'text' field"),
+        (tmp_path / "broken.jsonl", "line 2: the record has no field 'text'"),
         (f"{tensors}:train", "holds no train_ids"),
     ):
         with pytest.raises(EvaluationError, match=message):

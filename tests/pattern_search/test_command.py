@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
@@ -190,6 +192,7 @@ def test_bad_usage_exits_2_with_the_mend(text, tmp_path, arguments, message):
 
 def test_a_source_that_is_no_dsa_model(text, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 2}))
+    save_file({"model.layers.1.mlp.up_proj.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     finished = CliRunner().invoke(app, ["search", str(tmp_path), "--data", str(text)])
     assert finished.exit_code == 1 and "model_type 'llama' cannot be converted" in finished.stderr
     finished = CliRunner().invoke(app, ["search", str(tmp_path / "absent"), "--data", str(text)])

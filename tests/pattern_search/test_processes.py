@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from time_limits import PROCESS_SECONDS
 
 from indexcache.pattern_search.processes import Processes
 
@@ -32,7 +33,7 @@ def run(tmp_path, count, algorithm):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PROCESS_SECONDS,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(output.read_text()), output.with_suffix(".jsonl").read_text().splitlines()

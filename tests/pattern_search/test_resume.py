@@ -1,6 +1,7 @@
 """Killed anywhere and gone on with: the same result, and nothing evaluated twice."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -24,16 +25,46 @@ def tiny():
     return model(5, seed=4)
 
 
-def run(tiny, path, options=OPTIONS, resume=False, data=None):
+def run(tiny, path, options=OPTIONS, resume=False, data=None, cache_bytes=2**31):
     calibration, held_out = windows(6) if data is None else data, windows(3, seed=9)
     identity = search_identity(tiny, calibration, held_out, options)
     journal = Journal(path, identity, resume)
     try:
-        outcome = search(tiny, calibration, held_out, options, journal=journal)
+        outcome = search(tiny, calibration, held_out, options, journal=journal, cache_bytes=cache_bytes)
     finally:
         journal.close()
     document = result_document(outcome, options, calibration, held_out, source="tiny", identity=identity)
     return {key: value for key, value in document.items() if key != "cost"}, outcome.cost
+
+
+def taken(cost):
+    """What a search took, but for how this run of it came about."""
+    return {name: value for name, value in cost.items() if name not in ("seconds", "evaluations_resumed")}
+
+
+def killing(monkeypatch, after):
+    """A context in which the engine's pass number `after` + 1 raises `Killed`."""
+    calls = 0
+
+    def dying(run_pass):
+        def run_or_die(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise Killed
+            return run_pass(*arguments)
+
+        return run_or_die
+
+    @contextmanager
+    def patched():
+        with monkeypatch.context() as patch:
+            for name in ("last_hidden", "dense_hidden"):
+                patch.setattr(LayerEngine, name, dying(getattr(LayerEngine, name)))
+            with pytest.raises(Killed):
+                yield
+
+    return patched()
 
 
 def keys(path):
@@ -47,31 +78,39 @@ def test_killed_at_any_point_and_resumed(tiny, tmp_path, monkeypatch, algorithm)
     expected, cost = run(tiny, tmp_path / "whole.jsonl", options)
     total = len(keys(tmp_path / "whole.jsonl"))
     assert total > 20
-    passes = {name: getattr(LayerEngine, name) for name in ("last_hidden", "dense_hidden")}
     for number, kill_after in enumerate(range(1, 60, 9)):
         path = tmp_path / f"{number}.jsonl"
-        calls = 0
-
-        def dying(run_pass, limit=kill_after):
-            def run_or_die(*arguments):
-                nonlocal calls
-                calls += 1
-                if calls > limit:
-                    raise Killed
-                return run_pass(*arguments)
-
-            return run_or_die
-
-        with monkeypatch.context() as patch:
-            for name, run_pass in passes.items():
-                patch.setattr(LayerEngine, name, dying(run_pass))
-            with pytest.raises(Killed):
-                run(tiny, path, options)
+        with killing(monkeypatch, kill_after):
+            run(tiny, path, options)
         done = len(keys(path))
-        found, _ = run(tiny, path, options, resume=True)
-        assert found == expected
+        found, spent = run(tiny, path, options, resume=True)
+        assert found == expected and taken(spent) == taken(cost)
         assert len(keys(path)) == len(set(keys(path))) == total, "no evaluation was repeated"
         assert done < total
+
+
+@pytest.mark.parametrize(
+    ("objective", "teacher", "cache_bytes"),
+    [("kl", "dense", 200_000), ("kl", "source", 90_000), ("far-kl", "auto", 150_000), ("lm", "auto", 60_000)],
+)
+def test_what_a_resumed_search_took_is_what_an_undisturbed_one_takes(
+    tiny, tmp_path, monkeypatch, objective, teacher, cache_bytes
+):
+    """Also where states give way to others, and where only every nth layer's are kept."""
+    options = SearchOptions(keep=("1/2",), objective=objective, teacher=teacher, baselines=())
+    _, cost = run(tiny, tmp_path / "whole.jsonl", options, cache_bytes=cache_bytes)
+    _, roomy = run(tiny, tmp_path / "roomy.jsonl", options)
+    assert 0 < cost["path_layer_forwards"] < cost["search_layer_forwards"]
+    assert cost["search_layer_forwards"] > roomy["search_layer_forwards"], "no state gave way"
+    for kill_after in (2, 5, 11, 23, 37):
+        path = tmp_path / f"{kill_after}.jsonl"
+        with killing(monkeypatch, kill_after):
+            run(tiny, path, options, cache_bytes=cache_bytes)
+        if kill_after == 11:
+            with killing(monkeypatch, 6):
+                run(tiny, path, options, resume=True, cache_bytes=cache_bytes)
+        _, spent = run(tiny, path, options, resume=True, cache_bytes=cache_bytes)
+        assert taken(spent) == taken(cost), kill_after
 
 
 def test_a_finished_search_resumes_without_running_a_layer(tiny, tmp_path, monkeypatch):
@@ -79,7 +118,7 @@ def test_a_finished_search_resumes_without_running_a_layer(tiny, tmp_path, monke
     monkeypatch.setattr(LayerEngine, "last_hidden", lambda *_: pytest.fail("a layer was run"))
     found, again = run(tiny, tmp_path / "journal.jsonl", resume=True)
     assert found == expected
-    assert again["search_layer_forwards"] == cost["search_layer_forwards"] > 0
+    assert taken(again) == taken(cost) and cost["search_layer_forwards"] > cost["path_layer_forwards"] > 0
 
 
 def test_a_half_written_line_is_cut_off(tiny, tmp_path):
@@ -90,6 +129,40 @@ def test_a_half_written_line_is_cut_off(tiny, tmp_path):
     found, _ = run(tiny, path, resume=True)
     assert found == expected
     assert len(keys(path)) == len(set(keys(path))) == len(lines) - 1
+    assert not path.with_name("journal.jsonl.damaged").exists(), "a crash is no damage"
+
+
+@pytest.mark.parametrize("harm", ["digit", "dropped", "torn", "types", "doubled"])
+def test_a_line_that_was_changed_is_run_again_and_said(tiny, tmp_path, harm):
+    path = tmp_path / "journal.jsonl"
+    expected, _ = run(tiny, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    record = json.loads(lines[9])
+    if harm == "digit":
+        record["scores"][0][1] += 1.0
+        lines[9] = json.dumps(record).encode() + b"\n"
+    elif harm == "types":
+        lines[9] = json.dumps({**record, "scores": "none", "round": []}).encode() + b"\n"
+    elif harm == "torn":
+        lines[9] = lines[9][:40] + b"\n"
+    elif harm == "doubled":
+        lines.insert(9, lines[9])
+    else:
+        del lines[9]
+    path.write_bytes(b"".join(lines))
+    harmed = path.read_bytes()
+    identity = search_identity(tiny, windows(6), windows(3, seed=9), OPTIONS)
+    journal = Journal(path, identity, resume=True)
+    journal.close()
+    damaged = path.with_name("journal.jsonl.damaged")
+    assert "1 of " in journal.damage and "run again" in journal.damage and str(damaged) in journal.damage
+    assert damaged.read_bytes() == harmed
+    found, _ = run(tiny, path, resume=True)
+    assert found == expected
+    assert len(keys(path)) == len(set(keys(path)))
+    whole = Journal(path, identity, resume=True)
+    whole.close()
+    assert whole.damage is None, "it was mended"
 
 
 def test_scores_survive_the_file_bit_by_bit(tmp_path):

@@ -91,6 +91,7 @@ def test_the_choice_is_journaled(tmp_path, monkeypatch):
     journal.close()
     monkeypatch.setattr(LayerEngine, "dense_hidden", lambda *_: pytest.fail("dense attention was run again"))
     again = evaluator(model=tiny, teacher="auto", journal=Journal(tmp_path / "journal.jsonl", {}, resume=True))
+    again.evaluate("FSFS")
     assert again.teacher == first.teacher and again.layer_forwards == first.layer_forwards
 
 

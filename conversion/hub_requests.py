@@ -1,0 +1,114 @@
+"""Requests to a Hub: which failures there are, when to ask again, and ranges that are what was asked for."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.utils import get_session, hf_raise_for_status
+
+# The HTTP library's own base error comes with HfHubHTTPError: which library that is depends on huggingface_hub.
+_HTTP_ERRORS = cast(
+    tuple[type[Exception], ...], tuple(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+)
+HUB_FAILURES: tuple[type[Exception], ...] = (*_HTTP_ERRORS, EntryNotFoundError, OSError)
+# What comes of reading an answer that is not the Hub's own: a proxy's page, an empty body, fields that are not there.
+GARBLED_ANSWERS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError)
+
+BUSY = (408, 429, 500, 502, 503, 504)
+_ATTEMPTS = 6
+_LONGEST_WAIT = 8
+
+Result = TypeVar("Result")
+
+
+class UnfitAnswer(ValueError):
+    """A server answered, and not with the bytes that were asked for."""
+
+
+def patiently(work: Callable[[], Result], *, also_unreachable: bool = True) -> Result:
+    """The result of `work`, tried again while the Hub is busy or the connection breaks.
+
+    Waits as long as the answer's `Retry-After` (or the Hub's `RateLimit`) says, else 1, 2, 4, 8, 8 seconds.
+
+    Args:
+        work: requests that may be repeated.
+        also_unreachable: try again without a connection, too.
+
+    Raises:
+        Exception: what `work` raises, at once or in the last attempt.
+    """
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return work()
+        except HUB_FAILURES as error:
+            response = _response_of(error)
+            if response is not None and response.status_code not in BUSY:
+                raise
+            if response is None and not (also_unreachable and isinstance(error, _HTTP_ERRORS)):
+                raise
+            time.sleep(_seconds_to_wait(response, attempt))
+    return work()
+
+
+def _response_of(error: BaseException) -> Any:
+    """The answer that an error is about; huggingface_hub wraps some errors in others."""
+    found = getattr(error, "response", None)
+    return found if found is not None else getattr(error.__cause__, "response", None)
+
+
+def _seconds_to_wait(response: Any, attempt: int) -> float:
+    headers = {} if response is None else response.headers
+    told = re.fullmatch(r"\d+", headers.get("Retry-After", "")) or re.search(
+        r"(?<=\bt=)\d+", headers.get("RateLimit", "")
+    )
+    return float(told[0]) if told else float(min(2**attempt, _LONGEST_WAIT))
+
+
+def read_bytes(url: str, begin: int, end: int, size: int, headers: dict[str, str]) -> bytes:
+    """Bytes `begin` to `end` of a file of `size` bytes, no more of which is ever taken from the server.
+
+    Args:
+        url: where the file is served.
+        begin: first byte.
+        end: first byte behind.
+        size: the whole file's bytes.
+        headers: sent along.
+
+    Raises:
+        UnfitAnswer: the server ignores the range, or sends another one, or fewer or more bytes.
+    """
+    asked = {**headers, "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+
+    def fetch() -> bytes:
+        with get_session().stream("GET", url, headers=asked, timeout=60) as response:
+            hf_raise_for_status(response)
+            _check_range(response, begin, end, size)
+            return b"".join(_at_most(response.iter_bytes(), end - begin))
+
+    found = patiently(fetch)
+    if len(found) != end - begin:
+        raise UnfitAnswer(f"{len(found)} bytes came where {end - begin} were asked for")
+    return found
+
+
+def _check_range(response: Any, begin: int, end: int, size: int) -> None:
+    status, told = response.status_code, response.headers.get("Content-Range", "")
+    if status == 206 and told in (f"bytes {begin}-{end - 1}/{size}", f"bytes {begin}-{end - 1}/*"):
+        return
+    if status == 200 and (begin, end) == (0, size):
+        return
+    if status == 200:
+        raise UnfitAnswer("the server does not serve parts of a file (status 200 to a range): a mirror or proxy?")
+    raise UnfitAnswer(f"status {status} with Content-Range {told!r} came for bytes {begin}-{end - 1} of {size}")
+
+
+def _at_most(blocks: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    for block in blocks:
+        limit -= len(block)
+        if limit < 0:
+            raise UnfitAnswer("more bytes came than were asked for")
+        yield block

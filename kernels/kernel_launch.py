@@ -1,0 +1,76 @@
+"""The one place where kernels are launched: under their tensors' device, whichever device is current.
+
+Triton launches on the current device and its stream. PyTorch's own operations follow their tensors, so a model on
+`cuda:1`, or one whose layers lie on several devices, runs while the current device is another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+import torch
+
+_thread = local()
+_functions: dict[Any, Any] = {}
+
+
+def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable[..., Any]:
+    """What launches `kernel` on the device of `like`, one of its arguments: `kernel[grid]`, to be called with them.
+
+    Where that device is current already, as in most calls, this costs two look-ups: it hands no arguments on. Nothing
+    waits for the device, so graphs can be recorded, and the current device of this thread is as before afterwards.
+    """
+    record = getattr(_thread, "record", None)
+    if record is not None:
+        return lambda *arguments, **options: record(kernel, grid, arguments, options)
+    index = like.get_device()
+    # -1: a CPU's tensors, in Triton's interpreter.
+    if index < 0 or index == torch.cuda.current_device():
+        return kernel[grid]
+
+    def launch_there(*arguments: Any, **options: Any) -> Any:
+        with torch.cuda.device(index):
+            return kernel[grid](*arguments, **options)
+
+    return launch_there
+
+
+@contextmanager
+def recorded_launches(record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> Iterator[None]:
+    """Hand this thread's launches to `record(kernel, grid, arguments, options)`, and run nothing.
+
+    With tensors that have no memory (`pretended_tensors.py`), what a model would launch is known before it runs.
+    """
+    before = getattr(_thread, "record", None)
+    _thread.record = record
+    try:
+        yield
+    finally:
+        _thread.record = before
+
+
+def are_recorded() -> bool:
+    """Whether this thread's launches are recorded."""
+    return getattr(_thread, "record", None) is not None
+
+
+def register_fake(operation: Any) -> Callable[[Callable], Callable]:
+    """`operation.register_fake` of a custom operation, whose own function is then found by `function_of`."""
+    _functions[getattr(operation, "_opoverload", None)] = getattr(operation, "_init_fn", None)
+    return operation.register_fake
+
+
+def function_of(operation: Any) -> Callable[..., Any] | None:
+    """The Python function of one of this package's custom operations, or None."""
+    return _functions.get(operation)
+
+
+def is_capturing(tensor: torch.Tensor) -> bool:
+    """Whether the stream that runs work on `tensor` is being recorded as a CUDA graph."""
+    if not tensor.is_cuda or are_recorded():
+        return False
+    with torch.cuda.device(tensor.get_device()):
+        return torch.cuda.is_current_stream_capturing()
