@@ -118,6 +118,9 @@ class _FaultyHandler(_Handler):
             super().route()
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
+        except (ValueError, KeyError, TypeError) as error:
+            # A client that was answered with nonsense may ask for some.
+            self.error(400, "BadRequest", f"{type(error).__name__}: {error}")
         if dies:
             self.close_connection = True
 

@@ -190,14 +190,14 @@ def output_of(argv: list[str]) -> str:
 
 
 # What may differ between two runs of a command: when, how long, on what, how much came from a journal.
-_VARYING = ("date", "seconds", "evaluations_resumed", "evaluations_from_journal", "seconds_a_step", "device")
+_VARYING = ("date", "seconds", "evaluations_resumed", "evaluations_from_journal", "seconds_a_step", "device", "warnings")
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Files of an output as they can be compared: text, or a digest; without journals and times."""
     found = {}
     for name, entry in rules.snapshot(folder).items():
-        if entry.kind != "file" or name.startswith(("runs/", "training/")) or name == "journal.jsonl":
+        if entry.kind != "file" or name.startswith(("runs/", "training/", "journal.jsonl")):
             continue
         found[name] = entry.content
         if name in ("evaluation.json", "patterns.json", "training_log.json"):
