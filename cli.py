@@ -74,11 +74,10 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
     from rich.text import Text
 
+    from .conversion.terminal_text import printable
     from .evaluation.terminal import terminal
 
-    # Names on disk may be any bytes; what is no text is shown by its escape.
-    shown = message.encode("utf-8", "backslashreplace").decode()
-    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), printable(message)))
     raise typer.Exit(code)
 
 
@@ -174,6 +173,7 @@ def convert(
         from .conversion.hub import push_folder
         from .conversion.open_checkpoint import check_layer_count
         from .conversion.pattern_file import choose_pattern
+        from .conversion.terminal_text import printable
 
         opened = open_source(source, revision=revision, token=token)
         checkpoint = read_checkpoint(opened)
@@ -210,7 +210,7 @@ def convert(
         dropped = human_bytes(sum(info.nbytes for info in plan.dropped))
         typer.echo(f"{output}: pattern {plan.pattern}, shards: {ways}; {dropped} of indexer weights dropped")
         for note in done.warnings:
-            typer.echo(f"note: {note}")
+            typer.echo(printable(f"note: {note}"))
         if url:
             typer.echo(f"pushed: {url}")
 
@@ -506,6 +506,45 @@ def export(
             _fail("--keep chooses in a patterns.json: a checkpoint's own pattern is exported as it is", 2)
         written = run_export(path, output, to)
         _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
+
+
+@app.command(name="warm-up")
+def warm_up(
+    path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: what the config says.")
+    ] = "auto",
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt to compile for.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; one a processor.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Architecture to compile for without a GPU, e.g. sm_90; the GPU here.")
+    ] = None,
+    revision: Revision = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a model's kernels into Triton's cache (TRITON_CACHE_DIR), so that no first token waits for them.
+
+    For images and clusters: a cache that was filled without a GPU serves one, with the same Triton and the same
+    release of indexcache.
+    """
+    with _errors_as_messages():
+        from .conversion.warm_up import warm_up as run_warm_up
+
+        done = run_warm_up(
+            path, dtype=dtype, max_length=max_length, jobs=jobs, target=target, revision=revision, token=token
+        )
+        found = {**done._asdict(), "target": done.target._asdict()}
+        if as_json:
+            _print_json(found)
+        else:
+            kind = f"{done.target.backend} {done.target.arch}"
+            new = f"{done.compiled} of them new, in {done.seconds:.1f} s"
+            typer.echo(f"{done.cache}: {done.variants} kernels for {kind}, {new}")
+            for name, error in done.failed.items():
+                typer.echo(f"{name} does not compile: {error}", err=True)
+        if done.failed:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import math
 import operator
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -214,6 +215,8 @@ def check_file_name(file: object, location: str) -> str:
     """`file` itself when it is a plain relative path that stays inside the checkpoint."""
     if not isinstance(file, str) or not file or "\\" in file or "\0" in file or not is_unicode(file):
         raise ConversionError(f"{location}: {file!r} is no file name")
+    if any(unicodedata.category(character) == "Cc" for character in file):
+        raise ConversionError(f"{location}: {file!r} holds control characters: rename the file")
     path = PurePosixPath(file)
     if path.is_absolute() or ".." in path.parts:
         raise ConversionError(f"{location}: {file!r} points outside the checkpoint: name a file inside it")

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Source, read_json
+from .checkpoint import ConversionError, Source, read_json
 from .shard_writer import BLOCK_BYTES, mode_of, path_inside, write_blocks
 
 _PATTERNS = (
@@ -116,7 +116,12 @@ def copy_companions(source: Source, output: Path, companions: list[Companion] | 
             for begin in range(0, size, BLOCK_BYTES)
         )
         content = blocks if companion.content is None else [companion.content]
-        write_blocks(target, content, mode=mode_of(source, companion.name))
+        written = write_blocks(target, content, mode=mode_of(source, companion.name))
+        if companion.content is None and written.size != size:
+            raise ConversionError(
+                f"{source.location}: {companion.name} has {written.size} bytes where {size} were due: it changed "
+                "meanwhile, run again"
+            )
     return [companion.name for companion in companions]
 
 

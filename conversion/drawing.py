@@ -13,6 +13,7 @@ from .checkpoint import CONFIG_FILE
 from .hub_contents import HubContents
 from .plan import Plan
 from .refresh import RefreshPlan
+from .terminal_text import printable
 from .verify import Verification
 
 # One colour a group, so that a shared layer shows whose selection it reads.
@@ -123,7 +124,11 @@ def draw_plan(plan: Plan) -> RenderableType:
     )
     heading = Text(plan.checkpoint.source.location, style="bold")
     return Group(
-        heading, draw_cells(plan.pattern), table, Text(line), *(Text(f"note: {note}") for note in plan.warnings)
+        heading,
+        draw_cells(plan.pattern),
+        table,
+        Text(line),
+        *(Text(printable(f"note: {note}")) for note in plan.warnings),
     )
 
 
@@ -137,6 +142,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dropped_bytes": sum(info.nbytes for info in plan.dropped),
         "dropped_layers": plan.pattern.shared_layers if plan.dropped else [],
         "folded": len(plan.folded),
+        "rewritten_bytes": plan.rewritten_bytes,
         "shards": [
             {
                 "file": shard.file,
@@ -167,8 +173,8 @@ def draw_verification(result: Verification) -> RenderableType:
                 f"{logits['median_abs_difference']:.3g}, KL {logits['mean_kl']:.3g}"
             )
         )
-    lines += [Text(f"warning: {warning}", style="yellow") for warning in result.warnings]
-    lines += [Text(f"differs: {difference}", style="red") for difference in result.differences]
+    lines += [Text(printable(f"warning: {warning}"), style="yellow") for warning in result.warnings]
+    lines += [Text(printable(f"differs: {difference}"), style="red") for difference in result.differences]
     colour = {"verified": "green", "not verified": "red"}.get(result.verdict, "yellow")
     lines.append(Text(result.verdict, style=f"bold {colour}"))
     return Group(*lines)

@@ -83,6 +83,18 @@ class Plan:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def rewritten_to_drop(self) -> int:
+        """Bytes of shards that are written anew for no other reason than the indexers dropped from them."""
+        dropped_from = {info.file for info in self.dropped}
+        return sum(
+            shard.nbytes
+            for shard in self.shards
+            if shard.file in dropped_from
+            and shard.source_files == [shard.file]
+            and all(tensor.is_copied for tensor in shard.tensors)
+        )
+
+    @property
     def weight_map(self) -> dict[str, str]:
         """The output's tensors with their files."""
         return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}

@@ -26,7 +26,6 @@ _REWRITTEN_FIELDS = {
     "model_type",
     "architectures",
     "auto_map",
-    "source_model_type",
     "indexcache_version",
     "transformers_version",
 }
@@ -35,7 +34,10 @@ _CAST_FIELDS = {"dtype", "quantization_config"}
 
 @dataclass
 class Verification:
-    """What `verify` found. `ok` is the verdict; every difference is a sentence, and every check that was not made."""
+    """What `verify` found. `ok` is the verdict; every difference and every warning is a sentence.
+
+    `not_compared` names the checks that were not made, whose reasons are among the warnings.
+    """
 
     pattern: str
     tensors_equal: int = 0
@@ -43,6 +45,7 @@ class Verification:
     tensors_cast: int = 0
     indexers_dropped: list[int] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    not_compared: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     logits: dict[str, Any] = field(default_factory=dict)
 
@@ -56,7 +59,7 @@ class Verification:
         """In words; what was not compared does not pass."""
         if not self.ok:
             return "not verified"
-        return "verified" if self.logits.get("compared") else "weights and config verified, logits NOT COMPARED"
+        return f"verified, but NOT COMPARED: {', '.join(self.not_compared)}" if self.not_compared else "verified"
 
 
 def verify(original: Source, converted: Source, *, compare_logits: bool = True) -> Verification:
@@ -104,6 +107,7 @@ def _compare_recipe(after: Checkpoint, pattern: SharePattern, recipe: dict[str, 
     """The pattern is the one that was asked for, and shared indexers are there only where that was asked for."""
     written = recipe.get("index_share_pattern")
     if written is None:
+        result.not_compared.append("pattern")
         result.warnings.append(
             f"pattern not compared: there is no {RECIPE_FILE} that says which pattern the conversion was asked for"
         )
@@ -238,6 +242,7 @@ def _compare_logits(
     if "failed" in logits:
         result.differences.append(f"the converted checkpoint does not run: {logits['failed']}")
     elif not logits["compared"]:
+        result.not_compared.append("logits")
         result.warnings.append(f"logits not compared: {logits['reason']}")
     elif not logits["agree"]:
         result.differences.append(

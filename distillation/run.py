@@ -43,6 +43,7 @@ from .graphed_step import refuse_where_no_graphs_run
 from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
+from .sharded_training import gather_whole_states
 from .source import DistillationSource, load_with_new_indexers
 from .trainer import DistillationTrainer, freeze_for, training_arguments
 
@@ -235,7 +236,7 @@ def _train_stage(
         callbacks=callbacks,
     )
     if trainer.is_fsdp_enabled:
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        gather_whole_states(trainer.accelerator.state.fsdp_plugin)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .finite import are_finite, first_not_finite
 from .graphed_step import GraphedSteps, refuse_where_no_graphs_run
 from .losses import group_means, multi_layer_loss
 from .recipe import DENSE, SPARSE, Recipe
+from .sharded_training import spread_by_accelerate
 
 INDEXER_MARK = ".indexer."
 # A loss this many times its start, and one nat more, will not come back.
@@ -345,6 +347,12 @@ class DistillationTrainer(Trainer):
             self._flops[shape] = super().floating_point_ops(inputs)
         return self._flops[shape]
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer._prepare_for_training`; a sharded model comes from what the first process read."""
+        sharded = self.is_fsdp_enabled and self.accelerator.num_processes > 1
+        with spread_by_accelerate(self.model) if sharded else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As `Trainer._save`; with adapters what is trained alone."""
         if self.recipe.lora_rank is None or self.stage == DENSE:
@@ -353,13 +361,11 @@ class DistillationTrainer(Trainer):
             save_adapters(self.model, Path(output_dir or str(self.args.output_dir)), state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing: the model was made from the checkpoint.
+        """Nothing: the model was made from the checkpoint, before it was sharded where it is.
 
         Trainer would match names in the file with names in the module, which differ for experts, and keep whatever
         does not match as it is.
         """
-        if any(Path(resume_from_checkpoint).glob("pytorch_model_fsdp*")):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
 
 class _UpdateCheck(TrainerCallback):

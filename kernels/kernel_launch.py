@@ -15,6 +15,7 @@ import torch
 
 _thread = local()
 _functions: dict[Any, Any] = {}
+_waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
 
 
 def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable[..., Any]:
@@ -26,16 +27,32 @@ def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable
     record = getattr(_thread, "record", None)
     if record is not None:
         return lambda *arguments, **options: record(kernel, grid, arguments, options)
-    index = like.get_device()
+    index, waits = like.get_device(), _waits
     # -1: a CPU's tensors, in Triton's interpreter.
-    if index < 0 or index == torch.cuda.current_device():
+    if not waits and (index < 0 or index == torch.cuda.current_device()):
         return kernel[grid]
 
     def launch_there(*arguments: Any, **options: Any) -> Any:
+        for wait in waits:
+            wait(kernel, arguments, options)
         with torch.cuda.device(index):
             return kernel[grid](*arguments, **options)
 
     return launch_there
+
+
+class wait_before_launches:
+    """Call `wait(kernel, arguments, options)` before every launch of this process, until `stop`."""
+
+    def __init__(self, wait: Callable[[Any, tuple, dict[str, Any]], None]) -> None:
+        global _waits
+        self._wait = wait
+        _waits = (*_waits, wait)
+
+    def stop(self) -> None:
+        """Wait no more."""
+        global _waits
+        _waits = tuple(wait for wait in _waits if wait != self._wait)
 
 
 @contextmanager

@@ -6,10 +6,16 @@ unless told not to look. A variant is one such case.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+
+from .kernel_launch import wait_before_launches
+
+Key = tuple[Any, ...]
 
 
 class Variant(NamedTuple):
@@ -24,7 +30,7 @@ class Variant(NamedTuple):
     """
 
     kernel: Any
-    key: tuple[tuple[str, Any], ...]
+    key: Key
     grid: tuple[int, ...]
     arguments: tuple
     options: dict[str, Any]
@@ -43,14 +49,12 @@ class VariantList:
     """Collects the variants of launches: give `record` to `recorded_launches`."""
 
     def __init__(self) -> None:
-        self._found: dict[Any, Variant] = {}
+        self._found: dict[Key, Variant] = {}
 
     def record(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
         """Note a launch."""
         key = variant_key(kernel, arguments, options)
-        self._found.setdefault(
-            (kernel.fn.__qualname__, kernel.fn.__module__, key), Variant(kernel, key, grid, arguments, options)
-        )
+        self._found.setdefault(key, Variant(kernel, key, grid, arguments, options))
 
     @property
     def variants(self) -> list[Variant]:
@@ -58,11 +62,12 @@ class VariantList:
         return list(self._found.values())
 
 
-def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What Triton tells apart of a launch, by name of argument or option."""
-    given = dict(zip((parameter.name for parameter in kernel.params), arguments)) | options
+def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Key:
+    """What Triton tells apart of a launch: the kernel, and the case of each argument and option by name."""
     known = {parameter.name: parameter for parameter in kernel.params}
-    return tuple((name, _case_of(known.get(name), value)) for name, value in sorted(given.items()))
+    given = dict(zip(known, arguments)) | options
+    cases = (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}",)
+    return cases + tuple((name, _case_of(known.get(name), value)) for name, value in sorted(given.items()))
 
 
 def _case_of(parameter: Any, value: Any) -> Any:
@@ -73,20 +78,49 @@ def _case_of(parameter: Any, value: Any) -> Any:
     if hasattr(value, "base"):
         return str(value.base.dtype), tuple(value.block_shape), repr(getattr(value, "layout", None))
     if isinstance(value, int):
-        wide = "i64" if not -(2**31) <= value < 2**31 else "i32"
+        wide = "i32" if -(2**31) <= value < 2**31 else "i64"
         if parameter.do_not_specialize:
             return wide
-        if value == 1:
-            return "1"
-        return wide, not parameter.do_not_specialize_on_alignment and value % 16 == 0
+        return "1" if value == 1 else (wide, not parameter.do_not_specialize_on_alignment and value % 16 == 0)
     return type(value).__name__
 
 
-def compile_all(variants: list[Variant], run: Callable[[Callable[[], None]], Any]) -> list[Any]:
-    """`run(compile)` of every variant, the slow ones first; what `run` gave."""
-    return [run(variant.compile) for variant in sorted(variants, key=lambda variant: -_weight(variant))]
+class Compilations:
+    """Variants on their way, compiled in threads: Triton lowers without Python's lock. Launches wait for theirs.
 
+    A variant that does not compile is left to the launch that needs it, where its error is dealt with.
+    """
 
-def _weight(variant: Variant) -> int:
-    """A longer kernel takes longer to compile; those in Gluon call many others."""
-    return len(variant.kernel.src) + (10**6 if type(variant.kernel).__name__ == "GluonJITFunction" else 0)
+    def __init__(self, device: torch.device, jobs: int) -> None:
+        self._device = device
+        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="indexcache-compile")
+        self._pending: dict[Key, Future] = {}
+        self._wanted = wait_before_launches(self._wait)
+
+    def add(self, variants: Iterable[Variant]) -> None:
+        """Begin to compile these, in this order, unless they are known."""
+        for variant in variants:
+            if variant.key not in self._pending:
+                self._pending[variant.key] = self._pool.submit(self._compile, variant)
+
+    def finish(self) -> int:
+        """Wait for all; how many there were."""
+        for future in list(self._pending.values()):
+            future.result()
+        self._wanted.stop()
+        self._pool.shutdown(wait=False)
+        return len(self._pending)
+
+    def _compile(self, variant: Variant) -> str | None:
+        try:
+            with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+                variant.compile()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def _wait(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
+        future = self._pending.get(variant_key(kernel, arguments, options))
+        if future is not None and not future.cancel():
+            # Not begun, it is the launch's own to compile.
+            future.result()

@@ -27,6 +27,8 @@ SLAB_BYTES = 64 * 2**20
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048
+# Rows of fewer pieces share a variant of the kernel: up to 262,144 keys.
+LEAST_PIECES = 128
 
 
 def next_power_of_2(n: int) -> int:
@@ -148,7 +150,7 @@ def indexer_score_slab(
                 T,
                 pieces,
                 out.shape[2],
-                PIECES=next_power_of_2(pieces),
+                PIECES=max(LEAST_PIECES, next_power_of_2(pieces)),
                 PIECE=PIECE_KEYS,
                 EPOCH=EPOCH_KEYS,
                 CAP=cap,
@@ -352,6 +354,8 @@ if triton is not None:
                 valid = entry < total
                 home = tl.zeros([1024], tl.int32)
                 step = tl.full((), PIECES, tl.int32)
+                while step > used:
+                    step = step // 2
                 while step > 0:
                     probe = home + step
                     before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=2147483647)

@@ -84,7 +84,7 @@ def sparse_mla_backward_hopper(
 
 if gluon is not None:
 
-    @gluon.jit
+    @gluon.jit(do_not_specialize=["S", "lists", "T"])
     def _sparse_mla_backward_hopper_kernel(
         q,
         kv,

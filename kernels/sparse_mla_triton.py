@@ -32,6 +32,8 @@ LOG2_E = 1.4426950408889634
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64
+# Lists of fewer keys are counted in blocks of as many: a variant for each length of a short context is not worth it.
+LEAST_BLOCK_K = 2048
 
 # Compute capabilities whose shared memory holds 64 rows and whose matrix unit takes them from there or from registers.
 GROUPING_ARCHITECTURES = (80, 90)
@@ -168,10 +170,10 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
         out,
         lse,
         B * S * H,
+        splits,
         V=V,
         BLOCK_V=block_v,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        BLOCK_SPLITS=MOST_SPLITS,
         num_warps=4,
         **early_launch(),
     )
@@ -211,11 +213,11 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         BLOCK_N=tile.block_n,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
+        BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
         GROUP=group,
         OWNER_SHIFT=owner_shift(group),
         HEAD_BLOCKS=head_blocks,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **early_launch(),
@@ -247,7 +249,7 @@ def _processors(device: torch.device) -> int:
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["S", "lists", "T"])
     def _sparse_mla_fwd_kernel(
         q,
         kv,
@@ -285,7 +287,7 @@ if triton is not None:
         GROUP: tl.constexpr,
         OWNER_SHIFT: tl.constexpr,
         HEAD_BLOCKS: tl.constexpr,
-        SPLITS: tl.constexpr,
+        SPLIT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
         if EARLY:
@@ -316,8 +318,8 @@ if triton is not None:
             count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
         blocks = tl.cdiv(count, BLOCK_N)
         first = 0
-        if SPLITS > 1:
-            blocks_per_split = tl.cdiv(blocks, SPLITS)
+        if SPLIT:
+            blocks_per_split = tl.cdiv(blocks, tl.num_programs(1))
             first = tl.program_id(1) * blocks_per_split
             blocks = tl.minimum(first + blocks_per_split, blocks)
 
@@ -381,16 +383,16 @@ if triton is not None:
         lse_rows = lse + split * lse_stride_split + batch * lse_stride_b + query * lse_stride_s + head
         tl.store(lse_rows, row_lse, mask=row_mask)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["rows", "splits"])
     def _sparse_mla_combine_kernel(
         part_out,
         part_lse,
         out,
         lse,
         rows,
+        splits,
         V: tl.constexpr,
         BLOCK_V: tl.constexpr,
-        SPLITS: tl.constexpr,
         BLOCK_SPLITS: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
@@ -401,13 +403,13 @@ if triton is not None:
         offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)
         lse_ptr = part_lse + offs_s.to(tl.int64) * rows + row
-        lses = tl.load(lse_ptr, mask=offs_s < SPLITS, other=float("-inf"))  # [SPLITS]
+        lses = tl.load(lse_ptr, mask=offs_s < splits, other=float("-inf"))  # [SPLITS]
         top = tl.max(lses, 0)
         reference = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp(lses - reference)
         total = tl.sum(weight, 0)
         parts = part_out + (offs_s.to(tl.int64) * rows + row)[:, None] * V + offs_v[None, :]
-        part = tl.load(parts, mask=(offs_s < SPLITS)[:, None] & (offs_v < V)[None, :], other=0.0)
+        part = tl.load(parts, mask=(offs_s < splits)[:, None] & (offs_v < V)[None, :], other=0.0)
         acc = tl.sum(weight[:, None] * part, 0)
         acc = acc * tl.where(total > 0, 1.0 / total, 0.0)
         tl.store(out + row * V + offs_v, acc.to(out.dtype.element_ty), mask=offs_v < V)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..kernels.sparse_mla import sparse_mla
@@ -39,6 +40,7 @@ def attend_absorbed(
             f"attention with gradient takes a selection as a tensor of indices, not {type(topk_indices).__name__}: "
             "pass merge_selection=False to the full layer that made it"
         )
+    latents = share_latent_gradients(module, latents)
     to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries, heads, _ = q_nope.shape
     row_bytes = batch * heads * latents.shape[-1] * latents.element_size()
@@ -86,6 +88,7 @@ def attend_absorbed_masked(
     Returns:
         `[B, S, H, V]`, and the weights `[B, H, S, T]` that made it or None.
     """
+    latents = share_latent_gradients(module, latents)
     to_latent, to_value = module._absorbed_weights(latents)
     batch, num_queries, heads, _ = q_nope.shape
     num_keys, rank = latents.shape[1], module.kv_lora_rank
@@ -114,3 +117,23 @@ def attend_absorbed_masked(
         if want_weights:
             weights.append(weight)
     return joined(outs, 1), joined(weights, 2) if weights else None
+
+
+def share_latent_gradients(module: Any, latents: torch.Tensor) -> torch.Tensor:
+    """`latents [B, T, C + R]`, the gradient of whose first C entries is summed over processes that split the heads.
+
+    Heads that read latents themselves leave a part of the gradient on each process. Where `kv_b_proj` expands latents
+    it sums them, and of the last R entries transformers' plan for `kv_a_proj_with_mqa` does.
+    """
+    weight = getattr(module.kv_b_proj, "weight", None)
+    if not (torch.is_grad_enabled() and latents.requires_grad and dist.is_available()):
+        return latents
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    if not isinstance(weight, DTensor):
+        return latents
+    latent, k_rope = latents.split([module.kv_lora_rank, module.rope_dim], dim=-1)
+    same = [Replicate()] * weight.device_mesh.ndim
+    parts = [Partial() if placement.is_shard() else Replicate() for placement in weight.placements]
+    whole = DTensor.from_local(latent, weight.device_mesh, same, run_check=False)
+    return torch.cat((whole.to_local(grad_placements=parts), k_rope), dim=-1)

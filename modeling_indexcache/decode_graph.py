@@ -184,7 +184,10 @@ class DecodeGraph:
         device = inputs.hidden_states.device
         ranges = device_ranges(model.layers, device)
         self.in_one = runs_on_one_device(model, device)
-        self.census = weakref.ref(_census_of(model, self.in_one))
+        census = _census_of(model, self.in_one)
+        census.users += 1
+        self.census = weakref.ref(census)
+        weakref.finalize(self, _leave_census, weakref.ref(model), self.census).atexit = False
         self.segments = [_Segment(where, inputs, self.capacity, self.in_one) for where in ranges]
         if self.is_static:
             for segment in self.segments:
@@ -390,6 +393,16 @@ def _census_of(model: Any, in_one: bool) -> ModelCensus:
         census = ModelCensus(model, ("layers", "norm", "rotary_emb") if in_one else ("layers",))
         vars(model)[_CENSUS] = census
     return census
+
+
+def _leave_census(model: weakref.ref[Any], census: weakref.ref[ModelCensus]) -> None:
+    """A graph is gone: without graphs a census would only keep alive what is taken out of the model later."""
+    found, owner = census(), model()
+    if found is None:
+        return
+    found.users -= 1
+    if not found.users and owner is not None and vars(owner).get(_CENSUS) is found:
+        del vars(owner)[_CENSUS]
 
 
 def _memory(cache: Any) -> tuple[int, ...] | None:

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
@@ -13,6 +15,11 @@ from ..kernels.expert_topk import expert_topk, normed_expert_topk, takes_normed_
 from .attention_backends import TRITON_ATTENTION
 from .few_token_linears import is_plain_norm
 from .module_hooks import is_offloaded, is_watched, is_wrapped
+
+# What loading leaves in fp32. Of the weight transformers' own classes did so from 5.24 on.
+ROUTER_IN_FP32 = ["e_score_correction_bias"]
+if Version(transformers.__version__) >= Version("5.24"):
+    ROUTER_IN_FP32.append("gate.weight")
 
 
 class IndexCacheTopkRouter(nn.Module):
@@ -43,6 +50,15 @@ class IndexCacheTopkRouter(nn.Module):
                 masked_score=masked,
                 allow_triton=config._attn_implementation == TRITON_ATTENTION,
             )
+
+    @torch.no_grad()
+    def store_exactly(self, dtype: torch.dtype) -> None:
+        """Store an fp32 weight in `dtype` where that keeps every number: logits are the same, and kernels take it."""
+        weight = self.weight
+        if type(weight) is nn.Parameter and not weight.is_meta and weight.dtype == torch.float32 != dtype:
+            narrow = weight.to(dtype)
+            if torch.equal(narrow.float(), weight):
+                self.weight = nn.Parameter(narrow, requires_grad=weight.requires_grad)
 
     def takes_norm(self, norm: Any, rows: torch.Tensor) -> bool:
         """Whether `normed` serves these few `rows [tokens, hidden_size]`, and nobody watches."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicIndexedLayer, StaticIndexedLayer
+from transformers.cache_utils import Cache, DynamicIndexedLayer, DynamicLayer, StaticIndexedLayer
 
 from ..kernels.cache_slot import CacheSlot
 from .growing_cache import append_rows
@@ -55,11 +55,7 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
         return index_keys
     if (slot := index_key_slot(cache, layer_idx)) is not None:
         return slot.write(index_keys)
-    if layer_idx < len(cache.layers) and not hasattr(cache.layers[layer_idx], "update_indexer"):
-        raise ValueError(
-            f"layer {layer_idx} of this {type(cache).__name__} cannot hold index keys: make the cache with the "
-            "model's config, as in DynamicCache(config=model.config)"
-        )
+    _make_room(cache, layer_idx)
     if cache.offloading and index_keys.is_cuda:
         torch.cuda.current_stream(index_keys.device).wait_stream(cache.prefetch_stream)
     if (layer := _growing_layer(cache, index_keys, layer_idx)) is not None:
@@ -67,6 +63,24 @@ def append_index_keys(cache: Cache | None, index_keys: torch.Tensor, layer_idx: 
             layer.lazy_initialization_indexer(index_keys)
         return append_rows(layer, "indexer_keys", index_keys)
     return cache.update_indexer(index_keys, layer_idx)
+
+
+def _make_room(cache: Cache, layer_idx: int) -> None:
+    """Let a cache made without a config, which makes its layers at their first use, make some for index keys.
+
+    Raises:
+        ValueError: when the cache has no such layer, or none with room for index keys.
+    """
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = DynamicIndexedLayer
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+    if layer_idx >= len(cache.layers) or not hasattr(cache.layers[layer_idx], "update_indexer"):
+        raise ValueError(
+            f"layer {layer_idx} of this {type(cache).__name__} of {len(cache.layers)} layers cannot hold index keys: "
+            "make the cache with the model's config, as in DynamicCache(config=model.config)"
+        )
 
 
 def latent_slot(cache: Any, layer_idx: int) -> CacheSlot | None:

@@ -30,10 +30,15 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 class ModelCensus:
     """What the children `names` of a model, and their parts, were made of when this was made.
 
-    Holds none of their tensors; belongs to the model, and copies or pickles of a model do without.
+    Holds none of their tensors, but the dicts that hold them. Belongs to the model for as long as recordings use it;
+    copies and pickles of a model do without.
+
+    Attributes:
+        users: recordings that ask it.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.users = 0
         own = [(model._modules, name) for name in names]
         found = list(dict.fromkeys(part for held, name in own for part in held[name].modules()))  # type: ignore[union-attr]
         children = own + [(part._modules, name) for part in found for name in part._modules]

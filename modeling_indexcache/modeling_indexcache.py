@@ -35,10 +35,11 @@ from .absorbed_weights import multiplier
 from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
 from .attention_form import absorbed_is_cheaper
 from .causal_lm_loss import causal_lm_loss
+from .compile_ahead import compile_ahead
 from .decode_graph import decode_graph, graphs_serve
 from .eager_attention import eager_attention_forward
 from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
-from .expert_router import IndexCacheTopkRouter
+from .expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
 from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
 from .few_token_linears import linears
 from .forward_arguments import refuse_lost_history, refuse_unknown_options
@@ -362,7 +363,7 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(IndexCacheTopkRouter, index=0),
         "topk_indices": OutputRecorder(IndexCacheIndexer, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ROUTER_IN_FP32
     _keep_in_fp32_modules = ["indexer.weights_proj"]
 
     @classmethod
@@ -372,13 +373,18 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
 
         Raises:
-            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint.
+            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline.
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
+        refuse_pipeline(kwargs.get("distributed_config"))
         loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
-        if not new_indexers:
+        for module in model.modules():
+            if isinstance(module, IndexCacheTopkRouter):
+                module.store_exactly(model.get_input_embeddings().weight.dtype)
+        # Without a source all weights are new, or given.
+        if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
         return (model, info) if want_info else model
 
@@ -497,6 +503,7 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         traces: list[Any] = []
         if hidden_out is None:
             device = hidden_states.device
+            compile_ahead(self, hidden_states)
             visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
@@ -526,10 +533,12 @@ class IndexCacheModel(IndexCachePreTrainedModel):
                 slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
                 position_ids = slots.unsqueeze(0)
             position_embeddings, topk_indices = self.rotary_emb(hidden_states, position_ids), None
+        # Generation with an early exit sets how many layers run in the config.
+        layers = list(self.layers)[: self.config.num_hidden_layers]
         in_place = hidden_states.shape[1] > 1 and prefills_in_place(self, hidden_states)
         # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
         merge_selection = not torch.is_grad_enabled()
-        for layer_idx, layer in enumerate(self.layers):
+        for layer_idx, layer in enumerate(layers):
             if part is not None and not part.first <= layer_idx < part.last:
                 continue
             run_indexer = self._running_pattern.is_full(layer_idx)
@@ -564,7 +573,6 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan: Any = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: IndexCacheConfig) -> None:
@@ -637,6 +645,20 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return IndexCacheCausalLMOutput(loss=loss, logits=logits, **rest)
+
+
+def refuse_pipeline(distributed_config: Any) -> None:
+    """Transformers' pipeline stages hand on hidden states alone, and layers that share need a selection.
+
+    Raises:
+        ValueError: for `pp_size` above 1.
+    """
+    if (getattr(distributed_config, "pp_size", None) or 1) > 1:
+        raise ValueError(
+            f"pp_size={distributed_config.pp_size}: a stage of a pipeline would not get the selection that the layers "
+            "before it made. Spread the model with tp_size and ep_size, or over the GPUs of one process with "
+            'device_map="auto"'
+        )
 
 
 __all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]

@@ -185,3 +185,14 @@ def test_names_in_brackets_are_printed_as_they_are(tmp_path, source):
 def test_names_that_are_no_text_are_shown_by_their_escapes(tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/absent\xff")
     assert r"absent\udcff" in message("inspect", name)
+
+
+def test_control_characters_reach_no_terminal(tmp_path, source):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "\x1b[31mx"}))
+    planned = run("convert", source, tmp_path / "o", "--keep", "1/2", "--dry-run")
+    assert planned.exit_code == 0 and "\x1b[31mx" not in planned.output and r"\x1b[31mx" in planned.output
+    (source / "tokenizer\x1b[31m.json").write_text("{}")
+    found = message("convert", source, tmp_path / "o", "--keep", "1/2")
+    assert r"'tokenizer\x1b[31m.json' holds control characters" in found
+    assert r"\x1b[31m" in message("inspect", tmp_path / "\x1b[31m")

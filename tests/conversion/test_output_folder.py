@@ -46,6 +46,18 @@ def test_a_pipe_among_the_companions_is_found_before_a_shard_is_written(tmp_path
     assert not (tmp_path / "o").exists()
 
 
+def test_a_companion_that_shrinks_meanwhile_is_not_taken_for_whole(tmp_path, monkeypatch):
+    source = build(tmp_path / "s")
+    read = FolderSource.read_range
+    monkeypatch.setattr(
+        FolderSource,
+        "read_range",
+        lambda self, file, begin, end: read(self, file, begin, end)[: 1 if "LIC" in file else None],
+    )
+    assert "LICENSE has 1 bytes where 4 were due" in refused(source, tmp_path / "o")
+    assert not (tmp_path / "o" / "config.json").exists()
+
+
 def test_links_to_nothing_or_to_the_outside_are_found_before_a_shard_is_written(tmp_path):
     source = build(tmp_path / "s")
     (source / "vocab.json").symlink_to(tmp_path / "nothing")

@@ -189,7 +189,7 @@ def test_what_is_not_compared_is_a_warning_and_no_pass(tmp_path, monkeypatch):
     output = converted(source, tmp_path / "o")
     monkeypatch.setattr(logits_comparison, "_free_memory", lambda: 1000)
     small = check(source, output, logits=True)
-    assert small.ok and small.verdict == "weights and config verified, logits NOT COMPARED"
+    assert small.ok and small.verdict == "verified, but NOT COMPARED: logits"
     assert small.warnings[0].startswith("logits not compared: ") and "1,000 of memory are free" in small.warnings[0]
     skipped = check(source, output)
     assert skipped.warnings == ["logits not compared: not asked for"] and "NOT COMPARED" in skipped.verdict
@@ -197,7 +197,9 @@ def test_what_is_not_compared_is_a_warning_and_no_pass(tmp_path, monkeypatch):
     drawn.print(draw_verification(skipped))
     assert "warning: logits not compared: not asked for" in drawn.file.getvalue()
     (output / "indexcache_recipe.json").unlink()
-    assert check(source, output).warnings[0].startswith("pattern not compared: there is no indexcache_recipe.json")
+    unsaid = check(source, output)
+    assert unsaid.warnings[0].startswith("pattern not compared: there is no indexcache_recipe.json")
+    assert unsaid.verdict == "verified, but NOT COMPARED: pattern, logits"
 
 
 def test_a_converted_checkpoint_that_does_not_run_is_a_difference(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def run(folder, output, monitor=None, pattern="FSFS", **changes):
     return run_distillation(source, Recipe(**{**RECIPE, **changes}), run_options, monitor or TrainingMonitor())
 
 
-def run_processes(folder, output, kill_at=0, count=1, check=True, **changes):
+def run_processes(folder, output, kill_at=0, count=1, check=True, script=__file__, **changes):
     """The same in processes of their own; returns the finished process."""
     command = [sys.executable]
     if count > 1:
@@ -74,7 +74,7 @@ def run_processes(folder, output, kill_at=0, count=1, check=True, **changes):
             "0",
             "--standalone",
         ]
-    command += [__file__, str(folder), str(output), str(kill_at), json.dumps(changes)]
+    command += [str(script), str(folder), str(output), str(kill_at), json.dumps(changes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     if check:
@@ -94,6 +94,9 @@ class Killer(TrainingMonitor):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    folder, output, kill_at, changes = sys.argv[1:]
+def main(folder, output, kill_at, changes):
     run(Path(folder), Path(output), Killer(int(kill_at)), resume=True, **json.loads(changes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -117,3 +117,29 @@ def test_a_cache_without_room_for_index_keys_is_refused(model, ids):
     plain = DynamicCache(config=tiny_model(index_topk=None, index_share_pattern=None).config)
     with pytest.raises(ValueError, match="make the cache with the model's config"):
         model(ids, past_key_values=plain)
+
+
+def test_a_cache_of_too_few_layers_is_refused(model, ids):
+    short = DynamicCache(config=tiny_model(num_hidden_layers=2, index_share_pattern="FS").config)
+    with pytest.raises(
+        ValueError, match=r"layer 3 of this DynamicCache of 2 layers .* make the cache with the model's"
+    ):
+        tiny_model(index_share_pattern="FFFF").model.layers[3].self_attn.indexer.append_keys(
+            torch.zeros(1, 1, 48), (torch.ones(1, 1, 8), torch.zeros(1, 1, 8)), short
+        )
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_dynamic_cache_made_without_a_config_makes_layers_with_room_for_index_keys(model, ids, grad):
+    with torch.set_grad_enabled(grad):
+        expected = model(ids).logits
+        cache = DynamicCache()
+        parts = [
+            model(ids[:, first:last], past_key_values=cache).logits for first, last in ((0, 5), (5, 39), (39, 40))
+        ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+    assert [layer.indexer_keys is not None for layer in cache.layers] == [letter == "F" for letter in PATTERN]
+    assert torch.equal(
+        model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=3, do_sample=False),
+        model.generate(ids, max_new_tokens=3, do_sample=False),
+    )

@@ -508,6 +508,23 @@ def test_a_cache_does_not_keep_the_weights_of_a_model_that_is_gone(replays, ids,
     assert cache.get_seq_length() == 20
 
 
+def test_modules_taken_out_of_a_model_are_free_when_no_cache_needs_their_record(model, replays, ids):
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :15], past_key_values=cache)
+        steps(model, cache, ids[:, 15:20])
+    census = weakref.ref(vars(model.model)["_indexcache_census"])
+    del cache
+    caches.pop()
+    gc.collect()
+    assert census() is not None
+    caches.pop()
+    # The stand-in for a graph refers to itself.
+    gc.collect()
+    assert census() is None and "_indexcache_census" not in vars(model.model)
+
+
 def test_a_refused_recording_is_asked_for_again_much_later(model, replays, ids, monkeypatch):
     monkeypatch.setattr(decode_graph, "STEPS_UNTIL_ASKED_AGAIN", 4)
     asked = []

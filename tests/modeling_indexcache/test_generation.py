@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_ways import NEW, check_every_way, loop_without_cache
+from generation_ways import NEW, check_every_way, greedy, loop_without_cache
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
@@ -80,3 +80,19 @@ def test_pipeline_generates(model, tmp_path):
     text = generate("w5 w6 w7 w8", generation_config=config)[0]["generated_text"]
     assert text.startswith("w5 w6 w7 w8")
     assert text.count("w") == 8
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_early_exit_drafts_with_the_first_layers_and_changes_nothing(model, ids, layers):
+    options = dict(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    expected = model.generate(ids[:1], **options)
+    assert torch.equal(model.generate(ids[:1], **options, assistant_early_exit=layers), expected)
+    assert model.config.num_hidden_layers == 4
+    assert torch.equal(model.generate(ids[:1], **options), expected)
+
+
+def test_as_many_layers_run_as_the_config_says(model, ids, monkeypatch):
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states[2]
+        monkeypatch.setattr(model.config, "num_hidden_layers", 2)
+        torch.testing.assert_close(model.model(ids).last_hidden_state, model.model.norm(expected))

@@ -1,14 +1,17 @@
 """Saved models load as they were, with other patterns where the weights allow, and refuse what cannot be."""
 
+import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
-from transformers import AutoModel, AutoModelForCausalLM
+from tiny_models import glm_oracle, ours_like, tiny_config, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, GlmMoeDsaForCausalLM
 
 from indexcache import IndexCacheForCausalLM
+from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +135,67 @@ def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, b
     model.config._attn_implementation_internal = backend
     logits(model, ids)
     assert set(seen) == {allowed}
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"rope_parameters": YARN}], ids=str)
+@pytest.mark.parametrize("model_class", [IndexCacheModel, IndexCacheForCausalLM])
+def test_every_weight_and_buffer_that_no_file_has_is_made_as_in_a_new_model(model_class, changes):
+    config = tiny_config(index_share_pattern="FSFS", **changes)
+    new = model_class(config)
+    # New memory holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loaded = model_class.from_pretrained(None, config=copy.deepcopy(config), state_dict={})
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = {**dict(loaded.named_parameters()), **dict(loaded.named_buffers())}
+    for name, expected in {**dict(new.named_parameters()), **dict(new.named_buffers())}.items():
+        assert not found[name].is_meta, name
+        assert found[name].dtype == expected.dtype, name
+        if expected.numel() < 2 or expected.float().std() < 1e-6 or "freq" in name:
+            assert torch.equal(found[name], expected), name
+        else:
+            assert 0.5 < found[name].std() / expected.std() < 2, name
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_the_router_keeps_as_many_digits_of_its_weight_as_in_glm(tmp_path, stored):
+    theirs = glm_oracle("FSFS")
+    ours = ours_like(theirs, "FSFS", "sdpa")
+    folders = tmp_path / "theirs", tmp_path / "ours"
+    for model, folder in zip((theirs, ours), folders):
+        model.to(stored).save_pretrained(folder)
+        weights = load_file(folder / "model.safetensors")
+        assert weights["model.layers.1.mlp.gate.weight"].dtype == stored
+    native, loaded = (
+        kind.from_pretrained(folder, dtype=torch.bfloat16)
+        for kind, folder in zip((GlmMoeDsaForCausalLM, IndexCacheForCausalLM), folders)
+    )
+    gates = [model.model.layers[1].mlp.gate for model in (native, loaded)]
+    assert torch.equal(gates[0].weight.float(), gates[1].weight.float())
+    rows = torch.randn(5, 48, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    assert torch.equal(gates[0](rows)[0], gates[1](rows)[0])
+    if stored == torch.bfloat16:
+        assert gates[1].weight.dtype == torch.bfloat16  # which the kernels take
+
+
+def test_a_router_stores_fewer_digits_only_where_none_is_lost():
+    gate = tiny_model().model.layers[1].mlp.gate
+    gate.store_exactly(torch.bfloat16)
+    assert gate.weight.dtype == torch.float32
+    exact = gate.weight.data.bfloat16()
+    gate.weight.data = exact.float()
+    gate.store_exactly(torch.bfloat16)
+    assert torch.equal(gate.weight, exact)
+    assert gate.weight.dtype == torch.bfloat16 and gate.weight.requires_grad
+
+
+def test_a_pipeline_is_neither_declared_nor_taken(saved):
+    model = tiny_model()
+    assert not model.supports_pp_plan
+    split = SimpleNamespace(pp_size=2)
+    with pytest.raises(ValueError, match="pp_size=2: a stage of a pipeline would not get the selection"):
+        AutoModelForCausalLM.from_pretrained(saved, distributed_config=split)

@@ -6,6 +6,7 @@ from tiny_models import tiny_model
 from transformers import DynamicCache
 
 from indexcache.kernels.indexer_quantization import e4m3_of_rows
+from indexcache.modeling_indexcache import inference_attention
 
 PATTERN = "FSFS"
 
@@ -96,6 +97,42 @@ def test_eager_returns_weights_that_are_zero_where_not_selected(model, ids):
         allowed = torch.zeros(2, 33, 34, dtype=torch.bool)
         allowed.scatter_(-1, indices.long().masked_fill(indices < 0, 33), True)
         assert (weights.transpose(1, 2)[~allowed[..., :33].unsqueeze(2).expand(-1, -1, 4, -1)] == 0).all()
+
+
+@pytest.mark.parametrize("first", [0, 5, 31], ids=["prefill", "chunk", "few queries"])
+def test_eager_weights_and_hidden_states_are_on_the_way_to_the_loss(ids, monkeypatch, first):
+    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**10)
+    model = tiny_model(index_share_pattern=PATTERN)
+    model.set_attn_implementation("eager")
+    prefix = model(ids[:, :first], use_cache=True).past_key_values if first else None
+    out = model(ids[:, first:], past_key_values=prefix, output_attentions=True, output_hidden_states=True)
+    kept = [*out.attentions, *out.hidden_states]
+    for tensor in kept:
+        tensor.retain_grad()
+    out.logits.square().sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in kept)
+
+
+@pytest.mark.parametrize("asked", ["argument", "config"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_router_logits_are_recorded_as_in_glm(ids, grad, asked):
+    from tiny_models import glm_oracle, ours_like
+
+    theirs = glm_oracle(PATTERN)
+    ours = ours_like(theirs, PATTERN, "sdpa")
+    for part in (lambda model: model, lambda model: model.model):
+        found = []
+        for model in (theirs, ours):
+            with torch.set_grad_enabled(grad):
+                if asked == "config":
+                    model.config.output_router_logits = True
+                    found.append(part(model)(ids).router_logits)
+                    model.config.output_router_logits = False
+                else:
+                    found.append(part(model)(ids, output_router_logits=True).router_logits)
+        assert len(found[0]) == 3
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_an_empty_prompt_embedding_or_both_inputs_is_refused(model, ids):

@@ -10,13 +10,11 @@ from time_limits import PROCESS_SECONDS
 from tiny_models import tiny_model
 
 
-@pytest.mark.parametrize("ep_size", [1, 2], ids=["tensor", "expert"])
-def test_two_processes_equal_one(tmp_path, ep_size):
-    tiny_model(index_share_pattern="FSFS").save_pretrained(tmp_path)
-    script = Path(__file__).with_name("parallel_generation.py")
+def run_on_two_processes(script, *arguments):
+    """Run a script of this folder under torchrun; both processes must say that they agree."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*command, str(script), str(tmp_path), str(ep_size)],
+        [*command, str(Path(__file__).with_name(script)), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=PROCESS_SECONDS,
@@ -24,3 +22,15 @@ def test_two_processes_equal_one(tmp_path, ep_size):
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     assert finished.stdout.count("agrees") == 2
+
+
+@pytest.mark.parametrize("ep_size", [1, 2], ids=["tensor", "expert"])
+def test_two_processes_generate_as_one(tmp_path, ep_size):
+    tiny_model(index_share_pattern="FSFS").save_pretrained(tmp_path)
+    run_on_two_processes("parallel_generation.py", tmp_path, ep_size)
+
+
+@pytest.mark.parametrize("split", ["tensor", "expert", "data", "data, expert"])
+def test_gradients_of_two_processes_are_those_of_one(tmp_path, split):
+    tiny_model(index_share_pattern="FSFS").save_pretrained(tmp_path)
+    run_on_two_processes("parallel_gradients.py", tmp_path, split)

@@ -1,0 +1,210 @@
+"""Kernels compiled before they are needed: what a model will launch is known from its config alone.
+
+A model of as many layers as there are kinds of layers runs on tensors without memory (`pretended_tensors.py`), a
+prefill and some decoding steps at several lengths, and its launches are noted. In a process that has a GPU, the first
+prefill starts this in the background, and threads compile the variants while it goes on; `indexcache warm-up` does it
+for an image or a cluster, without a GPU too.
+
+INDEXCACHE_COMPILE_AHEAD=0 turns the background off, any other number says how many threads there are.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..kernels.device_target import DeviceTarget, device_target
+from ..kernels.kernel_launch import are_recorded
+from ..kernels.kernel_variants import Compilations, Variant, VariantList
+from ..kernels.pretended_tensors import pretended, pretended_launches
+from .attention_backends import TRITON_ATTENTION
+
+COMPILE_AHEAD = "INDEXCACHE_COMPILE_AHEAD"
+# Prompts that between them ask for every variant, whatever the length: few tokens, more tokens than top-k and fewer,
+# chunks of a long prompt. What a length changes beyond that is not compiled for.
+LENGTHS = (16, 1000, 8192, 100_000)
+# The last of these steps is recorded, and its kernels launch early.
+STEPS = 4
+
+_started: set[tuple[Any, ...]] = set()
+_lock = threading.Lock()
+
+
+def compile_ahead(model: Any, hidden_states: torch.Tensor) -> None:
+    """Start to compile, in the background, what this decoder will launch; once for a kind of model and a device.
+
+    Args:
+        model: `IndexCacheModel`.
+        hidden_states: `[B, S, hidden_size]` of its first forward on this device.
+    """
+    jobs = _threads()
+    if jobs == 0 or not _serves(model, hidden_states):
+        return
+    kind = (_kind_of(model.config), hidden_states.dtype, hidden_states.device)
+    with _lock:
+        if kind in _started:
+            return
+        _started.add(kind)
+    mark = _mark(model, hidden_states)
+    if mark is not None and mark.exists():
+        return
+    small = small_model(model)
+    arguments = (small, hidden_states.device, hidden_states.shape[1], jobs, mark)
+    threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead", daemon=True).start()
+
+
+def small_model(model: Any) -> Any:
+    """A decoder with one layer of each kind of `model`, whose tensors have its dtypes and no memory."""
+    kept = kinds_of_layers(model.config, str(model._running_pattern))
+    small = pretended_decoder(type(model), model.config, kept, str(model._running_pattern))
+    known = dict(model.named_parameters()) | dict(model.named_buffers())
+    for module_name, module in small.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                place = f"{module_name}.{name}".lstrip(".").split(".")
+                if place[0] == "layers":
+                    place[1] = str(kept[int(place[1])])
+                real = known.get(".".join(place))
+                if tensor is not None and real is not None and real.dtype != tensor.dtype:
+                    held[name] = pretended(torch.empty(tensor.shape, dtype=real.dtype, device="meta"))
+    return small
+
+
+def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtype: torch.dtype | None = None) -> Any:
+    """`cls` of the layers `kept` of a config's, with tensors without memory.
+
+    Args:
+        cls: `IndexCacheModel`.
+        config: of the whole model.
+        kept: which layers.
+        pattern: the share pattern that the whole model runs.
+        dtype: of the weights, but those that `from_pretrained` keeps in fp32; None: fp32.
+    """
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = len(kept)
+    config.index_share_pattern = "".join(pattern[layer] for layer in kept)
+    config.mlp_layer_types = [config.mlp_layer_types[layer] for layer in kept]
+    config.layer_types = [config.layer_types[layer] for layer in kept]
+    # What it asks for is not asked of this machine.
+    config._attn_implementation_internal = "sdpa"
+    with torch.device("meta"):
+        model = cls(config).eval()
+    model.config._attn_implementation_internal = TRITON_ATTENTION
+    wide = cls._keep_in_fp32_modules_strict or []
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    narrow = dtype is not None and held is module._parameters and name not in wide
+                    held[name] = pretended(tensor.to(dtype) if narrow else tensor)
+    return model
+
+
+def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGTHS) -> Iterator[list[Variant]]:
+    """New variants of a prefill, then of decoding steps, for each length in turn.
+
+    Args:
+        model: of `small_model` or `pretended_decoder`.
+        target: what to compile for.
+        lengths: tokens of the prompts.
+    """
+    found, known = VariantList(), 0
+    for length in lengths:
+        with pretended_launches(target, found.record):
+            cache = DynamicCache(config=model.config)
+            for tokens in (length, *[1] * STEPS):
+                ids = torch.empty(1, tokens, dtype=torch.int64, device="cuda")
+                model(ids, past_key_values=cache, use_cache=True)
+                fresh = found.variants[known:]
+                if fresh:
+                    known += len(fresh)
+                    yield fresh
+
+
+def _work(small: Any, device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
+    compilations = Compilations(device, jobs)
+    try:
+        lengths = (tokens, *(length for length in LENGTHS if length != tokens))
+        for fresh in variants_of(small, device_target(device), lengths):
+            compilations.add(fresh)
+    except Exception:
+        # What is not known ahead is compiled when it is needed; nothing else depends on this.
+        mark = None
+    compilations.finish()
+    if mark is not None:
+        try:
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError:
+            pass
+
+
+def _serves(model: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether kernels will run for which a GPU is here, by a model that is whole."""
+    return (
+        hidden_states.is_cuda
+        and not are_recorded()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and model.config._attn_implementation == TRITON_ATTENTION
+        and model.config.index_topk is not None
+        and hidden_states.dtype in (torch.bfloat16, torch.float16)
+        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    )
+
+
+def _threads() -> int:
+    wanted = os.environ.get(COMPILE_AHEAD, "")
+    if wanted.isdigit():
+        return int(wanted)
+    return min(16, os.cpu_count() or 1)
+
+
+def kinds_of_layers(config: Any, pattern: str) -> list[int]:
+    """The first layer of each kind: dense or sparse feed-forward, with or without an indexer."""
+    kinds = dict.fromkeys(zip(config.mlp_layer_types, pattern))
+    layers = list(zip(config.mlp_layer_types, pattern))
+    return [layers.index(kind) for kind in kinds]
+
+
+def _kind_of(config: Any) -> str:
+    """What of a config decides on kernels: all but the number of layers."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in ("num_hidden_layers", "_name_or_path")}
+    return hashlib.sha256(repr(sorted(fields.items(), key=lambda item: item[0])).encode()).hexdigest()
+
+
+def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
+    """A file in Triton's cache that says that all this was compiled before."""
+    try:
+        import triton
+
+        folder = Path(triton.knobs.cache.dir)
+        place = (
+            triton.__version__,
+            _kind_of(model.config),
+            str(model._running_pattern),
+            str(hidden_states.dtype),
+            device_target(hidden_states.device),
+            _code(),
+        )
+    except Exception:
+        return None
+    return folder / f"indexcache-{hashlib.sha256(repr(place).encode()).hexdigest()[:32]}"
+
+
+def _code() -> str:
+    """A digest of the kernels' source as it is here."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*_triton.py")) or sorted(
+        (Path(__file__).parent.parent / "kernels").glob("*.py")
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
