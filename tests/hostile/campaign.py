@@ -1,8 +1,8 @@
 """`make hostile`: tries without end, or until SECONDS are over; counts, findings, and a summary as JSON.
 
-    make hostile SECONDS=3600 SEED=1                all kinds, two processes
-    make hostile SEED=1 ONLY=journal:17             one try again, as a finding names it
-    make hostile SEED=1 ONLY=journal SECONDS=60     one kind
+make hostile SECONDS=3600 SEED=1                all kinds, two processes
+make hostile SEED=1 ONLY=journal:17             one try again, as a finding names it
+make hostile SEED=1 ONLY=journal SECONDS=60     one kind
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import cycle
 from pathlib import Path
 from queue import Empty
 
@@ -38,27 +40,27 @@ KINDS: dict[str, Maker] = {
     **hub_inputs.KINDS,
     **path_inputs.KINDS,
 }
-KILL = "kill"
 # So many inputs for one kill.
 INPUTS_A_KILL = 10
 SECONDS_A_TRY = 600.0
+_ALL = (*KINDS, *dict.fromkeys(kills.KINDS))
 
 
 def one(shop: Workshop, kind: str, seed: int, number: int) -> Verdict:
     """Try `number` of a kind."""
-    return kills.stop(shop, seed, number) if kind == KILL else carry_out(shop, kind, KINDS[kind], seed, number)
+    if kind in kills.KINDS:
+        return kills.stop(shop, kind, seed, number)
+    return carry_out(shop, kind, KINDS[kind], seed, number)
 
 
-def schedule(process: int, processes: int, only: str | None):
+def schedule(process: int, processes: int, only: str | None) -> Iterator[tuple[str, int]]:
     """Kinds and numbers for one of several processes, without end: every kind in turn, a kill now and then."""
-    if only is not None:
-        kinds = [only]
-    else:
-        names = list(KINDS)
-        kinds = [name for at in range(0, len(names), INPUTS_A_KILL) for name in (*names[at : at + INPUTS_A_KILL], KILL)]
     counts: Counter[str] = Counter()
-    while True:
-        for kind in kinds:
+    for at, kind in enumerate(cycle([only] if only else list(KINDS))):
+        yield kind, process + processes * counts[kind]
+        counts[kind] += 1
+        if only is None and at % INPUTS_A_KILL == 0:
+            kind = kills.KINDS[at // INPUTS_A_KILL % len(kills.KINDS)]
             yield kind, process + processes * counts[kind]
             counts[kind] += 1
 
@@ -91,8 +93,8 @@ def main() -> int:
     words.add_argument("--summary", type=Path, default=Path("build/hostile.json"))
     options = words.parse_args()
     kind, _, number = (options.only or "").partition(":")
-    if kind and kind not in (*KINDS, KILL):
-        words.error(f"--only: no kind {kind!r} (there are {', '.join((*KINDS, KILL))})")
+    if kind and kind not in _ALL:
+        words.error(f"--only: no kind {kind!r} (there are {', '.join(_ALL)})")
     folder = tempfile.mkdtemp(prefix="hostile_")
     try:
         if number:
@@ -142,21 +144,25 @@ def _campaign(options: argparse.Namespace, only: str | None, folder: str) -> int
                 print(f"\n{verdict}", flush=True)
         if time.time() - told > 60:
             told = time.time()
-            inputs = sum(done.values()) - done[KILL]
-            print(f"... {told - begun:,.0f} s: {inputs:,} inputs, {done[KILL]:,} kills, {len(verdicts)} with findings", flush=True)
+            print(f"... {told - begun:,.0f} s: {_counted(done)}, {len(verdicts)} with findings", flush=True)
     for worker in workers:
         worker.join()
     _report(options, begun, done, codes, verdicts, deaths)
     return 1 if verdicts or deaths else 0
 
 
+def _counted(done: Counter[str]) -> str:
+    inputs = sum(done[kind] for kind in KINDS)
+    return f"{inputs:,} inputs, {sum(done.values()) - inputs:,} kills"
+
+
 def _report(options, begun: float, done: Counter, codes: Counter, verdicts: list[Verdict], deaths: list[str]) -> None:
-    inputs = sum(done.values()) - done[KILL]
     print("\nkind                    tries  exit codes")
-    for kind in (*KINDS, KILL):
-        ends = ", ".join(f"{code.split()[1]}: {count}" for code, count in sorted(codes.items()) if code.split()[0] == kind)
-        print(f"{kind:22} {done[kind]:6,}  {ends}")
-    print(f"\nseed {options.seed}: {inputs:,} inputs, {done[KILL]:,} kills, {len(verdicts)} with findings, {time.time() - begun:,.0f} s")
+    for kind in _ALL:
+        mine = {code.split()[1]: count for code, count in sorted(codes.items()) if code.split()[0] == kind}
+        print(f"{kind:22} {done[kind]:6,}  {', '.join(f'{code}: {count}' for code, count in mine.items())}")
+    seconds = time.time() - begun
+    print(f"\nseed {options.seed}: {_counted(done)}, {len(verdicts)} with findings, {seconds:,.0f} s")
     kinds = Counter(signature(finding) for verdict in verdicts for finding in verdict.findings)
     for text, count in kinds.most_common():
         example = next(verdict for verdict in verdicts if text in map(signature, verdict.findings))
@@ -167,8 +173,8 @@ def _report(options, begun: float, done: Counter, codes: Counter, verdicts: list
         "seconds": round(time.time() - begun),
         "processes": options.processes,
         "cores": os.cpu_count(),
-        "inputs": inputs,
-        "kills": done[KILL],
+        "inputs": sum(done[kind] for kind in KINDS),
+        "kills": sum(done.values()) - sum(done[kind] for kind in KINDS),
         "tries": dict(done),
         "exit_codes": dict(codes),
         "with_findings": len(verdicts),

@@ -119,7 +119,9 @@ def companion_json(shop: Workshop, chance: random.Random) -> Try:
     spoilt = spoil(path.read_bytes(), chance)
     if name == "tokenizer_config.json" and chance.random() < 0.25:
         settings = json.loads(path.read_bytes())
-        settings["auto_map"] = chance.choice([{"AutoTokenizer": ["evil/repo--tok.Tok", None]}, ["a.b"], "a.b", {"x": 1}])
+        settings["auto_map"] = chance.choice(
+            [{"AutoTokenizer": ["evil/repo--tok.Tok", None]}, ["a.b"], "a.b", {"x": 1}]
+        )
         spoilt = Spoilt(json.dumps(settings).encode(), f"auto_map is {settings['auto_map']}", ("auto_map",))
     path.write_bytes(spoilt.data)
     names = (*spoilt.names, name, name.partition("_")[0].partition(".")[0])
@@ -134,10 +136,15 @@ def companion_json(shop: Workshop, chance: random.Random) -> Try:
 
 
 _COMPANIONS = {
-    "adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "a/b", "r": 8, "target_modules": ["q_a_proj"]},
+    "adapter_config.json": {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "a/b",
+        "r": 8,
+        "target_modules": ["q_a_proj"],
+    },
     "special_tokens_map.json": {"eos_token": "</s>", "unk_token": {"content": "<unk>", "lstrip": False}},
     "chat_template.json": {"chat_template": "{{ messages }}"},
-}  # fmt: skip
+}
 
 
 def companion_file(shop: Workshop, chance: random.Random) -> Try:
@@ -145,7 +152,9 @@ def companion_file(shop: Workshop, chance: random.Random) -> Try:
     box = shop.box("deepseek", "try")
     verb = chance.choice(["convert", "convert", "convert copy", "export", "push", "distill", "eval", "inspect"])
     folder = box / ("converted" if verb in ("export", "push") else "source")
-    name = chance.choice(["tokenizer.json", "LICENSE", "README.md", "chat_template.jinja", "encoding/format.py", "extra.model"])
+    name = chance.choice(
+        ["tokenizer.json", "LICENSE", "README.md", "chat_template.jinja", "encoding/format.py", "extra.model"]
+    )
     if chance.random() < 0.15:
         name = chance.choice(["config.json", "model-00002-of-00003.safetensors", "model.safetensors.index.json"])
     way = chance.choice(list(_INSTEAD))
@@ -177,7 +186,9 @@ def _folder(path: Path) -> None:
 
 
 def _link_outside(path: Path) -> None:
-    path.symlink_to(os.path.relpath(path.parents[len(path.parts) - _depth(path) - 1] / "outside/secret.txt", path.parent))
+    path.symlink_to(
+        os.path.relpath(path.parents[len(path.parts) - _depth(path) - 1] / "outside/secret.txt", path.parent)
+    )
 
 
 def _depth(path: Path) -> int:
@@ -223,11 +234,32 @@ def strange_names(shop: Workshop, chance: random.Random) -> Try:
     verb = chance.choice(["convert", "convert copy", "export", "push", "inspect", "distill"])
     folder = box / ("converted" if verb in ("export", "push") else "source")
     name = chance.choice(
-        [b"LICENSE [bold]", b"LICENSE \xff\xfe", b"LICENSE\nX", b"NOTICE \xe2\x80\xae.txt", b"LICENSE\x1b[2J", b"nul.model",
-         b"CON.model", b"LICENSE" + b"x" * 230, b"tokenizer\xff.json", b"encoding/\xff.py", b"encoding/a/b/c/d.py",
-         b"encoding/..py", b"encoding/[x].py", b".env", b".git/config", b"training/optimizer.pt", b"x.bin", b"x.partial",
-         b".indexcache_convert.json", b"indexcache_recipe.json", b"LICENSE\\..\\x", b"*.model", b"extra.safetensors"]
-    )  # fmt: skip
+        [
+            b"LICENSE [bold]",
+            b"LICENSE \xff\xfe",
+            b"LICENSE\nX",
+            b"NOTICE \xe2\x80\xae.txt",
+            b"LICENSE\x1b[2J",
+            b"nul.model",
+            b"CON.model",
+            b"LICENSE" + b"x" * 230,
+            b"tokenizer\xff.json",
+            b"encoding/\xff.py",
+            b"encoding/a/b/c/d.py",
+            b"encoding/..py",
+            b"encoding/[x].py",
+            b".env",
+            b".git/config",
+            b"training/optimizer.pt",
+            b"x.bin",
+            b"x.partial",
+            b".indexcache_convert.json",
+            b"indexcache_recipe.json",
+            b"LICENSE\\..\\x",
+            b"*.model",
+            b"extra.safetensors",
+        ]
+    )
     path = os.path.join(os.fsencode(folder), name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "wb") as stream:
@@ -272,9 +304,13 @@ def _other_shard(data: bytes, weight_map: dict[str, str], chance: random.Random)
     document = json.loads(data)
     name = chance.choice(list(weight_map))
     others = sorted(set(weight_map.values()) - {weight_map[name]})
-    file = chance.choice([*others, "../outside/secret.txt", "model-00009-of-00003.safetensors", "config.json", "/etc/passwd"])
+    file = chance.choice(
+        [*others, "../outside/secret.txt", "model-00009-of-00003.safetensors", "config.json", "/etc/passwd"]
+    )
     document["weight_map"][name] = file
-    return Spoilt(json.dumps(document).encode(), f"{name} is in {file}", (name, file), True, ("weight_map", name), file)
+    return Spoilt(
+        json.dumps(document).encode(), f"{name} is in {file}", (name, file), True, ("weight_map", name), file
+    )
 
 
 def _config_is_fatal(spoilt: Spoilt) -> bool | None:

@@ -65,7 +65,9 @@ def loads(folder: str, source: str | None = None) -> list[str]:
             wrong.append(f"loading the output finds {kind}: {sorted(map(str, about[kind]))[:5]}")
     # MTP layers travel and are not loaded.
     layers = model.config.num_hidden_layers
-    strange = [name for name in about.get("unexpected_keys", ()) if not _beyond(name, layers) and "indexer" not in name]
+    strange = [
+        name for name in about.get("unexpected_keys", ()) if not _beyond(name, layers) and "indexer" not in name
+    ]
     if strange:
         wrong.append(f"loading the output finds unexpected keys: {strange[:5]}")
     if (Path(folder) / "tokenizer.json").exists():

@@ -70,7 +70,18 @@ class _Disk:
         self.events = self.bytes = 0
         self.broken = False
         self.write_descriptor, self.open = os.write, io.open
-        for name in ("fsync", "replace", "rename", "link", "symlink", "unlink", "remove", "mkdir", "rmdir", "truncate"):
+        for name in (
+            "fsync",
+            "replace",
+            "rename",
+            "link",
+            "symlink",
+            "unlink",
+            "remove",
+            "mkdir",
+            "rmdir",
+            "truncate",
+        ):
             setattr(os, name, self._event_of(getattr(os, name)))
         os.write = self._os_write
         io.open = builtins.open = self._open
@@ -175,7 +186,9 @@ class _Disk:
             try:
                 self.strike(lambda share: os.truncate(target, int(size * share)))
             except OSError as error:
-                raise failure(f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})") from None
+                raise failure(
+                    f"Error while serializing: I/O error: {error.strerror} (os error {error.errno})"
+                ) from None
             room = self._room_for(size)
             if room < size:
                 os.truncate(target, room)

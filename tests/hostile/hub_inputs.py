@@ -26,10 +26,21 @@ def reading(shop: Workshop, chance: random.Random) -> Try:
     """A checkpoint on a Hub: every byte is the commit's, or the verb says no."""
     box = shop.box(chance.choice(["deepseek", "deepseek", "glm"]), "try")
     shop.hub.put(SOURCE, box / "source")
-    verb = chance.choice(["convert", "convert", "convert cast", "convert copy", "inspect", "eval", "verify", "dry run"])
+    verb = chance.choice(
+        ["convert", "convert", "convert cast", "convert copy", "inspect", "eval", "verify", "dry run"]
+    )
     argv = words(verb, source=SOURCE)
     file = chance.choice(
-        ["model.*safetensors$", "model.*safetensors$", "config.json$", "tokenizer.json$", "tokenizer_config.json$", ".*", "index.json$", "README.md$"]
+        [
+            "model.*safetensors$",
+            "model.*safetensors$",
+            "config.json$",
+            "tokenizer.json$",
+            "tokenizer_config.json$",
+            ".*",
+            "index.json$",
+            "README.md$",
+        ]
     )
     what, wrong, must = _wrong_answer(chance, _FILE + ".*" + file if file != ".*" else _FILE)
     shop.hub.wrong.append(wrong)
@@ -64,10 +75,10 @@ def _wrong_answer(chance: random.Random, path: str) -> tuple[str, WrongAnswer, b
         "a flipped bit": ({"body": lambda data: _flip(data, chance)}, None),
         "zeros": ({"body": lambda data: bytes(len(data))}, None),
         "a connection that breaks": ({"cut": chance.random()}, None),
-        "429": ({"status": 429, "headers": {"Retry-After": "1"}}, False if once else True),
-        "500": ({"status": 500}, False if once else True),
-        "502": ({"status": 502}, False if once else True),
-        "503 with Retry-After": ({"status": 503, "headers": {"Retry-After": "1"}}, False if once else True),
+        "429": ({"status": 429, "headers": {"Retry-After": "1"}}, not once),
+        "500": ({"status": 500}, not once),
+        "502": ({"status": 502}, not once),
+        "503 with Retry-After": ({"status": 503, "headers": {"Retry-After": "1"}}, not once),
         "503 with a date": ({"status": 503, "headers": {"Retry-After": "Wed, 21 Oct 2030 07:28:00 GMT"}}, None),
         "429 for a day": ({"status": 429, "headers": {"Retry-After": "86400"}}, None),
         "401": ({"status": 401}, None),
@@ -113,11 +124,15 @@ def listing(shop: Workshop, chance: random.Random) -> Try:
         "files are null": change(lambda answer: answer.update(siblings=None)),
         "files without sizes": change(lambda answer: [file.pop("size", None) for file in answer.get("siblings", ())]),
         "sizes one too large": change(
-            lambda answer: [file.update(size=file["size"] + 1) for file in answer.get("siblings", ()) if "size" in file]
+            lambda answer: [
+                file.update(size=file["size"] + 1) for file in answer.get("siblings", ()) if "size" in file
+            ]
         ),
         "sizes as text": change(lambda answer: [file.update(size="many") for file in answer.get("siblings", ())]),
         "negative sizes": change(lambda answer: [file.update(size=-1) for file in answer.get("siblings", ())]),
-        "a file outside": change(lambda answer: answer["siblings"].append({"rfilename": "../../outside/x", "size": 3})),
+        "a file outside": change(
+            lambda answer: answer["siblings"].append({"rfilename": "../../outside/x", "size": 3})
+        ),
         "an absolute file": change(lambda answer: answer["siblings"].append({"rfilename": "/tmp/x", "size": 3})),
         "a file that is not there": change(
             lambda answer: answer["siblings"].append({"rfilename": "LICENSE.more", "size": 3, "blobId": "0" * 40})
@@ -197,14 +212,24 @@ def _state(shop: Workshop, box: Path, done: bool) -> list[str]:
         return [f"half a commit on the Hub: {sorted(there)} of {sorted(weights)}"]
     if done and not there:
         return ["said to be pushed, and not on the Hub"]
-    return [f"{name} on the Hub has other bytes" for name in sorted(there) if files[name] != (box / "converted" / name).read_bytes()]  # fmt: skip
+    return [
+        f"{name} on the Hub has other bytes"
+        for name in sorted(there)
+        if files[name] != (box / "converted" / name).read_bytes()
+    ]
 
 
 def _right_bytes(shop: Workshop, box: Path, run: Run) -> list[str]:
     """An output that came from the Hub holds what the repository holds: the source's folder."""
     exact = "--dtype" not in run.argv
     found = shop.call("checks:converted", str(box / "source"), str(box / "output"), exact)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "LICENSE", "encoding/encoding_dsv32.py"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "LICENSE",
+        "encoding/encoding_dsv32.py",
+    ):
         here, there = box / "output" / name, box / "source" / name
         if there.exists() and not here.exists():
             found.append(f"{name} of the Hub is lost")

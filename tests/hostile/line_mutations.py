@@ -15,7 +15,9 @@ def spoil_lines(data: bytes, chance: random.Random) -> Spoilt:
     way = chance.choices(list(_WAYS), [weight for weight, _ in _WAYS.values()])[0]
     at = chance.randrange(len(lines))
     _WAYS[way][1](lines, at, chance)
-    return Spoilt(b"".join(lines), f"line {at + 1} of {len(data.splitlines())}: {way}", (f"line {at + 1}", str(at + 1)))
+    return Spoilt(
+        b"".join(lines), f"line {at + 1} of {len(data.splitlines())}: {way}", (f"line {at + 1}", str(at + 1))
+    )
 
 
 def _flip_digit(lines: list[bytes], at: int, chance: random.Random) -> None:
@@ -58,7 +60,9 @@ def _cut_end(lines: list[bytes], at: int, chance: random.Random) -> None:
 
 
 def _add(lines: list[bytes], at: int, chance: random.Random) -> None:
-    lines.insert(at, chance.choice([b"\n", b"{}\n", b"[]\n", b"null\n", b"no JSON\n", b"\xff\xfe\n", b"[" * 99_999 + b"\n"]))
+    lines.insert(
+        at, chance.choice([b"\n", b"{}\n", b"[]\n", b"null\n", b"no JSON\n", b"\xff\xfe\n", b"[" * 99_999 + b"\n"])
+    )
 
 
 def _spoil(lines: list[bytes], at: int, chance: random.Random) -> None:

@@ -22,10 +22,29 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
     source = "converted" if verb == "export" else "source"
     must: bool | None = None
     way = chance.choice(
-        ["in the source", "the source", "above the source", "a file", "a link to the source", "a link to a folder",
-         "a link to nothing", "a device", "no parent", "below a file", "read-only parent", "read-only", "odd name",
-         "a long name", "a NUL", "empty", "foreign files", "a pipe in it", "dots", "below a link into the source"]
-    )  # fmt: skip
+        [
+            "in the source",
+            "the source",
+            "above the source",
+            "a file",
+            "a link to the source",
+            "a link to a folder",
+            "a link to nothing",
+            "a device",
+            "no parent",
+            "below a file",
+            "read-only parent",
+            "read-only",
+            "odd name",
+            "a long name",
+            "a NUL",
+            "empty",
+            "foreign files",
+            "a pipe in it",
+            "dots",
+            "below a link into the source",
+        ]
+    )
     output, writable = "output", ("output",)
     if way == "in the source":
         output, must, writable = f"{source}/inside", True, ()
@@ -59,7 +78,24 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
         (box / "output").mkdir(mode=0o500)
         must, writable = True, ()
     elif way == "odd name":
-        output = chance.choice(["[bold]out[/bold]", "[/]", "out put", "ausgabe \u00e9\u4e2d", "out'\"$(x)`", "-o", "out\nput", "\udcff\udcfe", "%s", "a" * 200, "\x1b[2J", "out.json", "~", "*"])  # fmt: skip
+        output = chance.choice(
+            [
+                "[bold]out[/bold]",
+                "[/]",
+                "out put",
+                "ausgabe \u00e9\u4e2d",
+                "out'\"$(x)`",
+                "-o",
+                "out\nput",
+                "\udcff\udcfe",
+                "%s",
+                "a" * 200,
+                "\x1b[2J",
+                "out.json",
+                "~",
+                "*",
+            ]
+        )
         writable = (os.path.normpath(output),)
     elif way == "a long name":
         output, must, writable = "o" * 300, True, ()
@@ -81,8 +117,20 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
         output, must, writable = "there/new", True, ()
     if verb in ("search", "eval"):
         # These write into any folder, the source's own too if asked: it is a folder of results.
-        must = True if must and way in ("a file", "a device", "below a file", "read-only parent", "read-only", "a long name", "a NUL") else None  # fmt: skip
-        if way in ("in the source", "the source", "above the source", "a link to the source", "below a link into the source", "empty"):  # fmt: skip
+        must = (
+            True
+            if must
+            and way in ("a file", "a device", "below a file", "read-only parent", "read-only", "a long name", "a NUL")
+            else None
+        )
+        if way in (
+            "in the source",
+            "the source",
+            "above the source",
+            "a link to the source",
+            "below a link into the source",
+            "empty",
+        ):
             return output_path(shop, chance)
     argv = [output if word == "output" else word for word in words(verb)]
     if output == "-o" and verb not in ("search", "eval"):
@@ -107,15 +155,48 @@ def source_path(shop: Workshop, chance: random.Random) -> Try:
     box = shop.box("deepseek", "try")
     verb = chance.choice(["convert", "inspect", "eval", "generate", "verify", "search", "distill", "export", "push"])
     old = "converted" if verb in ("export", "push") else "source"
-    way = chance.choice(["renamed", "renamed", "gone", "a file", "a link", "unreadable", "no entry", "a pipe", "a shard", "config alone"])
+    way = chance.choice(
+        [
+            "renamed",
+            "renamed",
+            "gone",
+            "a file",
+            "a link",
+            "unreadable",
+            "no entry",
+            "a pipe",
+            "a shard",
+            "config alone",
+        ]
+    )
     new, must = old, None
     if way == "renamed":
-        new = chance.choice(["[red]x", "[/x]", "a b", "\u00e9\u4e2d\U0001f600", "a\nb", "x\udcff", "org/name", "%(x)s", "n" * 200, "\x1b[2J", "model.safetensors", "a:b"])  # fmt: skip
+        new = chance.choice(
+            [
+                "[red]x",
+                "[/x]",
+                "a b",
+                "\u00e9\u4e2d\U0001f600",
+                "a\nb",
+                "x\udcff",
+                "org/name",
+                "%(x)s",
+                "n" * 200,
+                "\x1b[2J",
+                "model.safetensors",
+                "a:b",
+            ]
+        )
         (box / new).parent.mkdir(exist_ok=True)
         shutil.move(box / old, box / new)
         must = False if not set(new) & set("\udcff") else None
     elif way == "gone":
-        new, must = chance.choice(["nowhere", "nobody/nothing", "a/b/c", "", "/", "\0", "file:///x", "https://x/y", "-", "[x]"]), True  # fmt: skip
+        new, must = (
+            chance.choice(
+                ["nowhere", "nobody/nothing", "a/b/c", "", "/", "\0", "file:///x", "https://x/y", "-", "[x]"]
+            ),
+            True,
+        )
     elif way == "a file":
         new, must = "work/text.txt", True
     elif way == "a link":
@@ -184,8 +265,12 @@ def two_writers(shop: Workshop, chance: random.Random) -> Try:
         )
         for path in (mark, mark + ".go"):
             Path(path).unlink(missing_ok=True)
-        found = [f"the first: {finding}" for finding in rules.ending(one, None) + rules.message(one, ("output", "source"))]
-        found += [f"the second: {finding}" for finding in rules.ending(two, None) + rules.message(two, ("output", "source"))]
+        found = [
+            f"the first: {finding}" for finding in rules.ending(one, None) + rules.message(one, ("output", "source"))
+        ]
+        found += [
+            f"the second: {finding}" for finding in rules.ending(two, None) + rules.message(two, ("output", "source"))
+        ]
         here = contents(box / output_of(first))
         if one.code == 0 and two.code != 0:
             found += differences(expected, here)
@@ -200,7 +285,20 @@ def two_writers(shop: Workshop, chance: random.Random) -> Try:
         return found
 
     # The try's own run shows nothing; the two run in the check, which every ending is judged by.
-    return Try(f"{' '.join(first)} paused at change {at}; {' '.join(second)}", box, ["env"], None, (), ("output", "tmp"), check=check)
+    return Try(
+        f"{' '.join(first)} paused at change {at}; {' '.join(second)}",
+        box,
+        ["env"],
+        None,
+        (),
+        ("output", "tmp"),
+        check=check,
+    )
 
 
-KINDS = {"output_path": output_path, "source_path": source_path, "private_source": private_source, "two_writers": two_writers}
+KINDS = {
+    "output_path": output_path,
+    "source_path": source_path,
+    "private_source": private_source,
+    "two_writers": two_writers,
+}

@@ -1,4 +1,4 @@
-"""What every try is judged by: how it ended, what it said, what it touched, what it left, what it claims to be done."""
+"""What every try is judged by: how it ended, what it said, what it touched, what it left, what it calls done."""
 
 from __future__ import annotations
 
@@ -144,9 +144,9 @@ def left_behind(box: Path, output: str, before: dict[str, Entry], killed: bool) 
         data = _bytes(folder / name)
         if name == "config.json":
             found.append("the output of a failed run has a config.json")
-        elif name.endswith(".safetensors") and not _whole_shard(data):
-            found.append(f"{name} is half written")
-        elif name.endswith(".json") and not _is_json(data):
+        elif (name.endswith(".safetensors") and not _whole_shard(data)) or (
+            name.endswith(".json") and not _is_json(data)
+        ):
             found.append(f"{name} is half written")
     return found
 

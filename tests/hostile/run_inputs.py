@@ -1,4 +1,4 @@
-"""Tries whose checkpoint is right and whose other inputs are not: patterns, recipes, journals, outputs, data, options."""
+"""Tries whose checkpoint is right, and whose patterns, recipes, journals, outputs, data or options are not."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ def pattern_file(shop: Workshop, chance: random.Random) -> Try:
             ["convert", "source", "output", "--pattern-file", file, "--keep", chance.choice(["2", "1/2", "1/4", "3"])],
             ["inspect", file],
             ["inspect", file, "--json"],
-            ["export", file, "output.json", "--to", chance.choice(["vllm", "megatron", "transformers"]), "--keep", "2"],
+            [
+                "export",
+                file,
+                "output.json",
+                "--to",
+                chance.choice(["vllm", "megatron", "transformers"]),
+                "--keep",
+                "2",
+            ],
             ["export", file, "output.json", "--to", "vllm"],
         ]
     )
     must = True if spoilt.fatal and spoilt.what.startswith("the file") else None
-    return Try(f"{file}: {spoilt.what}", box, argv, must, (*spoilt.names, path.name, "pattern"), ("output", "output.json"))
+    return Try(
+        f"{file}: {spoilt.what}", box, argv, must, (*spoilt.names, path.name, "pattern"), ("output", "output.json")
+    )
 
 
 def _search_result(shop: Workshop, box: Path) -> dict:
@@ -55,8 +65,12 @@ def _spoilt_pattern(data: bytes, chance: random.Random) -> Spoilt:
     patterns = document.get("patterns")
     if chance.random() < 0.4 and patterns:
         key = chance.choice(list(patterns))
-        patterns[key] = chance.choice(["FSF", "FSFSF", "SFFF", "XFFS", "fsfs", " FSFS", "FSFS\n", "", "F" * 10**6, "ＦＳＦＳ", *VALUES.values()])
-        return Spoilt(json.dumps(document).encode(), f"patterns/{key} is {str(patterns[key])[:40]!r}", (key, "pattern"))
+        patterns[key] = chance.choice(
+            ["FSF", "FSFSF", "SFFF", "XFFS", "fsfs", " FSFS", "FSFS\n", "", "F" * 10**6, "ＦＳＦＳ", *VALUES.values()]
+        )
+        return Spoilt(
+            json.dumps(document).encode(), f"patterns/{key} is {str(patterns[key])[:40]!r}", (key, "pattern")
+        )
     return spoil(data, chance, ("patterns",) if patterns and chance.random() < 0.3 else ())
 
 
@@ -64,7 +78,23 @@ def recipe(shop: Workshop, chance: random.Random) -> Try:
     """The recipe of a finished conversion, doctored; the next run in that folder must not be led astray."""
     box = shop.box("deepseek", "try")
     path = box / "converted" / "indexcache_recipe.json"
-    strays = ["../outside/kept.json", "encoding/../../outside/kept.json", "link/kept.json", "/etc/hostname", ".", "..", "", "link", "\0", "\ud800", 7, None, ["x"], "../source/config.json", "encoding"]  # fmt: skip
+    strays = [
+        "../outside/kept.json",
+        "encoding/../../outside/kept.json",
+        "link/kept.json",
+        "/etc/hostname",
+        ".",
+        "..",
+        "",
+        "link",
+        "\0",
+        "\ud800",
+        7,
+        None,
+        ["x"],
+        "../source/config.json",
+        "encoding",
+    ]
     if chance.random() < 0.6:
         document = json.loads(path.read_bytes())
         stray = chance.sample(strays, 3)
@@ -140,9 +170,16 @@ def damaged_output(shop: Workshop, chance: random.Random) -> Try:
     elif way != "gone":
         flipped = bytearray(data)
         flipped[chance.randrange(len(data))] ^= 4
-        changed = {"empty": b"", "an empty object": b"{}", "cut": data[: len(data) // 2], "a bit flipped": bytes(flipped)}
+        changed = {
+            "empty": b"",
+            "an empty object": b"{}",
+            "cut": data[: len(data) // 2],
+            "a bit flipped": bytes(flipped),
+        }
         path.write_bytes(changed[way])
-    return Try(f"{verb} is finished, then {name} is {way}", box, [*argv, "--resume"], None, (name, "output"), check=check)
+    return Try(
+        f"{verb} is finished, then {name} is {way}", box, [*argv, "--resume"], None, (name, "output"), check=check
+    )
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------
@@ -219,14 +256,23 @@ _ODD: dict[str, tuple[str, str | bytes]] = {
     "no line end at the end": (".jsonl", "\n".join(_GOOD)),
     "spaces round records": (".jsonl", _records(lambda r, n: f"  {json.dumps(r)}\t")),
     "escaped letters": (".jsonl", _records(lambda r, n: json.dumps(r).replace("w", "\\u0077"))),
-    "large numbers in another field": (".jsonl", _records(lambda r, n: json.dumps(r)[:-1] + ', "n": ' + "9" * 400 + "}")),
+    "large numbers in another field": (
+        ".jsonl",
+        _records(lambda r, n: json.dumps(r)[:-1] + ', "n": ' + "9" * 400 + "}"),
+    ),
 }
 # Not what it should be; those of _FATAL cannot be taken for text.
 _WRONG: dict[str, tuple[str, str | bytes]] = {
     "a null text": (".jsonl", _records(lambda r, n: _with(r, text=None) if n == 3 else json.dumps(r))),
     "a number as text": (".jsonl", _records(lambda r, n: _with(r, text=17) if n == 3 else json.dumps(r))),
-    "chat records": (".jsonl", _records(lambda r, n: json.dumps({"messages": [{"role": "user", "content": r["text"]}]}))),
-    "chat records as text": (".jsonl", _records(lambda r, n: json.dumps({"text": [{"role": "user", "content": r["text"]}]}))),
+    "chat records": (
+        ".jsonl",
+        _records(lambda r, n: json.dumps({"messages": [{"role": "user", "content": r["text"]}]})),
+    ),
+    "chat records as text": (
+        ".jsonl",
+        _records(lambda r, n: json.dumps({"text": [{"role": "user", "content": r["text"]}]})),
+    ),
     "a lone surrogate": (".jsonl", _records(lambda r, n: json.dumps({"text": "\ud800" + r["text"]}))),
     "a lone surrogate, not escaped": (".jsonl", _records(lambda r, n: _with(r, text="\ud800 " + r["text"]))),
     "not JSON in line 4": (".jsonl", "\n".join([*_GOOD[:3], "{", *_GOOD[3:]])),
@@ -253,7 +299,7 @@ _WRONG: dict[str, tuple[str, str | bytes]] = {
     "ids of one dimension": (".safetensors", b""),
     "no rows of ids": (".safetensors", b""),
     "marks of another shape": (".safetensors", b""),
-}  # fmt: skip
+}
 _FATAL = set(_WRONG) - {"one line of 6 MB", "one record of 6 MB", "a lone surrogate"}
 
 
@@ -284,17 +330,92 @@ _WRONG |= {
 
 # ---- options ------------------------------------------------------------------------------------------------------
 
-_ODD_WORDS = ["nan", "inf", "-inf", "-1", "0", "1e400", "", " ", "1/0", "0/0", "2147483648", "9" * 400, "٣", "[x]", "½", "--", "x" * 5000, "\udcff", "\x1b[2J", "true", "None", "1,2", "0x10", "1_0", "/dev/null", "..", "~", "$HOME", "%s%n", "{}", "a\nb"]  # fmt: skip
+_ODD_WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "1e400",
+    "",
+    " ",
+    "1/0",
+    "0/0",
+    "2147483648",
+    "9" * 400,
+    "٣",
+    "[x]",
+    "½",
+    "--",
+    "x" * 5000,
+    "\udcff",
+    "\x1b[2J",
+    "true",
+    "None",
+    "1,2",
+    "0x10",
+    "1_0",
+    "/dev/null",
+    "..",
+    "~",
+    "$HOME",
+    "%s%n",
+    "{}",
+    "a\nb",
+]
 _OPTIONS = {
     "convert": ["--keep", "--pattern", "--pattern-file", "--max-shard-size", "--dtype", "--revision", "--token"],
-    "eval": ["--seqlen", "--nsamples", "--seed", "--task", "--pattern", "--device", "--dtype", "--batch-size", "--data", "--text-field", "--length", "--samples", "--depths"],
-    "search": ["--keep", "--tolerance", "--seqlen", "--nsamples", "--seed", "--cache-memory", "--refine", "--blocks", "--held-out", "--baseline", "--device", "--path-rounds"],
-    "distill": ["--keep", "--learning-rate", "--dense-learning-rate", "--kl-weight", "--weight-decay", "--max-grad-norm", "--rise", "--seqlen", "--batch-size", "--lora-rank", "--index-topk", "--seed", "--save-every", "--log-every", "--held-out"],
+    "eval": [
+        "--seqlen",
+        "--nsamples",
+        "--seed",
+        "--task",
+        "--pattern",
+        "--device",
+        "--dtype",
+        "--batch-size",
+        "--data",
+        "--text-field",
+        "--length",
+        "--samples",
+        "--depths",
+    ],
+    "search": [
+        "--keep",
+        "--tolerance",
+        "--seqlen",
+        "--nsamples",
+        "--seed",
+        "--cache-memory",
+        "--refine",
+        "--blocks",
+        "--held-out",
+        "--baseline",
+        "--device",
+        "--path-rounds",
+    ],
+    "distill": [
+        "--keep",
+        "--learning-rate",
+        "--dense-learning-rate",
+        "--kl-weight",
+        "--weight-decay",
+        "--max-grad-norm",
+        "--rise",
+        "--seqlen",
+        "--batch-size",
+        "--lora-rank",
+        "--index-topk",
+        "--seed",
+        "--save-every",
+        "--log-every",
+        "--held-out",
+    ],
     "generate": ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--pattern", "--device"],
     "inspect": ["--overlap", "--seqlen", "--nsamples", "--overlap-picture", "--revision"],
     "export": ["--to", "--keep"],
     "push": ["--revision", "--commit-message"],
-}  # fmt: skip
+}
 # Every step of these costs as much as it says, and a value of millions is the user's own wish.
 _COSTLY = {"--max-new-tokens", "--batch-size", "--samples", "--depths", "--length", "--index-topk", "--lora-rank"}
 
@@ -319,7 +440,16 @@ def options(shop: Workshop, chance: random.Random) -> Try:
     if verb == "generate" and option in ("--temperature", "--top-p"):
         argv.append("--sample")
     must = True if value in ("nan", "inf", "-inf", "1e400") and option not in _WORDS else None
-    names = (option, option.strip("-").replace("-", "_"), value[:20], repr(value)[:20], ascii(value)[1:20], "pattern", "output", "source")
+    names = (
+        option,
+        option.strip("-").replace("-", "_"),
+        value[:20],
+        repr(value)[:20],
+        ascii(value)[1:20],
+        "pattern",
+        "output",
+        "source",
+    )
     return Try(f"{verb} {option} {value[:60]!a}", box, argv, must, names)
 
 

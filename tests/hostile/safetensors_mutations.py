@@ -35,7 +35,9 @@ def write(header: Header | str | bytes, body: bytes) -> bytes:
 
 def _spoil_length(data: bytes, chance: random.Random) -> Spoilt:
     length = int.from_bytes(data[:8], "little")
-    way = chance.choice(["cut", "cut in the header", "cut at 8", "empty", "longer", "zero", "one more", "2^40", "2^64-1"])
+    way = chance.choice(
+        ["cut", "cut in the header", "cut at 8", "empty", "longer", "zero", "one more", "2^40", "2^64-1"]
+    )
     if way.startswith("cut"):
         end = {"cut": chance.randrange(8 + length, len(data)), "cut at 8": chance.randrange(1, 9)}.get(
             way, chance.randrange(9, 8 + length)
@@ -70,10 +72,22 @@ def _spoil_header(data: bytes, chance: random.Random) -> Spoilt:
         "an empty object": ({}, True),
         "deep nesting": ('{"a":' * 50_000 + "1" + "}" * 50_000, True),
         "not UTF-8": (text.encode().replace(b'"', b'"\xff', 1), True),
-        "a tensor with a lone surrogate": ({**header, "\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, True),
-        "an empty tensor more": ({**header, "extra": {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2}}, None),
-        "many names": ({**header, **{f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2} for n in range(3000)}}, None),
-    }  # fmt: skip
+        "a tensor with a lone surrogate": (
+            {**header, "\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
+            True,
+        ),
+        "an empty tensor more": (
+            {**header, "extra": {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2}},
+            None,
+        ),
+        "many names": (
+            {
+                **header,
+                **{f"x{n}": {"dtype": "F32", "shape": [0], "data_offsets": [len(body)] * 2} for n in range(3000)},
+            },
+            None,
+        ),
+    }
     way = chance.choice(list(ways))
     changed, fatal = ways[way]
     return Spoilt(write(changed, body), f"its header has {way}", (name,), fatal)
@@ -87,7 +101,10 @@ def _spoil_entry(data: bytes, chance: random.Random) -> Spoilt:
     ways: dict[str, tuple[Any, bool | None]] = {
         "an unknown dtype": ({**entry, "dtype": "Q4"}, True),
         "a dtype in small letters": ({**entry, "dtype": entry["dtype"].lower()}, True),
-        "another dtype of its size": ({**entry, "dtype": {"BF16": "F16", "F32": "I32"}.get(entry["dtype"], "U8")}, None),
+        "another dtype of its size": (
+            {**entry, "dtype": {"BF16": "F16", "F32": "I32"}.get(entry["dtype"], "U8")},
+            None,
+        ),
         "one row more": ({**entry, "shape": [entry["shape"][0] + 1, *entry["shape"][1:]]}, True),
         "a shape turned round": ({**entry, "shape": entry["shape"][::-1]}, None),
         "a flat shape": ({**entry, "shape": [(end - begin) // {"BF16": 2, "F32": 4}.get(entry["dtype"], 1)]}, None),
@@ -96,7 +113,10 @@ def _spoil_entry(data: bytes, chance: random.Random) -> Spoilt:
         "sides whose product overflows": ({**entry, "shape": [2**32, 2**32]}, True),
         "half sides": ({**entry, "shape": [float(side) for side in entry["shape"]]}, True),
         "offsets beyond the end": ({**entry, "data_offsets": [begin + len(body), end + len(body)]}, True),
-        "offsets that overlap": ({**entry, "data_offsets": [max(0, begin - 8), max(0, begin - 8) + end - begin]}, None if begin == 0 else True),
+        "offsets that overlap": (
+            {**entry, "data_offsets": [max(0, begin - 8), max(0, begin - 8) + end - begin]},
+            begin > 0 or None,
+        ),
         "offsets turned round": ({**entry, "data_offsets": [end, begin]}, True),
         "negative offsets": ({**entry, "data_offsets": [begin - end, 0]}, True),
         "three offsets": ({**entry, "data_offsets": [begin, end, end]}, True),
@@ -104,12 +124,12 @@ def _spoil_entry(data: bytes, chance: random.Random) -> Spoilt:
         "no dtype": ({key: value for key, value in entry.items() if key != "dtype"}, True),
         "no offsets": ({key: value for key, value in entry.items() if key != "data_offsets"}, True),
         "one key more": ({**entry, "extra": 1}, None),
-    }  # fmt: skip
+    }
     if chance.random() < 0.2:
         kind, field = chance.choice(list(VALUES)), chance.choice(["dtype", "shape", "data_offsets"])
         way, changed, fatal = f"{field} {kind}", {**entry, field: VALUES[kind]}, None
     elif chance.random() < 0.2:
-        other = chance.choice([f"{name}x", name.replace("model", "modle"), "", f"{name}\0", "__metadata__x"])
+        other = chance.choice([f"{name}x", name.replace("model", "mode"), "", f"{name}\0", "__metadata__x"])
         renamed = {other if key == name else key: value for key, value in header.items()}
         return Spoilt(write(renamed, body), f"{name} is called {other[:30]!r}", (name, other), True)
     elif chance.random() < 0.2:

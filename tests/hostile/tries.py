@@ -190,7 +190,15 @@ def output_of(argv: list[str]) -> str:
 
 
 # What may differ between two runs of a command: when, how long, on what, how much came from a journal.
-_VARYING = ("date", "seconds", "evaluations_resumed", "evaluations_from_journal", "seconds_a_step", "device", "warnings")
+_VARYING = (
+    "date",
+    "seconds",
+    "evaluations_resumed",
+    "evaluations_from_journal",
+    "seconds_a_step",
+    "device",
+    "warnings",
+)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -228,7 +236,9 @@ def differences(expected: dict[str, str], found: dict[str, str]) -> list[str]:
 def _where(expected: str, found: str) -> str:
     if not expected.startswith("{"):
         return ""
-    at = next((at for at, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), min(len(expected), len(found)))
+    at = next(
+        (at for at, pair in enumerate(zip(expected, found)) if pair[0] != pair[1]), min(len(expected), len(found))
+    )
     return f": {expected[max(0, at - 60) : at + 30]!r} became {found[max(0, at - 60) : at + 30]!r}"
 
 
@@ -239,4 +249,3 @@ def combined(*checks: Check | None) -> Check:
         return [finding for one in checks if one is not None for finding in one(shop, box, run)]
 
     return check
-

@@ -56,7 +56,9 @@ class Workshop:
         self.hub.__enter__()
         self.folder.mkdir(parents=True, exist_ok=True)
         inherited = {
-            name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "COV_", "PYTEST"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "PYTHON", "COV_", "PYTEST"))
         }
         environment = {
             **inherited,
@@ -70,9 +72,11 @@ class Workshop:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1",
+            # What nobody foresaw is a finding, not a line.
+            "INDEXCACHE_TRACEBACK": "1",
             "COLUMNS": "120",
         }
-        self._errors = open(self.folder / "server.err", "w")  # noqa: SIM115
+        self._errors = open(self.folder / "server.err", "w")
         self._server = subprocess.Popen(
             [sys.executable, str(HERE / "fork_server.py")],
             cwd=self.folder,
