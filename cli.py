@@ -440,6 +440,9 @@ def push(
             _print_json({"url": url, "files": shown[0].files, "left": shown[0].left})
         else:
             typer.echo(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
+            if url:
+                commit = url.rpartition("/")[2]
+                typer.echo(f'pinned: from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True)')
 
 
 def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callable[[HubContents], None]:

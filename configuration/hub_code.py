@@ -94,7 +94,7 @@ def hub_code() -> dict[str, str]:
 
 
 def code_version() -> str | None:
-    """The release that this code is of: the package's version, or what a copy beside a checkpoint has in its header."""
+    """The release that this code is of: the package's version, or that in the header of a copy beside a checkpoint."""
     if _is_in_package():
         return str(sys.modules[__name__.partition(".")[0]].__version__)
     return version_in_header(Path(__file__).read_text(encoding="utf-8"))

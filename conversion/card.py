@@ -13,6 +13,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration.share_pattern import SharePattern
+from .hub_contents import tokenizer_code
+from .hub_integrity import is_commit_id
 from .shard_writer import write_text
 
 TAGS = ("dsa", "sparse-attention", "index-cache", "custom_code")
@@ -44,13 +46,14 @@ indexer weights nor an index-key cache.{saved} {others}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}"{tokenizer_trust})
 model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True, dtype="auto")
 inputs = tokenizer("Sparse attention reads", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
 ```
 
-The model's code is in this repository: read it before you pass `trust_remote_code=True`. It needs torch and \
+The model's code is in this repository: read it before you pass `trust_remote_code=True`, and add \
+`revision="<commit>"`, the id of the commit that you read, so that no later one runs unread. It needs torch and \
 transformers 5.23 or newer, and uses triton on a GPU where it is installed.
 {licence_note}{measured}
 ## Recipe
@@ -121,7 +124,7 @@ def write_card(
     The same arguments give the same bytes.
 
     Args:
-        output: the checkpoint's folder.
+        output: the checkpoint's folder; whether its tokenizer has code of its own is looked up there.
         source_card: text of the base model's `README.md`; licence, language and tags are taken from its metadata.
         source_id: the base model's Hub id; `None` for a folder.
         pattern: which layers run their indexer.
@@ -155,12 +158,12 @@ def write_card(
             f"name the right one in {Path(output) / 'README.md'} before you share the checkpoint",
             stacklevel=2,
         )
-    base = f"[{source_id}](https://huggingface.co/{source_id})" if source_id else ""
+    commit = (recipe.get("source") or {}).get("revision") if isinstance(recipe.get("source"), Mapping) else None
+    at = f"/tree/{commit}" if is_commit_id(commit) else ""
+    base = f"[{source_id}](https://huggingface.co/{source_id}{at})" if source_id else ""
     text = _BODY.format(
         title=f"{repo_id or source_id or 'DSA model'}{'' if repo_id else ' with IndexCache'}",
-        origin=f"[{source_id}](https://huggingface.co/{source_id})"
-        if source_id
-        else "A DeepSeek Sparse Attention model",
+        origin=base or "A DeepSeek Sparse Attention model",
         num_full=pattern.num_full,
         num_layers=len(pattern),
         num_shared=len(pattern.shared_layers),
@@ -174,6 +177,7 @@ def write_card(
             for full, served in pattern.groups.items()
         ),
         name=repo_id or "this/checkpoint",
+        tokenizer_trust=", trust_remote_code=True" if tokenizer_code(output) else "",
         licence_note=licence_note,
         measured=f"\n## Measured\n\n{_table(measured)}\n" if measured else "",
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False),

@@ -142,7 +142,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dropped_bytes": sum(info.nbytes for info in plan.dropped),
         "dropped_layers": plan.pattern.shared_layers if plan.dropped else [],
         "folded": len(plan.folded),
-        "rewritten_bytes": plan.rewritten_bytes,
+        "rewritten_bytes": plan.rewritten_to_drop,
         "shards": [
             {
                 "file": shard.file,

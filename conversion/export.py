@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from .card import write_export_card
-from .checkpoint import CONFIG_FILE, INDEX_FILE, ConversionError, FolderSource, read_checkpoint, read_json
+from .checkpoint import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    ConversionError,
+    FolderSource,
+    check_file_name,
+    read_checkpoint,
+    read_json,
+)
 from .companion_files import copy_companions
-from .families import INDEXCACHE, family_of, load_config
+from .families import INDEXCACHE, ROUTER, check_router, family_of, load_config
 from .journal import check_apart
 from .pattern_file import read_pattern_file
-from .shard_writer import pass_whole, write_json
+from .shard_writer import DiskFullError, pass_whole, sync_folder, write_json
+
+STAGING_FOLDER = ".indexcache_export"
+_PLACED_FILE = "placed.json"
 
 # Our switches that no source family has: each engine has this value built in, so another cannot be exported.
 _BUILT_IN = (
@@ -55,7 +68,8 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
 
     Args:
         path: an IndexCache checkpoint of the family `deepseek_v32` or `glm_moe_dsa`.
-        output: the folder to write; absent or empty.
+        output: the folder to write; absent or empty, or what a killed export left. An export that fails leaves
+            nothing in it.
         to: `vllm`, `sglang`, `trtllm`, `transformers` or `megatron`.
 
     Returns:
@@ -74,20 +88,73 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     fields = _native_fields(checkpoint.config, str(path))
     pattern = load_config(checkpoint.config, str(path)).share_pattern
     config = {**fields, **ENGINES[to](fields["model_type"], pattern)}
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConversionError(f"the output {output} exists and is not empty: give another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    copy_companions(source, output)
-    for file in checkpoint.shards:
-        pass_whole(source.path(file), output / file)
-    card = source.folder / "README.md"
-    write_export_card(
-        output, source_card=card.read_text(encoding="utf-8") if card.is_file() else None, pattern=pattern, engine=to
-    )
-    if checkpoint.is_sharded:
-        write_json(output / INDEX_FILE, read_json(source, INDEX_FILE))
-    write_json(output / CONFIG_FILE, config)
+    card = None
+    if "README.md" in checkpoint.files:
+        card = source.read_range("README.md", 0, source.size("README.md")).decode("utf-8", errors="replace")
+    with _staged(output) as stage:
+        copy_companions(source, stage)
+        for file in checkpoint.shards:
+            pass_whole(source.path(file), stage / file)
+        write_export_card(stage, source_card=card, pattern=pattern, engine=to)
+        if checkpoint.is_sharded:
+            write_json(stage / INDEX_FILE, read_json(source, INDEX_FILE))
+        write_json(stage / CONFIG_FILE, config)
     return output
+
+
+@contextmanager
+def _staged(output: Path) -> Iterator[Path]:
+    """A folder in `output` whose files take their places, config last, when the block ends well; else all is undone.
+
+    A killed export leaves that folder, with the list of what it was putting in place: the next one undoes it first.
+    """
+    stage = output / STAGING_FOLDER
+    created = not output.exists()
+    if not created:
+        _undo_killed_export(output)
+        if not output.is_dir() or any(output.iterdir()):
+            raise ConversionError(f"the output {output} exists and is not empty: give another folder")
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
+        write_json(stage / _PLACED_FILE, names)
+        for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(stage / name, output / name)
+        sync_folder(output)
+        shutil.rmtree(stage)
+    except BaseException as error:
+        with suppress(OSError):
+            _undo_killed_export(output)
+            if created:
+                output.rmdir()
+        if isinstance(error, DiskFullError):
+            raise ConversionError(
+                f"the disk of {output} is full and nothing of the export is left: make room, or give an output on the "
+                "checkpoint's own disk, where weights are linked; then export again"
+            ) from error
+        raise
+
+
+def _undo_killed_export(output: Path) -> None:
+    """Remove what an export that did not end has written to `output`, and nothing else."""
+    stage = output / STAGING_FOLDER
+    if not stage.is_dir() or stage.is_symlink():
+        return
+    try:
+        placed = json.loads((stage / _PLACED_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        placed = []
+    # The config first: what is left of it in between must not load as a model.
+    for name in sorted(map(str, placed), key=lambda name: name != CONFIG_FILE):
+        path = output / check_file_name(name, str(stage))
+        path.unlink(missing_ok=True)
+        for folder in path.relative_to(output).parents:
+            with suppress(OSError):
+                if folder != Path():
+                    (output / folder).rmdir()
+    shutil.rmtree(stage)
 
 
 def export_pattern(
@@ -135,6 +202,7 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
             f"{location}: model_type {fields.get('model_type')!r} is no IndexCache checkpoint: convert it first"
         )
     family = family_of(fields, location)
+    check_router(fields, location)
     config = load_config(fields, location)
     defaults = {entry.name: entry.default for entry in dataclasses.fields(IndexCacheConfig)}
     built_in = {name: defaults[name] for name in _BUILT_IN}
@@ -155,7 +223,9 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
     return {
         "model_type": family.model_type,
         "architectures": [architecture],
-        **native,
+        # vLLM and others route by softmax unless told otherwise.
+        **ROUTER,
+        **{name: value for name, value in native.items() if name not in ROUTER or value is not None},
         # vLLM and others take half-split RoPE in the indexer unless told otherwise.
         "indexer_rope_interleave": family.indexer_rope_interleave,
     }

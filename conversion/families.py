@@ -41,7 +41,7 @@ LOCAL_FIELDS = frozenset(
     }
 )
 # The one router that these families have, and IndexCacheForCausalLM with them.
-_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def convert_config(
         raise ConversionError(f"{location}: config.json has num_hidden_layers={num_layers!r}: it must be a number")
     if "index_topk" in source and source["index_topk"] is None:
         raise ConversionError(f"{location}: config.json has index_topk=null: dense layers have no indexer to share")
-    _check_router(source, location)
+    check_router(source, location)
     if pattern is None:
         pattern = source_pattern(source, location)
     try:
@@ -182,9 +182,9 @@ def convert_config(
     return fields
 
 
-def _check_router(source: dict[str, Any], location: str) -> None:
+def check_router(source: dict[str, Any], location: str) -> None:
     """Refuse a router that would be computed as another: transformers' classes of these families ignore the fields."""
-    for name, known in _ROUTER.items():
+    for name, known in ROUTER.items():
         value = source.get(name)
         if value is not None and value != known:
             raise ConversionError(

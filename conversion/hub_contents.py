@@ -100,6 +100,11 @@ def code_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return sorted(found)
 
 
+def tokenizer_code(folder: str | os.PathLike[str]) -> list[str]:
+    """The classes of its own that a checkpoint's tokenizer is loaded with: `module.Class` beside the weights."""
+    return list(_references(_tokenizer_settings(Path(folder)).get("auto_map")))
+
+
 def check_no_token(contents: HubContents, token: str | None) -> None:
     """Refuse to send a Hub token that stands in a card, a recipe or a config.
 
@@ -214,4 +219,4 @@ def _references(auto_map: object) -> Iterator[str]:
         yield auto_map
 
 
-__all__ = ["HubContents", "check_no_token", "code_files", "hub_contents"]
+__all__ = ["HubContents", "check_no_token", "code_files", "hub_contents", "tokenizer_code"]

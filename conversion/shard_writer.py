@@ -39,6 +39,10 @@ _NO_LINK_POSSIBLE = (
 )
 
 
+class DiskFullError(ConversionError):
+    """There is no room for a file; what was written of it is gone."""
+
+
 @dataclass(frozen=True)
 class WrittenFile:
     """What was written, and how: `written`, `cloned`, `linked`, `copied` or `moved`."""
@@ -213,7 +217,7 @@ def _publish(target: Path, fill: Callable[[Path], None]) -> None:
         _remove(partial)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(target.parent).free
-            raise ConversionError(
+            raise DiskFullError(
                 f"the disk is full: {target} could not be written ({free:,} bytes are free): make room and run the "
                 "same command with --resume"
             ) from error

@@ -40,7 +40,7 @@ sys.modules["indexcache"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 checkpoint, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto")
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 tokens = model.generate(**inputs, max_new_tokens=60)

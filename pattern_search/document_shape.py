@@ -17,8 +17,9 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
         where: how the sentence names the value.
     """
     kind: type = shape if isinstance(shape, type) else type(shape)
-    accepted = (int, float) if kind is float else (kind,)
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    accepted: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    is_accepted = isinstance(value, accepted)
+    if not is_accepted or (isinstance(value, bool) and kind is not bool):
         return f"{where or 'the document'} must be a {kind.__name__} (got {json.dumps(value)[:60]})"
     if isinstance(shape, list):
         return _first(misfit(item, shape[0], f"{where}[{number}]") for number, item in enumerate(value))

@@ -374,7 +374,6 @@ def test_whole_surrogate_pairs_and_other_escapes_are_text():
     assert parse_json(b'{"\\ud83d\\ude00": "\\u00e9"}') == {"\U0001f600": "\u00e9"}
 
 
-@pytest.mark.timeout(600)
 def test_a_key_that_is_there_twice_is_found_at_once_in_a_large_index():
     pairs = "".join(f'"model.layers.{i}.mlp.experts.weight": "a", ' for i in range(90_000))
     with pytest.raises(ValueError, match=r"'model\.layers\.89999\.mlp\.experts\.weight' is there twice"):

@@ -74,6 +74,37 @@ def test_loading_example_is_python_and_names_the_repository(tmp_path):
     assert code.count('"me/mine"') == 2
 
 
+def loading_example(card):
+    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
+
+
+def test_only_a_tokenizer_with_code_of_its_own_is_loaded_with_trust(tmp_path):
+    settings = tmp_path / "tokenizer_config.json"
+    for auto_map, trusted in (
+        (None, False),
+        ({"AutoTokenizer": ["other/repo--tokenization_x.X", None]}, False),
+        ({"AutoTokenizer": [None, "tokenization_x.X"]}, True),
+    ):
+        settings.write_text(json.dumps({} if auto_map is None else {"auto_map": auto_map}))
+        tokenizer, model = (
+            next(line for line in loading_example(card_of(tmp_path)).splitlines() if line.startswith(f"{name} ="))
+            for name in ("tokenizer", "model")
+        )
+        assert ("trust_remote_code=True" in tokenizer) == trusted
+        assert "trust_remote_code=True" in model
+
+
+def test_the_base_is_linked_at_its_commit_where_that_is_known(tmp_path):
+    commit = "ab" * 20
+    text = card_of(tmp_path, recipe={"source": {"revision": commit}}).text
+    assert text.count(f"(https://huggingface.co/lab/base/tree/{commit})") == 2
+    for other in (None, "main", "None", commit[:-1]):
+        text = card_of(tmp_path, recipe={"source": {"revision": other}}).text
+        assert "(https://huggingface.co/lab/base)" in text
+        assert "/tree/" not in text
+    assert 'revision="<commit>"' in text
+
+
 def test_same_arguments_same_bytes(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -86,7 +86,6 @@ def test_a_stale_index_and_a_truncated_shard_in_every_verb(tmp_path, source):
         assert f"{shard.name} is truncated" in message(*arguments)
 
 
-@pytest.mark.timeout(600)
 def test_a_layer_count_that_the_weights_contradict_is_not_walked_through(tmp_path, source):
     config = json.loads((source / "config.json").read_text())
     assert run("convert", source, tmp_path / "o", "--keep", "1/2").exit_code == 0

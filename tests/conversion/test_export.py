@@ -171,3 +171,136 @@ def test_bad_use_is_refused(checkpoint, tmp_path):
     out = export(source, tmp_path / "out", "vllm")
     with pytest.raises(ConversionError, match="is no IndexCache checkpoint: convert it first"):
         export(out, tmp_path / "again", "vllm")
+
+
+@pytest.mark.parametrize("engine", SERVING)
+@pytest.mark.parametrize("family", [GLM, DEEPSEEK])
+def test_the_router_is_spelled_for_engines_that_default_to_softmax(checkpoint, tmp_path, engine, family):
+    source = checkpoint("FSFS", **family)
+    assert not {"scoring_func", "topk_method"} & config_of(source).keys()
+    config = config_of(export(source, tmp_path / "out", engine))
+    assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")
+
+
+def test_a_null_router_is_spelled_too(checkpoint, tmp_path):
+    source = checkpoint("FSFS", **DEEPSEEK)
+    set_config(source, scoring_func=None, topk_method=None)
+    config = config_of(export(source, tmp_path / "out", "vllm"))
+    assert (config["scoring_func"], config["topk_method"]) == ("sigmoid", "noaux_tc")
+
+
+@pytest.mark.parametrize("field", [{"scoring_func": "softmax"}, {"topk_method": "greedy"}])
+def test_another_router_than_ours_is_not_exported_as_ours(checkpoint, tmp_path, field):
+    source = checkpoint("FSFS", **DEEPSEEK)
+    set_config(source, **field)
+    with pytest.raises(ConversionError, match=rf"config\.json has {next(iter(field))}="):
+        export(source, tmp_path / "out", "vllm")
+    assert not (tmp_path / "out").exists()
+
+
+def set_config(folder, **fields):
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | fields))
+
+
+class Killed(BaseException):
+    pass
+
+
+def raise_killed():
+    raise Killed
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("copy_companions", OSError(28, "No space left on device")),
+        ("pass_whole", OSError(13, "Permission denied")),
+        ("write_export_card", KeyboardInterrupt()),
+        ("sync_folder", OSError(5, "Input/output error")),
+    ],
+)
+def test_a_failed_export_leaves_nothing_and_can_be_repeated(checkpoint, tmp_path, monkeypatch, name, error, there):
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    if there:
+        out.mkdir()
+
+    def fails(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(f"indexcache.conversion.export.{name}", fails)
+        with pytest.raises(type(error)):
+            export(source, out, "vllm")
+    assert out.exists() == there
+    assert not there or not any(out.iterdir())
+    whole = export(source, out, "vllm")
+    assert {path.name for path in whole.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer_config.json"
+    }  # fmt: skip
+
+
+def test_a_full_disk_is_told_without_a_flag_that_export_lacks(checkpoint, tmp_path, monkeypatch):
+    from indexcache.conversion import shard_writer
+
+    def full(descriptor, block):
+        raise OSError(28, "No space left on device")
+
+    source = checkpoint("FSFS", **GLM)
+    monkeypatch.setattr(shard_writer, "write_all", full)
+    with pytest.raises(ConversionError, match="is full and nothing of the export is left: make room") as refusal:
+        export(source, tmp_path / "out", "vllm")
+    assert "--resume" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("after", [0, 2, 100])
+def test_what_a_killed_export_left_is_undone_by_the_next(checkpoint, tmp_path, monkeypatch, after):
+    """Killed for good, so that nothing could clean up: before, amid and after the files took their places."""
+    from indexcache.conversion import export as module
+
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    (source / "encoding").mkdir()
+    (source / "encoding/encoding_dsv32.py").write_text("FORMAT = 1\n")
+    real, done = os.replace, []
+
+    def breaks(old, new):
+        if ".indexcache_export" in str(old) and ".partial" not in str(old):
+            if len(done) == after:
+                raise Killed
+            done.append(new)
+        real(old, new)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(module.os, "replace", breaks)
+        killed.setattr(module, "_undo_killed_export", lambda output: None)
+        if after == 100:
+            killed.setattr(module.shutil, "rmtree", lambda path: raise_killed())
+        with pytest.raises(Killed):
+            export(source, out, "vllm")
+    assert (out / "config.json").exists() == (after == 100)
+    export(source, out, "sglang")
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found == {
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer_config.json",
+        "encoding/encoding_dsv32.py",
+    }  # fmt: skip
+
+
+def test_undoing_touches_no_file_of_others(checkpoint, tmp_path):
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    (out / ".indexcache_export").mkdir(parents=True)
+    (out / ".indexcache_export/placed.json").write_text('["config.json"]')
+    (out / "config.json").write_text("{}")
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ConversionError, match="exists and is not empty"):
+        export(source, out, "vllm")
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_is_a_message(checkpoint, tmp_path):
+    source = checkpoint("FSFS", **GLM)
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="Permission denied"):
+        export(source, tmp_path / "out", "vllm")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from time_limits import PROCESS_SECONDS
 
 from indexcache.conversion.checkpoint import TensorInfo
 from indexcache.conversion.fp8 import dequantise_block
@@ -76,4 +77,4 @@ def test_conversion_imports_where_torch_lacks_that_dtype():
         "del torch.float8_e8m0fnu\n"
         "import indexcache.conversion.convert, indexcache.conversion.verify, indexcache.conversion.tensor_stream"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PROCESS_SECONDS)

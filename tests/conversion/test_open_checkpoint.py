@@ -61,7 +61,6 @@ def test_a_stale_index_and_a_truncated_shard_are_refused(tmp_path):
     assert f"{shard.name} is truncated" in refused(source)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fields, message", [
     ({"num_hidden_layers": 2**31}, "num_hidden_layers=2147483648, and the weights hold 4 layers"),
     ({"num_hidden_layers": 5}, "num_hidden_layers=5, and the weights hold 4 layers"),

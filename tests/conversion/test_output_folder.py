@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import build, edit_json, hashes
+from time_limits import PROCESS_SECONDS
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion import convert as convert_module
@@ -36,7 +37,6 @@ def mode(path):
 # ---- companions are looked at first ---------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["tokenizer_extra.json", "encoding/pipe.py", "README.md", "generation_config.json"])
 def test_a_pipe_among_the_companions_is_found_before_a_shard_is_written(tmp_path, name):
     source = build(tmp_path / "s")
@@ -292,13 +292,12 @@ def test_a_full_disk_s_advice_is_one_that_helps(tmp_path, monkeypatch):
     assert "--keep-shared-indexers" not in cast and "--copy" not in cast, "all shards are rewritten anyway"
 
 
-@pytest.mark.timeout(600)
 def test_linked_shards_are_hashed_at_the_same_time(tmp_path, monkeypatch):
     source = build(tmp_path / "s", shards=6)
     together = threading.Barrier(3)
 
     def hash_together(path, how="written"):
-        together.wait(timeout=300)
+        together.wait(timeout=PROCESS_SECONDS)
         return hash_file(path, how)
 
     monkeypatch.setattr(convert_module, "hash_workers", lambda: 3)
