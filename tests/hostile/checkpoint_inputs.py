@@ -124,7 +124,7 @@ def companion_json(shop: Workshop, chance: random.Random) -> Try:
         )
         spoilt = Spoilt(json.dumps(settings).encode(), f"auto_map is {settings['auto_map']}", ("auto_map",))
     path.write_bytes(spoilt.data)
-    names = (*spoilt.names, name, name.partition("_")[0].partition(".")[0])
+    names = (*spoilt.names, name, name.partition("_")[0], "tokenizer")
     return Try(
         f"{folder.name}/{name}: {spoilt.what}; {verb}",
         box,

@@ -1,6 +1,6 @@
 """What goes wrong in the child: killed at the n-th change of a file, Ctrl-C there, a pause, a full disk, a bad one.
 
-Every change of a file below the watched folder is an event: a write, a sync, a rename, a link, a removal, a new
+Every change of a file below the watched folder, its tmp/ apart, is an event: a write, a sync, a rename, a link, a removal, a new
 folder or file, a file that safetensors or torch writes by themselves. Events are counted, so that a fault strikes at
 the same one every time.
 """
@@ -136,9 +136,10 @@ class _Disk:
             except OSError:
                 return False
         try:
-            return os.path.abspath(os.fsdecode(path)).startswith(self.root + os.sep)
+            path = os.path.abspath(os.fsdecode(path))
         except TypeError:
             return False
+        return path.startswith(self.root + os.sep) and not path.startswith(os.path.join(self.root, "tmp") + os.sep)
 
     def _event_of(self, function):
         def changed(path, *arguments, **options):

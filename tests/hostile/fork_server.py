@@ -156,6 +156,8 @@ def _fork(command: dict) -> int:
                 except (OSError, ValueError):
                     code = code or 70
             os._exit(code)
+    with contextlib.suppress(OSError):
+        os.setpgid(pid, pid)  # here too, so that it can be killed as a group at once
     return pid
 
 

@@ -180,7 +180,8 @@ def _fault(chance: random.Random, changes: int, requests: int) -> tuple[dict, st
     if way == "interrupt":
         return {"kind": "interrupt", "at": at}, f"interrupted {where}"
     if way in ("full", "file_size"):
-        bytes_ = int(10 ** chance.uniform(2, 5.8))
+        # What is said on stderr is a file of the process, too.
+        bytes_ = int(10 ** chance.uniform(2 if way == "full" else 4, 5.8))
         what = f"a disk with {bytes_:,} bytes" if way == "full" else f"no file beyond {bytes_:,} bytes"
         return {"kind": way, "bytes": bytes_}, what
     number = chance.choice([errno.EIO, errno.EDQUOT, errno.EROFS, errno.EACCES])

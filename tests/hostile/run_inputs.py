@@ -263,8 +263,8 @@ _ODD: dict[str, tuple[str, str | bytes]] = {
 }
 # Not what it should be; those of _FATAL cannot be taken for text.
 _WRONG: dict[str, tuple[str, str | bytes]] = {
-    "a null text": (".jsonl", _records(lambda r, n: _with(r, text=None) if n == 3 else json.dumps(r))),
-    "a number as text": (".jsonl", _records(lambda r, n: _with(r, text=17) if n == 3 else json.dumps(r))),
+    "a null text": (".jsonl", _records(lambda r, n: _with(r, text=None) if n == 0 else json.dumps(r))),
+    "a number as text": (".jsonl", _records(lambda r, n: _with(r, text=17) if n == 0 else json.dumps(r))),
     "chat records": (
         ".jsonl",
         _records(lambda r, n: json.dumps({"messages": [{"role": "user", "content": r["text"]}]})),
@@ -275,11 +275,11 @@ _WRONG: dict[str, tuple[str, str | bytes]] = {
     ),
     "a lone surrogate": (".jsonl", _records(lambda r, n: json.dumps({"text": "\ud800" + r["text"]}))),
     "a lone surrogate, not escaped": (".jsonl", _records(lambda r, n: _with(r, text="\ud800 " + r["text"]))),
-    "not JSON in line 4": (".jsonl", "\n".join([*_GOOD[:3], "{", *_GOOD[3:]])),
+    "not JSON in line 1": (".jsonl", "\n".join(["{", *_GOOD])),
     "a list a line": (".jsonl", "\n".join(f"[{line}]" for line in _GOOD)),
     "a string a line": (".jsonl", "\n".join(json.dumps(json.loads(line)["text"]) for line in _GOOD)),
     "one JSON list": (".jsonl", "[" + ",".join(_GOOD) + "]"),
-    "deep nesting": (".jsonl", "\n".join([*_GOOD, '{"text": ' + "[" * 90_000 + "]" * 90_000 + "}"])),
+    "deep nesting": (".jsonl", "\n".join(['{"text": ' + "[" * 90_000 + "]" * 90_000 + "}", *_GOOD])),
     "no field text": (".jsonl", _records(lambda r, n: json.dumps({"content": r["text"]}))),
     "an empty file": (".jsonl", ""),
     "white space": (".txt", " \n\t\n" * 50),
