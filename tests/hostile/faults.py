@@ -1,8 +1,8 @@
 """What goes wrong in the child: killed at the n-th change of a file, Ctrl-C there, a pause, a full disk, a bad one.
 
-Every change of a file below the watched folder, its tmp/ apart, is an event: a write, a sync, a rename, a link, a removal, a new
-folder or file, a file that safetensors or torch writes by themselves. Events are counted, so that a fault strikes at
-the same one every time.
+Every change of a file below the watched folder, its tmp/ apart, is an event: a write, a sync, a rename, a link, a
+removal, a new folder or file, a file that safetensors or torch writes by themselves. Events are counted, so that a
+fault strikes at the same one every time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Of the longest wait between two tries of a request: what a Hub asks for is not worth waiting for in a test.
@@ -48,6 +49,10 @@ def install(fault: dict, folder: Path) -> None:
         # One worker: the same event every time.
         os.cpu_count = lambda: 1
         os.sched_getaffinity = lambda pid: {0}
+        make_pool = ThreadPoolExecutor.__init__
+        ThreadPoolExecutor.__init__ = lambda pool, max_workers=None, *more, **options: make_pool(
+            pool, 1, *more, **options
+        )
         _Disk(fault, os.path.realpath(folder))
 
 
