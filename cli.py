@@ -74,10 +74,12 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
     from rich.text import Text
 
+    from .conversion.hub_requests import redact
     from .conversion.terminal_text import printable
     from .evaluation.terminal import terminal
 
-    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), printable(message)))
+    shown = printable(redact(message))
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 
 

@@ -21,6 +21,7 @@ from ..evaluation.loading import check_device
 from ..evaluation.output import prepare_output
 from ..kernels.early_launch import launches_in_turn
 from ..modeling_indexcache.attention_backends import resolve_attention_backend
+from ..modeling_indexcache.compile_ahead import finish_compiling
 from . import speed_models
 from .errors import BenchError
 from .machine import machine
@@ -273,6 +274,7 @@ class _Bench:
             warm = min(WARM_UP_TOKENS, row.tokens)
             if self._warm() is not model:
                 measure_generate(model, ids[:, :warm], row.way, WARM_UP_STEPS, 1, chunk)
+                finish_compiling()
                 self._warm = weakref.ref(model)
             return measure_generate(model, ids, row.way, options.decode_steps, repeats, chunk)
         inspected = row.tokens, row.pattern, kind

@@ -122,14 +122,14 @@ def draw_plan(plan: Plan) -> RenderableType:
         f"{summary['kept']:,} tensors kept ({human_bytes(plan.nbytes)}), {summary['dropped']:,} dropped "
         f"({human_bytes(summary['dropped_bytes'])}), {summary['folded']:,} scales folded into their weights"
     )
+    if plan.rewritten_to_drop:
+        line += (
+            f"\n{human_bytes(plan.rewritten_to_drop)} are written anew only to drop indexers: with "
+            "--keep-shared-indexers those shards pass whole"
+        )
     heading = Text(plan.checkpoint.source.location, style="bold")
-    return Group(
-        heading,
-        draw_cells(plan.pattern),
-        table,
-        Text(line),
-        *(Text(printable(f"note: {note}")) for note in plan.warnings),
-    )
+    said = (Text(printable(f"note: {note}")) for note in plan.warnings)
+    return Group(heading, draw_cells(plan.pattern), table, Text(line), *said)
 
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "dropped_bytes": sum(info.nbytes for info in plan.dropped),
         "dropped_layers": plan.pattern.shared_layers if plan.dropped else [],
         "folded": len(plan.folded),
-        "rewritten_bytes": plan.rewritten_to_drop,
+        "rewritten_to_drop_bytes": plan.rewritten_to_drop,
         "shards": [
             {
                 "file": shard.file,

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 
 from .checkpoint import Checkpoint, ConversionError, FolderSource, read_checkpoint
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
-from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
 from .shard_writer import PARTIAL_SUFFIX
 
@@ -55,7 +55,7 @@ def push_folder(
         announce(contents)
     require_token(repo_id, token)
     api = HfApi(token=token, library_name="indexcache")
-    with hub_errors(repo_id, Path(folder) / "README.md"):
+    with hub_errors(repo_id, token, Path(folder) / "README.md"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ConversionError(
@@ -84,7 +84,7 @@ def require_token(repo_id: str, token: str | None) -> None:
 
 
 @contextmanager
-def hub_errors(repo_id: str, card: Path | None = None) -> Iterator[None]:
+def hub_errors(repo_id: str, token: str | None, card: Path | None = None) -> Iterator[None]:
     """Turns what goes wrong in a write to `repo_id`, with `card` among its files, into ConversionErrors."""
     try:
         yield
@@ -93,14 +93,14 @@ def hub_errors(repo_id: str, card: Path | None = None) -> Iterator[None]:
     except HFValidationError as error:
         raise ConversionError(f"{repo_id!r} is no Hub id (org/name): {error}") from error
     except HUB_FAILURES as error:
-        raise ConversionError(_explain(error, repo_id)) from error
+        raise ConversionError(redact(_explain(error, repo_id), token)) from error
     except RuntimeError as error:
         # huggingface_hub wraps what went wrong with one file of several.
         if not isinstance(error.__cause__, HUB_FAILURES):
             raise
-        raise ConversionError(_explain(error.__cause__, repo_id)) from error
+        raise ConversionError(redact(_explain(error.__cause__, repo_id), token)) from error
     except GARBLED_ANSWERS as error:
-        raise ConversionError(_explain_answer(error, repo_id, card)) from error
+        raise ConversionError(redact(_explain_answer(error, repo_id, card), token)) from error
 
 
 def check_contents(folder: str | os.PathLike[str], token: str | None = None) -> HubContents:
@@ -131,8 +131,8 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     ]
     if unfinished:
         raise ConversionError.collect(
-            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or remove these "
-            "files if they are strays",
+            f"{folder} is unfinished: finish it with `indexcache convert` or `distill ... --resume`, or with "
+            "`refresh` again, or remove these files if they are strays",
             unfinished,
         )
     checkpoint = read_checkpoint(source)

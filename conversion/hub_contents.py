@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError
 from .companion_files import companion_files
+from .hub_requests import redact
 from .journal import RECIPE_FILE
 
 # What the verbs write for people, beside what a model is loaded from.
@@ -31,8 +32,6 @@ _RECORDS = (
 _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _PICTURE_LINK = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\s[^>]*src=[\"']([^\"']+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
-# User access tokens of the Hub, wherever they ended up.
-_HUB_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _SEARCHED_BYTES = 64 << 20
 
 
@@ -118,8 +117,8 @@ def check_no_token(contents: HubContents, token: str | None) -> None:
     for name, size in contents.files.items():
         if name.endswith(".safetensors") or size > _SEARCHED_BYTES:
             continue
-        content = (contents.folder / name).read_bytes()
-        if _HUB_TOKEN.search(content) or (token and len(token) >= 20 and token.encode() in content):
+        content = (contents.folder / name).read_text(encoding="utf-8", errors="replace")
+        if redact(content, token) != content:
             raise ConversionError(
                 f"{contents.folder / name} holds a Hub token: nothing was sent. Take it out, and revoke it under "
                 "https://huggingface.co/settings/tokens if others have seen the file"

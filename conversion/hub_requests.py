@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
+from huggingface_hub import get_token
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
@@ -18,6 +19,11 @@ HUB_FAILURES: tuple[type[Exception], ...] = (*_HTTP_ERRORS, EntryNotFoundError, 
 # What comes of reading an answer that is not the Hub's own: a proxy's page, an empty body, fields that are not there.
 GARBLED_ANSWERS: tuple[type[Exception], ...] = (ValueError, KeyError, TypeError, AttributeError)
 
+# User access tokens of the Hub.
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
+# Shorter ones are no tokens that a Hub gives out, and would be found in words.
+_SHORTEST_TOKEN = 16
+
 BUSY = (408, 429, 500, 502, 503, 504)
 _ATTEMPTS = 6
 _LONGEST_WAIT = 8
@@ -27,6 +33,19 @@ Result = TypeVar("Result")
 
 class UnfitAnswer(ValueError):
     """A server answered, and not with the bytes that were asked for."""
+
+
+def redact(text: str, token: str | None = None) -> str:
+    """A text in which no Hub token stands: servers, proxies and libraries may repeat what they were sent.
+
+    Args:
+        text: a message.
+        token: the token in use, beside the saved login and HF_TOKEN, whatever its form.
+    """
+    for secret in (token, get_token()):
+        if secret and len(secret) >= _SHORTEST_TOKEN:
+            text = text.replace(secret, "<token>")
+    return HUB_TOKEN.sub("<token>", text)
 
 
 def patiently(work: Callable[[], Result], *, also_unreachable: bool = True) -> Result:

@@ -15,7 +15,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from .checkpoint import ConversionError, check_file_name
 from .hub_integrity import HubFile, RunningCheck, SeenRange, file_fault, is_commit_id
-from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes
+from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes, redact
 
 
 class HubSource:
@@ -54,11 +54,11 @@ class HubSource:
                 "check the name, or give --token"
             ) from error
         except HUB_FAILURES as error:
-            raise ConversionError(f"{self.location} cannot be reached: {error}") from error
+            raise ConversionError(f"{self.location} cannot be reached: {self._told(error)}") from error
         except GARBLED_ANSWERS as error:
             raise ConversionError(
-                f"{self.location}: {constants.ENDPOINT} answers as no Hub does ({error}): is a proxy in between, or "
-                "HF_ENDPOINT wrong?"
+                f"{self.location}: {constants.ENDPOINT} answers as no Hub does ({self._told(error)}): is a proxy in "
+                "between, or HF_ENDPOINT wrong?"
             ) from error
         self._checks: dict[str, RunningCheck] = {}
         self._seen: dict[str, list[SeenRange]] = {}
@@ -107,7 +107,7 @@ class HubSource:
         except UnfitAnswer as error:
             self._refuse(file, str(error))
         except HUB_FAILURES as error:
-            raise ConversionError(f"{self.location}: {file} cannot be read: {error}") from error
+            raise ConversionError(f"{self.location}: {file} cannot be read: {self._told(error)}") from error
         self._check_as_it_comes(file, begin, content)
         return content
 
@@ -144,7 +144,7 @@ class HubSource:
         try:
             path = Path(patiently(fetch))
         except HUB_FAILURES as error:
-            raise ConversionError(f"{self.location}: {file} cannot be downloaded: {error}") from error
+            raise ConversionError(f"{self.location}: {file} cannot be downloaded: {self._told(error)}") from error
         except GARBLED_ANSWERS as error:
             self._refuse(file, str(error))
         if (fault := file_fault(path, self._files[file], self._seen.get(file, ()))) is not None:
@@ -152,9 +152,13 @@ class HubSource:
             self._refuse(file, fault)
         return path
 
+    def _told(self, error: Exception) -> str:
+        return redact(str(error), self._token)
+
     def _refuse(self, file: str, fault: str) -> NoReturn:
         raise ConversionError(
-            f"{self.location}: {file} did not arrive as commit {str(self.revision)[:8]} holds it: {fault}. Run it "
+            f"{self.location}: {file} did not arrive as commit {str(self.revision)[:8]} holds it: "
+            f"{redact(fault, self._token)}. Run it "
             f"again; if that does not help, look for a proxy or mirror that answers in the Hub's place "
             f"(HF_ENDPOINT={constants.ENDPOINT}, HTTPS_PROXY), or fetch the folder elsewhere with "
             f"`hf download {self.id}`"

@@ -50,9 +50,10 @@ def load_source(
             place, config=config, revision=commit, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except SafetensorError as error:
-        raise ConversionError(
-            f"{opened.source.location}: its weights cannot be read ({error}): fetch it again"
-        ) from error
+        raise ConversionError(f"{opened.source.location}: its weights cannot be read ({error})") from error
+    except ValueError as error:
+        # What this machine or these versions cannot load, in the loader's own words.
+        raise ConversionError(f"{opened.source.location} cannot be loaded: {error}") from error
     model: IndexCacheForCausalLM = loaded[0]
     refuse_filled_weights(model, filled_weights(loaded[1]), opened.source.location)
     return model

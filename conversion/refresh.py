@@ -259,11 +259,11 @@ def _commit(source: Source, plan: RefreshPlan, revision: str | None, token: str 
     if is_commit_id(revision):
         raise ConversionError(f"a commit cannot be changed (revision {revision}): give a branch of {source.id}")
     require_token(source.id, token)
-    operations = [
-        *(CommitOperationAdd(name, content) for name, content in plan.content.items()),
-        *(CommitOperationDelete(name) for name in plan.removed),
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, content) for name, content in plan.content.items()
     ]
-    with hub_errors(source.id):
+    operations += [CommitOperationDelete(name) for name in plan.removed]
+    with hub_errors(source.id, token):
         commit = HfApi(token=token, library_name="indexcache").create_commit(
             source.id,
             operations,

@@ -41,7 +41,7 @@ def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable
     return launch_there
 
 
-class wait_before_launches:
+class WaitBeforeLaunches:
     """Call `wait(kernel, arguments, options)` before every launch of this process, until `stop`."""
 
     def __init__(self, wait: Callable[[Any, tuple, dict[str, Any]], None]) -> None:

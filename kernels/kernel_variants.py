@@ -7,13 +7,15 @@ unless told not to look. A variant is one such case.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import nullcontext
+from queue import Queue
+from threading import Thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
 
-from .kernel_launch import wait_before_launches
+from .kernel_launch import WaitBeforeLaunches
 
 Key = tuple[Any, ...]
 
@@ -88,28 +90,41 @@ def _case_of(parameter: Any, value: Any) -> Any:
 class Compilations:
     """Variants on their way, compiled in threads: Triton lowers without Python's lock. Launches wait for theirs.
 
-    A variant that does not compile is left to the launch that needs it, where its error is dealt with.
+    A variant that does not compile is left to the launch that needs it, where its error is dealt with. When the
+    process ends, what is not begun is dropped.
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:
-        self._device = device
-        self._pool = ThreadPoolExecutor(jobs, thread_name_prefix="indexcache-compile")
-        self._pending: dict[Key, Future] = {}
-        self._wanted = wait_before_launches(self._wait)
+        self._device, self._queue = device, Queue[Variant | None]()
+        self._pending: dict[Key, Future[str | None]] = {}
+        self._waiting = WaitBeforeLaunches(self._wait)
+        self._threads = [Thread(target=self._work, name=f"indexcache-compile-{i}") for i in range(jobs)]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, variants: Iterable[Variant]) -> None:
         """Begin to compile these, in this order, unless they are known."""
         for variant in variants:
             if variant.key not in self._pending:
-                self._pending[variant.key] = self._pool.submit(self._compile, variant)
+                self._pending[variant.key] = Future()
+                self._queue.put(variant)
 
-    def finish(self) -> int:
-        """Wait for all; how many there were."""
-        for future in list(self._pending.values()):
-            future.result()
-        self._wanted.stop()
-        self._pool.shutdown(wait=False)
-        return len(self._pending)
+    def finish(self) -> dict[Key, str | None]:
+        """Wait for all: why each variant that was compiled here failed, or None if it did not."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._waiting.stop()
+        return {key: future.result() for key, future in self._pending.items() if not future.cancelled()}
+
+    def _work(self) -> None:
+        while (variant := self._queue.get()) is not None:
+            future = self._pending[variant.key]
+            if not main_thread().is_alive():
+                future.cancel()
+            elif future.set_running_or_notify_cancel():
+                future.set_result(self._compile(variant))
 
     def _compile(self, variant: Variant) -> str | None:
         try:
@@ -121,6 +136,6 @@ class Compilations:
 
     def _wait(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
         future = self._pending.get(variant_key(kernel, arguments, options))
+        # Not begun, it is the launch's own to compile.
         if future is not None and not future.cancel():
-            # Not begun, it is the launch's own to compile.
             future.result()

@@ -170,7 +170,7 @@ if triton is not None:
         pair_of,
     )
 
-    @triton.jit(do_not_specialize=["s", "S", "T", "tiles_each"])
+    @triton.jit(do_not_specialize=["w_stride_b", "s", "S", "T", "tiles_each"])
     def indexer_scores_kernel(
         q,
         k,

@@ -307,7 +307,7 @@ if triton is not None:
             passed = rest & (rest - 1)
         return count + tl.sum(number, 1)
 
-    @triton.jit(do_not_specialize=["B", "S", "T", "TOPK"])
+    @triton.jit(do_not_specialize=["w_stride_b", "B", "S", "T", "TOPK"])
     def lightning_indexer_prefill_kernel(
         q,
         k,

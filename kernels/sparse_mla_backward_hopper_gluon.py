@@ -84,7 +84,7 @@ def sparse_mla_backward_hopper(
 
 if gluon is not None:
 
-    @gluon.jit(do_not_specialize=["S", "lists", "T"])
+    @gluon.jit(do_not_specialize=["S", "lists", "T", "lse_stride_b"])
     def _sparse_mla_backward_hopper_kernel(
         q,
         kv,

@@ -278,7 +278,7 @@ if triton is not None:
                 acc += tl.load(rows + row * D + offs, mask=mask, other=0.0)
         tl.store(total + slot * D + offs, acc, mask=mask)
 
-    @triton.jit(do_not_specialize=["S", "lists", "T"])
+    @triton.jit(do_not_specialize=["S", "lists", "T", "lse_stride_b"])
     def _sparse_mla_bwd_kernel(
         q,
         kv,

@@ -249,7 +249,7 @@ def _processors(device: torch.device) -> int:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["S", "lists", "T"])
+    @triton.jit(do_not_specialize=["S", "lists", "T", "lse_stride_split", "lse_stride_b"])
     def _sparse_mla_fwd_kernel(
         q,
         kv,

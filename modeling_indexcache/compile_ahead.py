@@ -20,21 +20,27 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
 
 from ..kernels.device_target import DeviceTarget, device_target
-from ..kernels.kernel_launch import are_recorded
+from ..kernels.kernel_launch import are_recorded, launcher
 from ..kernels.kernel_variants import Compilations, Variant, VariantList
 from ..kernels.pretended_tensors import pretended, pretended_launches
 from .attention_backends import TRITON_ATTENTION
 
+logger = logging.get_logger(__name__)
+
 COMPILE_AHEAD = "INDEXCACHE_COMPILE_AHEAD"
 # Prompts that between them ask for every variant, whatever the length: few tokens, more tokens than top-k and fewer,
 # chunks of a long prompt. What a length changes beyond that is not compiled for.
-LENGTHS = (16, 1000, 8192, 100_000)
+LENGTHS = (16, 1000, 4096, 8192, 100_000)
+# Tokens that a conversation goes on with.
+TURN = 200
 # The last of these steps is recorded, and its kernels launch early.
 STEPS = 4
 
 _started: set[tuple[Any, ...]] = set()
+_running: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
@@ -56,25 +62,41 @@ def compile_ahead(model: Any, hidden_states: torch.Tensor) -> None:
     mark = _mark(model, hidden_states)
     if mark is not None and mark.exists():
         return
-    small = small_model(model)
+    # Not the model: its memory is its owner's to free.
+    dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
+    small = (type(model), model.config, str(model._running_pattern), dtypes)
     arguments = (small, hidden_states.device, hidden_states.shape[1], jobs, mark)
-    threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead", daemon=True).start()
+    thread = threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead")
+    thread.start()
+    _running.append(thread)
 
 
-def small_model(model: Any) -> Any:
-    """A decoder with one layer of each kind of `model`, whose tensors have its dtypes and no memory."""
-    kept = kinds_of_layers(model.config, str(model._running_pattern))
-    small = pretended_decoder(type(model), model.config, kept, str(model._running_pattern))
-    known = dict(model.named_parameters()) | dict(model.named_buffers())
+def finish_compiling() -> None:
+    """Wait until all that was begun is compiled: before time is measured, say."""
+    while _running:
+        _running.pop().join()
+
+
+def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dtype]) -> Any:
+    """A decoder with one layer of each kind of a model's, whose tensors have no memory.
+
+    Args:
+        cls: `IndexCacheModel`.
+        config: of the model.
+        pattern: the share pattern that it runs.
+        dtypes: of its parameters and buffers, by name.
+    """
+    kept = kinds_of_layers(config, pattern)
+    small = pretended_decoder(cls, config, kept, pattern)
     for module_name, module in small.named_modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 place = f"{module_name}.{name}".lstrip(".").split(".")
                 if place[0] == "layers":
                     place[1] = str(kept[int(place[1])])
-                real = known.get(".".join(place))
-                if tensor is not None and real is not None and real.dtype != tensor.dtype:
-                    held[name] = pretended(torch.empty(tensor.shape, dtype=real.dtype, device="meta"))
+                dtype = dtypes.get(".".join(place))
+                if tensor is not None and dtype is not None and dtype != tensor.dtype:
+                    held[name] = pretended(torch.empty(tensor.shape, dtype=dtype, device="meta"))
     return small
 
 
@@ -98,6 +120,8 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
     with torch.device("meta"):
         model = cls(config).eval()
     model.config._attn_implementation_internal = TRITON_ATTENTION
+    # Where this package's kernels do not serve, the one that asks nothing of a GPU.
+    model.config._experts_implementation_internal = "batched_mm"
     wide = cls._keep_in_fp32_modules_strict or []
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -109,10 +133,10 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
 
 
 def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGTHS) -> Iterator[list[Variant]]:
-    """New variants of a prefill, then of decoding steps, for each length in turn.
+    """New variants of a prefill, then of decoding steps, then of another turn's prefill, for each length.
 
     Args:
-        model: of `small_model` or `pretended_decoder`.
+        model: what `small_model` or `pretended_decoder` gives.
         target: what to compile for.
         lengths: tokens of the prompts.
     """
@@ -120,31 +144,39 @@ def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGT
     for length in lengths:
         with pretended_launches(target, found.record):
             cache = DynamicCache(config=model.config)
-            for tokens in (length, *[1] * STEPS):
+            for tokens in (length, *[1] * STEPS, TURN):
                 ids = torch.empty(1, tokens, dtype=torch.int64, device="cuda")
-                model(ids, past_key_values=cache, use_cache=True)
+                # `generate` gives a mask, and a prefill whose mask masks nothing drops it.
+                seen = int(cache.get_seq_length()) + 1
+                mask = torch.empty(1, seen, dtype=torch.int64, device="cuda") if tokens == 1 else None
+                model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
                 fresh = found.variants[known:]
                 if fresh:
                     known += len(fresh)
                     yield fresh
 
 
-def _work(small: Any, device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
+def _work(small: tuple[Any, ...], device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
     compilations = Compilations(device, jobs)
+    whole = False
     try:
         lengths = (tokens, *(length for length in LENGTHS if length != tokens))
-        for fresh in variants_of(small, device_target(device), lengths):
+        for fresh in variants_of(small_model(*small), device_target(device), lengths):
             compilations.add(fresh)
-    except Exception:
-        # What is not known ahead is compiled when it is needed; nothing else depends on this.
-        mark = None
-    compilations.finish()
-    if mark is not None:
+            if not threading.main_thread().is_alive():
+                return
+        whole = True
+    except Exception as error:
+        # What is not known ahead is compiled when it is needed: nothing else depends on this.
+        logger.debug("IndexCache: kernels are not compiled ahead: %s: %s", type(error).__name__, error)
+    finally:
+        done = compilations.finish()
+    if whole and mark is not None and not any(done.values()):
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
-        except OSError:
-            pass
+        except OSError as error:
+            logger.debug("IndexCache: %s: %s", mark, error)
 
 
 def _serves(model: Any, hidden_states: torch.Tensor) -> bool:
@@ -203,8 +235,6 @@ def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
 def _code() -> str:
     """A digest of the kernels' source as it is here."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*_triton.py")) or sorted(
-        (Path(__file__).parent.parent / "kernels").glob("*.py")
-    ):
+    for path in sorted(Path(launcher.__code__.co_filename).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -9,6 +9,8 @@ from hub_double import Hub
 from huggingface_hub import constants
 from time_limits import PROCESS_SECONDS, TEST_SECONDS
 
+# Every little model of the tests would have its kernels compiled in the background; tests of that ask for it.
+os.environ.setdefault("INDEXCACHE_COMPILE_AHEAD", "0")
 # None in sys.modules is what "not installed" looks like to `import` and to `importlib.util.find_spec`.
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
 

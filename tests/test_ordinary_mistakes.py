@@ -70,6 +70,17 @@ def test_an_output_that_cannot_be_one_is_found_before_the_work(no_model, text, t
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_folder_that_takes_no_file(no_model, text, tmp_path, monkeypatch):
+    """As the system says it; the tests may run as root, whom nothing is forbidden."""
+
+    def forbidden(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", forbidden)
+    for verb, arguments in long_verbs(text).items():
+        assert "cannot be written to: Permission denied" in refused(verb, *arguments, "--output", tmp_path / "out")
+
+
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions bind neither Windows nor root")
 def test_no_permission_is_a_message(no_model, text, tmp_path):
     closed = tmp_path / "closed"

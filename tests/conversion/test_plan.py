@@ -1,14 +1,17 @@
 """Planning on headers: every key is accounted for, patterns are resolved, shards are laid out."""
 
+import io
 import json
 
 import pytest
 from checkpoints import INDEXER, build, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.drawing import draw_plan, human_bytes
 from indexcache.conversion.families import convert_config, load_config, source_pattern
 from indexcache.conversion.pattern_file import choose_pattern, read_pattern_file
 from indexcache.conversion.plan import build_plan
@@ -56,6 +59,20 @@ def test_a_shard_that_loses_nothing_passes_whole_and_an_emptied_one_vanishes(tmp
     plan = plan_of(source, "FFFS")
     assert plan.vanished_files == ["model-indexers.safetensors"]
     assert all(shard.is_whole for shard in plan.shards) and len(plan.shards) == 3
+
+
+def test_what_is_written_anew_only_to_drop_indexers_is_counted_and_shown(tmp_path):
+    source = build(tmp_path / "s", shards=3)
+    plan = plan_of(source, "FFFS")
+    anew = [shard for shard in plan.shards if not shard.is_whole]
+    assert 0 < len(anew) < 3 and plan.rewritten_to_drop == sum(shard.nbytes for shard in anew)
+    drawn = Console(width=200, file=io.StringIO())
+    drawn.print(draw_plan(plan))
+    said = f"{human_bytes(plan.rewritten_to_drop)} are written anew only to drop indexers: with --keep-shared-indexers"
+    assert said in drawn.file.getvalue()
+    assert plan_of(source, "FFFS", keep_shared_indexers=True).rewritten_to_drop == 0
+    assert plan_of(source, "FFFS", dtype="float32").rewritten_to_drop == 0, "the cast rewrites them anyway"
+    assert plan_of(source, "FFFS", max_shard_size=9_000).rewritten_to_drop == 0
 
 
 def test_keep_shared_indexers_drops_nothing(tmp_path):

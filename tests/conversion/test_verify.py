@@ -217,6 +217,15 @@ def test_a_converted_checkpoint_that_does_not_run_is_a_difference(tmp_path, monk
     ]
 
 
+@pytest.mark.parametrize("lacking", ["_native_model", "_our_logits"])
+def test_memory_that_runs_out_is_not_taken_for_a_difference(tmp_path, monkeypatch, lacking):
+    source = build(tmp_path / "s")
+    output = converted(source, tmp_path / "o")
+    monkeypatch.setattr(logits_comparison, lacking, lambda *_: torch.empty(1 << 46))
+    found = check(source, output, logits=True)
+    assert found.ok and found.not_compared == ["logits"] and "allocate memory" in found.warnings[0]
+
+
 def test_configs_are_compared_by_meaning(tmp_path):
     """Another spelling of the same angles is no difference; another value in any spelling is."""
     yarn = {"factor": 4, "original_max_position_embeddings": 128, "mscale": 1.0, "mscale_all_dim": 1.0}

@@ -99,6 +99,16 @@ def test_what_transformers_would_fill_in_is_refused_behind_it_too(source):
         load_source(opened)
 
 
+def test_what_this_machine_cannot_load_is_a_message(tmp_path):
+    from checkpoints import build
+
+    ragged = build(tmp_path / "ragged", fp8=True)
+    with pytest.raises(ConversionError, match=r"ragged cannot be loaded: .*indexcache convert"):
+        load_source(ragged)
+    whole = build(tmp_path / "whole", fp8=True, mtp=1, qk_rope_head_dim=16, moe_intermediate_size=32)
+    assert load_source(whole).config.num_hidden_layers == 4, "scales and MTP layers are no missing weights"
+
+
 def test_a_tied_weight_is_another_s(tmp_path):
     from tiny_models import tiny_model
 

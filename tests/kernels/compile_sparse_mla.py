@@ -37,7 +37,7 @@ def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
         "GROUP": group,
         "OWNER_SHIFT": owner_shift(group),
         "HEAD_BLOCKS": triton.cdiv(heads, tile.block_m),
-        "SPLITS": splits,
+        "SPLIT": splits > 1,
     }
     types = dict(TYPES, out="*fp32") if splits > 1 else TYPES
     if group == 1:

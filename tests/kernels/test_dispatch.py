@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from indexcache.kernels import dispatch as policy
+from indexcache.kernels import indexer_distillation, sparse_mla
 from indexcache.kernels.dispatch import (
     Backend,
     FallbackError,
@@ -194,3 +195,60 @@ def test_out_of_memory_in_any_operation_leaves_its_backends_in_use(name):
     with pytest.raises(torch.OutOfMemoryError):
         dispatch(name, failing, CPU)
     assert not why_set_aside()
+
+
+def sparse_inputs():
+    draw = torch.Generator().manual_seed(0)
+    q, kv = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((2, 3, 4, 12), (2, 9, 12)))
+    indices = torch.rand(2, 3, 9, generator=draw).argsort(-1)[..., :5].int()
+    indices[0, 1], indices[1, 0, 2] = -1, -1
+    return q.requires_grad_(), kv.requires_grad_(), indices
+
+
+def test_gradients_of_sparse_mla_where_no_kernel_compiles():
+    q, kv, indices = sparse_inputs()
+    out, lse = sparse_mla.sparse_mla(q, kv, indices, scale=0.3, value_dim=8)
+    grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
+    some = grad_lse.masked_fill(lse == float("-inf"), 0.0)
+    want = torch.autograd.grad((out * grad_out).sum() + (lse.masked_fill(lse.isinf(), 0.0) * some).sum(), (q, kv))
+    backward = sparse_mla._BACKWARD[-1].run
+    got = backward(grad_out, grad_lse, *(x.detach() for x in (q, kv)), indices, out.detach(), lse.detach(), 0.3, False)
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_gradients_of_the_indexer_where_no_kernel_compiles(with_target):
+    draw = torch.Generator().manual_seed(1)
+    shapes = (2, 3, 4, 8), (2, 9, 8), (2, 3, 4)
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    indices, target, stats = sparse_inputs()[2], None, None
+    if with_target:
+        target = torch.rand(2, 3, 5, generator=draw)
+        result = indexer_distillation.indexer_kl(*inputs, indices, target, scale=0.3)
+    else:
+        result = indexer_distillation.selected_index_scores(*inputs, indices, scale=0.3)
+    grad = torch.randn(result.shape, generator=draw, dtype=torch.float64)
+    kept = torch.where(result.isinf(), 0.0, result * grad)
+    want = torch.autograd.grad(kept.sum(), inputs)
+    backward = indexer_distillation._INDEX_BACKWARD[-1].run
+    got = backward(grad, *(x.detach() for x in inputs), indices, target, stats, 0.3, False)
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_of_the_dense_loss_where_no_kernel_compiles():
+    draw = torch.Generator().manual_seed(2)
+    shapes = (2, 3, 4, 8), (2, 9, 8), (2, 3, 4)
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    q_attn, kv = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((2, 3, 5, 12), (2, 9, 12)))
+    lse = indexer_distillation.attention_lse(q_attn, kv, scale=0.2)
+    result = indexer_distillation.dense_indexer_kl(*inputs, q_attn, kv, scale=0.3, attn_scale=0.2, attn_lse=lse)
+    grad = torch.randn(result.shape, generator=draw, dtype=torch.float64)
+    want = torch.autograd.grad(result, inputs, grad)
+    backward = indexer_distillation._DENSE_BACKWARD[-1].run
+    visible = torch.full((2,), 6, dtype=torch.int64), None, None
+    plain = [x.detach() for x in inputs]
+    got = backward(grad, *plain, [q_attn], [kv], [lse], None, 0.3, 0.2, visible)
+    for one, other in zip(got, want):
+        torch.testing.assert_close(one, other)

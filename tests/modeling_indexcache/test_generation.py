@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_ways import NEW, check_every_way, greedy, loop_without_cache
+from generation_ways import NEW, check_every_way, loop_without_cache
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
