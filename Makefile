@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo demo-checkpoint test lint test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
+.PHONY: venv demo demo-checkpoint test lint hostile test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -43,6 +43,14 @@ test-newest test-oldest test-transformers-main: test-%:
 	.venv-$*/bin/python -m pip list --format=freeze | grep -iE '^(torch|triton|transformers|tokenizers|huggingface_hub|safetensors|numpy|accelerate)='
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m "not gpu and not gpus" $(ACROSS)
 	rm -rf .venv-$*
+
+# Hostile inputs and kills until SECONDS are over, on two processes; ONLY=kind or ONLY=kind:number repeats. See
+# docs/reliability.md.
+SECONDS ?= 3600
+SEED ?= 0
+ONLY ?=
+hostile: venv
+	$(BIN)/python tests/hostile/campaign.py --seconds $(SECONDS) --seed $(SEED) $(if $(ONLY),--only $(ONLY))
 
 test-gpu: venv
 	$(BIN)/python -m pytest -m "gpu and not gpus"

@@ -104,7 +104,8 @@ class Compilations:
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:
-        self._device, self._queue = device, Queue[Variant | None]()
+        self._device = device
+        self._queue: Queue[Variant | None] = Queue()
         self._pending: dict[Key, Future[str | None]] = {}
         self._waiting = WaitBeforeLaunches(self._wait)
         self._threads = [Thread(target=self._work, name=f"indexcache-compile-{i}") for i in range(jobs)]
