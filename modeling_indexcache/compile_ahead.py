@@ -149,10 +149,8 @@ def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGT
             cache = DynamicCache(config=model.config)
             for tokens in (length, *[1] * STEPS, TURN):
                 ids = torch.empty(1, tokens, dtype=torch.int64, device="cuda")
-                # `generate` gives a mask, and a prefill whose mask masks nothing drops it.
-                seen = int(cache.get_seq_length()) + 1
-                mask = torch.empty(1, seen, dtype=torch.int64, device="cuda") if tokens == 1 else None
-                model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                # No mask: `generate` hands none on that masks nothing.
+                model(ids, past_key_values=cache, use_cache=True)
                 fresh = found.variants[known:]
                 if fresh:
                     known += len(fresh)
