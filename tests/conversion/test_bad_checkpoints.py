@@ -159,6 +159,7 @@ def test_shard_with_bytes_to_spare(tmp_path):
     (b"[]", "damaged"),
     (b'{"a": 3}', "a is no JSON object"),
     (b'{"a": {"dtype": "Q7", "shape": [1], "data_offsets": [0, 1]}}', "a has the unknown dtype 'Q7'"),
+    (b'{"a": {"dtype": {}, "shape": [1], "data_offsets": [0, 1]}}', "a has the unknown dtype {}"),
     (b'{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}}', r"a has shape \[-1\]"),
     (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 0]}}', r"a has data_offsets \[1, 0\]"),
     (b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}', "a has 1 bytes, which U8"),

@@ -198,7 +198,9 @@ def _after_stop(
         findings += rules.ending(run, None)
     if kind == "interrupt" and run.code not in (0, 130):
         findings.append(f"Ctrl-C: exit code {run.code} in place of 130")
-    findings += rules.touched(before, rules.snapshot(box), (scenario.output,), killed)
+    # Ctrl-C may come just when a temporary folder is made or cleared.
+    cut = killed or kind == "interrupt"
+    findings += rules.touched(before, rules.snapshot(box), (scenario.output,), cut)
     if scenario.in_place is None and run.code != 0:
         left = box / scenario.output
         # A config that is there belongs to a finished checkpoint.
