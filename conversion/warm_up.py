@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,10 +192,21 @@ def _begin(*arguments: Any) -> None:
 def _compile(number: int) -> tuple[str, str | None]:
     variant = _variants[number]
     try:
-        variant.compile()
+        _build_launcher(variant.compile())
     except Exception as error:
         return variant.name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return variant.name, None
+
+
+def _build_launcher(compiled: Any) -> None:
+    """Let Triton 3.6 build what launches a kernel, for which it runs a C compiler; later releases have it built in.
+
+    It needs the driver's library: without one the first launch builds it.
+    """
+    with suppress(Exception):
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _cache() -> Path:

@@ -114,7 +114,8 @@ def check_scale(operation: str, scale: Any, positive: bool, name: str = "scale")
     """
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"{operation}: {name} must be a number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # Compiled with dynamic shapes it is a symbol.
+    if not torch.compiler.is_compiling() and not math.isfinite(scale):
         raise ValueError(f"{operation}: {name} must be finite (got {scale})")
     if positive and not scale > 0:
         raise ValueError(f"{operation}: {name} must be positive, as it is taken out of the ReLU (got {scale})")

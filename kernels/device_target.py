@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import torch
 
-_thread = local()
-
 
 class DeviceTarget(NamedTuple):
     """A GPU as kernels see it.
@@ -27,9 +25,17 @@ class DeviceTarget(NamedTuple):
     processors: int
 
 
+class _ThisThread(local):
+    # A default in the class: to look for what a `local` lacks takes two microseconds.
+    pretended: DeviceTarget | None = None
+
+
+_thread = _ThisThread()
+
+
 def device_target(device: torch.device) -> DeviceTarget:
     """The target of a CUDA or HIP device."""
-    pretended = getattr(_thread, "pretended", None)
+    pretended = _thread.pretended
     return _ask(device) if pretended is None else pretended
 
 
@@ -42,7 +48,7 @@ def has_capability(device: torch.device, least: int) -> bool:
 @contextmanager
 def pretended_target(target: DeviceTarget) -> Iterator[None]:
     """Let every device be `target` in this thread."""
-    before = getattr(_thread, "pretended", None)
+    before = _thread.pretended
     _thread.pretended = target
     try:
         yield

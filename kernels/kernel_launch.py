@@ -13,7 +13,13 @@ from typing import Any
 
 import torch
 
-_thread = local()
+
+class _ThisThread(local):
+    # A default in the class: to look for what a `local` lacks takes two microseconds.
+    record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
+
+
+_thread = _ThisThread()
 _functions: dict[Any, Any] = {}
 _waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
 
@@ -24,13 +30,20 @@ def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable
     Where that device is current already, as in most calls, this costs two look-ups: it hands no arguments on. Nothing
     waits for the device, so graphs can be recorded, and the current device of this thread is as before afterwards.
     """
-    record = getattr(_thread, "record", None)
+    if not _waits and _thread.record is None:
+        index = like.get_device()
+        # -1: a CPU's tensors, in Triton's interpreter.
+        if index < 0 or index == torch.cuda.current_device():
+            return kernel[grid]
+    return _launcher_of_a_few(kernel, grid, like)
+
+
+def _launcher_of_a_few(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable[..., Any]:
+    """For launches that are recorded, go to another device or may have to wait for their kernel."""
+    record, waits = _thread.record, _waits
     if record is not None:
         return lambda *arguments, **options: record(kernel, grid, arguments, options)
-    index, waits = like.get_device(), _waits
-    # -1: a CPU's tensors, in Triton's interpreter.
-    if not waits and (index < 0 or index == torch.cuda.current_device()):
-        return kernel[grid]
+    index = like.get_device()
 
     def launch_there(*arguments: Any, **options: Any) -> Any:
         for wait in waits:
@@ -61,7 +74,7 @@ def recorded_launches(record: Callable[[Any, tuple[int, ...], tuple, dict[str, A
 
     With tensors that have no memory (`pretended_tensors.py`), what a model would launch is known before it runs.
     """
-    before = getattr(_thread, "record", None)
+    before = _thread.record
     _thread.record = record
     try:
         yield
@@ -71,7 +84,7 @@ def recorded_launches(record: Callable[[Any, tuple[int, ...], tuple, dict[str, A
 
 def are_recorded() -> bool:
     """Whether this thread's launches are recorded."""
-    return getattr(_thread, "record", None) is not None
+    return _thread.record is not None
 
 
 def register_fake(operation: Any) -> Callable[[Callable], Callable]:

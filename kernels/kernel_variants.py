@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Future
-from contextlib import nullcontext
 from queue import Queue
 from threading import Thread, main_thread
 from typing import Any, NamedTuple
@@ -42,9 +41,19 @@ class Variant(NamedTuple):
         """The kernel's name."""
         return self.kernel.fn.__name__
 
-    def compile(self) -> None:
-        """Compile for the current device and put the result in Triton's cache, on disk and in this process."""
-        self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+    def compile(self) -> Any:
+        """Compile for the current device and put the result in Triton's cache, on disk and in this process.
+
+        Returns:
+            Triton's compiled kernel.
+        """
+        return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
+
+    def load(self) -> None:
+        """Compile, load the kernel onto the current device and make what launches it, as its first launch would."""
+        compiled = self.compile()
+        if compiled is not None:
+            compiled.run  # noqa: B018 - a property that does its work when it is first read
 
 
 class VariantList:
@@ -95,7 +104,8 @@ class Compilations:
     """
 
     def __init__(self, device: torch.device, jobs: int) -> None:
-        self._device, self._queue = device, Queue[Variant | None]()
+        self._device = device
+        self._queue: Queue[Variant | None] = Queue()
         self._pending: dict[Key, Future[str | None]] = {}
         self._waiting = WaitBeforeLaunches(self._wait)
         self._threads = [Thread(target=self._work, name=f"indexcache-compile-{i}") for i in range(jobs)]
@@ -128,7 +138,10 @@ class Compilations:
 
     def _compile(self, variant: Variant) -> str | None:
         try:
-            with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            if self._device.type == "cuda":
+                with torch.cuda.device(self._device):
+                    variant.load()
+            else:
                 variant.compile()
         except Exception as error:
             return f"{type(error).__name__}: {error}"

@@ -73,6 +73,9 @@ def sparse_mla(
             return _sparse_mla(q, kv, indices, scale, value_dim)
         if not torch.compiler.is_compiling():
             say_fallback("sparse_mla", "Triton", reason, q.device)
+    if torch.compiler.is_compiling():
+        # Its blocks of queries, unrolled, would be a graph for every length.
+        return _sparse_mla(q, kv, indices, scale, value_dim, False)
     return sparse_mla_reference(q, kv, indices, scale, value_dim)
 
 
@@ -124,9 +127,14 @@ def _attend_by_merged(
 
 @torch.library.custom_op(f"{_NAMESPACE}::sparse_mla", mutates_args=())
 def _sparse_mla(
-    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    value_dim: int,
+    allow_triton: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backends = _FORWARD if q.is_cuda else _FORWARD[-1:]
+    backends = _FORWARD if q.is_cuda and allow_triton else _FORWARD[-1:]
     return dispatch("sparse_mla", backends, q.device, q, kv, indices, scale, value_dim)
 
 
@@ -139,8 +147,9 @@ _FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", 
 
 
 @register_fake(_sparse_mla)
-def _(q, kv, indices, scale, value_dim):
-    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _(q, kv, indices, scale, value_dim, allow_triton=True):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::sparse_mla_backward", mutates_args=())
@@ -153,10 +162,12 @@ def _sparse_mla_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    allow_triton: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
-    return dispatch("sparse_mla's gradient", _BACKWARD, q.device, *arguments)
+    backends = _BACKWARD if allow_triton else _BACKWARD[-1:]
+    return dispatch("sparse_mla's gradient", backends, q.device, *arguments)
 
 
 def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
@@ -176,21 +187,21 @@ _BACKWARD = (
 
 
 @register_fake(_sparse_mla_backward)
-def _(grad_out, grad_lse, q, kv, indices, out, lse, scale):
+def _(grad_out, grad_lse, q, kv, indices, out, lse, scale, allow_triton=True):
     return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
         kv, memory_format=torch.contiguous_format
     )
 
 
 def _keep_for_backward(ctx, inputs, output):
-    q, kv, indices, ctx.scale, _ = inputs
+    q, kv, indices, ctx.scale, _, ctx.allow_triton = inputs
     ctx.save_for_backward(q, kv, indices, *output)
 
 
 def _differentiate(ctx, grad_out, grad_lse):
     q, kv, indices, out, lse = ctx.saved_tensors
-    gradients = _sparse_mla_backward(grad_out, grad_lse, q, kv, indices, out, lse, ctx.scale)
-    return *gradients, None, None, None
+    gradients = _sparse_mla_backward(grad_out, grad_lse, q, kv, indices, out, lse, ctx.scale, ctx.allow_triton)
+    return *gradients, None, None, None, None
 
 
 _sparse_mla.register_autograd(_differentiate, setup_context=_keep_for_backward)

@@ -287,8 +287,11 @@ def chunks(
 ) -> list[tuple[int, int]]:
     """Ranges of rows whose temporaries stay within `block_bytes` (`ATTENTION_BLOCK_BYTES`).
 
-    Their sizes are multiples of `multiple`, or of `least` where so many rows do not fit.
+    Their sizes are multiples of `multiple`, or of `least` where so many rows do not fit. A compiled forward takes all
+    rows at once: as many ranges as a length needs would be a graph for every length.
     """
+    if torch.compiler.is_compiling():
+        return [(0, num_rows)]
     step = (ATTENTION_BLOCK_BYTES if block_bytes is None else block_bytes) // max(1, row_bytes)
     unit = multiple if step >= multiple else least
     step = max(least, step - step % unit)

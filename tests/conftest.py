@@ -15,6 +15,10 @@ os.environ.setdefault("INDEXCACHE_COMPILE_AHEAD", "0")
 WITHOUT_PACKAGES = "import sys\nsys.modules['indexcache'] = sys.modules['triton'] = None\n"
 
 
+# The double answers from a thread of the tests: on a busy machine ten seconds are soon over.
+HUB_LIMITS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+
+
 def pytest_collection_modifyitems(config, items):
     """Every test may hang as long as `time_limits` says, but those that say so themselves."""
     if config.pluginmanager.has_plugin("timeout"):
@@ -37,6 +41,8 @@ def hub_here(hub, monkeypatch):
     template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in HUB_LIMITS:
+        monkeypatch.setattr(constants, name, PROCESS_SECONDS)
     monkeypatch.setenv("HF_TOKEN", "any")
     return hub
 
@@ -54,6 +60,7 @@ def run_python(tmp_path):
             "HF_HOME": str(tmp_path / "hf_home"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            **dict.fromkeys(HUB_LIMITS, str(PROCESS_SECONDS)),
             "OMP_NUM_THREADS": "1",
             **({"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub.url}),
             **({} if token is None else {"HF_TOKEN": token}),
