@@ -218,7 +218,8 @@ def test_shard_that_is_a_link_out_of_the_folder(tmp_path):
 
 def test_links_of_the_hub_s_cache_are_followed(tmp_path):
     plain = build(tmp_path / "plain")
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -227,7 +228,7 @@ def test_links_of_the_hub_s_cache_are_followed(tmp_path):
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     source = FolderSource(snapshot)
     assert build_plan(read_checkpoint(source), SharePattern("FSFS")).dropped
-    assert (source.id, source.revision) == ("org/name", "abc")
+    assert (source.id, source.revision) == ("org/name", commit)
 
 
 def test_index_and_shards_disagree(tmp_path):
