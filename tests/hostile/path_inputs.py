@@ -96,7 +96,7 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
                 "*",
             ]
         )
-        writable = (os.path.normpath(output),)
+        writable = (os.path.normpath(output).split("/")[0],)
     elif way == "a long name":
         output, must, writable = "o" * 300, True, ()
     elif way == "a NUL":
