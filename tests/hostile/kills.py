@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -68,11 +69,15 @@ def _on_hub(shop: Workshop, box: Path) -> None:
 
 
 def _old_code(shop: Workshop, box: Path) -> None:
-    """A checkpoint whose code an older release wrote."""
-    for path in (box / "converted").glob("*.py"):
-        text = path.read_text()
+    """An older release's checkpoint: its version in every file, one that has gone since, one not yet there."""
+    folder = box / "converted"
+    version = json.loads((folder / "config.json").read_text())["indexcache_version"]
+    for path in [*folder.glob("*.py"), folder / "config.json"]:
+        text = path.read_text().replace(version, "0.0.1", 1)
         path.unlink()
-        path.write_text("# older\n" + text)
+        path.write_text(text)
+    shutil.copy(folder / "share_pattern.py", folder / "gone_since.py")
+    (folder / "rotary.py").unlink()
 
 
 SCENARIOS: dict[str, tuple[int, Scenario]] = {
