@@ -15,7 +15,7 @@ from .dispatch import Backend, dispatch, say_fallback, takes_all
 from .kernel_launch import register_fake
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
-from .sparse_mla_reference import sparse_mla_reference
+from .sparse_mla_reference import sparse_mla_reference, sparse_mla_reference_backward
 from .sparse_mla_triton import sparse_mla_merged, sparse_mla_triton, triton
 from .triton_support import runs_kernels
 
@@ -171,13 +171,7 @@ def _sparse_mla_backward(
 
 
 def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
-    with torch.enable_grad():
-        inputs = q.detach().requires_grad_(), kv.detach().requires_grad_()
-        results = sparse_mla_reference(*inputs, indices, scale, grad_out.shape[-1])
-        # The lse of a query without keys is a constant.
-        grad_lse = grad_lse.masked_fill(lse == float("-inf"), 0.0)
-        gradients = torch.autograd.grad(results, inputs, (grad_out, grad_lse.to(results[1].dtype)))
-    return tuple(x.contiguous() for x in gradients)
+    return sparse_mla_reference_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale)
 
 
 _BACKWARD = (

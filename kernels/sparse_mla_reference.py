@@ -56,3 +56,44 @@ def _attend(
     # A key that is not selected must not matter, not even by being NaN.
     values = picked[..., :value_dim].masked_fill(~valid.unsqueeze(-1), 0.0)
     return (weights @ values).to(q_BSHD.dtype), lse
+
+
+def sparse_mla_reference_backward(
+    grad_out_BSHV: torch.Tensor,
+    grad_lse_BSH: torch.Tensor,
+    q_BSHD: torch.Tensor,
+    kv_BTD: torch.Tensor,
+    indices_BSK: torch.Tensor,
+    out_BSHV: torch.Tensor,
+    lse_BSH: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `q_BSHD` and `kv_BTD`, written out: inside an operation of its own nothing is recorded.
+
+    With p the probabilities, `dscores = p (grad_out . v - grad_out . out + grad_lse)`.
+    """
+    dtype = torch.promote_types(q_BSHD.dtype, torch.float32)
+    B, S, _, D = q_BSHD.shape
+    T, K, V = kv_BTD.shape[1], indices_BSK.shape[-1], grad_out_BSHV.shape[-1]
+    grad_q = torch.zeros_like(q_BSHD, memory_format=torch.contiguous_format)
+    grad_kv = kv_BTD.new_zeros(B * T, D, dtype=dtype)
+    chunk = max(1, GATHER_BLOCK_BYTES // max(1, B * K * D * 4))
+    for first in range(0, S, chunk):
+        part = slice(first, min(first + chunk, S))
+        indices, q, grad_out = indices_BSK[:, part], q_BSHD[:, part].to(dtype), grad_out_BSHV[:, part].to(dtype)
+        valid = (indices >= 0).unsqueeze(2)  # [B, S, 1, K]
+        rows = (torch.arange(B, device=kv_BTD.device).view(B, 1, 1) * T + indices.clamp(min=0)).view(-1)
+        picked = kv_BTD.reshape(-1, D).index_select(0, rows).view(B, -1, K, D).to(dtype)
+        picked = picked.masked_fill(~valid.transpose(2, 3), 0.0)
+        lse = lse_BSH[:, part].to(dtype).unsqueeze(-1)
+        scores = (q @ picked.transpose(2, 3)) * scale
+        weights = torch.exp(scores - lse).masked_fill(~valid, 0.0)
+        delta = (grad_out * out_BSHV[:, part].to(dtype)).sum(-1, keepdim=True)
+        grad_weights = grad_out @ picked[..., :V].transpose(2, 3)
+        grad_scores = weights * (grad_weights - delta + grad_lse_BSH[:, part].to(dtype).unsqueeze(-1)) * scale
+        grad_scores = grad_scores.masked_fill(~valid, 0.0)
+        grad_q[:, part] = (grad_scores @ picked).to(grad_q.dtype)
+        grad_picked = grad_scores.transpose(2, 3) @ q
+        grad_picked[..., :V] += weights.transpose(2, 3) @ grad_out
+        grad_kv.index_add_(0, rows, grad_picked.view(-1, D))
+    return grad_q, grad_kv.view(B, T, D).to(kv_BTD.dtype)

@@ -142,8 +142,16 @@ def compare_attention(
         training: what to compute.
         is_full: whether the layer is the full one itself.
         lse: log-sum-exp of attention's scores over the selected keys, fp32 `[B, S, H]`; computed here when None.
+
+    Raises:
+        ValueError: where each process has some of the heads, whose mean would be none of all.
     """
     batch, num_queries, heads, _ = q_nope.shape
+    if heads != attention.config.num_attention_heads:
+        raise ValueError(
+            f"indexer_training compares with the mean over {attention.config.num_attention_heads} heads, and tensor "
+            f"parallelism left {heads} of them here: train with FSDP2 or DDP instead"
+        )
     learns = training.cross_layer or is_full
     step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
     visibility, latents = visibility.for_keys(latents.shape[1]), latents.detach()

@@ -32,10 +32,9 @@ class KeyVisibility:
     key_mask: torch.Tensor | None
     key_start: torch.Tensor | None = None
     is_triangle: bool = False
-    #: What `every_listed_index` made, which every layer of a forward asks for.
-    _listed: dict[tuple[int, int, int], torch.Tensor] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    #: What `every_listed_index` made, which every layer of a forward asks for. FSDP makes the object anew from its
+    #: fields, this one too.
+    _listed: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(

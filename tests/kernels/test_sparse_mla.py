@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from indexcache.kernels import sparse_mla as op
+from indexcache.kernels import sparse_mla_reference as reference
 from indexcache.kernels.sparse_mla import sparse_mla
 
 
@@ -92,3 +93,24 @@ def test_arguments_that_do_not_fit_are_refused(change, words):
     } | change
     with pytest.raises(ValueError, match=words):
         sparse_mla(**arguments)
+
+
+def test_the_operation_in_pytorch_has_the_gradient_of_its_reference(monkeypatch):
+    """As an operation of its own, which compiled and exported models hold, it records nothing to differentiate."""
+    monkeypatch.setattr(reference, "GATHER_BLOCK_BYTES", 2000)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 7, 3, 12, dtype=torch.float64, generator=generator, requires_grad=True)
+    kv = torch.randn(2, 9, 12, dtype=torch.float64, generator=generator, requires_grad=True)
+    indices = torch.rand(2, 7, 9, generator=generator).argsort(-1)[..., :5].int()
+    indices[0, 1, 3:] = -1
+    indices[1, 2] = -1  # sees no key
+    grad_out = torch.randn(2, 7, 3, 8, dtype=torch.float64, generator=generator)
+    grad_lse = torch.randn(2, 7, 3, dtype=torch.float64, generator=generator)
+
+    def gradients(attend, *more):
+        out, lse = attend(q, kv, indices, 0.3, 8, *more)
+        total = (out * grad_out).sum() + (lse.masked_fill(lse.isinf(), 0.0) * grad_lse).sum()
+        return torch.autograd.grad(total, (q, kv))
+
+    for got, expected in zip(gradients(op._sparse_mla, False), gradients(reference.sparse_mla_reference)):
+        torch.testing.assert_close(got, expected)

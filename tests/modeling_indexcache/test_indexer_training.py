@@ -207,3 +207,11 @@ def test_loss_without_logits_is_the_loss_with_them(shifted, monkeypatch):
     torch.testing.assert_close(blocks.loss, whole.loss)
     blocks.loss.backward()
     torch.testing.assert_close(gradients(net)["lm_head.weight"], expected)
+
+
+def test_heads_spread_over_processes_are_refused():
+    model = tiny_model(index_share_pattern="FS", num_hidden_layers=2)
+    # Each of two processes sees half as many heads as the config has.
+    model.config.num_attention_heads *= 2
+    with pytest.raises(ValueError, match="mean over 8 heads, and tensor parallelism left 4 of them here"):
+        model(torch.arange(2, 30)[None], indexer_training="sparse")
