@@ -64,6 +64,8 @@ if triton is not None:
         bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        scaled = tl.minimum(tl.maximum(turned * inverse[:, None], -448.0), 448.0)
+        # A NaN stays one: as a bound it would be a key like others.
+        above = tl.maximum(turned * inverse[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
+        scaled = tl.minimum(above, 448.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(values + place, scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scale + row, (exponent << 23).to(tl.float32, bitcast=True), mask=row < N)

@@ -15,7 +15,7 @@ from indexcache.kernels.absorbed_vector_triton import absorb_queries_triton, exp
 from indexcache.kernels.expert_topk_triton import expert_topk_triton
 from indexcache.kernels.merged_selection import MergedSelection
 from indexcache.kernels.vector_linear_triton import vector_linear_triton
-from indexcache.modeling_indexcache import feed_forward, few_token_linears, indexer, inference_attention
+from indexcache.modeling_indexcache import eligibility, few_token_linears, indexer, inference_attention
 
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
 DTYPE = torch.float16
@@ -29,6 +29,12 @@ def spied(calls, name, function):
     return call
 
 
+def first_spied(calls, name, backends):
+    """An operation's backends, the first of which notes its runs."""
+    first, *others = backends
+    return (first._replace(run=spied(calls, name, first.run)), *others)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Let every fused kernel take CPU tensors; the names of those that ran."""
@@ -37,14 +43,14 @@ def calls(monkeypatch):
         (rms_norm, "runs_triton", lambda *t: True),
         (rotary, "runs_triton", lambda *t: True),
         (index_keys, "runs_triton", lambda *t: True),
-        (index_keys, "index_key_rows_triton", spied(ran, "index keys", index_keys.index_key_rows_triton)),
-        (rms_norm, "rms_norm_triton", spied(ran, "norm", rms_norm.rms_norm_triton)),
-        (rms_norm, "latent_rows_triton", spied(ran, "latents", rms_norm.latent_rows_triton)),
-        (rotary, "rotate_into_triton", spied(ran, "rotate", rotary.rotate_into_triton)),
+        (index_keys, "_BACKENDS", first_spied(ran, "index keys", index_keys._BACKENDS)),
+        (rms_norm, "_NORM", first_spied(ran, "norm", rms_norm._NORM)),
+        (rms_norm, "_ROWS", first_spied(ran, "latents", rms_norm._ROWS)),
+        (rotary, "_BACKENDS", first_spied(ran, "rotate", rotary._BACKENDS)),
         (expert_topk, "_fits", lambda *t: True),
-        (expert_topk, "normed_expert_topk_triton", spied(ran, "route normed", expert_topk.normed_expert_topk_triton)),
+        (expert_topk, "_NORMED", first_spied(ran, "route normed", expert_topk._NORMED)),
         (expert_topk, "_expert_topk", spied(ran, "route", expert_topk_triton)),
-        (feed_forward, "unsupported_experts_reason", lambda *t: None),
+        (eligibility, "unsupported_experts_reason", lambda *t: None),
         (routed_experts, "_on_triton", lambda x: True),
         (routed_experts, "_grouped_mm", lambda: grouped_mm),
         (routed_experts, "experts_vector", spied(ran, "experts of few", routed_experts.experts_vector)),
