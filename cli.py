@@ -37,6 +37,10 @@ app = typer.Typer(
 )
 
 
+# A value of a damaged file may be megabytes long: a message shows its beginning and its end.
+_LONGEST_MESSAGE = 4000
+
+
 def main() -> None:
     """The entry point of the `indexcache` command.
 
@@ -79,6 +83,9 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     from .evaluation.terminal import terminal
 
     shown = printable(redact(message))
+    if len(shown) > _LONGEST_MESSAGE:
+        end, left_out = _LONGEST_MESSAGE // 8, len(shown) - _LONGEST_MESSAGE
+        shown = f"{shown[: _LONGEST_MESSAGE - end]} ... ({left_out:,} characters) ... {shown[-end:]}"
     terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
     raise typer.Exit(code)
 

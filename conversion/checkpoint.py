@@ -299,7 +299,7 @@ def _tensor_info(name: str, file: str, entry: dict[str, Any], data_start: int) -
     if not isinstance(entry, dict):
         raise ValueError(f"{name} is no JSON object")
     dtype = entry.get("dtype")
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     shape, offsets = _naturals(name, entry, "shape"), _naturals(name, entry, "data_offsets")
     if len(offsets) != 2 or offsets[0] > offsets[1]:

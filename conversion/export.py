@@ -180,11 +180,14 @@ def export_pattern(
         raise ConversionError(f"{to!r} is no engine that exports are made for: choose one of {', '.join(ENGINES)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is no readable JSON pattern file: {error}") from error
     content = content if isinstance(content, dict) else {}
     known = content.get("patterns") or {"": content.get("index_share_pattern") or ""}
-    pattern = read_pattern_file(path, len(next(iter(known.values()))), keep)
+    spelled = [letters for letters in known.values() if isinstance(letters, str)] if isinstance(known, dict) else []
+    if not spelled:
+        raise ConversionError(f"{path} holds no pattern of F and S: give what `indexcache search` wrote")
+    pattern = read_pattern_file(path, len(spelled[0]), keep)
     source = content.get("source")
     fields = ENGINES[to](str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
     if not fields:

@@ -11,10 +11,12 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 
-from .checkpoint import Checkpoint, ConversionError, FolderSource, read_checkpoint
+from .checkpoint import CONFIG_FILE, Checkpoint, ConversionError, FolderSource, read_checkpoint, read_json
+from .families import INDEXCACHE
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
 from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
+from .open_checkpoint import open_checkpoint
 from .shard_writer import PARTIAL_SUFFIX
 
 
@@ -115,7 +117,7 @@ def check_contents(folder: str | os.PathLike[str], token: str | None = None) -> 
 
 
 def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Check that a folder is a finished checkpoint: config, every shard in full, and the code that its config names.
+    """Check that a folder is a finished checkpoint: every shard in full, the code, and weights as the config says.
 
     Returns:
         The checkpoint, by its headers.
@@ -135,7 +137,9 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
             "`refresh` again, or remove these files if they are strays",
             unfinished,
         )
-    checkpoint = read_checkpoint(source)
+    # An export for another engine is checked by that engine's rules, which are not known here.
+    ours = read_json(source, CONFIG_FILE).get("model_type") == INDEXCACHE
+    checkpoint = open_checkpoint(source).checkpoint if ours else read_checkpoint(source)
     code_files(checkpoint, Path(folder))
     return checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError
+from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, is_unicode
 from .companion_files import companion_files
 from .hub_requests import redact
 from .journal import RECIPE_FILE
@@ -147,6 +147,8 @@ def _walk(folder: Path) -> Iterator[tuple[str, str | None]]:
 def _why_unfit(path: Path, roots: list[Path]) -> str | None:
     if path.name.startswith("."):
         return "hidden"
+    if not is_unicode(str(path)):
+        return "its name is no UTF-8"
     if not path.is_file():
         return "a broken link" if path.is_symlink() else "no regular file"
     real = path.resolve()

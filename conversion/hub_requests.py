@@ -104,7 +104,7 @@ def read_bytes(url: str, begin: int, end: int, size: int, headers: dict[str, str
 
     def fetch() -> bytes:
         with get_session().stream("GET", url, headers=asked, timeout=60) as response:
-            hf_raise_for_status(response)
+            raise_for_status(response)
             _check_range(response, begin, end, size)
             return b"".join(_at_most(response.iter_bytes(), end - begin))
 
@@ -112,6 +112,20 @@ def read_bytes(url: str, begin: int, end: int, size: int, headers: dict[str, str
     if len(found) != end - begin:
         raise UnfitAnswer(f"{len(found)} bytes came where {end - begin} were asked for")
     return found
+
+
+def raise_for_status(response: Any) -> None:
+    """`hf_raise_for_status`, for an error whose body is no text, too: what stands before a Hub may send anything.
+
+    Raises:
+        HfHubHTTPError: the answer is an error.
+    """
+    try:
+        hf_raise_for_status(response)
+    except UnicodeDecodeError as error:
+        raise HfHubHTTPError(
+            f"status {response.status_code} for {response.url}, and its body is no text", response=response
+        ) from error
 
 
 def _check_range(response: Any, begin: int, end: int, size: int) -> None:

@@ -54,6 +54,11 @@ def load_source(
     except ValueError as error:
         # What this machine or these versions cannot load, in the loader's own words.
         raise ConversionError(f"{opened.source.location} cannot be loaded: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{opened.source.location} cannot be loaded ({type(error).__name__}: {error}): transformers does not find "
+            "what it looks for in model.safetensors.index.json (its metadata) or generation_config.json: mend them"
+        ) from error
     model: IndexCacheForCausalLM = loaded[0]
     refuse_filled_weights(model, filled_weights(loaded[1]), opened.source.location)
     return model

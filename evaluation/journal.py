@@ -142,7 +142,10 @@ class Journal:
         if complete < len(content):
             os.truncate(path, complete)
         lines = content[:complete].split(b"\n")[:-1]
-        identity = _checked(lines[0], 0) if lines else {"identity": self.identity}
+        if not lines:  # stopped within the first line
+            self._write({"identity": self.identity})
+            return
+        identity = _checked(lines[0], 0)
         if identity is None or not isinstance(identity.get("identity"), dict):
             raise EvaluationError(
                 f"{path} is damaged in its first line, which says what it belongs to, or an older release wrote it: "

@@ -209,3 +209,10 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, tmp_path, capsy
     monkeypatch.setenv("INDEXCACHE_TRACEBACK", "1")
     with pytest.raises(KeyError):
         cli.main()
+
+
+def test_a_long_value_is_shown_by_its_ends(tmp_path):
+    pattern = tmp_path / "pattern.json"
+    pattern.write_text(json.dumps({"index_share_pattern": "x" * 100_000 + "y"}))
+    said = refused("convert", DEMO, tmp_path / "out", "--pattern-file", pattern)
+    assert str(pattern) in said.replace(" ", "") and "characters)" in said and len(said) < 6_000

@@ -159,6 +159,7 @@ def test_shard_with_bytes_to_spare(tmp_path):
     (b"[]", "damaged"),
     (b'{"a": 3}', "a is no JSON object"),
     (b'{"a": {"dtype": "Q7", "shape": [1], "data_offsets": [0, 1]}}', "a has the unknown dtype 'Q7'"),
+    (b'{"a": {"dtype": {}, "shape": [1], "data_offsets": [0, 1]}}', "a has the unknown dtype {}"),
     (b'{"a": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 1]}}', r"a has shape \[-1\]"),
     (b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 0]}}', r"a has data_offsets \[1, 0\]"),
     (b'{"a": {"dtype": "U8", "shape": [2], "data_offsets": [0, 1]}}', "a has 1 bytes, which U8"),
@@ -217,7 +218,8 @@ def test_shard_that_is_a_link_out_of_the_folder(tmp_path):
 
 def test_links_of_the_hub_s_cache_are_followed(tmp_path):
     plain = build(tmp_path / "plain")
-    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    commit = "0123456789abcdef" * 2 + "01234567"
+    snapshot = tmp_path / "models--org--name" / "snapshots" / commit
     blobs = snapshot.parents[1] / "blobs"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
@@ -226,7 +228,7 @@ def test_links_of_the_hub_s_cache_are_followed(tmp_path):
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     source = FolderSource(snapshot)
     assert build_plan(read_checkpoint(source), SharePattern("FSFS")).dropped
-    assert (source.id, source.revision) == ("org/name", "abc")
+    assert (source.id, source.revision) == ("org/name", commit)
 
 
 def test_index_and_shards_disagree(tmp_path):

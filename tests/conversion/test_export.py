@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalL
 
 from indexcache import IndexCacheForCausalLM, SharePattern
 from indexcache.conversion.checkpoint import ConversionError
-from indexcache.conversion.export import ENGINES, export
+from indexcache.conversion.export import ENGINES, export, export_pattern
 
 # So many indexer heads that no two keys score exactly zero: which of them is selected would be a matter of taste.
 GLM = {"source_model_type": "glm_moe_dsa", "indexer_rope_interleave": True, "index_n_heads": 32}
@@ -304,3 +304,21 @@ def test_no_permission_is_a_message(checkpoint, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match="Permission denied"):
         export(source, tmp_path / "out", "vllm")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"patterns": {"2": NaN}}',
+        '{"patterns": {}}',
+        '{"patterns": ["FSFS"]}',
+        '{"index_share_pattern": 7}',
+        "[" * 100_000,
+        "null",
+    ],
+)
+def test_a_pattern_file_without_patterns_is_named(tmp_path, content):
+    (tmp_path / "patterns.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"patterns\.json"):
+        export_pattern(tmp_path / "patterns.json", tmp_path / "fields.json", "vllm")
+    assert not (tmp_path / "fields.json").exists()

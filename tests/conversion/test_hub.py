@@ -233,6 +233,15 @@ class TestCompleteness:
         with pytest.raises(ConversionError, match=complaint):
             check_complete(checkpoint)
 
+    @pytest.mark.parametrize(
+        ("field", "value"), [("hidden_size", 96), ("num_attention_heads", "4"), ("num_hidden_layers", 9)]
+    )
+    def test_a_config_that_the_weights_contradict_is_not_sent(self, checkpoint, field, value):
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ConversionError, match=f"{field}|layers"):
+            check_complete(checkpoint)
+
     def test_nothing_is_sent_of_it(self, checkpoint, push, hub):
         _truncate(_first_shard(checkpoint))
         with pytest.raises(ConversionError, match="truncated"):

@@ -1,5 +1,6 @@
 """What of a checkpoint's folder goes to the Hub, and that nothing else does."""
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_a_finished_conversion_goes_whole(folder):
         ("notes.txt", "not part of a checkpoint"),
         ("credentials.json", "not part of a checkpoint"),
         ("journal.jsonl", "not part of a checkpoint"),
+        (os.fsdecode(b"encoding/\xff.py"), "its name is no UTF-8"),
         ("__pycache__/share_pattern.cpython-311.pyc", "hidden or a cache"),
     ],
 )

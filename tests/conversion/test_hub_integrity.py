@@ -6,13 +6,15 @@ import tracemalloc
 
 import pytest
 from checkpoints import build, hashes
+from faulty_hub import FaultyHub, WrongAnswer
 from hub_double import File
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.conversion import hub_requests
-from indexcache.conversion.checkpoint import ConversionError, FolderSource, open_source
+from indexcache.conversion.checkpoint import ConversionError, FolderSource, open_source, read_checkpoint
 from indexcache.conversion.convert import ConvertOptions, convert
 from indexcache.conversion.hub_integrity import git_blob_id, is_commit_id
 from indexcache.conversion.hub_source import HubSource
@@ -275,3 +277,20 @@ def test_a_snapshot_folder_of_another_name_is_no_commit(tmp_path, name):
 def test_git_blob_ids_are_git_s():
     assert git_blob_id(b"") == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
     assert git_blob_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+@pytest.mark.parametrize("status, passes", [(503, True), (401, False)])
+def test_an_error_whose_body_is_no_text(tmp_path, monkeypatch, waits, status, passes):
+    with FaultyHub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        hub.put("maker/base", build(tmp_path / "source", shards=3))
+        # The answer says that it is an error, and carries the shard's bytes.
+        hub.wrong.append(WrongAnswer("GET", "/resolve/.*safetensors$", status=status, times=1))
+        source = open_source("maker/base")
+        if passes:
+            assert len(read_checkpoint(source).shards) == 3 and len(waits) == 1
+        else:
+            with pytest.raises(ConversionError, match=r"maker/base.*401"):
+                read_checkpoint(source)

@@ -99,6 +99,17 @@ def test_what_transformers_would_fill_in_is_refused_behind_it_too(source):
         load_source(opened)
 
 
+@pytest.mark.parametrize("file", [INDEX, "generation_config.json"])
+def test_what_transformers_stumbles_over_is_a_message(source, file):
+    if file == INDEX:
+        index = json.loads((source / file).read_text())
+        (source / file).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    else:
+        (source / file).write_text("null")
+    with pytest.raises(ConversionError, match=r"cannot be loaded(.|\n)*generation_config\.json"):
+        load_source(source)
+
+
 def test_what_this_machine_cannot_load_is_a_message(tmp_path):
     from checkpoints import build
 

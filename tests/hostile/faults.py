@@ -134,12 +134,15 @@ class _Disk:
 
     # ---- where events come from ----
 
-    def _inside(self, path) -> bool:
-        if isinstance(path, int):
-            try:
+    def _inside(self, path, folder: int | None = None) -> bool:
+        """Whether a path, of a folder's descriptor where there is one, or a descriptor is watched."""
+        try:
+            if isinstance(path, int):
                 path = os.readlink(f"/proc/self/fd/{path}")
-            except OSError:
-                return False
+            elif folder is not None:
+                path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fsdecode(path))
+        except OSError:
+            return False
         try:
             path = os.path.abspath(os.fsdecode(path))
         except TypeError:
@@ -148,7 +151,8 @@ class _Disk:
 
     def _event_of(self, function):
         def changed(path, *arguments, **options):
-            if self._inside(path) or (arguments and self._inside(arguments[0])):
+            folder = options.get("dir_fd", options.get("src_dir_fd"))
+            if self._inside(path, folder) or (arguments and self._inside(arguments[0], options.get("dst_dir_fd"))):
                 self.strike()
             return function(path, *arguments, **options)
 

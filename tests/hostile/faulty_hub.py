@@ -70,6 +70,8 @@ class FaultyHub(Hub):
 
         Handler.hub = hub
         self.server.RequestHandlerClass = Handler
+        # Clients that die in the midst of a request are what this Hub is for.
+        self.server.handle_error = lambda request, address: None
 
     def empty(self) -> None:
         """Forget everything."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -68,11 +69,15 @@ def _on_hub(shop: Workshop, box: Path) -> None:
 
 
 def _old_code(shop: Workshop, box: Path) -> None:
-    """A checkpoint whose code an older release wrote."""
-    for path in (box / "converted").glob("*.py"):
-        text = path.read_text()
+    """An older release's checkpoint: its version in every file, one that has gone since, one not yet there."""
+    folder = box / "converted"
+    version = json.loads((folder / "config.json").read_text())["indexcache_version"]
+    for path in [*folder.glob("*.py"), folder / "config.json"]:
+        text = path.read_text().replace(version, "0.0.1", 1)
         path.unlink()
-        path.write_text("# older\n" + text)
+        path.write_text(text)
+    shutil.copy(folder / "share_pattern.py", folder / "gone_since.py")
+    (folder / "rotary.py").unlink()
 
 
 SCENARIOS: dict[str, tuple[int, Scenario]] = {
@@ -126,7 +131,9 @@ def stop(shop: Workshop, kind: str, seed: int, number: int) -> Verdict:
         if run.code == 0 or chance.random() < 0.6:
             break
     before = rules.snapshot(box)
-    last = shop.run(box, argv)
+    # A run that was not stopped after all is done: an export is not repeated over itself.
+    done = run is not None and run.code == 0 and scenario.again == scenario.argv
+    last = run if done else shop.run(box, argv)
     if last.code != 0:
         findings.append(f"gone on with: exit code {last.code}: {last.err[-400:]}")
     else:
@@ -198,11 +205,14 @@ def _after_stop(
         findings += rules.ending(run, None)
     if kind == "interrupt" and run.code not in (0, 130):
         findings.append(f"Ctrl-C: exit code {run.code} in place of 130")
-    findings += rules.touched(before, rules.snapshot(box), (scenario.output,), killed)
+    # Ctrl-C may come just when a temporary folder is made or cleared.
+    cut = killed or kind == "interrupt"
+    findings += rules.touched(before, rules.snapshot(box), (scenario.output,), cut)
     if scenario.in_place is None and run.code != 0:
         left = box / scenario.output
-        # A config that is there belongs to a finished checkpoint.
-        done = differences(expected, contents(left)) == [] if (left / "config.json").exists() else False
+        # A config that is there belongs to a finished checkpoint, whose temporary files may still be there.
+        wrong = [finding for finding in differences(expected, contents(left)) if "too much" not in finding]
+        done = (left / "config.json").exists() and not wrong
         if not done and f"{scenario.output}/config.json" not in before:
             findings += rules.left_behind(box, scenario.output, before, killed)
     return [f"stopped: {finding}" for finding in findings]

@@ -85,7 +85,7 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
                 "out put",
                 "ausgabe \u00e9\u4e2d",
                 "out'\"$(x)`",
-                "-o",
+                "./-o",
                 "out\nput",
                 "\udcff\udcfe",
                 "%s",
@@ -96,7 +96,7 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
                 "*",
             ]
         )
-        writable = (os.path.normpath(output),)
+        writable = (os.path.normpath(output).split("/")[0],)
     elif way == "a long name":
         output, must, writable = "o" * 300, True, ()
     elif way == "a NUL":
@@ -133,9 +133,6 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
         ):
             return output_path(shop, chance)
     argv = [output if word == "output" else word for word in words(verb)]
-    if output == "-o" and verb not in ("search", "eval"):
-        argv = [word for word in argv if word != "-o"] + ["--", "-o"]
-        argv = [argv[0], *argv[2:-2], "--", argv[1], "-o"]
     names = (*_shown(output), "output", source)
     check = _foreign_stays if way == "foreign files" else None
     return Try(f"output {way} ({output[:40]!a}); {verb}", box, argv, must, names, writable, always=check)

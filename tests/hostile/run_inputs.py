@@ -264,7 +264,7 @@ _ODD: dict[str, tuple[str, str | bytes]] = {
 # Not what it should be; those of _FATAL cannot be taken for text.
 _WRONG: dict[str, tuple[str, str | bytes]] = {
     "a null text": (".jsonl", _records(lambda r, n: _with(r, text=None) if n == 0 else json.dumps(r))),
-    "a number as text": (".jsonl", _records(lambda r, n: _with(r, text=17) if n == 0 else json.dumps(r))),
+    "a number as text": (".jsonl", _records(lambda r, n: _with(r, text=17))),
     "chat records": (
         ".jsonl",
         _records(lambda r, n: json.dumps({"messages": [{"role": "user", "content": r["text"]}]})),
@@ -300,7 +300,10 @@ _WRONG: dict[str, tuple[str, str | bytes]] = {
     "no rows of ids": (".safetensors", b""),
     "marks of another shape": (".safetensors", b""),
 }
-_FATAL = set(_WRONG) - {"one line of 6 MB", "one record of 6 MB", "a lone surrogate"}
+# The tokenizer has a chat template, which makes text of chat records; a null is left out; and of many records not
+# every one is read.
+_TAKEN = {"one line of 6 MB", "one record of 6 MB", "a lone surrogate", "chat records", "a null text"}
+_FATAL = set(_WRONG) - _TAKEN - {"not JSON in line 1", "deep nesting"}
 
 
 def _windows(values: list, dtype: str, shape: list[int], marks: list[int] | None = None) -> bytes:
@@ -449,6 +452,7 @@ def options(shop: Workshop, chance: random.Random) -> Try:
         "pattern",
         "output",
         "source",
+        "tester/pushed",
     )
     return Try(f"{verb} {option} {value[:60]!a}", box, argv, must, names)
 

@@ -165,6 +165,17 @@ def test_a_line_that_was_changed_is_run_again_and_said(tiny, tmp_path, harm):
     assert whole.damage is None, "it was mended"
 
 
+def test_stopped_within_the_first_line_it_begins_anew(tiny, tmp_path):
+    path = tmp_path / "journal.jsonl"
+    expected, _ = run(tiny, path)
+    first = path.read_bytes().split(b"\n")[0]
+    path.write_bytes(first[: len(first) // 2])
+    for _ in range(2):  # what is written then can be gone on from, too
+        found, _ = run(tiny, path, resume=True)
+        assert found == expected
+    assert path.read_bytes().split(b"\n")[0] == first
+
+
 def test_scores_survive_the_file_bit_by_bit(tmp_path):
     scores = torch.rand(3, 4, dtype=torch.float64) * 1e3
     journal = Journal(tmp_path / "journal.jsonl", {"a": 1})
