@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,6 +33,8 @@ from .sharded_training import spread_by_accelerate
 INDEXER_MARK = ".indexer."
 # A loss this many times its start, and one nat more, will not come back.
 DIVERGED_FACTOR = 2.0
+# The number of micro-batches among the sums that a checkpoint keeps.
+_MICRO_BATCHES = "micro_batches"
 # Steps whose mean loss is the start.
 START_STEPS = 5
 
@@ -184,7 +187,7 @@ class DistillationTrainer(Trainer):
             loss = self._graphed_step(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._note()
+        self._note(loss)
         if self._checks_this_step():
             self._check(loss)
         return loss
@@ -286,9 +289,9 @@ class DistillationTrainer(Trainer):
         return (self.state.global_step + 1) % self.args.logging_steps == 0
 
     @torch.no_grad()
-    def _note(self) -> None:
-        """Add what the last micro-batch found to the sums of the next log entry."""
-        for name, value in self._found.items():
+    def _note(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's loss, and what it found, to the sums of the next log entry."""
+        for name, value in (("loss", loss.detach()), *self._found.items()):
             self._sums[name] = self._sums.get(name, 0) + value
         self._micro_batches += 1
 
@@ -302,7 +305,9 @@ class DistillationTrainer(Trainer):
         steps = max(1, self._micro_batches / self.recipe.accumulation)
         mean = {name: self.accelerator.reduce(value, "mean").cpu() for name, value in self._sums.items()}
         self._sums, self._micro_batches = {}, 0
-        entries: dict[str, float] = {name: float(mean[name] / steps) for name in ("lm_loss", "kl") if name in mean}
+        # Trainer's own mean loss forgets, at a resume, the steps before it.
+        scalars = ("loss", "lm_loss", "kl")
+        entries: dict[str, float] = {name: float(mean[name] / steps) for name in scalars if name in mean}
         layers = mean["layers"] / steps
         entries |= {f"kl/full_{full:02}": float(value) for full, value in group_means(layers, self.pattern).items()}
         entries |= {f"kl/layer_{layer:02}": float(value) for layer, value in enumerate(layers)}
@@ -311,6 +316,24 @@ class DistillationTrainer(Trainer):
             entries["recall"] = float(mean["recall"].mean())
             entries |= {f"recall/layer_{layer:02}": float(value) for layer, value in enumerate(mean["recall"])}
         return entries
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As Trainer's; the sums of a log entry that is not written yet go along, each process's own."""
+        super()._save_rng_state(output_dir)
+        sums = {name: value.detach().cpu().contiguous() for name, value in self._sums.items()}
+        micro_batches = torch.tensor(self._micro_batches, dtype=torch.int64)
+        save_file({**sums, _MICRO_BATCHES: micro_batches}, self._sums_file(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As Trainer's, with what `_save_rng_state` put beside it."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._sums_file(checkpoint).is_file():
+            kept = load_file(self._sums_file(checkpoint))
+            self._micro_batches = int(kept.pop(_MICRO_BATCHES))
+            self._sums = {name: value.to(self.args.device) for name, value in kept.items()}
+
+    def _sums_file(self, folder: str) -> Path:
+        return Path(folder) / f"log_sums_{self.args.process_index}.safetensors"
 
     # ---- weights ------------------------------------------------------------------------------------------------
 

@@ -106,6 +106,18 @@ def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     assert run(folder, output, resume=True)["index_share_pattern"] == "FSFS"
 
 
+def test_a_log_entry_that_a_kill_fell_into_is_what_it_would_have_been(folder, tmp_path):
+    write_source(tmp_path)
+    settings = dict(dense_steps=1, sparse_steps=6, log_every=3, save_every=2)
+    run(tmp_path, tmp_path / "undisturbed", **settings)
+    assert (
+        run_processes(tmp_path, tmp_path / "killed", kill_at=4, check=False, **settings).returncode == -signal.SIGKILL
+    )
+    assert (tmp_path / "killed/training/sparse/checkpoint-2").exists()
+    run(tmp_path, tmp_path / "killed", resume=True, **settings)
+    assert entries(tmp_path / "killed") == entries(tmp_path / "undisturbed")
+
+
 def test_two_processes_equal_one_to_rounding(folder, tmp_path):
     write_source(tmp_path)
     one = run(tmp_path, tmp_path / "one", dtype="float32", batch_size=2, accumulation=1)
