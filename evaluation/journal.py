@@ -130,11 +130,16 @@ class Journal:
     # ---- the file -----------------------------------------------------------------------------------------------
 
     def _write(self, value: dict[str, Any]) -> None:
-        if self._file is not None:
+        if self._file is None:
+            return
+        try:
             self._file.write(_line(value, self._lines))
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._lines += 1
+        except OSError as error:
+            # The system names no file: an open one may have any name.
+            raise OSError(error.errno, f"{error.strerror}; --resume goes on from there", self._file.name) from error
+        self._lines += 1
 
     def _read(self, path: Path) -> None:
         content = path.read_bytes()

@@ -1,6 +1,8 @@
 """The journal's file: checked line by line, held by one process, and refused where it cannot be trusted."""
 
+import errno
 import json
+import os
 import random
 
 import pytest
@@ -110,3 +112,17 @@ def test_rows_of_a_benchmark_are_checked_likewise(tmp_path):
     again = RowJournal(path, IDENTITY, True, False)
     again.close()
     assert list(again.rows) == rows[1:] and "1 of 2" in again.damage
+
+
+def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl", IDENTITY)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; --resume goes on .*journal\.jsonl"):
+        journal.add("windows", "FS", 0, torch.zeros(2, 4), 3)
+    monkeypatch.undo()
+    journal.close()
+    assert Journal(tmp_path / "journal.jsonl", IDENTITY, resume=True).resumed <= 1
