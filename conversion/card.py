@@ -177,7 +177,7 @@ def write_card(
             for full, served in pattern.groups.items()
         ),
         name=repo_id or "this/checkpoint",
-        tokenizer_trust=", trust_remote_code=True" if tokenizer_code(output) else "",
+        tokenizer_trust=f", trust_remote_code={bool(tokenizer_code(output))}",
         licence_note=licence_note,
         measured=f"\n## Measured\n\n{_table(measured)}\n" if measured else "",
         recipe=json.dumps(recipe, indent=2, ensure_ascii=False),

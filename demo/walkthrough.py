@@ -40,7 +40,7 @@ sys.modules["indexcache"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 checkpoint, prompt = sys.argv[1:]
-tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype="auto")
 inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
 tokens = model.generate(**inputs, max_new_tokens=60)
@@ -65,7 +65,7 @@ def main() -> None:
     console.print("A shard that loses nothing is passed through; the others lose the indexers of shared layers.")
 
     console.rule("[bold]3. Verify: what was kept is byte for byte what it was")
-    indexcache("verify", SOURCE, OUTPUT / "searched", "--no-logits")
+    indexcache("verify", SOURCE, OUTPUT / "searched")
 
     console.rule("[bold]4. Load and generate where indexcache is not installed")
     generate_elsewhere(OUTPUT / "searched")
