@@ -33,8 +33,9 @@ lint: venv
 
 # What a user's `pip install` may bring: the newest of everything, and the oldest that setup.cfg allows; every
 # night transformers' main. Each in an environment of its own, several gigabytes with torch's CUDA build, removed afterwards.
-ACROSS := tests/configuration tests/modeling_indexcache \
-	$(addprefix tests/conversion/test_,bundle.py convert.py verify.py released_configs.py hub.py refresh.py)
+ACROSS := tests/configuration tests/modeling_indexcache tests/conversion/check/test_verify.py \
+	$(addprefix tests/conversion/convert/test_,convert.py released_configs.py) \
+	$(addprefix tests/conversion/publish/test_,bundle.py hub.py refresh.py)
 INSTALL_oldest := --constraint constraints-oldest.txt
 INSTALL_transformers-main := git+https://github.com/huggingface/transformers
 test-newest test-oldest test-transformers-main: test-%:

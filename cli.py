@@ -25,7 +25,7 @@ from .pattern_search.command import search as search_verb
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .conversion.hub_contents import HubContents
+    from .conversion.publish.hub_contents import HubContents
 
 app = typer.Typer(
     name="indexcache",
@@ -78,8 +78,8 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     """Print an error for a person, without a traceback, and leave."""
     from rich.text import Text
 
-    from .conversion.hub_requests import redact
-    from .conversion.terminal_text import printable
+    from .conversion.io.hub_requests import redact
+    from .conversion.io.terminal_text import printable
     from .evaluation.terminal import terminal
 
     shown = printable(redact(message))
@@ -92,7 +92,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
-    from .conversion.checkpoint import ConversionError
+    from .conversion.io.checkpoint import ConversionError
     from .distillation.errors import DistillationDiverged, DistillationError
     from .evaluation.errors import EvaluationError
 
@@ -175,14 +175,14 @@ def convert(
     if dry_run and (resume or push_to_hub):
         _fail("--dry-run writes nothing: drop --resume and --push-to-hub", 2)
     with _errors_as_messages():
-        from .conversion.checkpoint import ConversionError, open_source, read_checkpoint
-        from .conversion.convert import ConvertOptions, plan_conversion
-        from .conversion.convert import convert as run_conversion
-        from .conversion.drawing import draw_plan, human_bytes, plan_summary
-        from .conversion.hub import push_folder
-        from .conversion.open_checkpoint import check_layer_count
-        from .conversion.pattern_file import choose_pattern
-        from .conversion.terminal_text import printable
+        from .conversion.check.drawing import draw_plan, human_bytes, plan_summary
+        from .conversion.convert.convert import ConvertOptions, plan_conversion
+        from .conversion.convert.convert import convert as run_conversion
+        from .conversion.convert.pattern_file import choose_pattern
+        from .conversion.io.checkpoint import ConversionError, open_source, read_checkpoint
+        from .conversion.io.open_checkpoint import check_layer_count
+        from .conversion.io.terminal_text import printable
+        from .conversion.publish.hub import push_folder
 
         opened = open_source(source, revision=revision, token=token)
         checkpoint = read_checkpoint(opened)
@@ -227,7 +227,7 @@ def convert(
 def _file_size(size: str | None) -> int | None:
     from transformers.utils.hub import convert_file_size_to_int
 
-    from .conversion.checkpoint import ConversionError
+    from .conversion.io.checkpoint import ConversionError
 
     if size is None:
         return None
@@ -269,9 +269,9 @@ def verify(
     with _errors_as_messages():
         import dataclasses
 
-        from .conversion.checkpoint import open_source
-        from .conversion.drawing import draw_verification
-        from .conversion.verify import verify as run_verification
+        from .conversion.check.drawing import draw_verification
+        from .conversion.check.verify import verify as run_verification
+        from .conversion.io.checkpoint import open_source
 
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
@@ -308,9 +308,9 @@ def inspect(
             result = read_result(Path(path))
             _print_json(result) if as_json else _print(draw_result(result))
             return
-        from .conversion.checkpoint import open_source
-        from .conversion.describe import describe
-        from .conversion.drawing import draw_description
+        from .conversion.check.describe import describe
+        from .conversion.check.drawing import draw_description
+        from .conversion.io.checkpoint import open_source
 
         description = describe(open_source(path, revision=revision, token=token))
         heatmap = None
@@ -378,7 +378,7 @@ def generate(
         from transformers import TextStreamer, set_seed
 
         from .configuration.share_pattern import SharePattern
-        from .conversion.load_source import load_source
+        from .conversion.io.load_source import load_source
         from .evaluation.loading import Placement, open_model
         from .evaluation.tokenizer import load_tokenizer
 
@@ -429,7 +429,7 @@ def push(
     What is sent and what stays is shown first. After an interrupted push, run it again.
     """
     with _errors_as_messages():
-        from .conversion.hub import check_contents, push_folder
+        from .conversion.publish.hub import check_contents, push_folder
 
         shown: list[HubContents] = []
         announce, url = _announcer(as_json, shown), None
@@ -456,7 +456,7 @@ def push(
 
 def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callable[[HubContents], None]:
     """Shows what a push is about to send, unless --json does so at the end, and notes it in `shown`."""
-    from .conversion.drawing import contents_text
+    from .conversion.check.drawing import contents_text
 
     def announce(contents: HubContents) -> None:
         if shown is not None:
@@ -480,10 +480,10 @@ def refresh(
     The code files and the version in config.json change; weights, card and all settings stay byte for byte.
     """
     with _errors_as_messages():
-        from .conversion.checkpoint import open_source
-        from .conversion.drawing import refresh_text
-        from .conversion.refresh import plan_refresh
-        from .conversion.refresh import refresh as run_refresh
+        from .conversion.check.drawing import refresh_text
+        from .conversion.io.checkpoint import open_source
+        from .conversion.publish.refresh import plan_refresh
+        from .conversion.publish.refresh import refresh as run_refresh
 
         source = open_source(path, revision=revision, token=token)
         plan = plan_refresh(source)
@@ -506,8 +506,8 @@ def export(
 ) -> None:
     """Write the same weights with the config spelled for another engine; of patterns.json, the config fields alone."""
     with _errors_as_messages():
-        from .conversion.export import export as run_export
-        from .conversion.export import export_pattern
+        from .conversion.publish.export import export as run_export
+        from .conversion.publish.export import export_pattern
 
         if path.is_file():
             fields = export_pattern(path, output, to, keep)
@@ -541,7 +541,7 @@ def warm_up(
     release of indexcache.
     """
     with _errors_as_messages():
-        from .conversion.warm_up import warm_up as run_warm_up
+        from .conversion.publish.warm_up import warm_up as run_warm_up
 
         done = run_warm_up(
             path, dtype=dtype, max_length=max_length, jobs=jobs, target=target, revision=revision, token=token
@@ -564,7 +564,7 @@ def env(as_json: AsJson = False) -> None:
     """Show the versions and devices that matter for a bug report."""
     import platform
 
-    from .conversion.installed_versions import installed_versions
+    from .conversion.convert.installed_versions import installed_versions
 
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     found |= installed_versions(

@@ -25,7 +25,7 @@ PATTERNS = {"all full": "F" * 12, "4 of 12": "FFSSSSFFSSSS"}
 
 def prefill(length: int, pattern: str) -> dict[str, float]:
     """One prefill of `length` tokens with a cache and the last token's logits, in this process."""
-    from ..conversion.load_source import load_source
+    from ..conversion.io.load_source import load_source
 
     model = load_source(DEMO, dtype=torch.float32)
     model.set_index_share_pattern(pattern)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from .. import IndexCacheConfig, IndexCacheForCausalLM
-from ..kernels.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
-from ..kernels.sparse_mla import sparse_mla
+from ..kernels.indexer_distillation.indexer_distillation import dense_indexer_kl, indexer_kl, selected_attention
+from ..kernels.sparse_mla.sparse_mla import sparse_mla
 from .harness import Case, measure_ceilings, median_ms, run_cases, write_json
 from .sparse_mla import SCALE, TOPK, VALUE_DIM, WIDTH, make_inputs, near_indices, random_indices
 from .speed_models import SHAPE_30B, let_neighbours_agree

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from ..conversion.families import INDEXER
+from ..conversion.convert.families import INDEXER
 from ..distillation.all_experts import use_all_experts
 from ..distillation.data import TrainingWindows
 from ..distillation.recipe import Recipe
@@ -321,8 +321,10 @@ def forget_indexers(model: torch.nn.Module, seed: int) -> None:
 
 def take_whole_batches() -> None:
     """Models this small are bound by launches: let what is computed in chunks be computed at once."""
-    from ..kernels import indexer_distillation_reference, sparse_mla_reference
-    from ..modeling_indexcache import indexer_training, inference_attention
+    from ..kernels.indexer_distillation import indexer_distillation_reference
+    from ..kernels.sparse_mla import sparse_mla_reference
+    from ..modeling_indexcache.attention import inference_attention
+    from ..modeling_indexcache.training import indexer_training
 
     indexer_distillation_reference.BLOCK_BYTES = sparse_mla_reference.GATHER_BLOCK_BYTES = 2**31
     indexer_training.BLOCK_BYTES = inference_attention.ATTENTION_BLOCK_BYTES = 2**31

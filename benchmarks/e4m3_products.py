@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..kernels.indexer_quantization import quantize_for_scoring
+from ..kernels.lightning_indexer.indexer_quantization import quantize_for_scoring
 from .lightning_indexer import make_inputs
 from .machine import machine
 

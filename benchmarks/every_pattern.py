@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from ..configuration.share_pattern import FULL, SHARED
-from ..conversion.load_source import load_source
+from ..conversion.io.load_source import load_source
 from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
-from ..modeling_indexcache.key_visibility import KeyVisibility
+from ..modeling_indexcache.attention.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..pattern_search.calibration import load_windows
 from .machine import machine

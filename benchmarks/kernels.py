@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..conversion.load_source import load_source
-from . import distillation, lightning_indexer, sparse_mla
+from ..benchmarks import distillation, lightning_indexer, sparse_mla
+from ..conversion.io.load_source import load_source
 from .harness import Case, measure_ceilings, run_cases, write_json
 
 GROUPS = {

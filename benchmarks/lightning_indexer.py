@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.indexer_quantization import quantize_for_scoring
-from ..kernels.lightning_indexer import lightning_indexer
-from ..kernels.lightning_indexer_reference import visible_keys
+from ..kernels.lightning_indexer.indexer_quantization import quantize_for_scoring
+from ..kernels.lightning_indexer.lightning_indexer import lightning_indexer
+from ..kernels.lightning_indexer.lightning_indexer_reference import visible_keys
 from .harness import Case, measure_ceilings, run_cases, write_json
 
 TOPK = 2048

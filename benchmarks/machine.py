@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..conversion.installed_versions import installed_versions
+from ..conversion.convert.installed_versions import installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 # Names the commit where the measured copy is not a checkout.

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
-from ..conversion.load_source import load_source
+from ..conversion.io.load_source import load_source
 from ..evaluation.window_sources import Sampling, read_windows
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.sparse_mla import sparse_mla
-from ..kernels.sparse_mla_union_triton import merge_key_lists
+from ..kernels.sparse_mla.sparse_mla import sparse_mla
+from ..kernels.sparse_mla.sparse_mla_union_triton import merge_key_lists
 from .harness import Case, measure_ceilings, run_cases, write_json
 
 TOPK, VALUE_DIM, ROPE_DIM = 2048, 512, 64

@@ -11,7 +11,7 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..conversion.open_checkpoint import OpenedCheckpoint
+from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import BenchError
 
@@ -109,7 +109,7 @@ def checkpoint_model(
     opened: OpenedCheckpoint, device: torch.device, dtype: torch.dtype, token: str | None
 ) -> IndexCacheForCausalLM:
     """A DSA or IndexCache checkpoint."""
-    from ..conversion.load_source import load_source
+    from ..conversion.io.load_source import load_source
 
     model = load_source(opened, dtype=dtype, token=token)
     return model.to(device).eval()

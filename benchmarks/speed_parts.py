@@ -14,7 +14,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from ..modeling_indexcache import expert_router, indexer, inference_attention, modeling_indexcache
+from ..modeling_indexcache import modeling_indexcache
+from ..modeling_indexcache.attention import inference_attention
+from ..modeling_indexcache.layers import expert_router, indexer
 
 PARTS = ("indexer", "selection", "attention", "experts", "projections", "rest")
 # The first of these found in a kernel's name says its part. On Hopper prefill lists candidates in the indexer's kernel

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from ..benchmarks import speed_models
+from ..conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..evaluation.journal import Journal
 from ..evaluation.loading import check_device
 from ..evaluation.output import prepare_output
-from ..kernels.early_launch import launches_in_turn
-from ..modeling_indexcache.attention_backends import resolve_attention_backend
+from ..kernels.common.early_launch import launches_in_turn
+from ..modeling_indexcache.attention.attention_backends import resolve_attention_backend
 from ..modeling_indexcache.compile_ahead import finish_compiling
-from . import speed_models
 from .errors import BenchError
 from .machine import machine
 from .speed_measures import (

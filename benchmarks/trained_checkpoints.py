@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.share_pattern import SharePattern
-from ..conversion.load_source import load_source
+from ..conversion.io.load_source import load_source
 from ..evaluation.perplexity import evaluate_windows
 from .machine import machine
 

@@ -1,8 +1,8 @@
 """The code that travels with a saved checkpoint, so that it loads with `trust_remote_code=True` and nothing installed.
 
 transformers' loader takes single files that import only their siblings. The package keeps its shipped code in three
-folders (`configuration`, `kernels`, `modeling_indexcache`), so saving flattens it: every file that the model imports,
-side by side, with each relative import of one of those folders turned into an import of a sibling. A copy that was
+folders (`configuration`, `kernels`, `modeling_indexcache`) and folders in them, so saving flattens it: every file that
+the model imports, side by side, with each relative import turned into an import of a sibling. A copy that was
 loaded from a checkpoint is flat already and writes itself out again, byte for byte, so a model loaded from the Hub
 saves and pushes as one from the installed package does.
 
@@ -14,7 +14,7 @@ call it as well; the second call writes the same bytes.
 
 Rules for shipped files: unique file names; relative imports only among themselves and only as
 "from .file import name" (or "from ..folder.file import name"); triton and other optional packages inside `try:`.
-`conversion/bundle.py` checks them.
+`conversion/publish/bundle.py` checks them.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def hub_code() -> dict[str, str]:
     """The model's source files as they are shipped: file name -> text, sorted by name."""
     here = Path(__file__).resolve().parent
     in_package = _is_in_package()
-    folders = [here.parent / folder for folder in SHIPPED_FOLDERS] if in_package else [here]
+    folders = _shipped_folders(here.parent) if in_package else [here]
     header = f"# IndexCache for Transformers {code_version()}. {_LICENCE}\n" if in_package else ""
 
     sources = _sources_by_module(folders)
@@ -116,6 +116,12 @@ def newer_release_installed() -> str | None:
         return installed if Version(installed) > Version(own) else None
     except (metadata.PackageNotFoundError, InvalidVersion):
         return None
+
+
+def _shipped_folders(package: Path) -> list[Path]:
+    """The folders that hold shipped files: those of `SHIPPED_FOLDERS` and all under them."""
+    tops = [package / folder for folder in SHIPPED_FOLDERS]
+    return tops + sorted({path.parent for top in tops for path in top.rglob("*.py")} - set(tops))
 
 
 def _is_in_package() -> bool:

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from indexcache import IndexCacheForCausalLM, SharePattern
-from indexcache.conversion.families import layer_of
-from indexcache.conversion.load_source import load_source
+from indexcache.conversion.convert.families import layer_of
+from indexcache.conversion.io.load_source import load_source
 from indexcache.evaluation.errors import EvaluationError
 from indexcache.evaluation.overlap import selection_overlap
 from indexcache.evaluation.perplexity import WindowScores, evaluate_windows

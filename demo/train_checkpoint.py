@@ -29,9 +29,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from indexcache import IndexCacheForCausalLM
 from indexcache.benchmarks.machine import machine
 from indexcache.benchmarks.recall_windows import recall_windows
-from indexcache.conversion.bundle import AUTO_MAP
-from indexcache.conversion.export import export
-from indexcache.conversion.families import convert_config, load_config
+from indexcache.conversion.convert.families import convert_config, load_config
+from indexcache.conversion.publish.bundle import AUTO_MAP
+from indexcache.conversion.publish.export import export
 from indexcache.distillation.all_experts import use_all_experts
 from indexcache.distillation.data import TrainingWindows
 from indexcache.distillation.monitor import TerminalTrainingMonitor

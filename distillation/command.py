@@ -231,8 +231,8 @@ def distill(
         return
     url = None
     if push_to_hub:
-        from ..conversion.drawing import contents_text
-        from ..conversion.hub import push_folder
+        from ..conversion.check.drawing import contents_text
+        from ..conversion.publish.hub import push_folder
 
         announce = None if as_json else (lambda contents: typer.echo(contents_text(contents)))
         url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)

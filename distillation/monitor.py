@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
-from ..conversion.shard_writer import write_json
+from ..conversion.io.shard_writer import write_json
 from ..evaluation.monitor import Monitor, TerminalMonitor
 
 # Marks a checkpoint that was written to its end.

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..conversion.card import write_card
-from ..conversion.checkpoint import CONFIG_FILE, INDEX_FILE
-from ..conversion.companion_files import copy_companions
-from ..conversion.installed_versions import installed_versions
-from ..conversion.journal import RECIPE_FILE
-from ..conversion.load_source import filled_weights, refuse_filled_weights
-from ..conversion.shard_writer import sync_folder, write_json
+from ..conversion.convert.companion_files import copy_companions
+from ..conversion.convert.installed_versions import installed_versions
+from ..conversion.convert.journal import RECIPE_FILE
+from ..conversion.io.checkpoint import CONFIG_FILE, INDEX_FILE
+from ..conversion.io.load_source import filled_weights, refuse_filled_weights
+from ..conversion.io.shard_writer import sync_folder, write_json
+from ..conversion.publish.card import write_card
 from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .data import TrainingWindows

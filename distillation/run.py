@@ -18,15 +18,15 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
-from ..conversion.checkpoint import ConversionError, FolderSource
-from ..conversion.journal import (
+from ..conversion.convert.journal import (
     RECIPE_FILE,
     Journal,
     check_apart,
     clear_output,
     output_state,
 )
-from ..conversion.shard_writer import write_json
+from ..conversion.io.checkpoint import ConversionError, FolderSource
+from ..conversion.io.shard_writer import write_json
 from ..evaluation.perplexity import evaluate_windows
 from ..evaluation.tokenizer import load_tokenizer
 from ..evaluation.window_sources import Sampling

@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..configuration.share_pattern import SharePattern
-from ..modeling_indexcache.indexer_training import IndexerTraining
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..modeling_indexcache.training.indexer_training import IndexerTraining
 from .adapters import save_adapters
 from .errors import DistillationDiverged
 from .finite import are_finite, first_not_finite

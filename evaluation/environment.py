@@ -7,7 +7,7 @@ import platform
 
 import torch
 
-from ..conversion.installed_versions import installed_versions
+from ..conversion.convert.installed_versions import installed_versions
 
 
 def environment() -> dict[str, str | None]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..configuration.share_pattern import SharePattern
-from ..conversion.load_source import load_source
-from ..conversion.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from ..conversion.io.load_source import load_source
+from ..conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import EvaluationError
 

@@ -22,11 +22,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from ..kernels.device_target import DeviceTarget, device_target
-from ..kernels.kernel_launch import are_recorded, launcher
-from ..kernels.kernel_variants import Compilations, Variant, VariantList
-from ..kernels.pretended_tensors import pretended, pretended_launches
-from .attention_backends import TRITON_ATTENTION
+from ..kernels.common.device_target import DeviceTarget, device_target
+from ..kernels.common.kernel_launch import are_recorded, launcher
+from ..kernels.common.kernel_variants import Compilations, Variant, VariantList
+from ..kernels.common.pretended_tensors import pretended, pretended_launches
+from .attention.attention_backends import TRITON_ATTENTION
 
 logger = logging.get_logger(__name__)
 
@@ -236,6 +236,9 @@ def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
 def _code() -> str:
     """A digest of the kernels' source as it is here."""
     digest = hashlib.sha256()
-    for path in sorted(Path(launcher.__code__.co_filename).parent.glob("*.py")):
+    # Beside a checkpoint all files are in one folder, in the package in one of kernels' folders.
+    here = Path(launcher.__code__.co_filename).parent
+    folder = here.parent if here.name == "common" else here
+    for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -14,14 +14,14 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
-from ..kernels.absorbed_vector import takes_absorbed_vector
-from ..kernels.kernel_launch import is_capturing
-from ..kernels.pretended_tensors import PLAIN_WEIGHTS
-from ..kernels.routed_experts import unsupported_experts_reason
-from .attention_backends import TRITON_ATTENTION
-from .few_token_linears import is_plain_linear
-from .layer_placement import device_of_inputs, device_of_layer, device_ranges
-from .module_hooks import hooks_of, is_foreign, is_own, is_watched, is_wrapped, placement_of, runs_as_written
+from ..kernels.common.kernel_launch import is_capturing
+from ..kernels.common.pretended_tensors import PLAIN_WEIGHTS
+from ..kernels.experts.routed_experts import unsupported_experts_reason
+from ..kernels.norm_rope_linear.absorbed_vector import takes_absorbed_vector
+from .attention.attention_backends import TRITON_ATTENTION
+from .layers.few_token_linears import is_plain_linear
+from .parallel.layer_placement import device_of_inputs, device_of_layer, device_ranges
+from .parallel.module_hooks import hooks_of, is_foreign, is_own, is_watched, is_wrapped, placement_of, runs_as_written
 
 logger = logging.get_logger(__name__)
 

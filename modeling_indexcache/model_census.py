@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _modules
 
-from .absorbed_weights import address_of, kept_of, settings_of, still_holds
-from .module_hooks import is_own
+from .attention.absorbed_weights import address_of, kept_of, settings_of, still_holds
+from .parallel.module_hooks import is_own
 
 # Classes whose settings do not change what a call without gradient computes, once they are made.
 _SETTLED = ("torch.nn.", "transformers.activations")

@@ -28,31 +28,31 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..kernels.rotary import rotate
-from ..kernels.routed_experts import routed_experts
-from .absorbed_attention import attend_absorbed, attend_absorbed_masked
-from .absorbed_weights import multiplier
-from .attention_backends import TRITON_ATTENTION, resolve_attention_backend
-from .attention_form import absorbed_is_cheaper
-from .causal_lm_loss import causal_lm_loss
+from ..kernels.experts.routed_experts import routed_experts
+from ..kernels.norm_rope_linear.rotary import rotate
+from .attention.absorbed_attention import attend_absorbed, attend_absorbed_masked
+from .attention.absorbed_weights import multiplier
+from .attention.attention_backends import TRITON_ATTENTION, resolve_attention_backend
+from .attention.attention_form import absorbed_is_cheaper
+from .attention.eager_attention import eager_attention_forward
+from .attention.inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
+from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
+from .cache.decode_graph import decode_graph, graphs_serve
+from .cache.latent_cache import append_latents
 from .compile_ahead import compile_ahead
-from .decode_graph import decode_graph, graphs_serve
-from .eager_attention import eager_attention_forward
 from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
-from .expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
-from .feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
-from .few_token_linears import linears
 from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .fp8_guard import refuse_ragged_dequantisation
-from .indexer import IndexCacheIndexer, refuse_missing_indexers
-from .indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
-from .inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
-from .key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
-from .latent_cache import append_latents
-from .layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
+from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
+from .layers.feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
+from .layers.few_token_linears import linears
+from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
+from .layers.normalization import IndexCacheRMSNorm
+from .layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
-from .normalization import IndexCacheRMSNorm
-from .rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+from .parallel.layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
+from .training.causal_lm_loss import causal_lm_loss
+from .training.indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
 from .transformers_compat import CACHE_NAME, one_cache
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.

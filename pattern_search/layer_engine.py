@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from ..configuration.share_pattern import FULL, SHARED
-from ..modeling_indexcache.key_visibility import KeyVisibility
+from ..modeling_indexcache.attention.key_visibility import KeyVisibility
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .prefix_cache import LayerState, PrefixCache
 

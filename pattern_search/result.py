@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.share_pattern import FULL, SharePattern
-from ..conversion.shard_writer import write_json
-from ..conversion.strict_json import parse_json
+from ..conversion.io.shard_writer import write_json
+from ..conversion.io.strict_json import parse_json
 from ..evaluation.environment import environment
 from ..evaluation.windows import Windows
 from .document_shape import misfit

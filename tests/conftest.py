@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from hub_double import Hub
 from huggingface_hub import constants
-from time_limits import PROCESS_SECONDS, TEST_SECONDS
+from testing.hub_double import Hub
+from testing.time_limits import PROCESS_SECONDS, TEST_SECONDS
 
 # Every little model of the tests would have its kernels compiled in the background; tests of that ask for it.
 os.environ.setdefault("INDEXCACHE_COMPILE_AHEAD", "0")

@@ -7,7 +7,7 @@ import typing
 
 import pytest
 import typer
-from time_limits import PROCESS_SECONDS
+from testing.time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
 from indexcache.cli import app

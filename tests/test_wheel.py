@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from time_limits import PROCESS_SECONDS
+from testing.time_limits import PROCESS_SECONDS
 
 ROOT = Path(__file__).parents[1]
 

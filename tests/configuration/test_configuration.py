@@ -2,7 +2,7 @@ import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import SIZES, tiny_config
+from testing.tiny_models import SIZES, tiny_config
 from transformers import AutoConfig
 
 import indexcache

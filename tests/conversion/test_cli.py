@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import build, hashes
-from time_limits import PROCESS_SECONDS
+from testing.checkpoints import build, hashes
+from testing.time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
 from indexcache.cli import app
@@ -97,7 +97,7 @@ def test_pattern_file_and_shard_size(tmp_path, source):
 
 
 def test_an_unreadable_file_is_a_message(tmp_path, source, monkeypatch):
-    from indexcache.conversion import convert as module
+    from indexcache.conversion.convert import convert as module
 
     def unreadable(*_, **__):
         raise PermissionError(13, "Permission denied", "model-00001-of-00003.safetensors")

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import build
+from testing.checkpoints import build
 from typer.testing import CliRunner
 
 from indexcache.cli import app

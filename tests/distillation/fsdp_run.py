@@ -37,6 +37,6 @@ def shard_on_cpus():
 if __name__ == "__main__":
     os.environ.update(launcher_environment())
     shard_on_cpus()
-    from small_run import main
+    from testing.small_run import main
 
     main(*sys.argv[1:])

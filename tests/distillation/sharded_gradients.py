@@ -1,20 +1,16 @@
 """One process of several: shard a model with FSDP2 as accelerate does; its gradients are those of a whole one."""
 
-import sys
-
 import torch
 import torch.distributed as dist
+from testing.tiny_models import tiny_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from indexcache.distillation.losses import multi_layer_loss
+from indexcache.distillation.trainer import freeze_for
 
-def main(models_folder):
-    sys.path.insert(0, models_folder)
-    from tiny_models import tiny_model
 
-    from indexcache.distillation.losses import multi_layer_loss
-    from indexcache.distillation.trainer import freeze_for
-
+def main():
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     ids = torch.randint(0, 97, (count, 40), generator=torch.Generator().manual_seed(0))
@@ -59,4 +55,4 @@ def main(models_folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

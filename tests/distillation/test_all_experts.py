@@ -1,7 +1,7 @@
 """Every expert on every token gives what routing to experts gives, and its gradients."""
 
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 
 from indexcache.distillation.all_experts import use_all_experts
 

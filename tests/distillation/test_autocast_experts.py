@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 
 from indexcache.distillation.autocast_experts import GROUPED, NAME, use_autocast_experts
 

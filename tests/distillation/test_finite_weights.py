@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_run import run, write_source
+from testing.small_run import run, write_source
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import run, run_processes, write_source
-from time_limits import PROCESS_SECONDS
+from testing.small_run import run, run_processes, write_source
+from testing.time_limits import PROCESS_SECONDS
 
 HERE = Path(__file__).parent
 
 
 def test_gradients_of_a_sharded_model_are_those_of_a_whole_one():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(HERE / "sharded_gradients.py"), str(HERE.parent / "modeling_indexcache")]
+    command += [str(HERE / "sharded_gradients.py")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert process.returncode == 0, process.stdout + process.stderr

@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from small_run import run, write_source
+from testing.small_run import run, write_source
 
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.graphed_step import STEPS_BEFORE_CAPTURE, GraphedSteps

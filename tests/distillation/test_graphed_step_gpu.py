@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import tiny_config
+from testing.tiny_models import tiny_config
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.distillation.all_experts import use_all_experts

@@ -5,7 +5,7 @@ import torch
 
 from indexcache import SharePattern
 from indexcache.distillation.losses import averaged_target, group_means, layer_weights, multi_layer_loss
-from indexcache.kernels.indexer_distillation import dense_indexer_kl, indexer_kl
+from indexcache.kernels.indexer_distillation.indexer_distillation import dense_indexer_kl, indexer_kl
 
 B, S, T, H, D, K, SERVED = 2, 7, 11, 4, 8, 5, 3
 

@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import run, run_processes, write_source
+from testing.small_run import run, run_processes, write_source
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.checkpoint import ConversionError, FolderSource, read_checkpoint
-from indexcache.conversion.convert import ConvertOptions, convert
-from indexcache.conversion.hub import check_complete
-from indexcache.conversion.verify import verify
+from indexcache.conversion.check.verify import verify
+from indexcache.conversion.convert.convert import ConvertOptions, convert
+from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.publish.hub import check_complete
 from indexcache.distillation.errors import DistillationDiverged, DistillationError
 
 

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import SIZES, tiny_model
+from testing.tiny_models import SIZES, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from indexcache.conversion.checkpoint import ConversionError
+from indexcache.conversion.io.checkpoint import ConversionError
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.source import IndexerShape, open_distillation_source
 

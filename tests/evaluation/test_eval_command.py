@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from indexcache.cli import app
-from indexcache.conversion.load_source import load_source
+from indexcache.conversion.io.load_source import load_source
 from indexcache.evaluation import run
 from indexcache.evaluation.perplexity import evaluate_windows
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 
 from indexcache.evaluation.perplexity import evaluate_windows
 

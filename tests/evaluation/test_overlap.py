@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 
 from indexcache.evaluation import overlap
 from indexcache.evaluation.overlap import selection_overlap

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.checkpoint import ConversionError
-from indexcache.conversion.load_source import load_source, refuse_filled_weights
-from indexcache.conversion.open_checkpoint import open_checkpoint
+from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.load_source import load_source, refuse_filled_weights
+from indexcache.conversion.io.open_checkpoint import open_checkpoint
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.source import load_with_new_indexers
 from indexcache.evaluation.errors import EvaluationError
@@ -111,7 +111,7 @@ def test_what_transformers_stumbles_over_is_a_message(source, file):
 
 
 def test_what_this_machine_cannot_load_is_a_message(tmp_path):
-    from checkpoints import build
+    from testing.checkpoints import build
 
     ragged = build(tmp_path / "ragged", fp8=True)
     with pytest.raises(ConversionError, match=r"ragged cannot be loaded: .*indexcache convert"):
@@ -121,7 +121,7 @@ def test_what_this_machine_cannot_load_is_a_message(tmp_path):
 
 
 def test_a_tied_weight_is_another_s(tmp_path):
-    from tiny_models import tiny_model
+    from testing.tiny_models import tiny_model
 
     tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
@@ -133,7 +133,7 @@ def test_a_tied_weight_is_another_s(tmp_path):
 
 
 def test_a_training_checkpoint_that_is_not_whole_is_not_gone_on_with(tmp_path):
-    from tiny_models import tiny_model
+    from testing.tiny_models import tiny_model
 
     tiny_model().save_pretrained(tmp_path / "checkpoint-2")
     path = tmp_path / "checkpoint-2" / "model.safetensors"

@@ -31,16 +31,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent
 # Folders whose modules the templates and checks import.
-MODULES = [HERE, TESTS, TESTS / "conversion", TESTS / "modeling_indexcache"]
+MODULES = [HERE, TESTS]
 PRELOADED = (
     "indexcache.cli",
-    "indexcache.conversion.convert",
-    "indexcache.conversion.describe",
-    "indexcache.conversion.drawing",
-    "indexcache.conversion.export",
-    "indexcache.conversion.hub",
-    "indexcache.conversion.load_source",
-    "indexcache.conversion.verify",
+    "indexcache.conversion.convert.convert",
+    "indexcache.conversion.check.describe",
+    "indexcache.conversion.check.drawing",
+    "indexcache.conversion.publish.export",
+    "indexcache.conversion.publish.hub",
+    "indexcache.conversion.io.load_source",
+    "indexcache.conversion.check.verify",
     "indexcache.distillation.run",
     "indexcache.distillation.source",
     "indexcache.evaluation.report",
@@ -86,7 +86,7 @@ def main() -> None:
 
 def _check_bundle_once() -> None:
     """The shipped code is the package's own and the same for every try: most of a small conversion's time."""
-    from indexcache.conversion import bundle
+    from indexcache.conversion.publish import bundle
 
     with tempfile.TemporaryDirectory() as folder:
         bundle.write_bundle(folder)

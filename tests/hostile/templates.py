@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from checkpoints import build
 from safetensors.torch import save_file
+from testing.checkpoints import build
 from workshop import SECRET
 
 FAMILIES = {

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tiny_models import deepseek_oracle, glm_oracle, ours_like
+from testing.tiny_models import deepseek_oracle, glm_oracle, ours_like
 from transformers import DynamicCache, StaticCache
 
-from indexcache.kernels.lightning_indexer_reference import indexer_scores
+from indexcache.kernels.lightning_indexer.lightning_indexer_reference import indexer_scores
 
 YARN = {
     "rope_type": "yarn",

@@ -8,16 +8,16 @@ import threading
 
 import pytest
 import torch
-from tiny_models import tiny_config, tiny_model
+from testing.tiny_models import tiny_config, tiny_model
 
-from indexcache.kernels.device_target import DeviceTarget
-from indexcache.kernels.kernel_launch import launcher
-from indexcache.kernels.pretended_tensors import PretendedTensor, pretended_launches
+from indexcache.kernels.common.device_target import DeviceTarget
+from indexcache.kernels.common.kernel_launch import launcher
+from indexcache.kernels.common.pretended_tensors import PretendedTensor, pretended_launches
 
 triton = pytest.importorskip("triton")
 
-from indexcache.kernels import kernel_variants  # noqa: E402
-from indexcache.kernels.kernel_variants import Compilations, Variant, VariantList, variant_key  # noqa: E402
+from indexcache.kernels.common import kernel_variants  # noqa: E402
+from indexcache.kernels.common.kernel_variants import Compilations, Variant, VariantList, variant_key  # noqa: E402
 from indexcache.modeling_indexcache import compile_ahead  # noqa: E402
 from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  # noqa: E402
 
@@ -168,7 +168,7 @@ def test_a_kind_of_model_is_compiled_once_on_each_device(monkeypatch):
 
 PROGRAM = """
 import json, sys, torch
-from indexcache.conversion.warm_up import _NoDriver, _find_variants, _fields, TARGETS
+from indexcache.conversion.publish.warm_up import _NoDriver, _find_variants, _fields, TARGETS
 from triton.runtime.driver import driver
 import triton
 hits = []

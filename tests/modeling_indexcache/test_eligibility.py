@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 from torch import nn
 from transformers import DynamicCache
 
-from indexcache.modeling_indexcache import decode_graph, eligibility, feed_forward, inference_attention
+from indexcache.modeling_indexcache import eligibility
+from indexcache.modeling_indexcache.attention import inference_attention
+from indexcache.modeling_indexcache.cache import decode_graph
 from indexcache.modeling_indexcache.eligibility import Path, explain_paths
+from indexcache.modeling_indexcache.layers import feed_forward
 
 
 @pytest.fixture

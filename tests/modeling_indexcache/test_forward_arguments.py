@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 from transformers import DynamicCache
 
 IDS = torch.arange(2, 22)[None]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_ways import NEW, check_every_way, loop_without_cache
-from tiny_models import tiny_model
+from testing import generation_ways
+from testing.generation_ways import NEW, check_every_way, loop_without_cache
+from testing.tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, pipeline
 
 PATTERN = "FSFS"
@@ -43,7 +44,7 @@ print(check_every_way(model, torch.load(sys.argv[2])).tolist())
 def test_remote_code_gives_the_same_in_every_way(model, ids, tmp_path, run_python):
     model.save_pretrained(tmp_path / "model")
     torch.save(ids, tmp_path / "ids.pt")
-    source = (Path(__file__).parent / "generation_ways.py").read_text()
+    source = Path(generation_ways.__file__).read_text()
     process = run_python(source + REMOTE, tmp_path / "model", tmp_path / "ids.pt")
     assert process.stdout.splitlines()[-1] == str(loop_without_cache(model, ids).tolist())
 

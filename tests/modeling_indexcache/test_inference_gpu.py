@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
-from indexcache.kernels import early_launch, merged_selection
-from indexcache.kernels.merged_selection import MergedSelection
-from indexcache.modeling_indexcache import indexer, inference_attention
-from indexcache.modeling_indexcache.decode_graph import DecodeGraph
+from indexcache.kernels.common import early_launch
+from indexcache.kernels.sparse_mla import merged_selection
+from indexcache.kernels.sparse_mla.merged_selection import MergedSelection
+from indexcache.modeling_indexcache.attention import inference_attention
+from indexcache.modeling_indexcache.cache.decode_graph import DecodeGraph
+from indexcache.modeling_indexcache.layers import indexer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PATTERN = "FSFS"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import glm_oracle, ours_like, tiny_config, tiny_model
+from testing.tiny_models import glm_oracle, ours_like, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, GlmMoeDsaForCausalLM
 
 from indexcache import IndexCacheForCausalLM
@@ -119,8 +119,8 @@ def test_fp8_with_ragged_blocks_is_refused_with_the_mend():
 
 @pytest.mark.parametrize(("backend", "allowed"), [("sdpa", False), ("eager", False), ("triton", True)])
 def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, backend, allowed):
-    from indexcache.kernels.lightning_indexer import lightning_indexer
-    from indexcache.kernels.sparse_mla import sparse_mla
+    from indexcache.kernels.lightning_indexer.lightning_indexer import lightning_indexer
+    from indexcache.kernels.sparse_mla.sparse_mla import sparse_mla
 
     model, seen = tiny_model(), []
 
@@ -128,10 +128,12 @@ def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, b
         return lambda *args, **kwargs: seen.append(kwargs["allow_triton"]) or op(*args, **kwargs)
 
     monkeypatch.setattr(
-        sys.modules["indexcache.modeling_indexcache.indexer"], "lightning_indexer", spy(lightning_indexer)
+        sys.modules["indexcache.modeling_indexcache.layers.indexer"], "lightning_indexer", spy(lightning_indexer)
     )
     for name in ("absorbed_attention", "inference_attention"):
-        monkeypatch.setattr(sys.modules[f"indexcache.modeling_indexcache.{name}"], "sparse_mla", spy(sparse_mla))
+        monkeypatch.setattr(
+            sys.modules[f"indexcache.modeling_indexcache.attention.{name}"], "sparse_mla", spy(sparse_mla)
+        )
     model.config._attn_implementation_internal = backend
     logits(model, ids)
     assert set(seen) == {allowed}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from testing.tiny_models import tiny_model
 from transformers import DynamicCache
 
-from indexcache.kernels.indexer_quantization import e4m3_of_rows
-from indexcache.modeling_indexcache import inference_attention
+from indexcache.kernels.lightning_indexer.indexer_quantization import e4m3_of_rows
+from indexcache.modeling_indexcache.attention import inference_attention
 
 PATTERN = "FSFS"
 
@@ -116,7 +116,7 @@ def test_eager_weights_and_hidden_states_are_on_the_way_to_the_loss(ids, monkeyp
 @pytest.mark.parametrize("asked", ["argument", "config"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_router_logits_are_recorded_as_in_glm(ids, grad, asked):
-    from tiny_models import glm_oracle, ours_like
+    from testing.tiny_models import glm_oracle, ours_like
 
     theirs = glm_oracle(PATTERN)
     ours = ours_like(theirs, PATTERN, "sdpa")
@@ -170,7 +170,7 @@ def test_another_pattern_at_run_time_equals_loading_with_it(ids):
 
 
 def test_dense_model_without_indexers_equals_glm4_moe_lite(ids):
-    from tiny_models import SIZES
+    from testing.tiny_models import SIZES
     from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
     sizes = {k: v for k, v in SIZES.items() if not k.startswith("index_")}

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from time_limits import PROCESS_SECONDS
+from testing.time_limits import PROCESS_SECONDS
 from transformers import AutoModelForCausalLM
 
-from indexcache.conversion.load_source import load_source
+from indexcache.conversion.io.load_source import load_source
 from indexcache.evaluation.perplexity import evaluate_windows
-from indexcache.kernels.lightning_indexer_reference import indexer_scores, visible_keys
+from indexcache.kernels.lightning_indexer.lightning_indexer_reference import indexer_scores, visible_keys
 
 DEMO = Path(__file__).parents[2] / "demo"
 
@@ -44,7 +44,7 @@ def test_loss_equals_transformers_once_ties_are_broken_alike(model, windows, mon
     """Scores of exactly zero (all heads' ReLU shut) tie at the edge of the top-k in a few rows of ten thousand."""
     ids, _ = windows
     theirs = AutoModelForCausalLM.from_pretrained(DEMO / "dsa_demo", dtype=torch.float32).eval()
-    op_module = sys.modules["indexcache.kernels.lightning_indexer"]
+    op_module = sys.modules["indexcache.kernels.lightning_indexer.lightning_indexer"]
     monkeypatch.setattr(op_module, "lightning_indexer_reference", with_the_ties_of_torch_topk)
     assert evaluate_windows(model, ids).loss == pytest.approx(evaluate_windows(theirs, ids).loss, abs=1e-4)
 

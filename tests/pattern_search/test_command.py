@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.pattern_file import choose_pattern
+from indexcache.conversion.convert.pattern_file import choose_pattern
 from indexcache.pattern_search import result
 from indexcache.pattern_search.command import _share
 from indexcache.pattern_search.errors import PatternSearchError
@@ -148,7 +148,7 @@ def test_it_needs_no_matplotlib(text, tmp_path, monkeypatch):
 
 
 def test_an_indexcache_checkpoint_is_searched_further(text, tmp_path):
-    from indexcache.conversion.load_source import load_source
+    from indexcache.conversion.io.load_source import load_source
 
     model: IndexCacheForCausalLM = load_source(DEMO, pattern="FFFSFFSSSSSS")
     model.save_pretrained(tmp_path / "model")

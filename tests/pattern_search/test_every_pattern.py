@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from search_models import all_patterns, evaluator, model, windows
+from testing.search_models import all_patterns, evaluator, model, windows
 
 from indexcache.benchmarks.every_pattern import COLUMNS, PrefixTree, every_pattern, patterns_with, report
 from indexcache.pattern_search.objective import KL, LOSS, RECALL_HITS, RECALL_LOSS

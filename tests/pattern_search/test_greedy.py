@@ -1,7 +1,7 @@
 """Algorithm 1 against the plainest way to write it, and its pipeline blocks."""
 
 import pytest
-from search_models import TableEvaluator, evaluator, model, windows
+from testing.search_models import TableEvaluator, evaluator, model, windows
 
 from indexcache.evaluation.perplexity import evaluate_windows
 from indexcache.pattern_search.greedy import block_starts, greedy

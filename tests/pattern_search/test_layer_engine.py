@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from search_models import all_patterns, model, windows
+from testing.search_models import all_patterns, model, windows
 
 from indexcache.pattern_search.layer_engine import LayerEngine
 from indexcache.pattern_search.prefix_cache import LayerState, PrefixCache

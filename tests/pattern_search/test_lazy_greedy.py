@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_models import TableEvaluator, all_patterns, evaluator, model
+from testing.search_models import TableEvaluator, all_patterns, evaluator, model
 
 from indexcache import SharePattern
 from indexcache.pattern_search.floating import moves, refine

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from search_models import evaluator, model, windows
+from testing.search_models import evaluator, model, windows
 
 from indexcache.evaluation.perplexity import evaluate_windows
 from indexcache.pattern_search import objective

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from time_limits import PROCESS_SECONDS
+from testing.time_limits import PROCESS_SECONDS
 
 from indexcache.pattern_search.processes import Processes
 
@@ -18,14 +18,11 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 def run(tmp_path, count, algorithm):
     output = tmp_path / f"{count}.json"
     launch = [] if count == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    tests = SCRIPT.parents[1]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         # With what the environment names, so that the same copy of the package is tested.
-        "PYTHONPATH": os.pathsep.join(
-            [*map(str, (tests, tests / "modeling_indexcache", SCRIPT.parent)), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
     }
     finished = subprocess.run(
         [sys.executable, *launch, str(SCRIPT), str(output), algorithm],

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from search_models import model, windows
+from testing.search_models import model, windows
 
 from indexcache.evaluation.errors import EvaluationError
 from indexcache.evaluation.journal import Journal

@@ -1,7 +1,7 @@
 """Rounds of windows: growing to give patterns up early, small where all patterns are wanted on all windows."""
 
 import torch
-from search_models import all_patterns, evaluator, model, windows
+from testing.search_models import all_patterns, evaluator, model, windows
 
 from indexcache.pattern_search.evaluator import _rounds
 

@@ -1,6 +1,6 @@
 """The benchmark times and repeats the search that users run."""
 
-from search_models import evaluator, model, windows
+from testing.search_models import evaluator, model, windows
 
 from indexcache.benchmarks.pattern_search import PATH_ROUNDS, searched
 from indexcache.pattern_search.search import SearchOptions, search

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from search_models import all_patterns, evaluator, model
+from testing.search_models import all_patterns, evaluator, model
 
 from indexcache import SharePattern
 from indexcache.pattern_search.similarity import output_similarity, similarity_patterns

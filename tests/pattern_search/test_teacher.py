@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from search_models import SEQLEN, evaluator, model, windows
+from testing.search_models import SEQLEN, evaluator, model, windows
 
 from indexcache.evaluation.journal import Journal
 from indexcache.pattern_search.evaluator import Evaluator

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from search_models import model, windows
+from testing.search_models import model, windows
 
 from indexcache.evaluation.journal import Journal
 from indexcache.pattern_search.processes import Processes

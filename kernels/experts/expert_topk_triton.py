@@ -1,0 +1,256 @@
+"""Routing in Triton: logits of a block of tokens in one matmul, or of one token by reading the weight at full width;
+then the k best by k rounds of maximum.
+
+Half-precision products are exact in fp32 and summed there, so logits are what an fp32 matmul gives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..common.early_launch import early_launch
+from ..common.kernel_launch import launcher
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+# Scores of a block of tokens stay in registers.
+MAX_EXPERTS = 512
+# Up to so many tokens, and experts, each token is a program of its own.
+VECTOR_TOKENS, VECTOR_EXPERTS = 4, 64
+# Weights that it holds at once: all of them, or some of them several times.
+WHOLE_TILE, PART_TILE = 32768, 16384
+
+
+def expert_topk_triton(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `kernels.expert_topk.expert_topk`, without groups."""
+    tokens, width = x.shape
+    experts = weight.shape[0]
+    logits = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=x.device)
+    chosen = torch.empty(tokens, k, dtype=torch.int64, device=x.device)
+    if tokens == 0:
+        return logits, weights, chosen
+    x = x if x.stride(1) == 1 else x.contiguous()
+    if is_vector(tokens, experts):
+        _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, None, 0.0, None)
+        return logits, weights, chosen
+    padded = max(16, triton.next_power_of_2(experts))
+    few = tokens <= 512
+    block = 16 if few or padded > 128 else 64
+    launcher(expert_topk_kernel, (triton.cdiv(tokens, block),), x)(
+        x,
+        weight.contiguous(),
+        bias,
+        logits,
+        weights,
+        chosen,
+        scaling,
+        tokens,
+        x.stride(0),
+        E=experts,
+        EP=padded,
+        D=width,
+        K=k,
+        BLOCK=block,
+        BLOCK_D=128 if few and padded <= 128 else 64,
+        NORMALISE=normalise,
+        num_warps=4,
+        num_stages=4 if padded <= 128 else 2,
+    )
+    return logits, weights, chosen
+
+
+def normed_expert_topk_triton(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    k: int,
+    scaling: float,
+    normalise: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `kernels.expert_topk.normed_expert_topk`, where `is_vector`."""
+    tokens, device = x.shape[0], x.device
+    normed = torch.empty(x.shape, dtype=x.dtype, device=device)
+    weights = torch.empty(tokens, k, dtype=torch.float32, device=device)
+    chosen = torch.empty(tokens, k, dtype=torch.int64, device=device)
+    if tokens:
+        x = x if x.stride(1) == 1 else x.contiguous()
+        _launch_vector(x, weight, bias, None, weights, chosen, scaling, normalise, norm, eps, normed)
+    return normed, weights, chosen
+
+
+def is_vector(tokens: int, experts: int) -> bool:
+    """Whether each token is a program of its own."""
+    return tokens <= VECTOR_TOKENS and experts <= VECTOR_EXPERTS
+
+
+def _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, norm, eps, normed) -> None:
+    tokens, width = x.shape
+    experts, padded = weight.shape[0], max(16, triton.next_power_of_2(weight.shape[0]))
+    columns = triton.next_power_of_2(width)
+    if padded * columns > WHOLE_TILE:
+        columns = PART_TILE // padded
+    launcher(expert_topk_vector_kernel, (tokens,), x)(
+        x,
+        weight.contiguous(),
+        bias,
+        weights if logits is None else logits,
+        weights,
+        chosen,
+        x if norm is None else norm,
+        x if normed is None else normed,
+        scaling,
+        eps,
+        x.stride(0),
+        E=experts,
+        EP=padded,
+        D=width,
+        K=weights.shape[1],
+        COLUMNS=columns,
+        NORMALISE=normalise,
+        HAS_NORM=norm is not None,
+        HAS_LOGITS=logits is not None,
+        num_warps=16,
+        # A copy of the weight would be younger than what an early kernel may read before it waits.
+        **(early_launch() if weight.is_contiguous() else {}),
+    )
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["tokens"])
+    def expert_topk_kernel(
+        x,
+        weight,
+        bias,
+        logits,
+        weights,
+        chosen,
+        scaling,
+        tokens,
+        x_stride,
+        E: tl.constexpr,
+        EP: tl.constexpr,
+        D: tl.constexpr,
+        K: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_D: tl.constexpr,
+        NORMALISE: tl.constexpr,
+    ):
+        """Logits, weights and experts of BLOCK tokens."""
+        token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        expert = tl.arange(0, EP)
+        real = (token < tokens)[:, None]
+        known = (expert < E)[None, :]
+        total = tl.zeros([BLOCK, EP], tl.float32)
+        for first in range(0, D, BLOCK_D):
+            column = first + tl.arange(0, BLOCK_D)
+            inside = column < D
+            x_tile = tl.load(x + token[:, None] * x_stride + column[None, :], mask=real & inside[None, :], other=0.0)
+            w_ptr = weight + expert[None, :] * D + column[:, None]
+            w_tile = tl.load(w_ptr, mask=known & inside[:, None], other=0.0)  # [BLOCK_D, EP]
+            total = tl.dot(x_tile, w_tile, acc=total)
+        tl.store(logits + token[:, None] * E + expert[None, :], total, mask=real & known)
+        best, best_score = _best(total, bias, E, EP, K, NORMALISE)
+        slot = tl.arange(0, triton.next_power_of_2(K))
+        out = token[:, None] * K + slot[None, :]
+        inside = real & (slot < K)[None, :]
+        tl.store(weights + out, best_score * scaling, mask=inside)
+        tl.store(chosen + out, best.to(tl.int64), mask=inside)
+
+    @triton.jit
+    def expert_topk_vector_kernel(
+        x,
+        weight,
+        bias,
+        logits,
+        weights,
+        chosen,
+        norm,
+        normed,
+        scaling,
+        eps,
+        x_stride,
+        E: tl.constexpr,
+        EP: tl.constexpr,
+        D: tl.constexpr,
+        K: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        NORMALISE: tl.constexpr,
+        HAS_NORM: tl.constexpr,
+        HAS_LOGITS: tl.constexpr,
+        EARLY: tl.constexpr = False,
+    ):
+        """Logits, weights and experts of one token."""
+        token = tl.program_id(0).to(tl.int64)
+        expert = tl.arange(0, EP)
+        known = expert < E
+        column = tl.arange(0, COLUMNS)
+        rows = weight + expert[:, None] * D + column[None, :]
+        tile = tl.load(rows, mask=known[:, None] & (column < D)[None, :], other=0.0)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        x += token * x_stride
+        factor = 1.0
+        if HAS_NORM:
+            squares = tl.zeros([COLUMNS], tl.float32)
+            for first in tl.static_range(0, D, COLUMNS):
+                value = tl.load(x + first + column, mask=first + column < D, other=0.0).to(tl.float32)
+                squares += value * value
+            factor = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+        acc = tl.zeros([EP, COLUMNS], tl.float32)
+        for first in tl.static_range(0, D, COLUMNS):
+            inside = first + column < D
+            if first > 0:
+                tile = tl.load(rows + first, mask=known[:, None] & inside[None, :], other=0.0)
+            value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                # Rounded where a norm of its own would.
+                dtype = normed.dtype.element_ty
+                gain = tl.load(norm + first + column, mask=inside, other=0.0).to(tl.float32)
+                row = ((value * factor).to(dtype).to(tl.float32) * gain).to(dtype)
+                tl.store(normed + token * D + first + column, row, mask=inside)
+                value = row.to(tl.float32)
+            acc += tile.to(tl.float32) * value[None, :]
+        total = tl.sum(acc, 1)[None, :]  # [1, EP]
+        if HAS_LOGITS:
+            tl.store(logits + token * E + expert[None, :], total, mask=known[None, :])
+        best, best_score = _best(total, bias, E, EP, K, NORMALISE)
+        slot = tl.arange(0, triton.next_power_of_2(K))
+        out = token * K + slot[None, :]
+        tl.store(weights + out, best_score * scaling, mask=(slot < K)[None, :])
+        tl.store(chosen + out, best.to(tl.int64), mask=(slot < K)[None, :])
+
+    @triton.jit
+    def _best(total, bias, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, NORMALISE: tl.constexpr):
+        """The K best experts by logits `total [N, EP]`, and their scores, `[N, K rounded up]` each."""
+        expert = tl.arange(0, EP)
+        known = (expert < E)[None, :]
+        score = tl.sigmoid(total)
+        gain = tl.load(bias + expert, mask=expert < E, other=0.0).to(tl.float32)
+        choice = tl.where(known, score + gain[None, :], float("-inf"))
+        # NaN would match no maximum; an expert must be named all the same.
+        choice = tl.where(choice == choice, choice, -1e30)
+        slot = tl.arange(0, triton.next_power_of_2(K))
+        best = tl.zeros([total.shape[0], triton.next_power_of_2(K)], tl.int32)
+        best_score = tl.zeros([total.shape[0], triton.next_power_of_2(K)], tl.float32)
+        for i in tl.static_range(K):
+            top = tl.max(choice, 1)
+            winner = tl.min(tl.where(choice == top[:, None], expert[None, :], EP), 1)  # [BLOCK]
+            is_winner = expert[None, :] == winner[:, None]
+            its_score = tl.sum(tl.where(is_winner, score, 0.0), 1)
+            best = tl.where(slot[None, :] == i, winner[:, None], best)
+            best_score = tl.where(slot[None, :] == i, its_score[:, None], best_score)
+            choice = tl.where(is_winner, float("-inf"), choice)
+        if NORMALISE:
+            best_score = best_score / (tl.sum(best_score, 1)[:, None] + 1e-20)
+        return best, best_score

@@ -1,0 +1,74 @@
+"""The rows that the lightning indexer caches: `[rope(k) | k]` of a layer-normed key, in one pass.
+
+Source: the indexer's key path in DeepSeek-V3.2's inference code (LayerNorm, then RoPE on the leading entries).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..common.argument_checks import check_floats, check_shape, check_tensors
+from ..common.dispatch import Backend, dispatch, takes_all
+from ..common.triton_support import runs_triton
+from .cache_slot import CacheSlot, check_slot
+from .index_keys_triton import index_key_rows_triton
+from .rotary import check_leading_angles, rotate_leading
+
+
+def index_key_rows(
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    allow_triton: bool = True,
+    slot: CacheSlot | None = None,
+) -> torch.Tensor:
+    """LayerNorm, then RoPE of the leading entries.
+
+    Args:
+        k: `[B, S, D]`, projected.
+        weight: `[D]`, of the norm.
+        bias: `[D]`, of the norm.
+        eps: of the norm.
+        cos: `[B or 1, S, R]`, R at most D.
+        sin: likewise.
+        interleaved: as `rotary.rotate`.
+        allow_triton: use the Triton kernel on CUDA; False is PyTorch anywhere.
+        slot: where in a cache to write them, or None: to memory of their own.
+
+    Returns:
+        `[B, S, D]`; with a slot its `rows [B, T, D]`.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit each other.
+    """
+    check_tensors("index_key_rows", k=k, weight=weight, bias=bias)
+    check_floats("index_key_rows", k=k, weight=weight, bias=bias)
+    check_shape("index_key_rows", "weight", weight, "[D] of k [B, S, D]", k.shape[-1:])
+    check_shape("index_key_rows", "bias", bias, "[D] of k [B, S, D]", k.shape[-1:])
+    check_leading_angles("index_key_rows", k, cos, sin)
+    check_slot("index_key_rows", slot, k)
+    turned = cos.shape[-1]
+    if allow_triton and runs_triton(k, weight, bias, cos, sin) and turned & (turned - 1) == 0:
+        return dispatch("index_key_rows", _BACKENDS, k.device, k, weight, bias, eps, cos, sin, interleaved, slot)
+    return _in_pytorch(k, weight, bias, eps, cos, sin, interleaved, slot)
+
+
+def _in_triton(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+    if slot is None or slot.takes(k):
+        return index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot)
+    return slot.write(index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved))
+
+
+def _in_pytorch(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+    normed = F.layer_norm(k, k.shape[-1:], weight, bias, eps)
+    rows = rotate_leading(normed, cos, sin, interleaved)
+    return rows if slot is None else slot.write(rows)
+
+
+_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, _in_pytorch))

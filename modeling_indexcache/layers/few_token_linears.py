@@ -1,0 +1,60 @@
+"""Linear layers that share their input, run together when decoding makes that worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...kernels.common.pretended_tensors import PLAIN_WEIGHTS
+from ...kernels.norm_rope_linear.vector_linear import takes_vector_linear, vector_linear
+from ..parallel.module_hooks import runs_as_written
+from .normalization import IndexCacheRMSNorm
+
+
+def linears(
+    x: torch.Tensor,
+    modules: Sequence[nn.Module],
+    allow_triton: bool,
+    norm: nn.Module | None = None,
+    base: torch.Tensor | None = None,
+) -> Sequence[torch.Tensor]:
+    """Each module's output for `x [..., D]`; for one or two tokens on a GPU in one launch.
+
+    Args:
+        x: `[..., D]`.
+        modules: linear layers.
+        allow_triton: use the Triton kernel where it takes these.
+        norm: an RMSNorm that `x` has yet to pass, or None.
+        base: what is added to the output of a single module, or None.
+    """
+    if allow_triton and x.shape[:-1].numel() <= 2 and all(map(is_plain_linear, modules)):
+        weights: list[Any] = [module.weight for module in modules]
+        rows = x.reshape(-1, x.shape[-1])
+        if all(module.bias is None for module in modules) and takes_vector_linear(rows, *weights):
+            gain: Any = None
+            eps: Any = 0.0
+            if norm is not None:
+                if is_plain_norm(norm) and norm.weight.dtype == x.dtype:
+                    gain, eps = norm.weight, norm.variance_epsilon
+                else:
+                    rows = norm(x).view_as(rows)
+            added = None if base is None else base.reshape(rows.shape[0], -1)
+            out = vector_linear(rows, weights, gain, eps, added).view(*x.shape[:-1], -1)
+            return out.split([weight.shape[0] for weight in weights], dim=-1)
+    if norm is not None:
+        x = norm(x)
+    outs = [module(x) for module in modules]
+    return outs if base is None else [base + outs[0]]
+
+
+def is_plain_norm(module: Any) -> bool:
+    """Whether an `IndexCacheRMSNorm` does nothing but norm by its weight."""
+    return type(module) is IndexCacheRMSNorm and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether `module.weight` is, as it stands, the whole of what `module` computes, but for a bias."""
+    return type(module) is nn.Linear and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)

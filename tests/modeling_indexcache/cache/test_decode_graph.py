@@ -1,0 +1,543 @@
+"""Decoding steps from a graph: the same tokens as step by step, and only where nothing is out of the ordinary.
+
+Recording is replaced by running the recorded function at each replay, so that all but CUDA itself runs on a CPU.
+"""
+
+import copy
+import gc
+import pickle
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from testing.tiny_models import tiny_model
+from transformers import DynamicCache, StaticCache
+
+from indexcache.modeling_indexcache import eligibility
+from indexcache.modeling_indexcache.cache import decode_graph, growing_cache
+
+PATTERN = "FSFS"
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The questions about device and kernels answered as a GPU would."""
+    monkeypatch.setattr(eligibility, "device_takes_graphs", lambda hidden_states: True)
+    monkeypatch.setattr(eligibility, "why_not_expert_kernels", lambda mlp, tokens: None)
+    monkeypatch.setattr(eligibility, "TRITON_ATTENTION", "sdpa")
+
+
+@pytest.fixture
+def model(as_on_a_gpu):
+    return tiny_model(index_share_pattern=PATTERN)
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """Every recording made, and the number of its replays."""
+    made = []
+
+    def record(run, rewind, device):
+        out, count = run().clone(), [0]
+        rewind()
+
+        def replay():
+            count[0] += 1
+            out.copy_(run())
+
+        made.append(count)
+        return out, replay
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    return made
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(3)
+    return torch.randint(2, 96, (2, 30))
+
+
+def greedy(model, ids, **kwargs):
+    return model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=1, **kwargs)
+
+
+def without_graphs(model, *args, **kwargs):
+    model.model.decode_graphs = False
+    try:
+        return greedy(model, *args, **kwargs)
+    finally:
+        model.model.decode_graphs = True
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_generate_gives_the_same_tokens_and_replays(model, replays, ids, padded):
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask)
+    assert replays == []
+    assert torch.equal(greedy(model, ids, attention_mask=mask), expected)
+    # 23 decoding steps: one makes the buffers, two watch that they stand still, the rest come from one recording.
+    assert replays == [[20]]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_steps_below_top_k_are_recorded_as_those_above(as_on_a_gpu, replays, ids, monkeypatch, options, padded):
+    model = tiny_model(index_share_pattern=PATTERN, index_topk=40)
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask, **options)
+    # New memory holds NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        got = greedy(model, ids, attention_mask=mask, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, expected)
+    assert sum(count[0] for count in replays) >= 14
+
+
+def test_a_full_buffer_is_replaced_and_recorded_again(model, replays, ids, monkeypatch):
+    monkeypatch.setattr(growing_cache, "LEAST_ROOM", 8)
+    assert torch.equal(greedy(model, ids), without_graphs(model, ids))
+    assert len(replays) == 3
+    assert all(count[0] for count in replays)
+
+
+def steps(model, cache, tokens):
+    with torch.no_grad():
+        return [model(tokens[:, i : i + 1], past_key_values=cache).logits for i in range(tokens.shape[1])]
+
+
+def test_the_cache_shows_every_row_and_may_be_cropped_or_copied(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :15], past_key_values=cache)
+    steps(model, cache, ids[:, 15:22])
+    assert len(replays) == 1
+    assert cache.get_seq_length() == 22
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [22] * 4
+    assert [None if layer.indexer_keys is None else layer.indexer_keys.shape[1] for layer in cache.layers] == [
+        22,
+        None,
+        22,
+        None,
+    ]
+    kept = [layer.keys.clone() for layer in cache.layers]
+    views = [layer.keys for layer in cache.layers]
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    deep, loaded = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    for other in (twin, deep, loaded):
+        got = steps(model, other, ids[:, 22:])
+        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 22:], atol=1e-5, rtol=1e-5)
+    cache.crop(-4)
+    got = steps(model, cache, ids[:, 18:])
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 18:], atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(view, rows) for view, rows in zip(views, kept))
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_steps_with_an_e4m3_indexer_are_recorded_too(model, replays, ids, options):
+    model.config.indexer_fp8 = True
+    expected = without_graphs(model, ids, **options)
+    assert torch.equal(greedy(model, ids, **options), expected)
+    assert len(replays) == 1
+
+
+def test_a_graph_of_the_other_indexer_arithmetic_is_never_replayed(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        steps(model, cache, ids[:, 20:25])
+        assert replays == [[2]]
+        model.config.indexer_fp8 = True
+        steps(model, cache, ids[:, 25:27])
+    assert replays == [[2]]
+
+
+def test_another_pattern_or_backend_is_never_replayed(model, replays, ids):
+    full = tiny_model(index_share_pattern="FFFF")
+    cache = DynamicCache(config=full.config)
+    with torch.no_grad():
+        full(ids[:, :20], past_key_values=cache)
+        steps(full, cache, ids[:, 20:25])
+        assert replays == [[2]]
+        full.set_attn_implementation("eager")
+        steps(full, cache, ids[:, 25:27])
+        assert replays == [[2]]
+        full.set_attn_implementation("sdpa")
+        full.set_index_share_pattern("FSFS")
+        steps(full, cache, ids[:, 27:30])
+    assert replays == [[2], [3]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"use_cache": False},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_out_of_the_ordinary_runs_step_by_step(model, replays, ids, options):
+    greedy(model, ids[:1], **options)
+    assert replays == []
+
+
+def test_hooks_are_never_skipped_but_for_idle_ones_of_transformers(model, replays, ids):
+    with torch.no_grad():
+        model(ids, output_topk_indices=True)
+    greedy(model, ids)
+    assert len(replays) == 1
+    seen = []
+    handle = model.model.layers[1].self_attn.register_forward_hook(lambda *a: seen.append(1))
+    greedy(model, ids)
+    handle.remove()
+    assert len(replays) == 1
+    assert len(seen) == 24
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 7}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_static_caches_are_recorded_as_they_are(model, replays, ids, options, padded):
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask)
+    got = greedy(model, ids, attention_mask=mask, cache_implementation="static", **options)
+    assert torch.equal(got, expected)
+    assert replays == [[21]]
+
+
+def test_a_static_cache_may_be_reset_and_filled_again(model, replays, ids):
+    cache = StaticCache(config=model.config, max_cache_len=31)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for first in (20, 24):
+            cache.reset()
+            model(ids[:, :first], past_key_values=cache)
+            got = steps(model, cache, ids[:, first:])
+            torch.testing.assert_close(torch.cat(got, dim=1), expected[:, first:], atol=1e-5, rtol=1e-5)
+    assert replays == [[8 + 6]]
+    assert cache.get_seq_length() == 30
+
+
+def test_contexts_shorter_than_the_selection(model, replays, ids):
+    with torch.no_grad():
+        expected = model(ids[:, :11]).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=12)):
+        got = steps(model, cache, ids[:, :11])
+        torch.testing.assert_close(torch.cat(got, dim=1), expected, atol=1e-5, rtol=1e-5)
+    assert len(replays) == 2
+    assert all(count[0] for count in replays)
+
+
+def test_generate_compiles_static_decoding_only_when_asked_to(model):
+    from transformers.generation import CompileConfig
+
+    def is_plain(call):
+        return getattr(call, "__func__", None) is type(model).__call__
+
+    assert is_plain(model.get_compiled_call(None))
+    assert not is_plain(model.get_compiled_call(CompileConfig(backend="eager")))
+    model.model.decode_graphs = False
+    assert not is_plain(model.get_compiled_call(None))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkeypatch, cache):
+    def record(run, rewind, device):
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode_graph, "record", record)
+    with pytest.warns(UserWarning, match="a CUDA graph could not be made: operation not permitted") as caught:
+        tokens = greedy(model, ids, cache_implementation=cache)
+    assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
+    assert torch.equal(tokens, without_graphs(model, ids))
+
+
+def test_static_layers_of_unequal_length_are_not_recorded(model, replays, ids):
+    cache = StaticCache(model.config, max_cache_len=40)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        for i in range(20, 22):
+            model(ids[:, i : i + 1], past_key_values=cache)
+        cache.layers[2].indexer_cumulative_length -= 1
+        with pytest.warns(UserWarning, match="hold different numbers of rows"):
+            model(ids[:, 22:23], past_key_values=cache)
+    assert not replays
+    lengths = [int(layer.cumulative_length) for layer in cache.layers]
+    assert lengths == [23] * 4 and int(cache.layers[2].indexer_cumulative_length) == 22
+
+
+def placed(model, places="cpu"):
+    hooks = pytest.importorskip("accelerate.hooks")
+    twin = copy.deepcopy(model)
+    for module in [*twin.model.modules()]:
+        if module.state_dict() and module is not twin.model:
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(places))
+    return twin
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_hooks_that_only_move_tensors_are_recorded_with_the_rest(model, replays, ids, options):
+    expected = without_graphs(model, ids, **options)
+    assert torch.equal(greedy(placed(model), ids, **options), expected)
+    assert len(replays) == 1 and replays[0][0] >= 20
+
+
+def test_offloaded_layers_are_not_recorded_and_it_is_said_why(model, replays, ids, monkeypatch):
+    accelerate = pytest.importorskip("accelerate")
+    said = []
+    monkeypatch.setattr(decode_graph, "say_slower", lambda *args: said.append(args[2:]))
+    away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert torch.equal(greedy(away, ids), without_graphs(model, ids))
+    assert replays == []
+    what, reason = said[0]
+    assert what == "decoding steps are not recorded"
+    assert reason.startswith("layers.0.self_attn.q_a_proj: accelerate keeps its weights elsewhere")
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[[2], [1, 3], [1, 2, 3]], ids=lambda cuts: "cut at " + ", ".join(map(str, cuts)))
+def several_devices(request, monkeypatch):
+    """As if consecutive layers were on devices of their own; cuts before a shared layer hand the selection over."""
+    bounds = [0, *request.param, 4]
+    ranges = [decode_graph.DeviceRange(first, last, CPU) for first, last in pairwise(bounds)]
+    monkeypatch.setattr(decode_graph, "device_ranges", lambda layers, device: ranges)
+    monkeypatch.setattr(decode_graph, "runs_on_one_device", lambda model, device: False)
+    return len(ranges)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("pattern", ["FSFS", "FSSS"])
+def test_layers_on_several_devices_are_recorded_device_by_device(
+    model, replays, ids, several_devices, options, padded, pattern
+):
+    model.set_index_share_pattern(pattern)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :8] = 0
+    expected = without_graphs(model, ids, attention_mask=mask, **options)
+    assert torch.equal(greedy(model, ids, attention_mask=mask, **options), expected)
+    assert len(replays) == several_devices
+    # One more than the steps: each range is replayed once for the next one to be recorded on real numbers.
+    assert [count[0] for count in replays] == [(22 if options else 21)] * several_devices
+
+
+def test_several_devices_without_position_ids(model, replays, ids, several_devices):
+    with torch.no_grad():
+        expected = model(ids).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        with torch.no_grad():
+            model(ids[:, :20], past_key_values=cache)
+        got = steps(model, cache, ids[:, 20:])
+        torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 20:], atol=1e-5, rtol=1e-5)
+    assert len(replays) == 2 * several_devices
+
+
+class Doubling(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.factor = inner, 1.0
+
+    def forward(self, x):
+        return self.inner(x) * self.factor
+
+
+def replace_a_weight(layer):
+    layer.self_attn.o_proj.weight = torch.nn.Parameter(layer.self_attn.o_proj.weight * 2)
+
+
+def replace_a_weight_and_keep_the_old(layer):
+    layer.kept = [layer.self_attn.o_proj.weight]
+    replace_a_weight(layer)
+
+
+def replace_a_weights_memory(layer):
+    layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data * 2
+
+
+def assign_a_state_dict(layer):
+    layer.load_state_dict({name: tensor * 1.5 for name, tensor in layer.state_dict().items()}, assign=True)
+
+
+def replace_a_module(layer):
+    layer.self_attn.o_proj = Doubling(layer.self_attn.o_proj)
+    layer.self_attn.o_proj.factor = 2.0
+
+
+def give_a_bias(layer):
+    layer.self_attn.o_proj.register_parameter("bias", torch.nn.Parameter(torch.ones(48)))
+
+
+def replace_a_buffer(layer):
+    layer.mlp.gate.e_score_correction_bias = torch.linspace(1, -1, 8)
+
+
+def hook(layer):
+    layer.self_attn.o_proj.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def pre_hook(layer):
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda module, args: args[0] * 2)
+
+
+def replace_a_forward(layer):
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda *args, **kwargs: forward(*args, **kwargs) * 2
+
+
+def is_recorded(cache):
+    return isinstance(vars(cache).get("_indexcache_decode_graph"), decode_graph.DecodeGraph)
+
+
+CHANGES = [replace_a_weight, replace_a_weight_and_keep_the_old, replace_a_weights_memory, assign_a_state_dict]
+CHANGES += [replace_a_module, give_a_bias, replace_a_buffer, hook, pre_hook, replace_a_forward]
+
+
+def replace_a_layer(model):
+    model.layers[1] = copy.deepcopy(model.layers[1])
+
+
+def replace_all_layers(model):
+    model.layers = copy.deepcopy(model.layers)
+
+
+def replace_the_norm(model):
+    model.norm = copy.deepcopy(model.norm)
+
+
+CHANGES_OF_MODELS = [replace_a_layer, replace_all_layers, replace_the_norm]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *CHANGES_OF_MODELS])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_model_changed_within_a_caches_life_is_noticed_at_the_next_step(model, replays, ids, change, kind):
+    twin = copy.deepcopy(model)
+    twin.model.decode_graphs = False
+    logits = []
+    for decoder in (model, twin):
+        cache = DynamicCache(config=model.config)
+        if kind == "static":
+            cache = StaticCache(config=model.config, max_cache_len=32)
+        with torch.no_grad():
+            decoder(ids[:, :15], past_key_values=cache)
+        made = steps(decoder, cache, ids[:, 15:22])
+        assert is_recorded(cache) == (decoder is model)
+        change(decoder.model if change in CHANGES_OF_MODELS else decoder.model.layers[2])
+        made += steps(decoder, cache, ids[:, 22:23])
+        # The stand-in for a graph runs the changed model, too: what counts is that it was not believed.
+        assert not is_recorded(cache)
+        logits.append(torch.cat(made + steps(decoder, cache, ids[:, 23:]), dim=1))
+        assert int(cache.get_seq_length()) == 30
+    assert replays
+    torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-6)
+
+
+def test_settings_of_adapters_are_noticed_and_steps_recorded_again(model, replays, ids):
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Doubling(layer.self_attn.o_proj)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+    steps(model, cache, ids[:, 15:20])
+    assert len(replays) == 1
+    model.model.layers[1].self_attn.o_proj.factor = 3.0
+    got = steps(model, cache, ids[:, 20:])
+    assert len(replays) == 2
+    model.model.decode_graphs = False
+    cache.crop(-10)
+    torch.testing.assert_close(got, steps(model, cache, ids[:, 20:]), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_changed_in_place_are_replayed(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+        steps(model, cache, ids[:, 15:20])
+        for parameter in model.model.layers[1].parameters():
+            parameter.data.mul_(1.5)
+    got = steps(model, cache, ids[:, 20:])
+    assert replays == [[12]]
+    model.model.decode_graphs = False
+    cache.crop(-10)
+    torch.testing.assert_close(got, steps(model, cache, ids[:, 20:]), atol=1e-5, rtol=1e-5)
+
+
+def test_memory_that_was_given_back_is_never_replayed_over(model, replays, ids):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+    steps(model, cache, ids[:, 15:20])
+    before = replays[0][0]
+    replace_a_weights_memory(model.model.layers[0])
+    steps(model, cache, ids[:, 20:21])
+    assert replays == [[before]]
+
+
+def test_a_cache_does_not_keep_the_weights_of_a_model_that_is_gone(replays, ids, monkeypatch):
+    monkeypatch.setattr(eligibility, "device_takes_graphs", lambda hidden_states: True)
+    monkeypatch.setattr(eligibility, "why_not_expert_kernels", lambda mlp, tokens: None)
+    monkeypatch.setattr(eligibility, "TRITON_ATTENTION", "sdpa")
+    # A recording on a GPU keeps no Python objects; neither does this one.
+    monkeypatch.setattr(decode_graph, "record", lambda run, rewind, device: (run().clone(), lambda: replays.append(1)))
+    model = tiny_model(index_share_pattern=PATTERN)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :15], past_key_values=cache)
+    steps(model, cache, ids[:, 15:20])
+    assert replays
+    weight = weakref.ref(model.model.layers[0].self_attn.o_proj.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    assert cache.get_seq_length() == 20
+
+
+def test_modules_taken_out_of_a_model_are_free_when_no_cache_needs_their_record(model, replays, ids):
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        with torch.no_grad():
+            model(ids[:, :15], past_key_values=cache)
+        steps(model, cache, ids[:, 15:20])
+    census = weakref.ref(vars(model.model)["_indexcache_census"])
+    del cache
+    caches.pop()
+    gc.collect()
+    assert census() is not None
+    caches.pop()
+    # The stand-in for a graph refers to itself.
+    gc.collect()
+    assert census() is None and "_indexcache_census" not in vars(model.model)
+
+
+def test_a_refused_recording_is_asked_for_again_much_later(model, replays, ids, monkeypatch):
+    monkeypatch.setattr(decode_graph, "STEPS_UNTIL_ASKED_AGAIN", 4)
+    asked = []
+    real = eligibility.why_not_recorded
+    monkeypatch.setattr(decode_graph, "why_not_recorded", lambda *args: asked.append(1) or real(*args))
+    handle = model.model.layers[1].register_forward_hook(lambda *args: None)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+    steps(model, cache, ids[:, 5:14])
+    assert len(asked) == 2
+    assert replays == []
+    handle.remove()
+    steps(model, cache, ids[:, 14:])
+    assert len(replays) == 1
