@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from .benchmarks.command import bench as bench_verb
+from .benchmarks.bench.command import bench as bench_verb
 from .distillation.command import distill as distill_verb
-from .evaluation.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
+from .runs.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -80,7 +80,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
     from .conversion.io.hub_requests import redact
     from .conversion.io.terminal_text import printable
-    from .evaluation.terminal import terminal
+    from .runs.pages.terminal import terminal
 
     shown = printable(redact(message))
     if len(shown) > _LONGEST_MESSAGE:
@@ -94,7 +94,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.io.checkpoint import ConversionError
     from .distillation.errors import DistillationDiverged, DistillationError
-    from .evaluation.errors import EvaluationError
+    from .runs.errors import EvaluationError
 
     try:
         yield
@@ -122,7 +122,7 @@ def _print_json(value: Any) -> None:
 
 
 def _print(drawing: RenderableType) -> None:
-    from .evaluation.terminal import terminal
+    from .runs.pages.terminal import terminal
 
     terminal().print(drawing)
 
@@ -249,7 +249,7 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .evaluation.terminal import terminal
+    from .runs.pages.terminal import terminal
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=terminal(stderr=True)) as bar:
@@ -351,7 +351,7 @@ def distill(*args: Any, **kwargs: Any) -> None:
 @app.command()
 @wraps(bench_verb)
 def bench(*args: Any, **kwargs: Any) -> None:
-    """Arguments, work and output: `benchmarks/command.py`."""
+    """Arguments, work and output: `benchmarks/bench/command.py`."""
     with _errors_as_messages():
         bench_verb(*args, **kwargs)
 
@@ -379,8 +379,8 @@ def generate(
 
         from .configuration.share_pattern import SharePattern
         from .conversion.io.load_source import load_source
-        from .evaluation.loading import Placement, open_model
-        from .evaluation.tokenizer import load_tokenizer
+        from .runs.loading import Placement, open_model
+        from .runs.windows.tokenizer import load_tokenizer
 
         try:
             wanted = None if pattern is None else SharePattern.parse(pattern)

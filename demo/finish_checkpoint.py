@@ -23,14 +23,14 @@ from transformers import AutoModelForCausalLM
 from indexcache import IndexCacheForCausalLM, SharePattern
 from indexcache.conversion.convert.families import layer_of
 from indexcache.conversion.io.load_source import load_source
-from indexcache.evaluation.errors import EvaluationError
 from indexcache.evaluation.overlap import selection_overlap
 from indexcache.evaluation.perplexity import WindowScores, evaluate_windows
-from indexcache.evaluation.window_sources import Sampling, read_windows
-from indexcache.evaluation.windows import Windows
-from indexcache.pattern_search.evaluator import Evaluator
-from indexcache.pattern_search.greedy import greedy
-from indexcache.pattern_search.prefix_cache import PrefixCache
+from indexcache.pattern_search.algorithms.greedy import greedy
+from indexcache.pattern_search.measure.evaluator import Evaluator
+from indexcache.pattern_search.measure.prefix_cache import PrefixCache
+from indexcache.runs.errors import EvaluationError
+from indexcache.runs.windows.window_sources import Sampling, read_windows
+from indexcache.runs.windows.windows import Windows
 
 DEMO = Path(__file__).parent / "dsa_demo"
 PROBE_TOKENS = 256

@@ -27,18 +27,18 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from indexcache import IndexCacheForCausalLM
-from indexcache.benchmarks.machine import machine
-from indexcache.benchmarks.recall_windows import recall_windows
+from indexcache.benchmarks.bench.machine import machine
+from indexcache.benchmarks.studies.recall_windows import recall_windows
 from indexcache.conversion.convert.families import convert_config, load_config
 from indexcache.conversion.publish.bundle import AUTO_MAP
 from indexcache.conversion.publish.export import export
-from indexcache.distillation.all_experts import use_all_experts
 from indexcache.distillation.data import TrainingWindows
 from indexcache.distillation.monitor import TerminalTrainingMonitor
 from indexcache.distillation.output import LOG_FILE
 from indexcache.distillation.recipe import Recipe
 from indexcache.distillation.run import RunOptions, run_distillation
 from indexcache.distillation.source import open_distillation_source
+from indexcache.distillation.training.all_experts import use_all_experts
 
 # What may be shipped: the least that the first of these checkpoints had.
 TEXT_LOSS, RECALL = 1.83, 0.98

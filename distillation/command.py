@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..evaluation.arguments import (
+from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
     RUN_PANEL,
@@ -177,8 +177,8 @@ def distill(
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
     GPUs, with FSDP where accelerate is told so.
     """
-    from ..evaluation.window_sources import Sampling
-    from ..pattern_search.processes import Processes
+    from ..runs.processes import Processes
+    from ..runs.windows.window_sources import Sampling
     from .errors import DistillationError
     from .monitor import TerminalTrainingMonitor, TrainingMonitor
     from .recipe import Recipe
@@ -239,7 +239,7 @@ def distill(
     if as_json:
         sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
         return
-    from ..evaluation.terminal import terminal
+    from ..runs.pages.terminal import terminal
 
     terminal().print(_summary(document, output, url))
 

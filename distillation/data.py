@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ..evaluation.text_sources import Document, documents_of
-from ..evaluation.tokenizer import Tokenizer
-from ..evaluation.window_sources import (
+from ..runs.windows.text_sources import Document, documents_of
+from ..runs.windows.tokenizer import Tokenizer
+from ..runs.windows.window_sources import (
     DEFAULT_SAMPLES,
     Sampling,
     default_seqlen,
@@ -24,7 +24,7 @@ from ..evaluation.window_sources import (
     windows_named,
     windows_of_file,
 )
-from ..evaluation.windows import Windows
+from ..runs.windows.windows import Windows
 from .errors import DistillationError
 from .recipe import Recipe
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..conversion.io.shard_writer import write_json
-from ..evaluation.monitor import Monitor, TerminalMonitor
+from ..runs.monitor import Monitor, TerminalMonitor
 
 # Marks a checkpoint that was written to its end.
 COMPLETE_FILE = "distillation_checkpoint.json"

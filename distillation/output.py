@@ -18,13 +18,13 @@ from ..conversion.io.checkpoint import CONFIG_FILE, INDEX_FILE
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights
 from ..conversion.io.shard_writer import sync_folder, write_json
 from ..conversion.publish.card import write_card
-from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.windows.windows import Windows
 from .data import TrainingWindows
 from .errors import DistillationDiverged
-from .finite import first_not_finite
 from .recipe import Recipe
 from .source import DistillationSource
+from .training.finite import first_not_finite
 
 if TYPE_CHECKING:
     from .run import RunOptions

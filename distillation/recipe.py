@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.arguments import LARGEST_SEED
+from ..runs.arguments import LARGEST_SEED
 from .errors import DistillationError
 
 DENSE, SPARSE = "dense", "sparse"

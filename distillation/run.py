@@ -28,24 +28,24 @@ from ..conversion.convert.journal import (
 from ..conversion.io.checkpoint import ConversionError, FolderSource
 from ..conversion.io.shard_writer import write_json
 from ..evaluation.perplexity import evaluate_windows
-from ..evaluation.tokenizer import load_tokenizer
-from ..evaluation.window_sources import Sampling
-from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..pattern_search.calibration import short_window_warning
-from ..pattern_search.processes import Processes
-from .adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, require_peft
-from .all_experts import use_all_experts
-from .autocast_experts import use_autocast_experts
+from ..runs.processes import Processes
+from ..runs.windows.calibration import short_window_warning
+from ..runs.windows.tokenizer import load_tokenizer
+from ..runs.windows.window_sources import Sampling
+from ..runs.windows.windows import Windows
 from .data import TrainingWindows, load_training_data
 from .errors import DistillationDiverged, DistillationError
-from .graphed_step import refuse_where_no_graphs_run
 from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
-from .sharded_training import gather_whole_states
 from .source import DistillationSource, load_with_new_indexers
-from .trainer import DistillationTrainer, freeze_for, training_arguments
+from .training.adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, require_peft
+from .training.all_experts import use_all_experts
+from .training.autocast_experts import use_autocast_experts
+from .training.graphed_step import refuse_where_no_graphs_run
+from .training.sharded_training import gather_whole_states
+from .training.trainer import DistillationTrainer, freeze_for, training_arguments
 
 BEFORE_FILE = "before.json"
 

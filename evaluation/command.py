@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .arguments import (
+from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
     RUN_PANEL,
@@ -91,10 +91,10 @@ def evaluate(
     Every batch is journaled: after an interruption, or to add a checkpoint, pattern or task, repeat the command with
     --resume.
     """
-    from .loading import Placement
-    from .monitor import Monitor, TerminalMonitor
+    from ..runs.loading import Placement
+    from ..runs.monitor import Monitor, TerminalMonitor
+    from ..runs.windows.window_sources import Sampling
     from .run import EvaluationOptions, run_evaluation
-    from .window_sources import Sampling
 
     options = EvaluationOptions(
         tasks=tuple(task) if task else None,
@@ -127,7 +127,7 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
-    from .terminal import terminal
+    from ..runs.pages.terminal import terminal
 
     console = terminal()
     console.print(draw_tables(document))

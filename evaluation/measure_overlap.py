@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.text import Text
 
-from .errors import EvaluationError
-from .loading import Placement, load_model, open_model
+from ..runs.errors import EvaluationError
+from ..runs.loading import Placement, load_model, open_model
+from ..runs.windows.tokenizer import load_tokenizer
+from ..runs.windows.window_sources import Sampling, default_seqlen, read_windows
 from .overlap import selection_overlap
-from .tokenizer import load_tokenizer
-from .window_sources import Sampling, default_seqlen, read_windows
 
 # From no overlap to full: dark to bright.
 _SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
@@ -65,7 +65,7 @@ def measure_overlap(
 def _picture_drawer() -> Callable[..., None]:
     """`figures.draw_overlap`; EvaluationError where it cannot be imported."""
     try:
-        from .figures import draw_overlap
+        from ..runs.pages.figures import draw_overlap
     except ImportError as error:
         raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
     return draw_overlap

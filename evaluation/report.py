@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from .page import facts, picture, table, write_page
+from ..runs.pages.page import facts, picture, table, write_page
 
 
 def label(document: dict[str, Any], number: int) -> str:
@@ -122,7 +122,7 @@ def _side(name: str) -> Any:
 
 def write_report(document: dict[str, Any], folder: Path) -> Path:
     """Draw the pictures beside `evaluation.json` and write the page; needs matplotlib."""
-    from .figures import draw_loss_by_position, draw_overlaps, draw_retrieval
+    from ..runs.pages.figures import draw_loss_by_position, draw_overlaps, draw_retrieval
     from .run import EVALUATION_FILE, REPORT_FILE
 
     pictures = {"perplexity": draw_loss_by_position, "retrieval": draw_retrieval, "overlap": draw_overlaps}

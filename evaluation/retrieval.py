@@ -20,8 +20,8 @@ from itertools import cycle, islice
 import torch
 from transformers import PreTrainedModel
 
-from .errors import EvaluationError
-from .tokenizer import Tokenizer
+from ..runs.errors import EvaluationError
+from ..runs.windows.tokenizer import Tokenizer
 
 KINDS = ("records", "passkey")
 _CONSONANTS, _VOWELS = "bcdfghjklmnpqrstvwxz", "aeiou"

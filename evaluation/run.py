@@ -21,19 +21,19 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .environment import environment
-from .errors import EvaluationError
-from .fingerprint import model_sha256
-from .journal import Journal
-from .loading import Placement, load_model, open_model
-from .monitor import Monitor
-from .output import prepare_output
+from ..runs.environment import environment
+from ..runs.errors import EvaluationError
+from ..runs.fingerprint import model_sha256
+from ..runs.journal import Journal
+from ..runs.loading import Placement, load_model, open_model
+from ..runs.monitor import Monitor
+from ..runs.output import prepare_output
+from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
+from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
+from ..runs.windows.windows import Windows
 from .overlap import selection_overlap
 from .perplexity import token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
-from .tokenizer import Tokenizer, load_tokenizer
-from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
-from .windows import Windows
 
 FORMAT = "indexcache-evaluation/1"
 EVALUATION_FILE, JOURNAL_FILE, REPORT_FILE = "evaluation.json", "journal.jsonl", "report.html"

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..evaluation.arguments import (
+from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
     RUN_PANEL,
@@ -125,10 +125,10 @@ def search(
     interruption, repeat the command with --resume. Under torchrun or `accelerate launch` the processes share the
     windows.
     """
-    from ..evaluation.loading import Placement
-    from ..evaluation.monitor import Monitor, TerminalMonitor
-    from ..evaluation.window_sources import Sampling
-    from .processes import Processes
+    from ..runs.loading import Placement
+    from ..runs.monitor import Monitor, TerminalMonitor
+    from ..runs.processes import Processes
+    from ..runs.windows.window_sources import Sampling
     from .run import RunOptions, run_search
     from .search import DEFAULT_KEEP, SearchOptions
 
@@ -166,7 +166,7 @@ def search(
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
-    from ..evaluation.terminal import terminal
+    from ..runs.pages.terminal import terminal
     from .drawing import draw_summary
     from .result import PATTERNS_FILE
 

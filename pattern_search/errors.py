@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.errors import EvaluationError
+from ..runs.errors import EvaluationError
 
 
 class PatternSearchError(EvaluationError):

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 
-from ..evaluation.figures import BLUE, GREY, INK, ORANGE, PALE, plain, save
+from ..runs.pages.figures import BLUE, GREY, INK, ORANGE, PALE, plain, save
 
 _STYLES = {
     "search": {"color": BLUE, "marker": "o", "linewidth": 2.0, "zorder": 3},

@@ -6,8 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.figures import draw_overlap
-from ..evaluation.page import facts, picture, table, write_page
+from ..runs.pages.figures import draw_overlap
+from ..runs.pages.page import facts, picture, table, write_page
 from .figures import draw_curve, draw_order
 from .result import PATTERNS_FILE, REPORT_FILE
 

@@ -9,11 +9,11 @@ from typing import Any
 from ..configuration.share_pattern import FULL, SharePattern
 from ..conversion.io.shard_writer import write_json
 from ..conversion.io.strict_json import parse_json
-from ..evaluation.environment import environment
-from ..evaluation.windows import Windows
-from .document_shape import misfit
+from ..runs.environment import environment
+from ..runs.windows.windows import Windows
 from .errors import PatternSearchError
-from .evaluator import Evaluation
+from .measure.document_shape import misfit
+from .measure.evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
 
 FORMAT = "indexcache-patterns/1"

@@ -10,18 +10,18 @@ from typing import Any, Literal
 
 import torch
 
-from ..evaluation.journal import Journal
-from ..evaluation.loading import Placement, load_model, open_model
-from ..evaluation.monitor import Monitor
-from ..evaluation.output import prepare_output
 from ..evaluation.overlap import Overlap, selection_overlap
-from ..evaluation.tokenizer import load_tokenizer
-from ..evaluation.window_sources import Sampling
-from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .calibration import load_windows, short_window_warning
+from ..runs.journal import Journal
+from ..runs.loading import Placement, load_model, open_model
+from ..runs.monitor import Monitor
+from ..runs.output import prepare_output
+from ..runs.processes import Processes
+from ..runs.windows.calibration import load_windows, short_window_warning
+from ..runs.windows.tokenizer import load_tokenizer
+from ..runs.windows.window_sources import Sampling
+from ..runs.windows.windows import Windows
 from .errors import PatternSearchError
-from .processes import Processes
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
 

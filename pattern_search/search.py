@@ -9,19 +9,19 @@ from typing import Any, Literal
 import torch
 
 from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
-from ..evaluation.fingerprint import model_sha256
-from ..evaluation.journal import Journal
-from ..evaluation.monitor import Monitor
-from ..evaluation.windows import Windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.fingerprint import model_sha256
+from ..runs.journal import Journal
+from ..runs.monitor import Monitor
+from ..runs.processes import Processes
+from ..runs.windows.windows import Windows
+from .algorithms.floating import refine
+from .algorithms.greedy import Step, greedy
+from .algorithms.lazy_greedy import lazy_greedy
 from .errors import PatternSearchError
-from .evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
-from .floating import refine
-from .greedy import Step, greedy
-from .lazy_greedy import lazy_greedy
-from .prefix_cache import PrefixCache
-from .processes import Processes
-from .similarity import output_similarity, similarity_patterns
+from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
+from .measure.prefix_cache import PrefixCache
+from .measure.similarity import output_similarity, similarity_patterns
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 # Batches of held-out windows that all patterns are checked on before the next ones.

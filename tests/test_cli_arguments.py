@@ -11,8 +11,8 @@ from testing.time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
 from indexcache.cli import app
-from indexcache.evaluation.errors import EvaluationError
 from indexcache.pattern_search.run import _bytes
+from indexcache.runs.errors import EvaluationError
 
 VERBS = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
 
@@ -80,5 +80,5 @@ def test_answers_that_need_no_model_import_none(arguments):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert finished.returncode == (2 if arguments[0] == "bench" else 0), finished.stderr[-2000:]
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
-    assert "indexcache.cli" in imported or "indexcache.evaluation.arguments" in imported
+    assert "indexcache.cli" in imported or "indexcache.runs.arguments" in imported
     assert not imported & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "datasets"}

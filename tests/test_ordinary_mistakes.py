@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from indexcache import cli
 from indexcache.cli import app
-from indexcache.evaluation.loading import load_model
-from indexcache.evaluation.terminal import terminal
+from indexcache.runs.loading import load_model
+from indexcache.runs.pages.terminal import terminal
 
 DEMO = Path(__file__).parents[1] / "demo" / "dsa_demo"
 

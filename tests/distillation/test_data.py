@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from indexcache.distillation.data import IGNORED, load_training_data, pack_documents
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.recipe import Recipe
-from indexcache.evaluation.errors import EvaluationError
-from indexcache.evaluation.text_sources import TextInMemory
-from indexcache.evaluation.window_sources import Sampling
+from indexcache.runs.errors import EvaluationError
+from indexcache.runs.windows.text_sources import TextInMemory
+from indexcache.runs.windows.window_sources import Sampling
 
 
 class Letters:

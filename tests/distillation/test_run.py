@@ -174,7 +174,7 @@ def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
 
 
 def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
-    from indexcache.distillation.trainer import DistillationTrainer
+    from indexcache.distillation.training.trainer import DistillationTrainer
 
     def out_of_memory(self, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")

@@ -176,7 +176,7 @@ def test_retrieval_alone_needs_no_data(tmp_path):
 
 def test_it_needs_no_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "indexcache.evaluation.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "indexcache.runs.pages.figures", raising=False)
     finished = evaluate(
         "--prompt", "passkey", "--length", "150", "--samples", "1", "--depths", "1", "--output", tmp_path
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 from testing.tiny_models import tiny_model
 
-from indexcache.evaluation.errors import EvaluationError
 from indexcache.evaluation.retrieval import Prompt, PromptMaker, recalled
+from indexcache.runs.errors import EvaluationError
 
 
 class Characters:

@@ -17,8 +17,8 @@ from indexcache.conversion.io.load_source import load_source, refuse_filled_weig
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.source import load_with_new_indexers
-from indexcache.evaluation.errors import EvaluationError
-from indexcache.evaluation.loading import Placement
+from indexcache.runs.errors import EvaluationError
+from indexcache.runs.loading import Placement
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
 WEIGHT = "model.layers.5.mlp.experts.0.down_proj.weight"

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PROGRAM = """
 import json, os, sys, torch
 import triton
-from indexcache.benchmarks.speed_models import prompt, random_model
+from indexcache.benchmarks.bench.speed_models import prompt, random_model
 from indexcache.modeling_indexcache import compile_ahead
 misses = []
 def note(src, cache_hit, **rest):

@@ -74,7 +74,7 @@ def test_the_probe_holds(model):
 
 def test_a_prefill_of_8k_tokens_stays_within_bounded_memory():
     """Measured in a process of its own: the peak beyond the loaded model, far under one [S, T] mask a head."""
-    command = [sys.executable, "-m", "indexcache.benchmarks.cpu_prefill", "--one", "8192", "FFSSSSFFSSSS"]
+    command = [sys.executable, "-m", "indexcache.benchmarks.studies.cpu_prefill", "--one", "8192", "FFSSSSFFSSSS"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_SECONDS)
     assert finished.returncode == 0, finished.stderr
     record = json.loads(finished.stdout.splitlines()[-1])

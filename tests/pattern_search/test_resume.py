@@ -7,11 +7,11 @@ import pytest
 import torch
 from testing.search_models import model, windows
 
-from indexcache.evaluation.errors import EvaluationError
-from indexcache.evaluation.journal import Journal
-from indexcache.pattern_search.layer_engine import LayerEngine
+from indexcache.pattern_search.measure.layer_engine import LayerEngine
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity
+from indexcache.runs.errors import EvaluationError
+from indexcache.runs.journal import Journal
 
 OPTIONS = SearchOptions(keep=("1/2", "1/4"), tolerance=0.01, baselines=("uniform", "similarity"))
 

@@ -9,10 +9,10 @@ import torch
 from testing.tiny_models import tiny_model
 
 from indexcache import SharePattern
-from indexcache.evaluation.journal import Journal
-from indexcache.evaluation.windows import Windows
-from indexcache.pattern_search.evaluator import Evaluation, Evaluator
-from indexcache.pattern_search.prefix_cache import PrefixCache
+from indexcache.pattern_search.measure.evaluator import Evaluation, Evaluator
+from indexcache.pattern_search.measure.prefix_cache import PrefixCache
+from indexcache.runs.journal import Journal
+from indexcache.runs.windows.windows import Windows
 
 SEQLEN = 40
 

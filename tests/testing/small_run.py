@@ -18,7 +18,7 @@ from indexcache.distillation.monitor import TrainingMonitor
 from indexcache.distillation.recipe import Recipe
 from indexcache.distillation.run import RunOptions, run_distillation
 from indexcache.distillation.source import open_distillation_source
-from indexcache.evaluation.window_sources import Sampling
+from indexcache.runs.windows.window_sources import Sampling
 
 RECIPE = dict(
     dense_steps=4,

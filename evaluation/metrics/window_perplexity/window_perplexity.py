@@ -11,8 +11,8 @@ import datasets
 import evaluate
 import torch
 
-from indexcache.evaluation.loading import Placement, load_model
 from indexcache.evaluation.perplexity import evaluate_windows
+from indexcache.runs.loading import Placement, load_model
 
 _DESCRIPTION = """
 Language-model loss and perplexity on fixed windows of tokens: token i+1 is predicted from tokens 0 .. i. Tokens that

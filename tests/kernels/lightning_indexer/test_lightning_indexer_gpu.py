@@ -12,7 +12,7 @@ pytestmark = [
 @pytest.fixture
 def bench():
     pytest.importorskip("triton")
-    from indexcache.benchmarks import lightning_indexer as bench
+    from indexcache.benchmarks.kernels import lightning_indexer as bench
 
     torch.manual_seed(0)
     return bench
@@ -202,7 +202,7 @@ def test_adversarial_orders(bench, order, S):
 
 
 def test_a_captured_graph_follows_the_length_on_the_device(bench):
-    from indexcache.benchmarks.harness import captured
+    from indexcache.benchmarks.kernels.harness import captured
 
     q, k, weights = bench.make_inputs(2, 1, 20000, 32)
     start, out = torch.tensor([9000, 100], device="cuda"), torch.empty(2, 1, 2048, dtype=torch.int32, device="cuda")

@@ -1,0 +1,128 @@
+"""The journal's file: checked line by line, held by one process, and refused where it cannot be trusted."""
+
+import errno
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from indexcache.benchmarks.bench.speed_plan import Row
+from indexcache.benchmarks.bench.speed_run import RowJournal
+from indexcache.runs.errors import EvaluationError
+from indexcache.runs.journal import Journal
+
+IDENTITY = {"model": "a", "seed": 1}
+
+
+def write(path, count=6):
+    journal = Journal(path, IDENTITY)
+    for number in range(count):
+        journal.add("windows", "FS" * (number + 1), number, torch.full((2, 4), number + 0.1).double(), 3)
+    journal.close()
+    return path.read_bytes()
+
+
+def scores(journal, count=6):
+    """What each round's record says; None where it is to be run again."""
+    return [journal.get("windows", "FS" * (number + 1), number) for number in range(count)]
+
+
+def test_any_changed_byte_is_noticed(tmp_path):
+    """A record is either what was written or run again; which of the two is said."""
+    path = tmp_path / "journal.jsonl"
+    content = write(path)
+    random_ = random.Random(0)
+    for _ in range(300):
+        at = random_.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([random_.randrange(256)]) + content[at + 1 :])
+        changed = path.read_bytes() != content
+        try:
+            journal = Journal(path, IDENTITY, resume=True)
+        except EvaluationError as error:
+            assert changed and ("first line" in str(error) or "another search" in str(error))
+            continue
+        found = scores(journal)
+        journal.close()
+        for number, table in enumerate(found):
+            assert table is None or torch.equal(table, torch.full((2, 4), number + 0.1).double())
+        lost = sum(table is None for table in found)
+        # The newline of the last line is what a crash leaves off.
+        assert bool(journal.damage) == (lost > 0) or (at == len(content) - 1 and lost == 1), (at, journal.damage)
+        assert journal.resumed == len(found) - lost
+
+
+def test_lines_taken_out_are_noticed_but_at_the_end_where_a_crash_leaves_none(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    lines = write(path).splitlines(keepends=True)
+    for gone in range(1, len(lines)):
+        path.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
+        journal = Journal(path, IDENTITY, resume=True)
+        journal.close()
+        assert (journal.damage is None) == (gone == len(lines) - 1)
+        assert journal.resumed == len(lines) - 2
+        if journal.damage:
+            assert f"that of line {gone + 1})" in journal.damage
+
+
+def test_a_first_line_that_says_nothing_is_refused(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    lines = write(path).splitlines(keepends=True)
+    # The third is of a release that wrote no checksums.
+    for first in (b"{}\n", b"[" * 100_000 + b"\n", json.dumps({"identity": IDENTITY}).encode() + b"\n", b"\xff\n"):
+        path.write_bytes(b"".join([first, *lines[1:]]))
+        before = path.read_bytes()
+        with pytest.raises(EvaluationError, match=r"damaged in its first line.*start again with --overwrite"):
+            Journal(path, IDENTITY, resume=True)
+        assert path.read_bytes() == before
+
+
+def test_two_processes_do_not_write_one_file(tmp_path):
+    pytest.importorskip("fcntl")
+    path = tmp_path / "journal.jsonl"
+    first = Journal(path, IDENTITY)
+    for way in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(EvaluationError, match="is being written by another process"):
+            Journal(path, IDENTITY, **way)
+    first.add("windows", "FS", 0, torch.zeros(1, 4), 1)
+    first.close()
+    second = Journal(path, IDENTITY, resume=True)
+    second.close()
+    assert second.resumed == 1 and second.damage is None
+
+
+def test_overwriting_forgets_all(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    write(path)
+    journal = Journal(path, {"other": 1}, overwrite=True)
+    journal.close()
+    assert journal.resumed == 0 and len(path.read_bytes().splitlines()) == 1
+    Journal(path, {"other": 1}, resume=True).close()
+
+
+def test_rows_of_a_benchmark_are_checked_likewise(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    rows = [Row("generate", "indexcache", tokens, "own") for tokens in (16, 32)]
+    journal = RowJournal(path, IDENTITY, False, False)
+    for row in rows:
+        journal.add_row(row, {"ttft": 1.5})
+    journal.close()
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"1.4", 1))
+    again = RowJournal(path, IDENTITY, True, False)
+    again.close()
+    assert list(again.rows) == rows[1:] and "1 of 2" in again.damage
+
+
+def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "journal.jsonl", IDENTITY)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; --resume goes on .*journal\.jsonl"):
+        journal.add("windows", "FS", 0, torch.zeros(2, 4), 3)
+    monkeypatch.undo()
+    journal.close()
+    assert Journal(tmp_path / "journal.jsonl", IDENTITY, resume=True).resumed <= 1
