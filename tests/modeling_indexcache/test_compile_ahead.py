@@ -24,12 +24,13 @@ from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  
 HOPPER = DeviceTarget("cuda", 90, 132)
 
 
-def variants(lengths, pattern="FS", **fields):
+def variants(lengths, pattern="FS", first=None, **fields):
     shape = {"num_hidden_layers": len(pattern), "n_group": 1, "index_topk": 32} | fields
     config = tiny_config(index_share_pattern=pattern, **shape)
     kept = compile_ahead.kinds_of_layers(config, pattern)
     model = compile_ahead.pretended_decoder(IndexCacheModel, config, kept, pattern, torch.bfloat16)
-    return [variant for fresh in compile_ahead.variants_of(model, HOPPER, lengths) for variant in fresh]
+    begun_with = compile_ahead.prefills(lengths, first)
+    return [variant for fresh in compile_ahead.variants_of(model, HOPPER, begun_with) for variant in fresh]
 
 
 def test_prefill_and_decoding_are_known_without_a_gpu():
@@ -168,12 +169,12 @@ def test_a_kind_of_model_is_compiled_once_on_each_device(monkeypatch):
 
 PROGRAM = """
 import json, sys, torch
-from indexcache.conversion.warm_up import _NoDriver, _find_variants, _fields, TARGETS
+from indexcache.conversion.warm_up import no_driver, _find_variants, _fields, TARGETS
 from triton.runtime.driver import driver
 import triton
 hits = []
 triton.knobs.compilation.listener = lambda src, cache_hit, **rest: hits.append(cache_hit)
-driver.set_active(_NoDriver(TARGETS["sm_90"]))
+driver.set_active(no_driver(TARGETS["sm_90"]))
 source = sys.argv[1]
 variants = _find_variants(_fields(source, None, None), source, "bfloat16", TARGETS["sm_90"], (40,))
 small = sorted(variants, key=lambda variant: len(variant.kernel.src))[:4]
