@@ -30,6 +30,13 @@ from typing import Any, NoReturn
 
 import torch
 
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+except ImportError:
+    triton = None
+
 COMPILE_PROCESSES = "INDEXCACHE_COMPILE_PROCESSES"
 MOST_PROCESSES = 12
 # With fewer processors, what it takes to start is missing where the first token is made.
@@ -69,8 +76,6 @@ class NoDriver:
     """What Triton asks of a driver to compile: for which target. Nothing here touches a GPU."""
 
     def __init__(self, backend: str, arch: int | str, warp_size: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
         self._target = GPUTarget(backend, arch, warp_size)
 
     def get_current_device(self) -> int:
@@ -92,9 +97,8 @@ def build_launcher(compiled: Any) -> None:
     It needs the driver's library: without one the first launch builds it.
     """
     with suppress(Exception):
-        from triton.backends.nvidia.driver import CudaLauncher
-
-        CudaLauncher(compiled.src, compiled.metadata)
+        nvidia = importlib.import_module("triton.backends.nvidia.driver")
+        nvidia.CudaLauncher(compiled.src, compiled.metadata)
 
 
 def processes_wanted() -> int:
@@ -117,8 +121,7 @@ def _may_start() -> bool:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return False
     try:
-        from triton import knobs
-
+        knobs = triton.knobs
         # What is always compiled anew, or by code that this process was given, does not come back from a cache.
         return not (
             knobs.runtime.interpret
@@ -141,8 +144,6 @@ class CompileProcess:
     """
 
     def __init__(self, jobs: int, target: tuple[str, int | str, int]) -> None:
-        from triton import knobs
-
         self.jobs = jobs
         self._on_change: Callable[[], None] = lambda: None
         self._ready = self._gone = False
@@ -150,7 +151,7 @@ class CompileProcess:
         self._lock = threading.Lock()
         self._asked: dict[int, Future[str]] = {}
         hidden = dict.fromkeys(("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"), "")
-        environment = os.environ | hidden | {"TRITON_CACHE_DIR": str(knobs.cache.dir)}
+        environment = os.environ | hidden | {"TRITON_CACHE_DIR": str(triton.knobs.cache.dir)}
         # Isolated: nothing from the current folder is imported; what this process imports from is handed over.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _BEGIN],
@@ -299,17 +300,13 @@ def serve(parent: int, target: tuple[str, int | str, int]) -> NoReturn:
         parent: its process id.
         target: what to compile for.
     """
-    from triton.runtime.driver import driver
-
     # Kernels' files may print; what the parent reads is ours.
     answers = os.dup(1)
     os.dup2(2, 1)
     driver.set_active(NoDriver(*target))  # type: ignore[arg-type]
-    with suppress(ImportError):
-        from triton.runtime.cache import triton_key
-
+    with suppress(Exception):
         # A digest of Triton itself, kept for all that are forked.
-        triton_key()
+        importlib.import_module("triton.runtime.cache").triton_key()
     side = _SideProcess(answers)
     try:
         side.answer(None)

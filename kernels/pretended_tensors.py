@@ -1,8 +1,8 @@
 """Tensors without memory that say they are on a GPU: a model runs on them, and what it would launch is recorded.
 
 No GPU is needed, nor a PyTorch that was built for one. PyTorch sees tensors of its `meta` device, which have shapes,
-strides and dtypes; this package's code sees CUDA tensors of the target that is pretended. Tensors have no values: asked
-whether all of a mask is True, the answer is False.
+strides and dtypes; this package's code sees CUDA tensors of the target that is pretended. Tensors have no values:
+whether all of a mask is True is answered with False.
 """
 
 from __future__ import annotations
