@@ -214,6 +214,9 @@ class CompileProcess:
         self._fail_all(reason)
         with suppress(OSError):
             self._process.stdin.close()  # type: ignore[union-attr]
+        if not self._ready:
+            # It has forked nothing yet, and nobody need wait until it has imported all.
+            self._process.kill()
         try:
             self._process.wait(10 * SECONDS_BETWEEN_LOOKS)
         except subprocess.TimeoutExpired:

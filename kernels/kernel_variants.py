@@ -184,7 +184,9 @@ class Compilations:
                 return None
             try:
                 key = process.compile(variant.kernel, variant.grid, variant.arguments, variant.options)
-            except NotCompiledThere:
+            except NotCompiledThere as error:
+                if not main_thread().is_alive():
+                    return str(error)
                 self._load(variant)
                 return None
             compiled = self._load(variant)

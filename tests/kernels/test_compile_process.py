@@ -87,6 +87,39 @@ def test_one_that_does_not_start_is_gone(monkeypatch):
     assert process._process.returncode == 3
 
 
+def test_one_that_is_not_ready_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(compile_process, "_BEGIN", "import time; time.sleep(1000)")
+    process = CompileProcess(2, TARGET)
+    process.close()
+    assert process._process.returncode == -signal.SIGKILL
+
+
+EXITS = """
+import sys, threading
+import torch
+from test_compile_process import small_variants
+from indexcache.kernels import compile_process
+from indexcache.kernels.kernel_variants import Compilations
+from triton.runtime.driver import driver
+driver.set_active(compile_process.NoDriver("cuda", 90, 32))
+side, ready = compile_process.CompileProcess(1, ("cuda", 90, 32)), threading.Event()
+compilations = Compilations(torch.device("cpu"), 0, side)
+notify = side._on_change
+side.on_change(lambda: (notify(), ready.set()))
+ready.wait()
+compilations.add(small_variants(100))
+threading.Thread(target=lambda: print(len(compilations.finish()), side._process.returncode)).start()
+"""
+
+
+def test_an_interpreter_that_ends_does_not_compile_what_is_left(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", EXITS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    begun, status = map(int, done.stdout.split())
+    assert begun <= 3 and status == 0 and len(list((tmp_path / "cache").glob("*/*.cubin"))) <= 3
+
+
 PARENT = """
 import os, sys, time, threading
 from indexcache.kernels.compile_process import CompileProcess
