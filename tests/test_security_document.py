@@ -35,13 +35,14 @@ def test_no_verb_trusts_the_code_of_a_checkpoint():
     assert trusting == []
 
 
-def test_nothing_is_unpickled():
+def test_nothing_is_unpickled_but_what_a_process_sends_its_own_child():
     unpickling = [
-        at
+        at.rpartition(":")[0]
         for at, call in calls()
         if re.fullmatch(r"(torch|pickle|joblib|dill|cloudpickle|marshal)\.loads?", ast.unparse(call.func))
     ]
-    assert unpickling == []
+    # Over a pipe that no other process holds: which variants of kernels to compile.
+    assert unpickling == ["kernels/common/compile_process.py"]
 
 
 @pytest.mark.skipif(not DOCUMENT.is_file(), reason="documents are not installed")
