@@ -20,7 +20,6 @@ class _ThisThread(local):
 
 
 _thread = _ThisThread()
-_functions: dict[Any, Any] = {}
 _waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
 
 
@@ -85,17 +84,6 @@ def recorded_launches(record: Callable[[Any, tuple[int, ...], tuple, dict[str, A
 def are_recorded() -> bool:
     """Whether this thread's launches are recorded."""
     return _thread.record is not None
-
-
-def register_fake(operation: Any) -> Callable[[Callable], Callable]:
-    """`operation.register_fake` of a custom operation, whose own function is then found by `function_of`."""
-    _functions[getattr(operation, "_opoverload", None)] = getattr(operation, "_init_fn", None)
-    return operation.register_fake
-
-
-def function_of(operation: Any) -> Callable[..., Any] | None:
-    """The Python function of one of this package's custom operations, or None."""
-    return _functions.get(operation)
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS
 from ..common.kernel_launch import launcher
-from ..sparse_mla.sparse_mla_triton import gpu_target
 from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets, visibility_arguments
 from .indexer_distillation_triton import GRADIENT_SCALE
 
@@ -27,13 +28,13 @@ except ImportError:
     triton = None
 
 
-def index_tile(target: tuple[str, int | str], heads: int) -> DenseTile:
+def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
     """Default tile of the index kernels; `block_q` times heads is one side of their products."""
-    backend, arch = target
+    backend, arch, _ = target
     block_h = max(16, triton.next_power_of_2(heads))
     if backend == "hip":
         return DenseTile(max(1, 32 // block_h), 32, 4, 1)
-    return DenseTile(max(1, 64 // block_h), 64, 4, 2 if arch in (90, 100, 103) else 1)
+    return DenseTile(max(1, 64 // block_h), 64, 4, 2 if arch in ASYNCHRONOUS_PRODUCTS else 1)
 
 
 def dense_kl_triton(
@@ -54,7 +55,7 @@ def dense_kl_triton(
     lse = torch.zeros_like(kl)
     if B * S * H * k.shape[1] == 0:
         return kl, lse
-    tile = index_tile(gpu_target(q.device), H)
+    tile = index_tile(device_target(q.device), H)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
         launcher(_dense_kl_forward_kernel, (triton.cdiv(last - first, tile.block_q), B), q)(
             q,
@@ -98,7 +99,7 @@ def dense_kl_backward_triton(
         return grad_q, grad_k.to(k.dtype), grad_weights
     # Upstream gradients enter 16-bit operands relative to the largest.
     largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-    tile = index_tile(gpu_target(q.device), H)
+    tile = index_tile(device_target(q.device), H)
     visibility = visibility_arguments(visible)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
         launcher(_dense_kl_grad_q_kernel, (triton.cdiv(last - first, tile.block_q), B), grad)(

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
-from ..sparse_mla.sparse_mla_triton import LOG2_E, gpu_target
 
 try:
     import triton
@@ -43,23 +44,23 @@ class Visibility(NamedTuple):
     key_mask: torch.Tensor | None
 
 
-def lse_tile(target: tuple[str, int | str], width: int) -> DenseTile:
+def lse_tile(target: DeviceTarget, width: int) -> DenseTile:
     """Default tile of the attention's lse."""
     return _latent_tile(target, width)
 
 
-def target_tile(target: tuple[str, int | str], width: int) -> DenseTile:
+def target_tile(target: DeviceTarget, width: int) -> DenseTile:
     """Default tile of the teacher's probabilities."""
     return _latent_tile(target, width)
 
 
-def _latent_tile(target: tuple[str, int | str], width: int) -> DenseTile:
-    backend, arch = target
-    if width <= 320:
+def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+    backend, arch, _ = target
+    if width <= WIDE_LATENT:
         return DenseTile(64, 32, 4, 1) if backend == "hip" else DenseTile(64, 64, 4, 1)
     if backend == "hip":
         return DenseTile(32, 16, 4, 1)
-    if arch in (90, 100, 103):
+    if arch in ASYNCHRONOUS_PRODUCTS:
         return DenseTile(64, 64, 8, 2)
     return DenseTile(64, 32, 4, 1) if arch == 80 else DenseTile(32, 32, 4, 1)
 
@@ -71,7 +72,7 @@ def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visibl
     lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
-    tile = lse_tile(gpu_target(q.device), D)
+    tile = lse_tile(device_target(q.device), D)
     launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
         q,
         kv,
@@ -111,7 +112,7 @@ def teacher_targets(
         last = min(first + step, queries)
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
-            tile = target_tile(gpu_target(one_q.device), D)
+            tile = target_tile(device_target(one_q.device), D)
             launcher(
                 _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
             )(

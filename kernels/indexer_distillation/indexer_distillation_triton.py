@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
 from ..sparse_mla.sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
-from ..sparse_mla.sparse_mla_triton import LOG2_E, gpu_target
 
 try:
     import triton
@@ -39,22 +40,22 @@ class SelectedTile(NamedTuple):
     num_stages: int
 
 
-def index_tile(target: tuple[str, int | str], backward: bool) -> SelectedTile:
+def index_tile(target: DeviceTarget, backward: bool) -> SelectedTile:
     """Default tile of the index scores over selected keys, forward or backward."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return SelectedTile(64, 4, 1)
     if backward:
-        return SelectedTile(64, 4, 3) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
+        return SelectedTile(64, 4, 3) if arch in ASYNCHRONOUS_PRODUCTS else SelectedTile(64, 8, 1)
     return SelectedTile(64, 4, 3)
 
 
-def attention_tile(target: tuple[str, int | str], width: int) -> SelectedTile:
+def attention_tile(target: DeviceTarget, width: int) -> SelectedTile:
     """Default tile of `selected_attention`: queries and a block or two of latents must fit the shared memory."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return SelectedTile(32, 4, 1)
-    if width > 320 and arch not in (80, 90, 100, 103):
+    if width > WIDE_LATENT and arch not in LARGE_SHARED_MEMORY:
         return SelectedTile(32, 4, 1)
     return SelectedTile(64, 4, 2)
 
@@ -128,7 +129,7 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         return probabilities
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
     main = 1 << (D.bit_length() - 1)
-    tile = attention_tile(gpu_target(q.device), D)
+    tile = attention_tile(device_target(q.device), D)
     launcher(_selected_attention_kernel, (B * S,), q)(
         q,
         kv,
@@ -161,7 +162,7 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     if B * S * H * T * K == 0:
         return
     q, k, weights, indices = q.contiguous(), k.contiguous(), weights.contiguous(), indices.contiguous()
-    tile = index_tile(gpu_target(q.device), backward=False)
+    tile = index_tile(device_target(q.device), backward=False)
     launcher(_index_forward_kernel, (B * S,), q)(
         q,
         k,
@@ -184,7 +185,7 @@ def _launch_backward(
     grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
 ) -> None:
     B, S, H, D = q.shape
-    tile = index_tile(gpu_target(q.device), backward=True)
+    tile = index_tile(device_target(q.device), backward=True)
     launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
         grad,
         q,

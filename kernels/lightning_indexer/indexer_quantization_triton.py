@@ -6,6 +6,7 @@ import torch
 
 from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
+from ..common.triton_support import HALF_PRECISION
 
 try:
     import triton
@@ -13,24 +14,19 @@ try:
 except ImportError:
     triton = None
 
-ROWS = 64
+# Rows of a program, and the widths that it rotates by a product with a square matrix.
+ROWS, WIDTHS = 64, (16, 32, 64, 128, 256)
 
 
-def quantization_runs_in_triton(x: torch.Tensor) -> bool:
-    """Whether `quantize_triton` takes `[..., D]`: bf16 or fp16 on CUDA with e4m3 in hardware, D a power of two."""
-    width = x.shape[-1]
-    return (
-        triton is not None
-        and x.is_cuda
-        and not torch.compiler.is_compiling()
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and width in (16, 32, 64, 128, 256)
-        and has_capability(x.device, 89)
-    )
+def why_not_quantize(x: torch.Tensor) -> str | None:
+    """Why `quantize_triton` does not take `x [..., D]`, or None."""
+    if x.dtype not in HALF_PRECISION or x.shape[-1] not in WIDTHS:
+        return f"it takes bfloat16 or float16 rows of {', '.join(map(str, WIDTHS))} entries"
+    return None if has_capability(x.device, 89) else "e4m3 is in hardware from compute capability 8.9 on"
 
 
 def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `indexer_quantization.quantize_for_scoring`, for what `quantization_runs_in_triton` accepts."""
+    """As `indexer_quantization.quantize_for_scoring`, where `why_not_quantize` is None."""
     x = x.contiguous()
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..common.device_target import device_target
-from ..common.dispatch import Backend, dispatch, takes_all
+from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_launch import launcher
 from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
@@ -72,52 +72,67 @@ def lightning_indexer_triton(
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
-    arguments = (q, k, weights, topk, scale, starts, first_keys, mask, out)
-    dispatch("lightning_indexer's kernels", _KERNELS, q.device, *arguments)
+    _KERNELS(q.device, q, k, weights, topk, scale, starts, first_keys, mask, out)
     return out
 
 
 def why_not_hopper(q: torch.Tensor, k: torch.Tensor, topk: int) -> str | None:
     """Why the Hopper kernel does not run for these tensors; it needs a block of queries for every multiprocessor."""
-    if _architecture(q.device) != 90:
+    _, arch, processors = device_target(q.device)
+    if arch != 90:
         return "it is for compute capability 9.0"
-    if q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS < _multiprocessors(q.device):
+    if q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS < processors:
         return "there are too few queries"
     return None if hopper_supports(q, k, topk) else "the shapes, dtypes or strides are not what it takes"
 
 
 def _in_hopper(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
-    multiprocessors = _multiprocessors(q.device)
+    _, arch, processors = device_target(q.device)
     scaled = (weights.float() * scale).contiguous()
     keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
-    redo = lightning_indexer_hopper(
-        q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
-    )
+    redo = lightning_indexer_hopper(q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, processors)
     if redo is not None:
-        config = prefill_config(q.shape[2], q.shape[3], _architecture(q.device))
-        q = q.to(k.dtype)
-        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, multiprocessors)
+        config = prefill_config(*q.shape[2:], arch)
+        _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, redo, out, config, processors)
 
 
-def _in_triton(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
-    B, S, H, D = q.shape
-    q, multiprocessors = q.to(k.dtype), _multiprocessors(q.device)
-    config = prefill_config(H, D, _architecture(q.device))
-    programs = multiprocessors * config["programs_per_sm"]
-    if B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
-    else:
-        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
+def _why_not_split(q, *_) -> str | None:
+    _, arch, processors = device_target(q.device)
+    config = prefill_config(*q.shape[2:], arch)
+    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < processors * config["programs_per_sm"]:
+        return None
+    return "there are queries for every multiprocessor"
 
 
-_KERNELS = (
+def _in_split_keys(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    processors = device_target(q.device).processors
+    indexer_score_slab(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, out, processors)
+
+
+def _in_query_blocks(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    _, arch, processors = device_target(q.device)
+    config = prefill_config(*q.shape[2:], arch)
+    programs = processors * config["programs_per_sm"]
+    _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
+
+
+def _example(new, queries: int) -> tuple:
+    q, k, starts = new(1, queries, 32, 128), new(1, 8192, 128), new(1, dtype=torch.int64)
+    return q, k, new(1, queries, 32), 2048, 1.0, starts, None, None, new(1, queries, 2048, dtype=torch.int32)
+
+
+_KERNELS = Operation(
+    "lightning_indexer: kernels",
     Backend("Gluon for Hopper", lambda q, k, weights, topk, *_: why_not_hopper(q, k, topk), _in_hopper, optional=True),
-    Backend("Triton", takes_all, _in_triton),
+    Backend("Triton, keys split over programs", _why_not_split, _in_split_keys, optional=True),
+    Backend("Triton, blocks of queries", takes_all, _in_query_blocks),
+    prefill=lambda new: _example(new, 8192),
+    token=lambda new: _example(new, 1),
 )
 
 
-def prefill_config(H: int, D: int, architecture: int) -> dict:
-    """Tile sizes of the prefill kernel for an architecture (80, 86, 89, 90, 100, 120; 0 for others)."""
+def prefill_config(H: int, D: int, architecture: int | str) -> dict:
+    """Tile sizes of the prefill kernel for an architecture, as in `DeviceTarget`."""
     heads, width = next_power_of_2(H), max(16, next_power_of_2(D))
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
     # Only sm100 has room for the products of 256 columns outside the registers; elsewhere they spill.
@@ -188,15 +203,6 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
         num_warps=config["num_warps"],
         num_stages=config["STAGES"],
     )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return device_target(device).processors if device.type == "cuda" else 1
-
-
-def _architecture(device: torch.device) -> int:
-    arch = device_target(device).arch if device.type == "cuda" else 0
-    return arch if isinstance(arch, int) else 0
 
 
 if triton is not None:

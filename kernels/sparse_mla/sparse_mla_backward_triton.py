@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import torch
 
-from ..common.dispatch import Backend, dispatch, takes_all
+from ..common.device_target import DeviceTarget, device_target
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
-from .sparse_mla_triton import GROUPING_ARCHITECTURES, LOG2_E, QUERIES_PER_LAUNCH, Tile, gpu_target
+from .sparse_mla_triton import GROUPING_ARCHITECTURES, QUERIES_PER_LAUNCH, Tile
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
 
 try:
@@ -32,14 +34,14 @@ except ImportError:
 DETERMINISTIC_SCRATCH_BYTES = 2**30
 
 
-def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
+def sparse_mla_backward_tile(target: DeviceTarget, rows: int, width: int) -> Tile:
     """Default tile for `rows` of latents `width` entries wide; see `sparse_mla_tile` for the bounds."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return Tile(16, 16, 4, 1)
-    if arch in (80, 90, 100, 103) and rows > 16:
+    if arch in LARGE_SHARED_MEMORY and rows > 16:
         return Tile(32, 32, 8, 1)
-    return Tile(16, 16 if width > 320 else 32, 4, 1)
+    return Tile(16, 16 if width > WIDE_LATENT else 32, 4, 1)
 
 
 def sparse_mla_backward_triton(
@@ -66,46 +68,52 @@ def sparse_mla_backward_triton(
         return grad_q.zero_(), grad_kv.to(kv.dtype)
     # The lse's own gradient is P, so it joins the term that every score of a row shares.
     delta = _row_dots(grad_out, out) - grad_lse.masked_fill(lse == float("-inf"), 0.0)
-    target = gpu_target(q.device)
     step = max(1, QUERIES_PER_LAUNCH // B)
     for first in range(0, S, step):
         rows = slice(first, first + step)
         parts = (grad_out[:, rows], lse[:, rows], delta[:, rows], grad_q[:, rows])
-        _backward(q[:, rows], kv, indices[:, rows], *parts, grad_kv, scale, deterministic, target)
+        _backward(q[:, rows], kv, indices[:, rows], *parts, grad_kv, scale, deterministic)
     return grad_q, grad_kv.to(kv.dtype)
 
 
-def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic, target) -> None:
+def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic: bool) -> None:
     """One launch's worth of queries."""
-    _, S, H, _ = q.shape
     group, keys, counts = 1, indices, None
-    if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
-        group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
+    backend, arch, _ = device_target(q.device)
+    if backend == "cuda" and arch in GROUPING_ARCHITECTURES:
+        group = group_size(q.shape[2], HOPPER_ROWS, q.shape[1], indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    launch = _launch_deterministic if deterministic else _launch
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
-    dispatch("sparse_mla's backward pass", _BACKENDS, q.device, launch, target, *arguments)
+    _KERNELS(q.device, deterministic, *arguments)
 
 
-def _why_not_hopper(launch, target, q, kv, keys, counts, grad_out, *_) -> str | None:
-    if target != ("cuda", 90):
+def _why_not_hopper(deterministic, q, kv, keys, counts, grad_out, *_) -> str | None:
+    if device_target(q.device).arch != 90:
         return "it is for compute capability 9.0"
     return None if hopper_backward_supports(q, kv, grad_out) else "the shapes or strides are not what it takes"
 
 
-def _in_hopper(launch, target, *arguments) -> None:
-    launch(*arguments, tile=None)
+def _in_hopper(deterministic, *arguments) -> None:
+    (_launch_deterministic if deterministic else _launch)(*arguments, tile=None)
 
 
-def _in_triton(launch, target, q, *arguments) -> None:
-    group = arguments[-1]
-    launch(q, *arguments, tile=sparse_mla_backward_tile(target, group * q.shape[2], q.shape[3]))
+def _in_triton(deterministic, q, *arguments) -> None:
+    tile = sparse_mla_backward_tile(device_target(q.device), arguments[-1] * q.shape[2], q.shape[3])
+    (_launch_deterministic if deterministic else _launch)(q, *arguments, tile=tile)
 
 
-_BACKENDS = (
+def _example(new) -> tuple:
+    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20)
+    q, kv, grad_out = new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 20, 512)
+    return False, q, kv, keys, None, grad_out, rows, rows, q, kv, 1.0, 1
+
+
+_KERNELS = Operation(
+    "sparse_mla's gradient: kernels",
     Backend("Gluon for Hopper", _why_not_hopper, _in_hopper, optional=True),
     Backend("Triton", takes_all, _in_triton),
+    prefill=_example,
 )
 
 

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.device_target import device_target
-from ..common.dispatch import Backend, dispatch, takes_all
+from ..common.device_target import DeviceTarget, device_target
+from ..common.dispatch import Backend, Operation, takes_all
 from ..common.early_launch import early_launch
+from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
@@ -27,7 +28,6 @@ try:
 except ImportError:
     triton = None
 
-LOG2_E = 1.4426950408889634
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
@@ -48,16 +48,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def sparse_mla_tile(backend: str, arch: int | str, rows: int, width: int) -> Tile:
+def sparse_mla_tile(target: DeviceTarget, rows: int, width: int) -> Tile:
     """Default tile for `rows` (heads, or heads of a group of queries) of latents `width` entries wide.
 
     Bounded by shared memory: the queries and `num_stages` blocks of latents of `2 * width` bytes a row must fit
     99 KB (sm86, sm89, sm120), 163 KB (sm80) or 227 KB (sm90, sm100); gfx942 has 64 KB.
     """
-    wide = width > 320
+    wide = width > WIDE_LATENT
+    backend, arch, _ = target
     if backend == "hip":
         return Tile(16, 16 if wide else 32, 4, 1)
-    if rows <= 16 or arch not in (80, 90, 100, 103):
+    if rows <= 16 or arch not in LARGE_SHARED_MEMORY:
         return Tile(16, 32, 4, 3)
     if rows > 32 and arch in GROUPING_ARCHITECTURES:
         return Tile(64, 32, 8, 3)
@@ -80,9 +81,9 @@ def sparse_mla_triton(
         return out, lse
     if indices.shape[-1] == 0 or kv.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    target = gpu_target(q.device)
-    tile = _tile(target, 1, q.shape[-1])
-    splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, q.device)
+    target = device_target(q.device)
+    tile = sparse_mla_tile(target, 1, q.shape[-1])
+    splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, target.processors)
     if splits > 1:
         return _decode(q, kv, indices, scale, out, lse, splits, tile)
     group = selection_group(q.device, H, S, indices.shape[-1], kv.shape[1])
@@ -92,7 +93,7 @@ def sparse_mla_triton(
         keys, counts = indices[:, rows], None
         if group > 1:
             keys, counts = merge_key_lists(keys, group, kv.shape[1])
-        _prefill(q[:, rows], kv, keys, counts, group, scale, out[:, rows], lse[:, rows])
+        _PREFILL(q.device, q[:, rows], kv, keys, counts, group, scale, out[:, rows], lse[:, rows])
     return out, lse
 
 
@@ -110,13 +111,13 @@ def sparse_mla_merged(
     out = q.new_empty(B, S, H, value_dim)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
     if out.numel():
-        _prefill(q, kv, keys, counts.contiguous(), group, scale, out, lse)
+        _PREFILL(q.device, q, kv, keys, counts.contiguous(), group, scale, out, lse)
     return out, lse
 
 
 def selection_group(device: torch.device, heads: int, queries: int, topk: int, slots: int) -> int:
     """Adjacent queries whose lists a prefill merges; 1: none."""
-    backend, arch = gpu_target(device)
+    backend, arch, _ = device_target(device)
     if backend != "cuda" or arch not in GROUPING_ARCHITECTURES:
         return 1
     return group_size(heads, HOPPER_ROWS, queries, topk, slots)
@@ -124,7 +125,7 @@ def selection_group(device: torch.device, heads: int, queries: int, topk: int, s
 
 def queries_per_wave(device: torch.device, heads: int, group: int) -> int:
     """Queries for which every multiprocessor runs one program of 64 rows."""
-    return max(1, _processors(device) * group // triton.cdiv(group * heads, HOPPER_ROWS))
+    return max(1, device_target(device).processors * group // triton.cdiv(group * heads, HOPPER_ROWS))
 
 
 def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
@@ -133,12 +134,8 @@ def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
     return triton.cdiv(QUERIES_PER_LAUNCH, wave) * wave
 
 
-def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
-    dispatch("sparse_mla's prefill", _PREFILL, q.device, q, kv, keys, counts, group, scale, out, lse)
-
-
 def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
-    if gpu_target(q.device) != ("cuda", 90):
+    if device_target(q.device).arch != 90:
         return "it is for compute capability 9.0"
     return None if hopper_supports(q, kv, out.shape[-1]) else "the shapes or strides are not what it takes"
 
@@ -148,13 +145,20 @@ def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
 
 
 def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
-    H, D = q.shape[2:]
-    _launch(q, kv, keys, counts, scale, out, lse, _tile(gpu_target(q.device), group * H, D), group, splits=1)
+    tile = sparse_mla_tile(device_target(q.device), group * q.shape[2], q.shape[3])
+    _launch(q, kv, keys, counts, scale, out, lse, tile, group, splits=1)
 
 
-_PREFILL = (
+def _example(new) -> tuple:
+    out, lse = new(1, 8192, 20, 512), new(1, 8192, 20, dtype=torch.float32)
+    return new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 2048, dtype=torch.int32), None, 1, 1.0, out, lse
+
+
+_PREFILL = Operation(
+    "sparse_mla: prefill kernels",
     Backend("Gluon for Hopper", _why_not_hopper, _prefill_in_hopper, optional=True),
     Backend("Triton", takes_all, _prefill_in_triton),
+    prefill=_example,
 )
 
 
@@ -224,27 +228,11 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     )
 
 
-def _decode_splits(programs: int, topk: int, block_n: int, device: torch.device) -> int:
+def _decode_splits(programs: int, topk: int, block_n: int, processors: int) -> int:
     """Splits that occupy every multiprocessor; 1 (no decode) where three quarters of them have a program anyway."""
-    processors = _processors(device)
     if 4 * programs > 3 * processors:
         return 1
     return min(MOST_SPLITS, triton.cdiv(topk, block_n), triton.cdiv(processors, programs))
-
-
-def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
-    return sparse_mla_tile(*target, rows, width)
-
-
-def gpu_target(device: torch.device) -> tuple[str, int | str]:
-    """Backend and compute capability (or GCN name) that tiles are chosen for."""
-    if device.type != "cuda":  # Triton's interpreter
-        return "cuda", 80
-    return device_target(device)[:2]
-
-
-def _processors(device: torch.device) -> int:
-    return device_target(device).processors if device.type == "cuda" else 4
 
 
 if triton is not None:
