@@ -1,4 +1,7 @@
-"""Whether kernels run Triton for given tensors, or PyTorch."""
+"""Triton, if it is installed, and whether kernels run in it for given tensors.
+
+Kernels' files import `triton` and `tl` from here, and define what needs them where `triton` is not None.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import torch
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:
-    triton = None
+    triton = tl = None
 
 NO_TRITON = "Triton is not installed (pip install triton)"
 # Triton decides when it is imported.

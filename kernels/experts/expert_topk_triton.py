@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Scores of a block of tokens stay in registers.
 MAX_EXPERTS = 512
@@ -196,9 +191,7 @@ if triton is not None:
         column = tl.arange(0, COLUMNS)
         rows = weight + expert[:, None] * D + column[None, :]
         tile = tl.load(rows, mask=known[:, None] & (column < D)[None, :], other=0.0)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         x += token * x_stride
         factor = 1.0
         if HAS_NORM:

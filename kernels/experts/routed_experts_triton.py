@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Output rows of a program, and input columns that it holds at once, in the matrix-vector kernels.
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
@@ -218,9 +213,8 @@ if triton is not None:
             mask = real[:, None] & inside[None, :]
             gate_tile = tl.load(gate_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
             up_tile = tl.load(up_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
-            if EARLY and first == 0:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            if first == 0:
+                wait_for_kernels_ahead(EARLY)
             value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_sum += gate_tile.to(tl.float32) * value[None, :]
             up_sum += up_tile.to(tl.float32) * value[None, :]
@@ -261,9 +255,7 @@ if triton is not None:
         dtype = out.dtype.element_ty
         hidden += token * (K * INNER + SHARED)
         total = tl.zeros([ROWS], tl.float32)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         for part in tl.static_range(K):
             expert = tl.load(experts + token * K + part)
             rows = down + expert * expert_stride + row * row_stride

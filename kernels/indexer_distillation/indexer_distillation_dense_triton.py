@@ -16,16 +16,9 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets, visibility_arguments
 from .indexer_distillation_triton import GRADIENT_SCALE
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
-except ImportError:
-    triton = None
 
 
 def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
@@ -157,6 +150,7 @@ def _index_blocks(H: int, D: int, tile: DenseTile) -> dict[str, int]:
 
 
 if triton is not None:
+    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
 
     @triton.jit
     def _index_rows(

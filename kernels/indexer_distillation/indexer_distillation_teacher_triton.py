@@ -16,12 +16,7 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Teacher probabilities of a chunk of queries, fp32.
 TARGET_SCRATCH_BYTES = 256 * 2**20

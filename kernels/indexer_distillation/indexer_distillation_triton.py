@@ -18,13 +18,8 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from ..sparse_mla.sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # Heads of one product in `selected_attention`; more are taken one block after another.
 ATTENTION_HEADS = 64

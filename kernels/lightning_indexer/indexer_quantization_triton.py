@@ -6,13 +6,7 @@ import torch
 
 from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
-from ..common.triton_support import HALF_PRECISION
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import HALF_PRECISION, tl, triton
 
 # Rows of a program, and the widths that it rotates by a product with a square matrix.
 ROWS, WIDTHS = 64, (16, 32, 64, 128, 256)

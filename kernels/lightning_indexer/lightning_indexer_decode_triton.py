@@ -13,14 +13,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Score slab in bytes: little more than L2 holds. 64 rows of 200K keys in one took 1.334 ms, in two of 48 MiB 1.374.
 SLAB_BYTES = 64 * 2**20
@@ -203,9 +198,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """Scores of `tiles_each` tiles of keys for BQ rows of the slab, minus infinity where a key is not visible."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(2).to(tl.int64)
         first_query = tl.program_id(1) * BQ
         row = tl.arange(0, BQ)
@@ -267,9 +260,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """The keys of a piece of a row above a guess of the row's k-th best, their number, and the guess."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(2).to(tl.int64)
         piece = tl.program_id(0)
         query = tl.program_id(1)
@@ -323,9 +314,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """The exact selection of a row: among the keys that passed if they suffice, else among all."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(1).to(tl.int64)
         query = tl.program_id(0)
         n = tl.minimum(tl.load(starts + b).to(tl.int32) + s + query, T - 1) + 1

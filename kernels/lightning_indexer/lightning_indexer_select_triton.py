@@ -8,11 +8,7 @@ NaN is above no bound, not even minus infinity, and so never in a list.
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 if triton is not None:
 

@@ -17,15 +17,10 @@ import torch
 from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # Columns (queries * heads) of a score tile at most: K is read once for every so many of them.
 TILE_COLUMNS = 256

@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Latent entries, and value entries, of a program.
 LATENT_ENTRIES, VALUE_ENTRIES = 32, 16
@@ -113,16 +108,12 @@ if triton is not None:
                 mask=inside,
                 other=0.0,
             )
-            if EARLY:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            wait_for_kernels_ahead(EARLY)
             value = tl.load(q + row, mask=row < N, other=0.0).to(tl.float32)
             total = tl.sum(weight.to(tl.float32) * value[:, None], 0)  # [ENTRIES]
             tl.store(out + column, total.to(dtype), mask=column < C)
         else:
-            if EARLY:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            wait_for_kernels_ahead(EARLY)
             half = tl.arange(0, BLOCK_R)
             real = half < R // 2
             if INTERLEAVED:
@@ -161,9 +152,7 @@ if triton is not None:
             mask=(row < V)[:, None] & (column < C)[None, :],
             other=0.0,
         )
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         value = tl.load(latent_out + pair * C + column, mask=column < C, other=0.0).to(tl.float32)
         total = tl.sum(weight.to(tl.float32) * value[None, :], 1)
         tl.store(out + pair * V + row, total.to(out.dtype.element_ty), mask=row < V)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .cache_slot import CacheSlot
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # Entries that a program holds: rows times their width.
 TILE = 2048
@@ -92,9 +87,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """ROWS rows: D entries normed, then the first R turned."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
         if HAS_SLOT:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 MAX_WEIGHTS = 4
 # Widest rows that are normed: a program must hold all of one.
@@ -137,9 +132,8 @@ if triton is not None:
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-            if EARLY and first == 0:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            if first == 0:
+                wait_for_kernels_ahead(EARLY)
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
                 # The whole row is here. Rounded where a norm of its own would.

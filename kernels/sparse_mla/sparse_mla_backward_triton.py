@@ -19,16 +19,11 @@ from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
 from .sparse_mla_triton import GROUPING_ARCHITECTURES, QUERIES_PER_LAUNCH, Tile
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # fp32 contributions written out at a time in the deterministic mode.
 DETERMINISTIC_SCRATCH_BYTES = 2**30

@@ -15,18 +15,13 @@ import torch
 
 from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
@@ -278,9 +273,7 @@ if triton is not None:
         SPLIT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
         list_id = tl.program_id(0) // HEAD_BLOCKS
         batch = (list_id // lists).to(tl.int64)
@@ -384,9 +377,7 @@ if triton is not None:
         BLOCK_SPLITS: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64)
         offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)

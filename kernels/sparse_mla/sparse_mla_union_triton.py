@@ -10,12 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 MAX_GROUP = 8
 # Two programs a multiprocessor: the kernel waits for memory most of the time.
