@@ -86,6 +86,11 @@ def are_recorded() -> bool:
     return _thread.record is not None
 
 
+def tile_options(tile: Any) -> dict[str, int]:
+    """A named tuple of a kernel's launch shape as its options: `BLOCK_M` for `block_m`, `num_warps` as it is."""
+    return {name if name.startswith("num_") else name.upper(): value for name, value in tile._asdict().items()}
+
+
 def is_capturing(tensor: torch.Tensor) -> bool:
     """Whether the stream that runs work on `tensor` is being recorded as a CUDA graph."""
     if not tensor.is_cuda or are_recorded():

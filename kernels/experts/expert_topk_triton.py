@@ -38,13 +38,9 @@ def expert_topk_triton(
     padded = max(16, triton.next_power_of_2(experts))
     few = tokens <= 512
     block = 16 if few or padded > 128 else 64
+    tensors = (x, weight.contiguous(), bias, logits, weights, chosen)
     launcher(expert_topk_kernel, (triton.cdiv(tokens, block),), x)(
-        x,
-        weight.contiguous(),
-        bias,
-        logits,
-        weights,
-        chosen,
+        *tensors,
         scaling,
         tokens,
         x.stride(0),
@@ -62,14 +58,7 @@ def expert_topk_triton(
 
 
 def normed_expert_topk_triton(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    k: int,
-    scaling: float,
-    normalise: bool,
+    x, norm, eps, weight, bias, k, scaling, normalise
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `kernels.expert_topk.normed_expert_topk`, where `is_vector`."""
     tokens, device = x.shape[0], x.device

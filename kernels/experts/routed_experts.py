@@ -187,16 +187,7 @@ _EXPERTS = Operation(
 )
 
 
-def _grouped(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    shared: Shared | None,
-    base: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+def _grouped(x, experts, weights, gate_up, down, shared, base, out) -> None:
     """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
     grouped_mm: Any = _grouped_mm()
     tokens, k = experts.shape

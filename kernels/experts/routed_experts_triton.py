@@ -50,17 +50,11 @@ def experts_vector(
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)
+    tensors = (x, experts, gate_up, gate, up, hidden)
+    strides = (x.stride(0), *gate_up.stride()[:2], gate.stride(0), up.stride(0))
     launcher(experts_up_vector_kernel, (tokens, k * tiles + shared_tiles), x)(
-        x,
-        experts,
-        gate_up,
-        gate,
-        up,
-        hidden,
-        x.stride(0),
-        *gate_up.stride()[:2],
-        gate.stride(0),
-        up.stride(0),
+        *tensors,
+        *strides,
         D=width,
         INNER=inner,
         SHARED=shared_inner,
@@ -70,17 +64,11 @@ def experts_vector(
         num_warps=4,
         **early_launch(),
     )
+    tensors = (hidden, experts, weights, down, shared_down, out if base is None else base, out)
+    strides = (*down.stride()[:2], shared_down.stride(-2), 0 if base is None else base.stride(0))
     launcher(experts_down_vector_kernel, (tokens, triton.cdiv(width, VECTOR_ROWS)), hidden)(
-        hidden,
-        experts,
-        weights,
-        down,
-        shared_down,
-        out if base is None else base,
-        out,
-        *down.stride()[:2],
-        shared_down.stride(-2),
-        0 if base is None else base.stride(0),
+        *tensors,
+        *strides,
         D=width,
         INNER=inner,
         SHARED=shared_inner,
@@ -102,9 +90,9 @@ def copy_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         block = triton.next_power_of_2(x.shape[1])
         rows = max(1, 4096 // block)
         grid = (triton.cdiv(tokens, rows),)
-        launcher(copy_rows_kernel, grid, x)(
-            x, place, out, tokens, x.stride(0), x.shape[1], block, k, rows, num_warps=4
-        )
+        tensors = (x, place, out)
+        sizes = (x.shape[1], block, k, rows)
+        launcher(copy_rows_kernel, grid, x)(*tensors, tokens, x.stride(0), *sizes, num_warps=4)
     return out
 
 
@@ -115,9 +103,9 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if out.numel():
         block = min(1024, triton.next_power_of_2(width))
         grid = (triton.cdiv(rows, 4), triton.cdiv(width, block))
-        launcher(gated_kernel, grid, gate)(
-            gate, up, out, rows, gate.stride(0), up.stride(0), width, block, 4, num_warps=4
-        )
+        tensors = (gate, up, out)
+        sizes = (width, block, 4)
+        launcher(gated_kernel, grid, gate)(*tensors, rows, gate.stride(0), up.stride(0), *sizes, num_warps=4)
     return out
 
 
@@ -142,16 +130,11 @@ def combine(
     tokens, width = out.shape
     if out.numel():
         block = triton.next_power_of_2(width)
+        tensors = (routed, place, weights, out if shared is None else shared, out if base is None else base, out)
+        strides = (0 if shared is None else shared.stride(0), 0 if base is None else base.stride(0), out.stride(0))
         launcher(combine_kernel, (tokens,), routed)(
-            routed,
-            place,
-            weights,
-            out if shared is None else shared,
-            out if base is None else base,
-            out,
-            0 if shared is None else shared.stride(0),
-            0 if base is None else base.stride(0),
-            out.stride(0),
+            *tensors,
+            *strides,
             D=width,
             BLOCK=block,
             K=weights.shape[1],

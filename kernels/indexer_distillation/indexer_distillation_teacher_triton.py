@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..common.device_target import DeviceTarget, device_target
-from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LN_2, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
 from ..common.triton_support import tl, triton
 
 # Teacher probabilities of a chunk of queries, fp32.
@@ -68,22 +68,16 @@ def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visibl
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
     tile = lse_tile(device_target(q.device), D)
+    tensors = (q, kv, lse, *visibility_arguments(visible))
+    sizes = (scale * LOG2_E, S, kv.shape[1])
     launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
-        q,
-        kv,
-        lse,
-        *visibility_arguments(visible),
-        scale * LOG2_E,
-        S,
-        kv.shape[1],
+        *tensors,
+        *sizes,
         *q.stride()[:3],
         *kv.stride()[:2],
         H=H,
         **_latent_blocks(D),
-        BLOCK_Q=tile.block_q,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return lse
 
@@ -108,30 +102,19 @@ def teacher_targets(
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
             tile = target_tile(device_target(one_q.device), D)
+            tensors = (one_q, one_kv, one_lse, buffer, *visibility_arguments(visible))
+            sizes = (attn_scale * LOG2_E, 1.0 / (H * len(layers)), first, last, queries, T)
+            strides = (*one_q.stride()[:3], *one_kv.stride()[:2], buffer.stride(0))
             launcher(
                 _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
             )(
-                one_q,
-                one_kv,
-                one_lse,
-                buffer,
-                *visibility_arguments(visible),
-                attn_scale * LOG2_E,
-                1.0 / (H * len(layers)),
-                first,
-                last,
-                queries,
-                T,
-                *one_q.stride()[:3],
-                *one_kv.stride()[:2],
-                buffer.stride(0),
+                *tensors,
+                *sizes,
+                *strides,
                 H=H,
                 ADD=number > 0,
                 **_latent_blocks(D),
-                BLOCK_Q=tile.block_q,
-                BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile_options(tile),
             )
         yield first, last, buffer
 
@@ -153,6 +136,7 @@ def _latent_blocks(D: int) -> dict[str, int]:
 
 
 if triton is not None:
+    _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
     @triton.jit
     def last_and_first_slot(query_start, key_start, batch, query, real, S):
@@ -228,7 +212,7 @@ if triton is not None:
             reference = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(s - reference[:, None]), 1)
             top = new_top
-        result = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        result = tl.where(total > 0, (top + tl.log2(total)) * _LN_2, float("-inf"))
         tl.store(lse + (batch * S + query) * H + head, result, mask=real)
 
     @triton.jit
@@ -295,7 +279,7 @@ if triton is not None:
                     q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
                 s = tl.dot(rest, tl.trans(q_rest), acc=s)
             row_lse = tl.load(lse + (batch * S + query) * H + head, mask=real, other=float("inf"))
-            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
             p += tl.exp2(s * scale_log2 - row_lse[None, :])
         visible = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
         p = tl.where(visible, p * factor, 0.0)

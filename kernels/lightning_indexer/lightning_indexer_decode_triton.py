@@ -42,18 +42,7 @@ def score_config(S: int, H: int, D: int) -> dict:
     return {"BQ": BQ, "HP": heads, "DP": width, "BK": 64, "STAGES": 2 if BQ * heads > 64 else 4, "num_warps": 4}
 
 
-def indexer_score_slab(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    topk: int,
-    scale: float,
-    starts: torch.Tensor,
-    first_keys: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    out: torch.Tensor,
-    multiprocessors: int,
-) -> None:
+def indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors) -> None:
     """Fill `out` [B, S, min(topk, T)] a slab of rows at a time."""
     B, S, H, D = q.shape
     T = k.shape[1]
@@ -64,6 +53,7 @@ def indexer_score_slab(
     batches = -(-B // -(-B // batches))
     queries = S if rows >= S else max(config["BQ"], rows // config["BQ"] * config["BQ"])
     pieces = -(-T // PIECE_KEYS)
+    most_pieces = max(LEAST_PIECES, next_power_of_2(pieces))
     slab_rows = batches * queries
     cap = next_power_of_2(max(3 * out.shape[2] + 512, 2 * EPOCH_KEYS))
     scores = torch.empty(slab_rows, T, dtype=torch.float32, device=q.device)
@@ -85,72 +75,21 @@ def indexer_score_slab(
             first_part = None if first_keys is None else first_keys[part].contiguous()
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
+            tensors = (q_part, k_part, w_part, starts_part, first_part, mask_part, scores)
+            strides = (*q_part.stride()[:3], *k_part.stride()[:2], *w_part.stride()[:2])
+            sizes = (s, ns, T, scale, tiles_each)
+            given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None}
             launcher(indexer_scores_kernel, grid, q_part)(
-                q_part,
-                k_part,
-                w_part,
-                starts_part,
-                first_part,
-                mask_part,
-                scores,
-                *q_part.stride()[:3],
-                *k_part.stride()[:2],
-                *w_part.stride()[:2],
-                s,
-                ns,
-                T,
-                scale,
-                tiles_each,
-                H=H,
-                HP=config["HP"],
-                D=D,
-                DP=config["DP"],
-                BQ=config["BQ"],
-                BK=config["BK"],
-                HAS_FIRST=first_keys is not None,
-                HAS_MASK=mask is not None,
-                STAGES=config["STAGES"],
-                num_warps=config["num_warps"],
-                num_stages=config["STAGES"],
-                **early_launch(),
+                *tensors, *strides, *sizes, H=H, D=D, **given, **config, num_stages=config["STAGES"], **early_launch()
             )
+            tensors = (scores, starts_part, passed, counts, guesses)
+            sizes = (s, ns, T, pieces, out.shape[2])
             launcher(indexer_filter_kernel, (pieces, ns, nb), scores)(
-                scores,
-                starts_part,
-                passed,
-                counts,
-                guesses,
-                s,
-                ns,
-                T,
-                pieces,
-                out.shape[2],
-                SAMPLE=SAMPLE,
-                PIECE=PIECE_KEYS,
-                CAP=cap,
-                num_warps=4,
-                **early_launch(),
+                *tensors, *sizes, SAMPLE=SAMPLE, PIECE=PIECE_KEYS, CAP=cap, num_warps=4, **early_launch()
             )
+            constants = {"PIECES": most_pieces, "PIECE": PIECE_KEYS, "EPOCH": EPOCH_KEYS, "CAP": cap}
             launcher(indexer_select_kernel, (ns, nb), scores)(
-                scores,
-                starts_part,
-                passed,
-                counts,
-                guesses,
-                lists,
-                out_part,
-                *out_part.stride()[:2],
-                s,
-                ns,
-                T,
-                pieces,
-                out.shape[2],
-                PIECES=max(LEAST_PIECES, next_power_of_2(pieces)),
-                PIECE=PIECE_KEYS,
-                EPOCH=EPOCH_KEYS,
-                CAP=cap,
-                num_warps=8,
-                **early_launch(),
+                *tensors, lists, out_part, *out_part.stride()[:2], *sizes, **constants, num_warps=8, **early_launch()
             )
 
 

@@ -22,9 +22,15 @@ from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
-# Columns (queries * heads) of a score tile at most: K is read once for every so many of them.
-TILE_COLUMNS = 256
+# Keys of a tile, and columns (queries * heads) at most: K is read once for every so many of them.
+TILE_KEYS, TILE_COLUMNS = 64, 256
+# Wider heads leave room for fewer columns.
+TYPICAL_WIDTH = 128
+# Tiles of an epoch: a bit of an int32 for each.
+EPOCH_TILES = 32
 MAX_TOPK = 4096
+# One multiplies while the other reduces, appends or cuts.
+PROGRAMS_PER_SM = 2
 
 
 def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: torch.Tensor | None) -> str | None:
@@ -44,16 +50,7 @@ def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: to
     return None
 
 
-def lightning_indexer_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    topk: int,
-    scale: float,
-    query_start: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    key_start: torch.Tensor | None = None,
-) -> torch.Tensor:
+def lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start=None) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
 
     `q` may be e4m3; `k` are rows of `quantized_rows` then.
@@ -94,7 +91,7 @@ def _in_hopper(q, k, weights, topk, scale, starts, first_keys, mask, out) -> Non
 def _why_not_split(q, *_) -> str | None:
     _, arch, processors = device_target(q.device)
     config = prefill_config(*q.shape[2:], arch)
-    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < processors * config["programs_per_sm"]:
+    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < processors * PROGRAMS_PER_SM:
         return None
     return "there are queries for every multiprocessor"
 
@@ -107,7 +104,7 @@ def _in_split_keys(q, k, weights, topk, scale, starts, first_keys, mask, out) ->
 def _in_query_blocks(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
     _, arch, processors = device_target(q.device)
     config = prefill_config(*q.shape[2:], arch)
-    programs = processors * config["programs_per_sm"]
+    programs = processors * PROGRAMS_PER_SM
     _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
 
 
@@ -132,7 +129,7 @@ def prefill_config(H: int, D: int, architecture: int | str) -> dict:
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
     # Only sm100 has room for the products of 256 columns outside the registers; elsewhere they spill.
     columns = TILE_COLUMNS if architecture == 100 else TILE_COLUMNS // 2
-    columns = max(heads, min(columns, columns * 128 // width))
+    columns = max(heads, min(columns, columns * TYPICAL_WIDTH // width))
     BQ = max(1, min(8, columns // heads))
     while BQ * heads < 16:
         BQ *= 2
@@ -140,11 +137,10 @@ def prefill_config(H: int, D: int, architecture: int | str) -> dict:
         "BQ": BQ,
         "HP": heads,
         "DP": width,
-        "BK": 64,
+        "BK": TILE_KEYS,
         "STAGES": 3,
         "PARTS": 2 if columns == TILE_COLUMNS and BQ > 1 else 1,
         "num_warps": 4,
-        "programs_per_sm": 2,
     }
 
 
@@ -156,47 +152,17 @@ def list_capacity(topk: int, epoch: int) -> int:
 def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs) -> None:
     """All rows, or with `redo` int32 `[B, S]` only the blocks that hold a row marked there."""
     B, S, H, D = q.shape
-    # A bit of an int32 for every tile of an epoch.
-    BQ, EPOCH = config["BQ"], 32 * config["BK"]
+    BQ, EPOCH = config["BQ"], EPOCH_TILES * config["BK"]
     CAP = list_capacity(topk, EPOCH)
     buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
+    tensors = (q, k, weights, starts, first_keys, mask, redo, out, buffer, exchange, lists)
+    strides = (*q.stride()[:3], *k.stride()[:2], *weights.stride()[:2])
+    sizes = (B, S, k.shape[1], out.shape[2], scale)
+    given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None, "HAS_REDO": redo is not None}
     launcher(lightning_indexer_prefill_kernel, (programs,), q)(
-        q,
-        k,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        redo,
-        out,
-        buffer,
-        exchange,
-        lists,
-        *q.stride()[:3],
-        *k.stride()[:2],
-        *weights.stride()[:2],
-        B,
-        S,
-        k.shape[1],
-        out.shape[2],
-        scale,
-        H=H,
-        HP=config["HP"],
-        D=D,
-        DP=config["DP"],
-        BQ=BQ,
-        BK=config["BK"],
-        EPOCH=EPOCH,
-        CAP=CAP,
-        HAS_FIRST=first_keys is not None,
-        HAS_MASK=mask is not None,
-        HAS_REDO=redo is not None,
-        STAGES=config["STAGES"],
-        PARTS=config["PARTS"],
-        num_warps=config["num_warps"],
-        num_stages=config["STAGES"],
+        *tensors, *strides, *sizes, H=H, D=D, EPOCH=EPOCH, CAP=CAP, **given, **config, num_stages=config["STAGES"]
     )
 
 
@@ -205,11 +171,8 @@ if triton is not None:
 
     @triton.jit
     def load_queries(
-        q,
-        weights,
-        q_stride_s,
-        q_stride_h,
-        w_stride_s,
+        rows,
+        strides,
         first_query,
         S,
         scale,
@@ -220,6 +183,8 @@ if triton is not None:
         BQ: tl.constexpr,
     ):
         """Q of BQ queries, `[DP, BQ * HP]`, and their head weights times `scale`, `[BQ * HP]`; zero where padded."""
+        q, weights = rows
+        q_stride_s, q_stride_h, w_stride_s = strides
         # 0, which the compiler does not know: else it keeps what follows over the loop around, and spills.
         zero = first_query >> 30
         column = tl.arange(0, BQ * HP) + zero
@@ -227,8 +192,8 @@ if triton is not None:
         dim = tl.arange(0, DP) + zero
         query = (first_query + column // HP).to(tl.int64)
         real = (query < S) & (head < H)
-        rows = q + query * q_stride_s + head * q_stride_h
-        tile = tl.load(rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
+        q_rows = q + query * q_stride_s + head * q_stride_h
+        tile = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
         w = tl.load(weights + query * w_stride_s + head, mask=real, other=0.0)
         return tl.trans(tile), w.to(tl.float32) * scale
 
@@ -257,9 +222,7 @@ if triton is not None:
         count,
         first_key,
         tiles,
-        buffer,
-        exchange,
-        lists,
+        memory,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
         HAS_FIRST: tl.constexpr,
@@ -269,6 +232,7 @@ if triton is not None:
         `passed` [BQ, BK]: bit i of lane l stands for key `first_key + l * tiles + i`, with the score
         `buffer[q, i * BK + l]`.
         """
+        buffer, exchange, lists = memory
         BQ: tl.constexpr = passed.shape[0]
         BK: tl.constexpr = passed.shape[1]
         row = tl.arange(0, BQ)
@@ -380,37 +344,11 @@ if triton is not None:
                     first_slot = tl.maximum(first_slot, 0)
                 begin = tl.min(first_slot)
 
-                q_tile, w = load_queries(
-                    q + b * q_stride_b,
-                    weights + b * w_stride_b,
-                    q_stride_s,
-                    q_stride_h,
-                    w_stride_s,
-                    first_query,
-                    S,
-                    scale,
-                    H,
-                    HP,
-                    D,
-                    DP,
-                    BQ // PARTS,
-                )
+                rows, strides = (q + b * q_stride_b, weights + b * w_stride_b), (q_stride_s, q_stride_h, w_stride_s)
+                q_tile, w = load_queries(rows, strides, first_query, S, scale, H, HP, D, DP, BQ // PARTS)
                 if PARTS == 2:
-                    q_tile1, w1 = load_queries(
-                        q + b * q_stride_b,
-                        weights + b * w_stride_b,
-                        q_stride_s,
-                        q_stride_h,
-                        w_stride_s,
-                        first_query + BQ // 2,
-                        S,
-                        scale,
-                        H,
-                        HP,
-                        D,
-                        DP,
-                        BQ // PARTS,
-                    )
+                    second = first_query + BQ // 2
+                    q_tile1, w1 = load_queries(rows, strides, second, S, scale, H, HP, D, DP, BQ // PARTS)
 
                 bound = tl.full([BQ], float("-inf"), tl.float32)
                 count = tl.zeros([BQ], tl.int32)
@@ -449,20 +387,9 @@ if triton is not None:
                         words = tl.reshape(both, [BQ, BK])
                     else:
                         words = tl.trans(passed)
-                    count = append_passed(
-                        words & allowed[None, :],
-                        first_slot,
-                        slot,
-                        count,
-                        epoch,
-                        tiles,
-                        buffer,
-                        exchange,
-                        lists,
-                        EPOCH,
-                        CAP,
-                        HAS_FIRST,
-                    )
+                    memory = (buffer, exchange, lists)
+                    words &= allowed[None, :]
+                    count = append_passed(words, first_slot, slot, count, epoch, tiles, memory, EPOCH, CAP, HAS_FIRST)
                     tl.debug_barrier()
                     if tl.max(count) > CAP - EPOCH:
                         for i in tl.range(0, BQ, num_stages=1):

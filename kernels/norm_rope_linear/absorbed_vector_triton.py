@@ -24,12 +24,9 @@ def absorb_queries_triton(
     rope = width - nope
     q, cos, sin = q.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, queries, heads, rank + rope, dtype=q.dtype, device=q.device)
+    tensors = (q, to_latent, cos, sin, out)
     launcher(absorb_queries_kernel, (batch * queries * heads, triton.cdiv(rank, LATENT_ENTRIES) + 1), q)(
-        q,
-        to_latent,
-        cos,
-        sin,
-        out,
+        *tensors,
         queries,
         *to_latent.stride()[:2],
         0 if cos.shape[0] == 1 else cos.stride(0),

@@ -7,22 +7,12 @@ import torch
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
-from .cache_slot import CacheSlot
 
 # Entries that a program holds: rows times their width.
 TILE = 2048
 
 
-def index_key_rows_triton(
-    k: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    slot: CacheSlot | None = None,
-) -> torch.Tensor:
+def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
     """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of turned entries."""
     width, turned = k.shape[-1], cos.shape[-1]
     rows = k.reshape(-1, width)
@@ -32,16 +22,11 @@ def index_key_rows_triton(
     cos, sin = cos.contiguous(), sin.contiguous()
     block = triton.next_power_of_2(width)
     rows_each = max(1, TILE // block)
+    tensors = (rows, out, weight.contiguous(), bias.contiguous(), cos, sin)
+    sizes = (eps, rows.shape[0], k.shape[1])
     launcher(index_key_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
-        rows,
-        out,
-        weight.contiguous(),
-        bias.contiguous(),
-        cos,
-        sin,
-        eps,
-        rows.shape[0],
-        k.shape[1],
+        *tensors,
+        *sizes,
         *rows.stride(),
         0 if cos.shape[0] == 1 else cos.stride(0),
         rows if slot is None else slot.position,

@@ -7,7 +7,6 @@ import torch
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
-from .cache_slot import CacheSlot
 
 # Entries that a program holds: rows times their width.
 TILE = 4096
@@ -23,15 +22,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     return out
 
 
-def latent_rows_triton(
-    kv: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    slot: CacheSlot | None = None,
-) -> torch.Tensor:
+def latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
     """As `kernels.rms_norm.latent_rows`, for one dtype and a power of two of rotated columns."""
     rows = kv.reshape(-1, kv.shape[-1])
     out = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device) if slot is None else slot.rows
@@ -46,18 +37,13 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
     normed = rows.shape[1] - rotated
     block = triton.next_power_of_2(normed)
     rows_each = max(1, TILE // block)
+    tensors = (rows, out, weight.contiguous(), cos, sin)
+    sizes = (eps, rows.shape[0], tokens)
+    strides = (rows.stride(0), rows.stride(1), angle_stride_b)
     launcher(rms_norm_rope_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
-        rows,
-        out,
-        weight.contiguous(),
-        cos,
-        sin,
-        eps,
-        rows.shape[0],
-        tokens,
-        rows.stride(0),
-        rows.stride(1),
-        angle_stride_b,
+        *tensors,
+        *sizes,
+        *strides,
         weight if slot is None else slot.position,
         out.stride(0),
         0 if slot is None else out.shape[1],

@@ -20,15 +20,12 @@ def rotate_into_triton(
     if x.numel() == 0:
         return
     cos, sin = cos.contiguous(), sin.contiguous()
+    tensors = (x, out, cos, sin)
+    strides = (*x.stride(), *out.stride(), 0 if cos.shape[0] == 1 else cos.stride(0))
     launcher(rotate_kernel, (triton.cdiv(tokens * heads, PAIRS), batch), x)(
-        x,
-        out,
-        cos,
-        sin,
+        *tensors,
         tokens,
-        *x.stride(),
-        *out.stride(),
-        0 if cos.shape[0] == 1 else cos.stride(0),
+        *strides,
         H=heads,
         R=width,
         PAIRS=PAIRS,

@@ -15,14 +15,7 @@ MAX_NORMED = 2048
 TILE = 4096
 
 
-def vector_linear_triton(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    base: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
+def vector_linear_triton(x, weights, norm=None, eps=0.0, base=None, scale=None) -> torch.Tensor:
     """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows, `MAX_NORMED` wide if normed.
 
     With a `scale` as `wide_vector_linear`: results are fp32, and weights may be.

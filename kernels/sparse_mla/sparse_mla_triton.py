@@ -16,12 +16,20 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
-from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher
+from ..common.kernel_constants import LARGE_SHARED_MEMORY, LN_2, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
 from ..common.triton_support import tl, triton
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
-from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
+from .sparse_mla_union_triton import (
+    count_keys,
+    group_size,
+    merge_key_lists,
+    owner_shift,
+    program_place,
+    row_of,
+    slot_of,
+)
 
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
@@ -92,15 +100,7 @@ def sparse_mla_triton(
     return out, lse
 
 
-def sparse_mla_merged(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    group: int,
-    scale: float,
-    value_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
     """As `sparse_mla_triton`, from lists that `merge_key_lists` made of every `group` queries."""
     B, S, H, _ = q.shape
     out = q.new_empty(B, S, H, value_dim)
@@ -163,18 +163,9 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
     part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
     _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
     block_v = min(COMBINED_ENTRIES, triton.next_power_of_2(V))
+    tensors = (part_out, part_lse, out, lse)
     launcher(_sparse_mla_combine_kernel, (B * S * H, triton.cdiv(V, block_v)), part_out)(
-        part_out,
-        part_lse,
-        out,
-        lse,
-        B * S * H,
-        splits,
-        V=V,
-        BLOCK_V=block_v,
-        BLOCK_SPLITS=MOST_SPLITS,
-        num_warps=4,
-        **early_launch(),
+        *tensors, B * S * H, splits, V=V, BLOCK_V=block_v, BLOCK_SPLITS=MOST_SPLITS, num_warps=4, **early_launch()
     )
     return out, lse
 
@@ -186,18 +177,9 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     lists = triton.cdiv(S, group)
     split_stride = out.stride(0) if splits > 1 else 0
     split_lse_stride = lse.stride(0) if splits > 1 else 0
-    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
-        q,
-        kv,
-        keys,
-        counts,
-        out,
-        lse,
-        scale * LOG2_E,
-        S,
-        lists,
-        keys.shape[-1],
-        kv.shape[1],
+    tensors = (q, kv, keys, counts, out, lse)
+    sizes = (scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
+    strides = (
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -205,11 +187,14 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         *out.stride()[-4:-1],
         split_lse_stride,
         *lse.stride()[-3:-1],
+    )
+    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
+        *tensors,
+        *sizes,
+        *strides,
         H=H,
         V=V,
         R=D - V,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
         BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
@@ -217,8 +202,7 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         OWNER_SHIFT=owner_shift(group),
         HEAD_BLOCKS=head_blocks,
         SPLIT=splits > 1,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
         **early_launch(),
     )
 
@@ -231,6 +215,7 @@ def _decode_splits(programs: int, topk: int, block_n: int, processors: int) -> i
 
 
 if triton is not None:
+    _LN_2 = tl.constexpr(LN_2)
 
     @triton.jit(do_not_specialize=["S", "lists", "T", "lse_stride_split", "lse_stride_b"])
     def _sparse_mla_fwd_kernel(
@@ -275,28 +260,18 @@ if triton is not None:
     ):
         wait_for_kernels_ahead(EARLY)
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
-        list_id = tl.program_id(0) // HEAD_BLOCKS
-        batch = (list_id // lists).to(tl.int64)
-        list_id = list_id % lists
-        offs_m = tl.program_id(0) % HEAD_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+        list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
+        offs_m = head_block * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         offs_v = tl.arange(0, BLOCK_V)
         offs_r = tl.arange(0, BLOCK_R)
-        if GROUP > 1:
-            member, head = offs_m // H, offs_m % H
-        else:
-            member, head = offs_m * 0, offs_m
-        query = list_id * GROUP + member
-        row_mask = (head < H) & (member < GROUP) & (query < S)  # [BM]
-        query = query.to(tl.int64)
+        query, head, member, row_mask = row_of(offs_m, list_id, S, H, GROUP)
 
         keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
         if GROUP > 1:
             count = tl.load(counts + batch * lists + list_id)
         else:
-            offs_all = tl.arange(0, BLOCK_K)
-            all_keys = tl.load(keys_row + offs_all, mask=offs_all < K, other=-1)
-            count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
+            count = count_keys(keys_row, K, BLOCK_K)
         blocks = tl.cdiv(count, BLOCK_N)
         first = 0
         if SPLIT:
@@ -323,12 +298,7 @@ if triton is not None:
             key = next_key
             offs_k = (block + 1) * BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
-            listed = key >= 0
-            slot = key
-            if GROUP > 1:
-                slot = key & ((1 << OWNER_SHIFT) - 1)
-            else:
-                listed = listed & (key < T)
+            slot, listed = slot_of(key, T, GROUP, OWNER_SHIFT)
             kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
             if BLOCK_V == V:
                 c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]
@@ -356,7 +326,7 @@ if triton is not None:
             row_max = new_max
 
         acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-        row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+        row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
         split = tl.program_id(1).to(tl.int64)
         out_rows = out + split * out_stride_split + batch * out_stride_b + query * out_stride_s + head * out_stride_h
         out_ptr = out_rows[:, None] + offs_v[None, :]

@@ -179,4 +179,4 @@ def test_the_kernels_between_them_wait_at_once(module):
     assert len(kernels) >= 2
     for kernel in kernels:
         first = kernel.src[kernel.src.index("EARLY: tl.constexpr = False") :].split("\n", 6)
-        assert any("tl.extra.cuda.gdc_wait()" in line for line in first), kernel.__name__
+        assert any("wait_for_kernels_ahead(EARLY)" in line for line in first), kernel.__name__
