@@ -140,12 +140,13 @@ class Operation:
 
     def explain(self, device: torch.device, *arguments: Any) -> tuple[str, dict[str, str]]:
         """The name of the backend that runs `arguments`, and why not each that comes before it."""
-        reasons = {}
+        reasons: dict[str, str] = {}
         for backend in self.backends[:-1]:
+            reason = _set_aside.get((self.name, backend.name, device))
             if not has_kernels(device):
                 reason = NO_TRITON if device.type == "cuda" else f"kernels need a GPU, not {device.type}"
-            else:
-                reason = _set_aside.get((self.name, backend.name, device)) or backend.why_not(*arguments)
+            elif reason is None:
+                reason = backend.why_not(*arguments)
             if reason is None:
                 return backend.name, reasons
             reasons[backend.name] = reason

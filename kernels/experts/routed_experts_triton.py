@@ -14,6 +14,8 @@ from ..common.triton_support import tl, triton
 
 # Output rows of a program, and input columns that it holds at once, in the matrix-vector kernels.
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
+# Entries of rows that four warps hold at once, and a tile of the gate.
+ROW_TILE, GATED_ROWS, GATED_COLUMNS = 4096, 4, 1024
 
 
 def experts_vector(
@@ -64,10 +66,10 @@ def experts_vector(
         num_warps=4,
         **early_launch(),
     )
-    tensors = (hidden, experts, weights, down, shared_down, out if base is None else base, out)
+    more = (hidden, experts, weights, down, shared_down, out if base is None else base, out)
     strides = (*down.stride()[:2], shared_down.stride(-2), 0 if base is None else base.stride(0))
     launcher(experts_down_vector_kernel, (tokens, triton.cdiv(width, VECTOR_ROWS)), hidden)(
-        *tensors,
+        *more,
         *strides,
         D=width,
         INNER=inner,
@@ -88,7 +90,7 @@ def copy_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens * k, x.shape[1], dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(x.shape[1])
-        rows = max(1, 4096 // block)
+        rows = max(1, ROW_TILE // block)
         grid = (triton.cdiv(tokens, rows),)
         tensors = (x, place, out)
         sizes = (x.shape[1], block, k, rows)
@@ -101,10 +103,10 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(width))
-        grid = (triton.cdiv(rows, 4), triton.cdiv(width, block))
+        block = min(GATED_COLUMNS, triton.next_power_of_2(width))
+        grid = (triton.cdiv(rows, GATED_ROWS), triton.cdiv(width, block))
         tensors = (gate, up, out)
-        sizes = (width, block, 4)
+        sizes = (width, block, GATED_ROWS)
         launcher(gated_kernel, grid, gate)(*tensors, rows, gate.stride(0), up.stride(0), *sizes, num_warps=4)
     return out
 
@@ -140,7 +142,7 @@ def combine(
             K=weights.shape[1],
             HAS_SHARED=shared is not None,
             HAS_BASE=base is not None,
-            num_warps=4 if block <= 4096 else 8,
+            num_warps=4 if block <= ROW_TILE else 8,
         )
 
 

@@ -14,9 +14,7 @@ import torch
 
 from ..common.argument_checks import check_floats, check_tensors
 from ..common.dispatch import Backend, Operation, takes_all
-from .indexer_quantization_triton import quantize_triton, why_not_quantize
-
-E4M3_MAX = 448.0
+from .indexer_quantization_triton import E4M3_MAX, quantize_triton, why_not_quantize
 
 
 @lru_cache

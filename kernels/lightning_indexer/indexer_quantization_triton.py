@@ -1,4 +1,7 @@
-"""Rotation, scales and e4m3 values of indexer queries and keys in one Triton kernel, rounded as in PyTorch."""
+"""Rotation, scales and e4m3 values of indexer queries and keys in one Triton kernel, rounded as in PyTorch.
+
+Legend: N rows of D entries.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
 from ..common.triton_support import HALF_PRECISION, tl, triton
 
+# Largest finite e4m3 value.
+E4M3_MAX = 448.0
 # Rows of a program, and the widths that it rotates by a product with a square matrix.
 ROWS, WIDTHS = 64, (16, 32, 64, 128, 256)
 
@@ -32,6 +37,7 @@ def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if triton is not None:
+    _E4M3_MAX = tl.constexpr(E4M3_MAX)
 
     @triton.jit(do_not_specialize=["N"])
     def quantize_rows_kernel(x, values, scale, N, norm, D: tl.constexpr, ROWS: tl.constexpr):
@@ -51,11 +57,11 @@ if triton is not None:
         turned = (turned * norm).to(tile.dtype).to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(turned), 1), 1e-10)  # [ROWS]
         # The power of two from largest / 448 up: its exponent, one more unless the fraction is zero.
-        bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
+        bits = (largest * (1.0 / _E4M3_MAX)).to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         # A NaN stays one: as a bound it would be a key like others.
-        above = tl.maximum(turned * inverse[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
-        scaled = tl.minimum(above, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        above = tl.maximum(turned * inverse[:, None], -_E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+        scaled = tl.minimum(above, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(values + place, scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scale + row, (exponent << 23).to(tl.float32, bitcast=True), mask=row < N)

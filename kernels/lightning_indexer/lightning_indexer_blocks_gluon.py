@@ -1,4 +1,7 @@
-"""Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory."""
+"""Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory.
+
+Legend: as `lightning_indexer_hopper_gluon.py`; OWN stages of either score group.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ Three launches, each with lengths read on the device:
 2. a guess of each row's k-th best score from a sample, and, by pieces of the row, the keys whose score is above it;
 3. if at least `topk` and at most CAP keys passed, the exact top-k of those; otherwise the row's scores are visited in
    order with a running bound, as the prefill kernel does. Either way the selection is exact.
+
+Legend: as `lightning_indexer_triton.py`; `s` first query of a slab.
 """
 
 from __future__ import annotations
@@ -14,11 +16,17 @@ from __future__ import annotations
 import torch
 
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
+from ..common.kernel_constants import GREATEST_INT
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 
 # Score slab in bytes: little more than L2 holds. 64 rows of 200K keys in one took 1.334 ms, in two of 48 MiB 1.374.
 SLAB_BYTES = 64 * 2**20
+# Keys of a tile, and columns (queries * heads) at most: K is read once for every so many of them.
+TILE_KEYS, TILE_COLUMNS = 64, 256
+# Wider heads leave room for fewer columns.
+TYPICAL_WIDTH = 128
+# Keys of a row that one program filters, those that it samples for its guess, and those between two cuts of a list.
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048
@@ -31,15 +39,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def score_config(S: int, H: int, D: int) -> dict:
+def score_config(S: int, H: int, D: int) -> dict[str, int]:
     """Tile sizes of the score kernel: as many queries share a tile of keys as 256 columns hold."""
     width = max(16, next_power_of_2(D))
     heads = next_power_of_2(H)
-    limit = max(heads, min(256, 256 * 128 // width))
+    limit = max(heads, min(TILE_COLUMNS, TILE_COLUMNS * TYPICAL_WIDTH // width))
     BQ = max(1, min(8, limit // heads, next_power_of_2(S)))
     while BQ * heads < 16:
         heads *= 2
-    return {"BQ": BQ, "HP": heads, "DP": width, "BK": 64, "STAGES": 2 if BQ * heads > 64 else 4, "num_warps": 4}
+    return {"BQ": BQ, "HP": heads, "DP": width, "BK": TILE_KEYS, "STAGES": 2 if BQ * heads > 64 else 4, "num_warps": 4}
 
 
 def indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors) -> None:
@@ -82,14 +90,14 @@ def indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out
             launcher(indexer_scores_kernel, grid, q_part)(
                 *tensors, *strides, *sizes, H=H, D=D, **given, **config, num_stages=config["STAGES"], **early_launch()
             )
-            tensors = (scores, starts_part, passed, counts, guesses)
+            filtered = (scores, starts_part, passed, counts, guesses)
             sizes = (s, ns, T, pieces, out.shape[2])
             launcher(indexer_filter_kernel, (pieces, ns, nb), scores)(
-                *tensors, *sizes, SAMPLE=SAMPLE, PIECE=PIECE_KEYS, CAP=cap, num_warps=4, **early_launch()
+                *filtered, *sizes, SAMPLE=SAMPLE, PIECE=PIECE_KEYS, CAP=cap, num_warps=4, **early_launch()
             )
             constants = {"PIECES": most_pieces, "PIECE": PIECE_KEYS, "EPOCH": EPOCH_KEYS, "CAP": cap}
             launcher(indexer_select_kernel, (ns, nb), scores)(
-                *tensors, lists, out_part, *out_part.stride()[:2], *sizes, **constants, num_warps=8, **early_launch()
+                *filtered, lists, out_part, *out_part.stride()[:2], *sizes, **constants, num_warps=8, **early_launch()
             )
 
 
@@ -103,6 +111,10 @@ if triton is not None:
         ordered_int,
         pair_of,
     )
+
+    _GREATEST = tl.constexpr(GREATEST_INT)
+    # Entries of a list that a program gathers at once.
+    _GATHERED = tl.constexpr(1024)
 
     @triton.jit(do_not_specialize=["w_stride_b", "s", "S", "T", "tiles_each"])
     def indexer_scores_kernel(
@@ -277,16 +289,16 @@ if triton is not None:
         count = total
         if (total <= CAP) & ((total >= TOPK) | (guess == float("-inf"))):
             # Entry e lies in the first piece whose inclusive count exceeds e.
-            for first in tl.range(0, total, 1024, num_stages=1):
-                entry = first + tl.arange(0, 1024)
+            for first in tl.range(0, total, _GATHERED, num_stages=1):
+                entry = first + tl.arange(0, _GATHERED)
                 valid = entry < total
-                home = tl.zeros([1024], tl.int32)
+                home = tl.zeros([_GATHERED], tl.int32)
                 step = tl.full((), PIECES, tl.int32)
                 while step > used:
                     step = step // 2
                 while step > 0:
                     probe = home + step
-                    before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=2147483647)
+                    before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=_GREATEST)
                     home = tl.where(before <= entry, probe, home)
                     step = step // 2
                 base = tl.load(counts + home - 1, mask=valid & (home > 0), other=0)
@@ -305,9 +317,9 @@ if triton is not None:
                 tl.debug_barrier()
                 held = tl.max(counted)
                 if held > CAP - EPOCH:
-                    kth, held = keep_best(lists, held, TOPK, TOPK // 8, lists, CAP, 2048, False)
+                    kth, held = keep_best(lists, held, TOPK, TOPK // 8, lists, CAP, False)
                     bound = tl.full([1], 0.0, tl.float32) + kth
                     counted = tl.zeros([1], tl.int32) + held
             count = tl.max(counted)
-        keep_best(lists, count, TOPK, 0, out, CAP, 2048, True)
-        fill_rest(out, tl.minimum(count, TOPK), TOPK, 1024)
+        keep_best(lists, count, TOPK, 0, out, CAP, True)
+        fill_rest(out, tl.minimum(count, TOPK), TOPK)

@@ -14,6 +14,9 @@ The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
 that ends with `topk` entries or more holds the exact selection (`lightning_indexer_select_triton.py`), and the rows of
 the others are marked in `redo` for the portable kernel.
+
+Legend: B batch, S queries, T keys, H heads, D width; BQ queries of a block; STRIDE of a sample; a list has CAPACITY
+entries; see `Sizes`, `Buffers` and `Bars` for what travels together.
 """
 
 from __future__ import annotations
@@ -122,7 +125,7 @@ def lightning_indexer_hopper(
     return None if guesses is None else redo
 
 
-def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict:
+def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict[str, int]:
     """The kernel's constants but for what is given or not (HAS_...); `masked`: a mask or first keys are."""
     BQ = COLUMNS // H
     capacity = sample_list_keys(BQ) if sampling else LIST_KEYS

@@ -3,6 +3,8 @@
 The selector of a sampling pass: it appends scores above a row's bound to the row's list, cuts the lists of a block
 together when one fills, and at the block's end writes for each row a score that about `rank` of the sample reach. A
 warp holds whole rows, so that nothing here waits for another warp but for a full list.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Scores of tiles of keys by blocks of queries: Hopper's tensor cores, then sums over heads, in Gluon."""
+"""Scores of tiles of keys by blocks of queries: Hopper's tensor cores, then sums over heads, in Gluon.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
+"""
 
 from __future__ import annotations
 

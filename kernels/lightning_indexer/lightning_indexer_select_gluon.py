@@ -2,6 +2,8 @@
 
 A list holds the bits of fp32 scores and, CAPACITY entries further on, their int32 keys in ascending order. As in
 `lightning_indexer_select_triton.py`, keys appended later are larger, so that ties go to the smaller key.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@ come from genuine scores, so any order of scores is selected exactly, at worst w
 share an SM: one multiplies while the other reduces, appends or cuts.
 
 Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
+
+Legend: B batch, S queries, T keys, H indexer heads, D their width; HP and DP powers of two; BQ queries and BK keys of
+a tile.
 """
 
 from __future__ import annotations
@@ -16,19 +19,25 @@ import torch
 
 from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
+from ..common.kernel_constants import GREATEST_INT
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .indexer_quantization import e4m3_of_rows
-from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
+from .lightning_indexer_decode_triton import (
+    TILE_COLUMNS,
+    TILE_KEYS,
+    TYPICAL_WIDTH,
+    indexer_score_slab,
+    next_power_of_2,
+)
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
-# Keys of a tile, and columns (queries * heads) at most: K is read once for every so many of them.
-TILE_KEYS, TILE_COLUMNS = 64, 256
-# Wider heads leave room for fewer columns.
-TYPICAL_WIDTH = 128
 # Tiles of an epoch: a bit of an int32 for each.
 EPOCH_TILES = 32
-MAX_TOPK = 4096
+# What the kernels are tested for.
+MAX_TOPK, MAX_HEADS, MIN_WIDTH, MAX_WIDTH = 4096, 64, 16, 256
+# Fewer entries save nothing.
+SHORTEST_LIST = 512
 # One multiplies while the other reduces, appends or cuts.
 PROGRAMS_PER_SM = 2
 
@@ -41,8 +50,9 @@ def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: to
     dtype = k.dtype if q.dtype == torch.float8_e4m3fn else q.dtype
     if dtype not in (torch.bfloat16, torch.float16) or k.dtype != dtype:
         return f"q and k must both be bfloat16 or float16 (got {q.dtype} and {k.dtype})"
-    if not 1 <= q.shape[2] <= 64 or not 16 <= q.shape[3] <= 256:
-        return f"1 to 64 heads of width 16 to 256 are supported (got {q.shape[2]} of {q.shape[3]})"
+    if not 1 <= q.shape[2] <= MAX_HEADS or not MIN_WIDTH <= q.shape[3] <= MAX_WIDTH:
+        got = f"(got {q.shape[2]} of {q.shape[3]})"
+        return f"1 to {MAX_HEADS} heads of width {MIN_WIDTH} to {MAX_WIDTH} are supported {got}"
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK} (got {topk})"
     if key_mask is not None and key_mask.dim() == 3:
@@ -84,14 +94,14 @@ def _in_hopper(q, k, weights, topk, scale, starts, first_keys, mask, out) -> Non
     keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
     redo = lightning_indexer_hopper(q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, processors)
     if redo is not None:
-        config = prefill_config(*q.shape[2:], arch)
+        config = prefill_config(q.shape[2], q.shape[3], arch)
         _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, redo, out, config, processors)
 
 
 def _why_not_split(q, *_) -> str | None:
-    _, arch, processors = device_target(q.device)
-    config = prefill_config(*q.shape[2:], arch)
-    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < processors * PROGRAMS_PER_SM:
+    target = device_target(q.device)
+    config = prefill_config(q.shape[2], q.shape[3], target.arch)
+    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < target.processors * PROGRAMS_PER_SM:
         return None
     return "there are queries for every multiprocessor"
 
@@ -103,7 +113,7 @@ def _in_split_keys(q, k, weights, topk, scale, starts, first_keys, mask, out) ->
 
 def _in_query_blocks(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
     _, arch, processors = device_target(q.device)
-    config = prefill_config(*q.shape[2:], arch)
+    config = prefill_config(q.shape[2], q.shape[3], arch)
     programs = processors * PROGRAMS_PER_SM
     _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
 
@@ -123,7 +133,7 @@ _KERNELS = Operation(
 )
 
 
-def prefill_config(H: int, D: int, architecture: int | str) -> dict:
+def prefill_config(H: int, D: int, architecture: int | str) -> dict[str, int]:
     """Tile sizes of the prefill kernel for an architecture, as in `DeviceTarget`."""
     heads, width = next_power_of_2(H), max(16, next_power_of_2(D))
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
@@ -146,7 +156,7 @@ def prefill_config(H: int, D: int, architecture: int | str) -> dict:
 
 def list_capacity(topk: int, epoch: int) -> int:
     """Entries of a row's list: `topk` and an epoch of keys must fit, with slack so that cuts are rare."""
-    return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
+    return next_power_of_2(max(topk, SHORTEST_LIST) * 3 // 2 + epoch)
 
 
 def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs) -> None:
@@ -168,6 +178,8 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
 
 if triton is not None:
     from .lightning_indexer_select_triton import bits_set, fill_rest, keep_best, pair_of
+
+    _GREATEST = tl.constexpr(GREATEST_INT)
 
     @triton.jit
     def load_queries(
@@ -340,7 +352,7 @@ if triton is not None:
                 first_slot = tl.zeros([BQ], tl.int32)
                 if HAS_FIRST:
                     real = first_query + row < S
-                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=2147483647)
+                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=_GREATEST)
                     first_slot = tl.maximum(first_slot, 0)
                 begin = tl.min(first_slot)
 
@@ -396,12 +408,12 @@ if triton is not None:
                             n = tl.sum(tl.where(row == i, count, 0))
                             if n > TOPK:
                                 list_i = lists + i * CAP
-                                kth, kept = keep_best(list_i, n, TOPK, TOPK // 8, list_i, CAP, 2048, False)
+                                kth, kept = keep_best(list_i, n, TOPK, TOPK // 8, list_i, CAP, False)
                                 bound = tl.where(row == i, kth, bound)
                                 count = tl.where(row == i, kept, count)
                 for i in tl.range(0, BQ, num_stages=1):
                     if first_query + i < S:
                         n = tl.sum(tl.where(row == i, count, 0))
                         out_i = out + (b * S + first_query + i) * TOPK
-                        keep_best(lists + i * CAP, n, TOPK, 0, out_i, CAP, 2048, True)
-                        fill_rest(out_i, tl.minimum(n, TOPK), TOPK, 1024)
+                        keep_best(lists + i * CAP, n, TOPK, 0, out_i, CAP, True)
+                        fill_rest(out_i, tl.minimum(n, TOPK), TOPK)

@@ -1,4 +1,7 @@
-"""LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows."""
+"""LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows.
+
+Legend: D width of a key, R turned entries at its front.
+"""
 
 from __future__ import annotations
 

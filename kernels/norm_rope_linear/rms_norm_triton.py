@@ -1,4 +1,7 @@
-"""RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows."""
+"""RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows.
+
+Legend: N normed entries, R turned ones behind them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs."""
+"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs.
+
+Legend: H heads, R turned entries.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Matrix-vector products in Triton: one program makes a few outputs of one token, of one of several weights."""
+"""Matrix-vector products in Triton: one program makes a few outputs of one token, of one of several weights.
+
+Legend: D width of the input, N0 to N3 outputs of the weights.
+"""
 
 from __future__ import annotations
 

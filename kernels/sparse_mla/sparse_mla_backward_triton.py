@@ -13,6 +13,8 @@ Legend: as `sparse_mla_triton.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..common.device_target import DeviceTarget, device_target
@@ -90,12 +92,14 @@ def _why_not_hopper(deterministic, q, kv, keys, counts, grad_out, *_) -> str | N
 
 
 def _in_hopper(deterministic, *arguments) -> None:
-    (_launch_deterministic if deterministic else _launch)(*arguments, tile=None)
+    launch: Any = _launch_deterministic if deterministic else _launch
+    launch(*arguments, tile=None)
 
 
 def _in_triton(deterministic, q, *arguments) -> None:
     tile = sparse_mla_backward_tile(device_target(q.device), arguments[-1] * q.shape[2], q.shape[3])
-    (_launch_deterministic if deterministic else _launch)(q, *arguments, tile=tile)
+    launch: Any = _launch_deterministic if deterministic else _launch
+    launch(q, *arguments, tile=tile)
 
 
 def _example(new) -> tuple:

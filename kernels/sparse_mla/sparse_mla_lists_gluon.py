@@ -2,6 +2,8 @@
 
 An entry of a list is a slot, or in merged lists (`sparse_mla_union_triton.py`) a slot with a bit for every query of
 the group that selected it, from OWNER_SHIFT on; -1 is no key.
+
+Legend: as `sparse_mla_hopper_gluon.py`.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A group of G queries gets one list: the union of its members' keys in ascending order, each entry
 `key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end,
 repeated keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
+
+Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries a list.
 """
 
 from __future__ import annotations
