@@ -72,8 +72,11 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def run_worker(folder, worker):
-    """Run a file's tests in a process of its own with TRITON_INTERPRET=1."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", TRITON_INTERPRET="1")
+    """Run the tests of a file in a process of its own: of `interpret_*.py` with TRITON_INTERPRET=1, others without."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    env.pop("TRITON_INTERPRET", None)
+    if worker.startswith("interpret"):
+        env["TRITON_INTERPRET"] = "1"
     path = Path(folder) / f"{worker}.py"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--show-capture=no", str(path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PROCESS_SECONDS)
