@@ -574,12 +574,23 @@ def warm_up(
 
 
 @app.command()
-def env(as_json: AsJson = False) -> None:
+def env(
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Show which backend runs each operation, and why not a faster one.")
+    ] = False,
+    target: Annotated[
+        str | None, typer.Option(help="With --kernels: on a GPU of this architecture, e.g. sm_90; the one here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show the versions and devices that matter for a bug report."""
     import platform
 
     from .conversion.convert.installed_versions import installed_versions
 
+    if target is not None and not kernels:
+        _fail("--target goes with --kernels", 2)
+    chosen = _kernel_choices(target) if kernels else []
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     found |= installed_versions(
         "indexcache", "torch", "transformers", "huggingface_hub", "safetensors", "tokenizers", "triton"
@@ -592,10 +603,28 @@ def env(as_json: AsJson = False) -> None:
     except ImportError as error:
         found["torch import"] = str(error)
     if as_json:
-        _print_json(found)
+        _print_json(found | ({"kernels": chosen} if kernels else {}))
         return
     for name, value in found.items():
         tell(f"{name:<16} {value if value not in (None, []) else 'none'}")
+    if kernels:
+        from .conversion.check.drawing import draw_choices
+
+        _print(draw_choices(chosen, target or "this machine"))
+
+
+def _kernel_choices(target: str | None) -> list[dict[str, Any]]:
+    """What runs for each operation of the kernels, on an architecture, the first GPU here, or a CPU."""
+    import torch
+
+    from .kernels.common.backend_listing import choices
+    from .kernels.common.device_target import TARGETS
+
+    if target is not None and target not in TARGETS:
+        _fail(f"--target {target!r} is none of {', '.join(TARGETS)}", 2)
+    on_gpu = target is not None or torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    return [choice._asdict() for choice in choices(device, TARGETS[target] if target else None)]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...kernels.common.compile_process import NoDriver, build_launcher
-from ...kernels.common.device_target import DeviceTarget, device_target
+from ...kernels.common.device_target import TARGETS, DeviceTarget, device_target
 from ...kernels.common.kernel_variants import Variant
 from ...modeling_indexcache.compile_ahead import (
     LENGTHS,
@@ -35,16 +35,6 @@ from ..convert.families import convert_config, load_config
 from ..io.checkpoint import ConversionError
 from .bundle import AUTO_MAP
 
-# Multiprocessors of each architecture's largest device: they decide on grids, and on paths for short prompts.
-TARGETS = {
-    "sm_80": DeviceTarget("cuda", 80, 108),
-    "sm_86": DeviceTarget("cuda", 86, 84),
-    "sm_89": DeviceTarget("cuda", 89, 142),
-    "sm_90": DeviceTarget("cuda", 90, 132),
-    "sm_100": DeviceTarget("cuda", 100, 148),
-    "sm_103": DeviceTarget("cuda", 103, 148),
-    "sm_120": DeviceTarget("cuda", 120, 188),
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .custom_op import function_of
 from .device_target import DeviceTarget, pretended_target
-from .kernel_launch import function_of, recorded_launches
+from .kernel_launch import recorded_launches
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 

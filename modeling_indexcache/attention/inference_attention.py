@@ -19,8 +19,13 @@ from ...kernels.norm_rope_linear.cache_slot import CacheSlot
 from ...kernels.norm_rope_linear.rms_norm import latent_rows
 from ...kernels.norm_rope_linear.rotary import rotate, rotate_into
 from ...kernels.sparse_mla.merged_selection import MergedSelection
-from ...kernels.sparse_mla.sparse_mla import merging_group, sparse_mla, takes_sparse_mla
-from ...kernels.sparse_mla.sparse_mla_triton import queries_per_wave, selection_group
+from ...kernels.sparse_mla.sparse_mla import (
+    merging_group,
+    queries_per_wave,
+    selection_group,
+    sparse_mla,
+    takes_sparse_mla,
+)
 from ..cache.latent_cache import append_latents, latent_slot
 from ..eligibility import say_slower, why_not_streamed, works_in_place
 from ..layers.few_token_linears import is_plain_linear, is_plain_norm, linears

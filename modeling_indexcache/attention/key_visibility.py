@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from ...kernels.lightning_indexer.lightning_indexer_reference import visible_keys
+from ...kernels.lightning_indexer.lightning_indexer import visible_keys
 
 # Lists of all keys are at least so wide.
 LEAST_LISTED = 64

@@ -1,14 +1,18 @@
-"""Run by test_fused_passes.py in a process of its own, with TRITON_INTERPRET=1; on a GPU by its GPU test, without.
+"""Norms, RoPE, routing, experts and vector products in Triton's interpreter, and on a GPU where there is one.
 
 Every kernel is compared with its meaning in fp64, and may err twice as much as PyTorch in the same precision does.
 """
 
-import os
+import sys
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from testing.grouped_mm_loop import grouped_mm
 
+from indexcache.kernels.common.dispatch import no_fallback
 from indexcache.kernels.experts import routed_experts
 from indexcache.kernels.experts.expert_groups_triton import group_by_expert_triton
 from indexcache.kernels.experts.expert_topk import expert_topk_reference
@@ -27,15 +31,20 @@ from indexcache.kernels.norm_rope_linear.rotary_triton import rotate_into_triton
 from indexcache.kernels.norm_rope_linear.vector_linear import vector_linear_reference, wide_vector_linear
 from indexcache.kernels.norm_rope_linear.vector_linear_triton import vector_linear_triton
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
-DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
-torch.set_default_device("cpu" if INTERPRETED else "cuda")
+DTYPE = torch.float16
+ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+@pytest.fixture(
+    autouse=True,
+    params=[pytest.param("cpu", marks=pytest.mark.interpreted), pytest.param("cuda", marks=ON_A_GPU)],
+)
+def _device(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "DTYPE", torch.float16 if request.param == "cpu" else torch.bfloat16)
     torch.manual_seed(0)
+    with torch.device(request.param):
+        yield
 
 
 def assert_as_exact_as(got, plain, exact):
@@ -52,7 +61,7 @@ def angles(batch, tokens, width):
 def test_rms_norm(shape):
     x, weight = torch.randn(shape, dtype=DTYPE), torch.randn(shape[-1], dtype=DTYPE)
     exact = rms_norm(x.double(), weight.double(), 1e-6)
-    assert_as_exact_as(rms_norm_triton(x, weight, 1e-6), rms_norm(x, weight, 1e-6), exact)
+    assert_as_exact_as(rms_norm_triton(x, weight, 1e-6), rms_norm(x, weight, 1e-6, allow_triton=False), exact)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -73,7 +82,8 @@ def test_latent_rows_of_strided_input(interleaved, angle_batch):
     weight, turns = torch.randn(40, dtype=DTYPE), angles(angle_batch, 7, 16)
     wide = (kv.double(), weight.double(), 1e-6, *(t.double() for t in turns), interleaved)
     got = latent_rows_triton(kv, weight, 1e-6, *turns, interleaved)
-    assert_as_exact_as(got, latent_rows(kv, weight, 1e-6, *turns, interleaved), latent_rows(*wide))
+    plain = latent_rows(kv, weight, 1e-6, *turns, interleaved, allow_triton=False)
+    assert_as_exact_as(got, plain, latent_rows(*wide))
 
 
 @pytest.mark.parametrize("first", [0, 5, 9, 40])
@@ -259,11 +269,14 @@ def test_linear_layers_behind_a_norm_and_before_a_residual(tokens, width, sizes)
         assert_as_exact_as(vector_linear_triton(x, weights, *arguments), plain, exact)
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, DTYPE])
+@pytest.mark.parametrize("weight_is_wide", [True, False])
 @pytest.mark.parametrize(("tokens", "width", "size"), [(1, 48, 5), (2, 2100, 9)])
-def test_scaled_products_in_fp32_of_one_or_two_tokens(tokens, width, size, weight_dtype):
+def test_scaled_products_in_fp32_of_one_or_two_tokens(tokens, width, size, weight_is_wide):
+    weight_dtype = torch.float32 if weight_is_wide else DTYPE
     x, weight = torch.randn(tokens, width, dtype=DTYPE), torch.randn(size, width, dtype=weight_dtype) / width**0.5
-    got = wide_vector_linear(x, weight, 0.3)
+    with no_fallback() as ran:
+        got = wide_vector_linear(x, weight, 0.3)
+    assert ran == [("wide_vector_linear", "Triton")]
     exact = 0.3 * (x.double() @ weight.double().T)
     assert got.dtype == torch.float32
     if weight_dtype == torch.float32:

@@ -1,9 +1,11 @@
-"""Run by test_fused_passes.py in a process of its own: compile the fused passes for every architecture."""
+"""The fused passes compile for every architecture, within its shared memory."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from testing.compiled_kernels import SHARED_KB, compile_kernel
 
 from indexcache.kernels.experts import expert_groups_triton, expert_topk_triton, routed_experts_triton
 from indexcache.kernels.lightning_indexer import lightning_indexer_decode_triton
@@ -16,8 +18,7 @@ from indexcache.kernels.norm_rope_linear import (
 )
 from indexcache.kernels.sparse_mla import sparse_mla_triton
 
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
-POINTERS = {
+TYPES = {
     **dict.fromkeys(
         ("x", "out", "weight", "cos", "sin", "normed", "gate_up", "gate", "up", "hidden", "down"), "*bf16"
     ),
@@ -27,6 +28,7 @@ POINTERS = {
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "place", "position"), "*i64"),
     **dict.fromkeys(("counts", "starts", "ends"), "*i32"),
+    **dict.fromkeys(("eps", "scale", "scaling"), "fp32"),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
 WIDTH, INNER = 2048, 1536
@@ -144,22 +146,9 @@ CASES = {
 
 def compile_case(name, arch, early=0):
     kernel, constants, warps, stages = CASES[name]
-    if "EARLY" in kernel.arg_names:
-        constants = {**constants, "EARLY": early}
-    types = {n: POINTERS.get(n, "fp32" if n in ("eps", "scale", "scaling") else "i32") for n in kernel.arg_names}
-    signature = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(kernel.arg_names)
-        if n not in constants and (n in POINTERS or "stride" in n)
-    }
-    if isinstance(arch, str):
-        target = GPUTarget("hip", arch, 64)
-    else:
-        target = GPUTarget("cuda", arch, 32)
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages} | ({"launch_pdl": True} if early else {})
-    return triton.compile(source, target=target, options=options)
+    early = {"EARLY": early} if "EARLY" in kernel.arg_names else {}
+    launch = {"launch_pdl": True} if early.get("EARLY") else {}
+    return compile_kernel(kernel, arch, {**constants, **early}, TYPES, num_warps=warps, num_stages=stages, **launch)
 
 
 # Routing alone uses much shared memory; the rest is compiled for one target of each kind.
@@ -190,4 +179,4 @@ def test_the_kernels_between_them_wait_at_once(module):
     assert len(kernels) >= 2
     for kernel in kernels:
         first = kernel.src[kernel.src.index("EARLY: tl.constexpr = False") :].split("\n", 6)
-        assert any("tl.extra.cuda.gdc_wait()" in line for line in first), kernel.__name__
+        assert any("wait_for_kernels_ahead(EARLY)" in line for line in first), kernel.__name__

@@ -1,8 +1,12 @@
-"""Run by test_indexer_distillation_triton.py in a process of its own: compile default tiles for every architecture."""
+"""The distillation kernels' default tiles compile for every architecture, within its shared memory."""
 
 import pytest
+
+pytest.importorskip("triton")
+
 from testing.compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
 
+from indexcache.kernels.common.device_target import DeviceTarget
 from indexcache.kernels.indexer_distillation import indexer_distillation_dense_triton as dense
 from indexcache.kernels.indexer_distillation import indexer_distillation_teacher_triton as teacher
 from indexcache.kernels.indexer_distillation import indexer_distillation_triton as selected
@@ -20,7 +24,7 @@ TYPES = {
 
 def kernels(arch):
     """Every kernel of the 30B shape with its constants and default tile."""
-    target = ("hip", arch) if isinstance(arch, str) else ("cuda", arch)
+    target = DeviceTarget("hip" if isinstance(arch, str) else "cuda", arch, 132)
     index = {"H": 32, "D": 128, "BLOCK_H": 32, "BLOCK_D": 128}
     latent = {"H": 20, "MAIN": 512, "REST": 64, "BLOCK_REST": 64}
     lists = {"BLOCK_K": 2048}

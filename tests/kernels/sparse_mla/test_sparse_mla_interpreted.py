@@ -1,7 +1,9 @@
-"""Run by test_sparse_mla_triton.py in a process of its own, with TRITON_INTERPRET=1."""
+"""Sparse MLA in Triton's interpreter, against the reference in fp64."""
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
 
 from indexcache.kernels.sparse_mla import merged_selection
 from indexcache.kernels.sparse_mla import sparse_mla_triton as kernels
@@ -10,6 +12,7 @@ from indexcache.kernels.sparse_mla.sparse_mla import sparse_mla
 from indexcache.kernels.sparse_mla.sparse_mla_reference import sparse_mla_reference
 from indexcache.kernels.sparse_mla.sparse_mla_union_triton import merge_key_lists, owner_shift
 
+pytestmark = pytest.mark.interpreted
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
 DTYPE = torch.float16
 

@@ -1,10 +1,12 @@
-"""Run by test_indexer_distillation_triton.py in a process of its own, with TRITON_INTERPRET=1."""
+"""The distillation kernels in Triton's interpreter, against the references in fp64."""
 
 import pytest
 import torch
 
-from indexcache.kernels.indexer_distillation import indexer_distillation as op
+pytest.importorskip("triton")
+
 from indexcache.kernels.indexer_distillation import indexer_distillation_dense_triton as dense
+from indexcache.kernels.indexer_distillation import indexer_distillation_ops as op
 from indexcache.kernels.indexer_distillation import indexer_distillation_teacher_triton as teacher
 from indexcache.kernels.indexer_distillation import indexer_distillation_triton as kernels
 from indexcache.kernels.indexer_distillation.indexer_distillation_reference import (
@@ -16,6 +18,7 @@ from indexcache.kernels.indexer_distillation.indexer_distillation_reference impo
 )
 from indexcache.kernels.sparse_mla.sparse_mla_reference import sparse_mla_reference
 
+pytestmark = pytest.mark.interpreted
 # bf16 products are wrong in Triton's interpreter (3.9); fp16 has the same code path.
 DTYPE = torch.float16
 SHAPES = [(2, 4, 50, 8, 32, 24), (1, 3, 150, 32, 128, 130), (1, 2, 40, 20, 24, 17), (1, 2, 9, 3, 8, 1)]

@@ -1,14 +1,19 @@
-"""Run by test_sparse_mla_backward_triton.py in a process of its own: compile default tiles for every architecture."""
+"""The kernels of sparse MLA's gradient compile for every architecture, within its shared memory."""
 
 import re
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 import triton
 from testing.compiled_kernels import SHARED_KB, compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from indexcache.kernels.sparse_mla import sparse_mla_backward_hopper_gluon as hopper
+from indexcache.kernels.common.device_target import TARGETS, DeviceTarget
+from indexcache.kernels.common.dispatch import no_fallback
+from indexcache.kernels.common.pretended_tensors import pretended_launches
 from indexcache.kernels.sparse_mla import sparse_mla_backward_triton as kernels
 from indexcache.kernels.sparse_mla.sparse_mla_backward_hopper_gluon import _sparse_mla_backward_hopper_kernel
 from indexcache.kernels.sparse_mla.sparse_mla_union_triton import owner_shift
@@ -30,7 +35,7 @@ TYPES = {
 
 def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
     backend = "hip" if isinstance(arch, str) else "cuda"
-    tile = tile or kernels.sparse_mla_backward_tile((backend, arch), group * heads, 576)
+    tile = tile or kernels.sparse_mla_backward_tile(DeviceTarget(backend, arch, 132), group * heads, 576)
     constants = {
         "H": heads,
         "V": 512,
@@ -82,22 +87,21 @@ def test_the_hopper_kernel_uses_its_instructions(heads, group):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_hopper_launch_passes_what_the_kernel_takes(monkeypatch, deterministic):
+def test_the_hopper_launch_passes_what_the_kernel_takes(deterministic):
     launches = []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: launches.append((grid, arguments, options))
-
     B, S, H, K = 1, 3, 128, 16
-    q, kv = torch.zeros(B, S, H, 576, dtype=torch.bfloat16), torch.zeros(B, 20, 576, dtype=torch.bfloat16)
-    indices = torch.zeros(B, S, K, dtype=torch.int32)
-    rows, grad_q, grad_kv = torch.zeros(B, S, H), torch.empty_like(q), torch.zeros(B, 20, 576)
-    monkeypatch.setattr(hopper, "_sparse_mla_backward_hopper_kernel", Recorder())
-    monkeypatch.setattr(kernels, "add_rows_by_slot", lambda *arguments: None)
-    parts = (q[..., :512].contiguous(), rows, rows, grad_q, grad_kv, 0.1, deterministic)
-    kernels._backward(q, kv, indices, *parts, target=("cuda", 90))
-    ((grid, arguments, options),) = launches
+    with pretended_launches(TARGETS["sm_90"], lambda *launch: launches.append(launch)), no_fallback() as ran:
+
+        def new(*shape, dtype=torch.bfloat16):
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        out, rows = new(B, S, H, 512), new(B, S, H, dtype=torch.float32)
+        inputs = new(B, S, H, 576), new(B, 20, 576), new(B, S, K, dtype=torch.int32)
+        kernels.sparse_mla_backward_triton(out, rows, *inputs, out, rows, 0.1, deterministic)
+    assert ran == [("sparse_mla's gradient: kernels", "Gluon for Hopper")]
+    ((grid, arguments, options),) = (
+        launch for kernel, *launch in launches if kernel is _sparse_mla_backward_hopper_kernel
+    )
     names = _sparse_mla_backward_hopper_kernel.arg_names
     given = dict(zip(names, arguments)) | {name: value for name, value in options.items() if name != "num_warps"}
     assert list(given) == names and grid == (S * 2,)

@@ -1,12 +1,16 @@
-"""Run by test_sparse_mla_triton.py in a process of its own: compile the default tiles for every architecture."""
+"""Sparse MLA's kernels compile for every architecture, within its shared memory and without spills."""
 
 import re
 
 import pytest
+
+pytest.importorskip("triton")
+
 import triton
 from testing.compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from indexcache.kernels.common.device_target import DeviceTarget
 from indexcache.kernels.sparse_mla import sparse_mla_triton as kernels
 from indexcache.kernels.sparse_mla.sparse_mla_hopper_gluon import _sparse_mla_hopper_kernel
 from indexcache.kernels.sparse_mla.sparse_mla_union_triton import _merge_key_lists_kernel, owner_shift
@@ -24,7 +28,7 @@ TYPES = {
 
 def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
     backend = "hip" if isinstance(arch, str) else "cuda"
-    tile = kernels.sparse_mla_tile(backend, arch, group * heads, value_dim + rope_dim)
+    tile = kernels.sparse_mla_tile(DeviceTarget(backend, arch, 132), group * heads, value_dim + rope_dim)
     constants = {
         "H": heads,
         "V": value_dim,
