@@ -323,11 +323,11 @@ def take_whole_batches() -> None:
     """Models this small are bound by launches: let what is computed in chunks be computed at once."""
     from ...kernels.indexer_distillation import indexer_distillation_reference
     from ...kernels.sparse_mla import sparse_mla_reference
-    from ...modeling_indexcache.attention import inference_attention
+    from ...modeling_indexcache.attention import query_chunks
     from ...modeling_indexcache.training import indexer_training
 
     indexer_distillation_reference.BLOCK_BYTES = sparse_mla_reference.GATHER_BLOCK_BYTES = 2**31
-    indexer_training.BLOCK_BYTES = inference_attention.ATTENTION_BLOCK_BYTES = 2**31
+    indexer_training.BLOCK_BYTES = query_chunks.ATTENTION_BLOCK_BYTES = 2**31
 
 
 def score(model: Any, test: Windows) -> dict[str, float]:

@@ -166,13 +166,6 @@ def packed_key_start(
     return slots.where(begins, 0).cummax(-1).values.to(torch.int32).expand(batch, -1)
 
 
-def selected_mask(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
-    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
-    slots = topk_indices.long()
-    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
-
-
 def mask_at_capacity(attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor | None:
     """A 2-D mask `[B, tokens]` at a static cache's full length, `[B, capacity]`; anything else as it is.
 

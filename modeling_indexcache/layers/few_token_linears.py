@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ...kernels.norm_rope_linear.vector_linear import takes_vector_linear, vector_linear
-from ..parallel.module_hooks import runs_as_written
-from .normalization import IndexCacheRMSNorm
+from ..eligibility import is_plain_linear, is_plain_norm
 
 
 def linears(
@@ -48,13 +46,3 @@ def linears(
         x = norm(x)
     outs = [module(x) for module in modules]
     return outs if base is None else [base + outs[0]]
-
-
-def is_plain_norm(module: Any) -> bool:
-    """Whether an `IndexCacheRMSNorm` does nothing but norm by its weight."""
-    return type(module) is IndexCacheRMSNorm and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether `module.weight` is, as it stands, the whole of what `module` computes, but for a bias."""
-    return type(module) is nn.Linear and type(module.weight) in PLAIN_WEIGHTS and runs_as_written(module)
