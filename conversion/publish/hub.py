@@ -148,10 +148,10 @@ def _explain_answer(error: Exception, repo_id: str, card: Path | None) -> str:
     """huggingface_hub passes on what the Hub says of the card as a ValueError; others come of foreign answers."""
     if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
         what = card or "it"
-        return f"the Hub does not take {what}: mend the metadata between its `---` lines and push again ({error})"
+        return f"the Hub does not take {what}: fix the metadata between its `---` lines and push again ({error})"
     return (
         f"{constants.ENDPOINT} answers as no Hub does ({type(error).__name__}: {error}) when pushing to {repo_id}: is "
-        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is mended"
+        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is fixed"
     )
 
 
