@@ -147,7 +147,10 @@ def convert(
     pattern: Annotated[str | None, typer.Option(help="One letter per layer: F runs its indexer, S shares.")] = None,
     pattern_file: Annotated[Path | None, typer.Option(help="JSON that the pattern search wrote.")] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which.")
+        str | None,
+        typer.Option(
+            help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which of its patterns."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],

@@ -54,7 +54,8 @@ def distill(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which.", rich_help_panel=_WHAT
+            help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which of its patterns.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     index_topk: Annotated[
