@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from .benchmarks.bench.command import RENAMED as RENAMED_IN_BENCH
 from .benchmarks.bench.command import bench as bench_verb
 from .conversion.io.terminal_text import guard_terminal, printable, tell
+from .distillation.command import RENAMED as RENAMED_IN_DISTILL
 from .distillation.command import distill as distill_verb
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
-from .runs.arguments import LARGEST_SEED, AsJson, Revision, Token, finite
+from .runs.arguments import LARGEST_SEED, AsJson, Revision, Token, finite, takes_old_names
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -156,14 +158,17 @@ def _about(
 def convert(
     source: Annotated[str, typer.Argument(help="DSA or IndexCache checkpoint: a folder, or a Hub id (org/name).")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    pattern: Annotated[str | None, typer.Option(help="One letter a layer: F runs its indexer, S shares.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="One letter per layer: F runs its indexer, S shares.")] = None,
     pattern_file: Annotated[Path | None, typer.Option(help="JSON that the pattern search wrote.")] = None,
     keep: Annotated[
-        str | None, typer.Option(help="Evenly spaced full layers: 1/4, 0.25 or a count. Chooses in a pattern file.")
+        str | None,
+        typer.Option(
+            help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which of its patterns."
+        ),
     ] = None,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="auto keeps every byte (fp8 too); others cast and dequantise."),
+        typer.Option(help="auto keeps every byte (fp8 too); the others cast and dequantise."),
     ] = "auto",
     max_shard_size: Annotated[str | None, typer.Option(help="Re-shard, e.g. 5GB. Default: as the source.")] = None,
     keep_shared_indexers: Annotated[bool, typer.Option(help="Keep indexer weights of shared layers.")] = False,
@@ -272,9 +277,9 @@ def _progress(wanted: bool, total: int) -> Iterator[Any]:
 
 @app.command()
 def verify(
-    source: Annotated[str, typer.Argument(help="The checkpoint that was converted: a folder or Hub id.")],
+    source: Annotated[str, typer.Argument(help="The source checkpoint: a folder or Hub id.")],
     converted: Annotated[str, typer.Argument(help="The IndexCache checkpoint: a folder or Hub id.")],
-    logits: Annotated[bool, typer.Option(help="Also run both models, if they fit in memory.")] = True,
+    logits: Annotated[bool, typer.Option(help="Also compare logits, if both models fit in memory.")] = True,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
@@ -301,16 +306,17 @@ def inspect(
         str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id; or a search's patterns.json.")
     ],
     overlap: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Run text or windows: what the selections have in common.")
+        str | None,
+        typer.Option(metavar="DATA", help="Text or windows: measure how much the layers' selections overlap."),
     ] = None,
     overlap_picture: Annotated[Path | None, typer.Option(help="With --overlap: write the heatmap as PNG.")] = None,
-    seqlen: Annotated[int | None, typer.Option(min=1, help="With --overlap: tokens a window.")] = None,
-    nsamples: Annotated[int, typer.Option(min=1, help="With --overlap: windows.")] = 4,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="With --overlap: tokens per window.")] = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="With --overlap: number of windows.")] = 4,
     revision: Revision = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a checkpoint's pattern, its indexers layer by layer, and its cache bytes a token; or a search's result."""
+    """Show a checkpoint's pattern, indexers layer by layer and cache bytes per token; or a search's result."""
     with _errors_as_messages():
         if Path(path).is_file():
             from .pattern_search.drawing import draw_result
@@ -353,7 +359,7 @@ def evaluate(*args: Any, **kwargs: Any) -> None:
         evaluate_verb(*args, **kwargs)
 
 
-@app.command()
+@app.command(cls=takes_old_names(RENAMED_IN_DISTILL))
 @wraps(distill_verb)
 def distill(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `distillation/command.py`."""
@@ -361,7 +367,7 @@ def distill(*args: Any, **kwargs: Any) -> None:
         distill_verb(*args, **kwargs)
 
 
-@app.command()
+@app.command(cls=takes_old_names(RENAMED_IN_BENCH))
 @wraps(bench_verb)
 def bench(*args: Any, **kwargs: Any) -> None:
     """Arguments, work and output: `benchmarks/bench/command.py`."""
@@ -372,16 +378,16 @@ def bench(*args: Any, **kwargs: Any) -> None:
 @app.command()
 def generate(
     path: Annotated[str, typer.Argument(help="A DSA or IndexCache checkpoint: a folder or Hub id.")],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads stdin.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="Sample; by default the likeliest token is taken.")] = False,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads stdin.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample; by default decoding is greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=0.01, callback=finite, help="With --sample.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, callback=finite, help="With --sample.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="With --sample.")] = 0,
-    pattern: Annotated[
-        str | None, typer.Option(help="Share pattern to run the checkpoint with, in place of its own.")
+    pattern: Annotated[str | None, typer.Option(help="Share pattern to run in place of the checkpoint's own.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU where there is one.")] = None,
     revision: Revision = None,
     token: Token = None,
 ) -> None:
@@ -514,8 +520,10 @@ def refresh(
 def export(
     path: Annotated[Path, typer.Argument(help="An IndexCache checkpoint folder, or a search's patterns.json.")],
     output: Annotated[Path, typer.Argument(help="Folder to write; for patterns.json the file of config fields.")],
-    to: Annotated[Literal["vllm", "sglang", "trtllm", "transformers", "megatron"], typer.Option(help="The engine.")],
-    keep: Annotated[str | None, typer.Option(help="Chooses in patterns.json: 1/4, 0.25 or a count.")] = None,
+    to: Annotated[
+        Literal["vllm", "sglang", "trtllm", "transformers", "megatron"], typer.Option(help="The inference engine.")
+    ],
+    keep: Annotated[str | None, typer.Option(help="Which pattern of patterns.json: 1/4, 0.25 or a count.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the same weights with the config spelled for another engine; of patterns.json, the config fields alone."""
@@ -540,10 +548,12 @@ def warm_up(
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16"], typer.Option(help="Of the weights; auto: what the config says.")
     ] = "auto",
-    max_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt to compile for.")] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Processes; one a processor.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=1, help="Longest prompt to compile for, in tokens.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Processes. Default: one per CPU core.")
+    ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Architecture to compile for without a GPU, e.g. sm_90; the GPU here.")
+        str | None, typer.Option(help="Architecture to compile for without a GPU, e.g. sm_90. Default: the GPU here.")
     ] = None,
     revision: Revision = None,
     token: Token = None,

@@ -92,7 +92,9 @@ class Recipe:
             raise DistillationError("--dense-steps and --sparse-steps are both 0: there is nothing to train")
         self._check_rates()
         if self.schedule not in SCHEDULES:
-            raise DistillationError(f"--schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
+            raise DistillationError(
+                f"--lr-scheduler-type must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})"
+            )
         if self.precision not in ("bf16", "fp32"):
             raise DistillationError(f"--precision must be bf16 or fp32 (got {self.precision!r})")
         if self.cuda_graph:
@@ -112,7 +114,7 @@ class Recipe:
                 "--kl-weight 0 leaves the warm-up nothing to learn from: give --dense-steps 0 or a weight above 0"
             )
         if not 0 <= self.rise <= 1:
-            raise DistillationError(f"--rise must lie in 0 .. 1 (got {self.rise})")
+            raise DistillationError(f"--warmup-ratio must lie in 0 .. 1 (got {self.rise})")
         if not 0 <= self.adam_beta2 < 1:
             raise DistillationError(f"adam_beta2 must lie in 0 .. 1, 1 left out (got {self.adam_beta2})")
         if not 0 <= self.seed <= LARGEST_SEED:
@@ -127,8 +129,8 @@ class Recipe:
             )
         if self.accumulation > 1:
             raise DistillationError(
-                f"--cuda-graph holds a whole step: give --accumulation 1 (got {self.accumulation}) with a larger "
-                "--batch-size, or leave out --cuda-graph"
+                f"--cuda-graph holds a whole step: give --gradient-accumulation-steps 1 (got {self.accumulation}) "
+                "with a larger --batch-size, or leave out --cuda-graph"
             )
         if self.isolate_documents:
             raise DistillationError(
@@ -149,5 +151,9 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+# Fields whose flag has another name.
+_FLAGS = {"accumulation": "gradient-accumulation-steps", "log_every": "logging-steps", "save_every": "save-steps"}
+
+
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{_FLAGS.get(name, name.replace('_', '-'))}"

@@ -317,7 +317,8 @@ def _read_object(path: Path) -> dict[str, Any]:
 def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
     knobs = []
     if recipe.batch_size > 1:
-        knobs.append(f"--batch-size {max(1, recipe.batch_size // 2)} with --accumulation {recipe.accumulation * 2}")
+        batch_size, accumulation = max(1, recipe.batch_size // 2), recipe.accumulation * 2
+        knobs.append(f"--batch-size {batch_size} with --gradient-accumulation-steps {accumulation}")
     if not recipe.gradient_checkpointing and stage == SPARSE:
         knobs.append("--gradient-checkpointing")
     knobs.append(f"a --seqlen below {windows.seqlen:,}")

@@ -142,7 +142,7 @@ def open_distillation_source(
     else:
         if indexer.is_given:
             raise DistillationError(
-                f"{source} has indexers of its own: --index-topk, --index-heads and --index-head-dim are for dense "
+                f"{source} has indexers of its own: --index-topk, --index-n-heads and --index-head-dim are for dense "
                 "sources"
             )
         written = convert_config(fields, chosen, None, AUTO_MAP, source)

@@ -43,77 +43,84 @@ def search(
         "indexcache_search"
     ),
     keep: Annotated[
-        list[str] | None, typer.Option(help="Full layers wanted, 1/4, 0.25 or a count; repeat. Default: 1/2 1/4 1/8.")
+        list[str] | None, typer.Option(help="Full layers to keep: 1/4, 0.25 or a count; repeat. Default: 1/2 1/4 1/8.")
     ] = None,
     tolerance: Annotated[
-        str | None, typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more: 0.5%.")
+        str | None,
+        typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more than, e.g., 0.5%."),
     ] = None,
     algorithm: Annotated[
         Literal["lazy", "greedy"],
-        typer.Option(help="lazy: few evaluations, refined. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
+        typer.Option(help="lazy: lazy greedy with refinement. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
     ] = "lazy",
     objective: Annotated[
         Literal["kl", "far-kl", "lm"] | None,
         typer.Option(
-            help="kl: to a teacher's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
-            "(greedy).",
+            help="kl: divergence from a teacher (lazy). far-kl: the same, tokens that need far context weighted "
+            "higher. lm: language-model loss (greedy).",
             rich_help_panel=_HOW,
         ),
     ] = None,
     teacher: Annotated[
         Literal["auto", "dense", "source"],
         typer.Option(
-            help="Of kl: dense attention, the source as it is, or the better of them on the first windows.",
+            help="For kl: dense attention, the source as it is, or the better of the two on the first windows.",
             rich_help_panel=_HOW,
         ),
     ] = "auto",
-    blocks: Annotated[int, typer.Option(min=1, help="Pipeline blocks of greedy.", rich_help_panel=_HOW)] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="For greedy: pipeline blocks.", rich_help_panel=_HOW)] = 1,
     path_rounds: Annotated[
         int,
         typer.Option(
             min=1,
             max=5,
-            help="Windows that decide lazy's steps: 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
+            help="For lazy: share of windows that decides its steps; 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
             rich_help_panel=_HOW,
         ),
     ] = 3,
     refine: Annotated[
-        int, typer.Option(min=0, help="Moves by which each --keep is refined at most.", rich_help_panel=_HOW)
+        int, typer.Option(min=0, help="Most refinement moves for each --keep.", rich_help_panel=_HOW)
     ] = 2,
     refine_by: Annotated[
         Literal["lm", "objective"], typer.Option(help="What refinement lowers.", rich_help_panel=_HOW)
     ] = "objective",
     baseline: Annotated[
-        list[str] | None, typer.Option(help="uniform, similarity, none; repeat. Default: uniform.")
+        list[str] | None,
+        typer.Option(help="Patterns to compare with: uniform, similarity, none; repeat. Default: uniform."),
     ] = None,
-    curve: Annotated[bool, typer.Option(help="Check every number of full layers on the held-out windows.")] = True,
+    curve: Annotated[bool, typer.Option(help="Evaluate every number of full layers on the held-out windows.")] = True,
     held_out: Annotated[
         str | None,
-        typer.Option(help="Data for checks. Default: split off from --data.", rich_help_panel=DATA_PANEL),
+        typer.Option(help="Data to evaluate patterns on. Default: split off from --data.", rich_help_panel=DATA_PANEL),
     ] = None,
     seqlen: Seqlen = None,
     nsamples: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=DATA_PANEL)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
+    seed: Annotated[int, typer.Option(help="For the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=RUN_PANEL)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from journal.", rich_help_panel=RUN_PANEL)] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.", rich_help_panel=RUN_PANEL)] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the journal.", rich_help_panel=RUN_PANEL)
+    ] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
     parallel: Annotated[
         Literal["windows", "tensor"],
-        typer.Option(help="What the processes of torchrun share.", rich_help_panel=RUN_PANEL),
+        typer.Option(help="What is split over the processes of torchrun.", rich_help_panel=RUN_PANEL),
     ] = "windows",
     cache_memory: Annotated[
         str | None,
-        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="Memory for cached hidden states, e.g. 20GB. Default: a quarter of what is free.",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = None,
     cache_on: Annotated[
-        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=RUN_PANEL)
+        Literal["device", "host"], typer.Option(help="Where cached hidden states are kept.", rich_help_panel=RUN_PANEL)
     ] = "device",
     pictures: Pictures = True,
     revision: Revision = None,

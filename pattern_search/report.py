@@ -22,7 +22,7 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    pictures = [("Loss by number of full layers", "curve.png"), ("Order in which layers fell", "order.png")]
+    pictures = [("Loss by number of full layers", "curve.png"), ("Order in which layers become shared", "order.png")]
     draw_curve(document, folder / "curve.png")
     draw_order(document, folder / "order.png")
     overlap = document.get("overlap")

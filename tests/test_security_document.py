@@ -41,7 +41,7 @@ def test_nothing_is_unpickled_but_what_a_process_sends_its_own_child():
         for at, call in calls()
         if re.fullmatch(r"(torch|pickle|joblib|dill|cloudpickle|marshal)\.loads?", ast.unparse(call.func))
     ]
-    # Over a pipe that no other process holds: which variants of kernels to compile.
+    # The process that compiles kernels reads what to compile from a pipe of the process that started it.
     assert unpickling == ["kernels/common/compile_process.py"]
 
 

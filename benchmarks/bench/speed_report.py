@@ -28,9 +28,9 @@ def tables(document: dict[str, Any]) -> list[Table]:
         theirs = " (transformers' own glm_moe_dsa)" if model == "transformers" else ""
         for kind, value, title, digits in (
             ("generate", "prefill_seconds", "Prefill, seconds to the first token", 3),
-            ("generate", "tokens_per_second", "Decode, tokens a second, batch 1", 1),
+            ("generate", "tokens_per_second", "Decode, tokens per second, batch 1", 1),
             ("generate", "peak_gib", "Peak memory, GiB", 1),
-            ("full cache", "tokens_per_second", "Decode with a full cache, tokens a second", 1),
+            ("full cache", "tokens_per_second", "Decode with a full cache, tokens per second", 1),
         ):
             chosen = [row for row in rows if row["kind"] == kind and row["model"] == model]
             if any(value in row for row in chosen):

@@ -328,7 +328,7 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
     planned = tuple(row.tokens for row in options.rows)
     for name, lengths in (
         ("--length", options.lengths),
-        ("--peer-length", options.peer_lengths),
+        ("--baseline-length", options.peer_lengths),
         ("--plan: length", planned),
     ):
         for tokens in lengths:
@@ -341,7 +341,7 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
     family = config.source_model_type
     peers = options.peer_lengths or any(row.model == PEER for row in options.rows)
     if options.source is not None and peers and family not in (None, "glm_moe_dsa"):
-        raise BenchError(f"--peer runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
+        raise BenchError(f"--baseline runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
 
 
 def _document(

@@ -318,7 +318,7 @@ def draw_every(found: dict[int, dict[str, Any]], seqlen: int, named: dict[str, s
             )  # fmt: skip
         axis.set_title(f"all {len(chosen)} patterns with {count} full layers", fontsize=9, loc="left")
         axis.set_xlabel("loss on the calibration windows")
-        axis.set_ylabel("loss on the test windows (nats a token)")
+        axis.set_ylabel("loss on the test windows (nats per token)")
         plain(axis)
     save(figure, path)
 

@@ -143,7 +143,7 @@ class FolderSource:
                     f"{self.location}: {file} is no regular file (a folder, a pipe, or a link to nothing): "
                     "remove it, or fetch it again"
                 )
-            raise ConversionError(f"{self.location}: {file} is missing: fetch it again, or mend what names it")
+            raise ConversionError(f"{self.location}: {file} is missing: fetch it again, or fix what names it")
         real = path.resolve()
         if not any(real.is_relative_to(root) for root in self._roots):
             raise ConversionError(
@@ -376,9 +376,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
             )
     absent = sorted(set(weight_map.values()) - set(files))
     if absent:
-        raise ConversionError.collect(
-            f"{where} names shards that are not there: fetch them, or mend the index", absent
-        )
+        raise ConversionError.collect(f"{where} names shards that are not there: fetch them, or fix the index", absent)
     shards = {file: read_header(source, file) for file in sorted(set(weight_map.values()))}
     _check_index(where, weight_map, shards)
     return Checkpoint(source, config, shards, True, files)
@@ -410,7 +408,7 @@ def _check_index(where: str, weight_map: dict[str, str], shards: dict[str, Shard
                 problems.append(f"{file} holds {name}, which the index does not name")
             home.setdefault(name, file)
     if problems:
-        raise ConversionError.collect(f"{where} and the shards disagree: mend the index or fetch it again", problems)
+        raise ConversionError.collect(f"{where} and the shards disagree: fix the index or fetch it again", problems)
 
 
 def _why_no_weights(source: Source, files: list[str]) -> str:

@@ -61,7 +61,7 @@ def load_source(
     except (KeyError, TypeError) as error:
         raise ConversionError(
             f"{opened.source.location} cannot be loaded ({type(error).__name__}: {error}): transformers does not find "
-            "what it looks for in model.safetensors.index.json (its metadata) or generation_config.json: mend them"
+            "what it looks for in model.safetensors.index.json (its metadata) or generation_config.json: fix them"
         ) from error
     model: IndexCacheForCausalLM = loaded[0]
     refuse_filled_weights(model, filled_weights(loaded[1]), opened.source.location)

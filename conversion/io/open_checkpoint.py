@@ -106,7 +106,7 @@ def check_layer_count(checkpoint: Checkpoint) -> None:
     if layers > held:
         raise ConversionError(
             f"{location}: config.json has num_hidden_layers={layers}, and the weights hold {held} layers: "
-            "mend the config, or fetch the weights again"
+            "fix the config, or fetch the weights again"
         )
 
 
@@ -139,7 +139,7 @@ def check_weights(checkpoint: Checkpoint, config: IndexCacheConfig, *, new_index
     if problems:
         raise ConversionError.collect(
             f"{location} does not hold what its config.json describes ({len(problems)} tensors): "
-            "fetch it again, or mend the config",
+            "fetch it again, or fix the config",
             problems,
         )
 
@@ -152,7 +152,7 @@ def _check_size(config: IndexCacheConfig, held: int, location: str) -> None:
         raise ConversionError(
             f"{location}: config.json describes {described:,} tensors or more (num_hidden_layers="
             f"{config.num_hidden_layers}, n_routed_experts={config.n_routed_experts}), and the weights hold {held:,}: "
-            "mend the config, or fetch the weights again"
+            "fix the config, or fetch the weights again"
         )
 
 

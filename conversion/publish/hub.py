@@ -142,7 +142,7 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
     if model_type != INDEXCACHE and (not isinstance(model_type, str) or model_type not in FAMILIES):
         raise ConversionError(
             f"{source.location}: config.json has model_type={model_type!r}, and what is pushed is an IndexCache "
-            f"checkpoint or an export of one (accepted: {known_families()}): mend the config, or convert again"
+            f"checkpoint or an export of one (accepted: {known_families()}): fix the config, or convert again"
         )
     checkpoint = open_checkpoint(source).checkpoint if model_type == INDEXCACHE else read_checkpoint(source)
     code_files(checkpoint, Path(folder))
@@ -153,10 +153,10 @@ def _explain_answer(error: Exception, repo_id: str, card: Path | None) -> str:
     """huggingface_hub passes on what the Hub says of the card as a ValueError; others come of foreign answers."""
     if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
         what = card or "it"
-        return f"the Hub does not take {what}: mend the metadata between its `---` lines and push again ({error})"
+        return f"the Hub does not take {what}: fix the metadata between its `---` lines and push again ({error})"
     return (
         f"{constants.ENDPOINT} answers as no Hub does ({type(error).__name__}: {error}) when pushing to {repo_id}: is "
-        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is mended"
+        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is fixed"
     )
 
 

@@ -241,7 +241,7 @@ def _refresh_folder(folder: Path, plan: RefreshPlan) -> None:
             os.replace(partials[CONFIG_FILE], folder / CONFIG_FILE)
     except OSError as error:
         raise ConversionError(
-            f"{folder} is refreshed in part ({error.filename}: {error.strerror or error}): mend that and run the same "
+            f"{folder} is refreshed in part ({error.filename}: {error.strerror or error}): fix that and run the same "
             "command again to finish"
         ) from error
     sync_folder(folder)

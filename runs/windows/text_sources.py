@@ -194,7 +194,7 @@ def _text_of(record: Any, field: str, tokenizer: Tokenizer, where: str) -> str |
     if lone := _SURROGATE.search(value):
         raise EvaluationError(
             f"{where}: the text holds {lone[0]!r} at character {lone.start()}, half of a surrogate pair, which is no "
-            "character: mend what wrote it"
+            "character: fix what wrote it"
         )
     return value
 
@@ -230,7 +230,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     record = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise EvaluationError(f"{where}: no JSON ({error}): mend the line") from error
+                    raise EvaluationError(f"{where}: no JSON ({error}): fix the line") from error
                 # A line of gigabytes is held once, as the record.
                 line = b""
                 yield where, record

@@ -113,9 +113,9 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
         ({"weight_decay": float("inf")}, "--weight-decay must be finite"),
         ({"adam_beta2": 1.0}, "adam_beta2 must lie in 0 .. 1"),
         ({"seed": -1}, "--seed must lie in 0 .."),
-        ({"rise": float("nan")}, "--rise must lie in 0 .. 1"),
-        ({"rise": 1.5}, "--rise must lie in 0 .. 1"),
-        ({"schedule": "wsd"}, "--schedule must be one of"),
+        ({"rise": float("nan")}, "--warmup-ratio must lie in 0 .. 1"),
+        ({"rise": 1.5}, "--warmup-ratio must lie in 0 .. 1"),
+        ({"schedule": "wsd"}, "--lr-scheduler-type must be one of"),
     ],
 )
 def test_impossible_recipes_are_refused(changes, message):

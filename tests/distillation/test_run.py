@@ -182,7 +182,9 @@ def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
-    with pytest.raises(DistillationError, match=r"--batch-size 2 with --accumulation 4.*--seqlen below 40.*FSDP"):
+    with pytest.raises(
+        DistillationError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
+    ):
         run(folder, tmp_path / "out", batch_size=4)
 
 

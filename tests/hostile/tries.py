@@ -31,7 +31,7 @@ VERBS: dict[str, str] = {
     "generate": "generate source w1 --max-new-tokens 2 --device cpu",
     "distill": (
         "distill source output --data work/windows.safetensors --seqlen 16 --keep 2 --dense-steps 1 --sparse-steps 1 "
-        "--precision fp32 --device cpu --no-tensorboard --save-every 1"
+        "--precision fp32 --device cpu --no-tensorboard --save-steps 1"
     ),
     "push": "push converted tester/pushed",
     "export": "export converted output --to vllm",

@@ -131,7 +131,7 @@ def test_where_capturing_fails_steps_go_on_as_they_are():
     ("given", "mend"),
     [
         ({"gradient_checkpointing": True}, "--no-gradient-checkpointing"),
-        ({"accumulation": 2}, "--accumulation 1"),
+        ({"accumulation": 2}, "--gradient-accumulation-steps 1"),
         ({"isolate_documents": True}, "leave it out"),
     ],
 )
