@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 
 from .checkpoint import CONFIG_FILE, Checkpoint, ConversionError, FolderSource, read_checkpoint, read_json
-from .families import INDEXCACHE
+from .families import FAMILIES, INDEXCACHE, known_families
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
 from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from .journal import DOWNLOAD_FOLDER, JOURNAL_FILE
@@ -138,8 +138,13 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
             unfinished,
         )
     # An export for another engine is checked by that engine's rules, which are not known here.
-    ours = read_json(source, CONFIG_FILE).get("model_type") == INDEXCACHE
-    checkpoint = open_checkpoint(source).checkpoint if ours else read_checkpoint(source)
+    model_type = read_json(source, CONFIG_FILE).get("model_type")
+    if model_type != INDEXCACHE and (not isinstance(model_type, str) or model_type not in FAMILIES):
+        raise ConversionError(
+            f"{source.location}: config.json has model_type={model_type!r}, and what is pushed is an IndexCache "
+            f"checkpoint or an export of one (accepted: {known_families()}): mend the config, or convert again"
+        )
+    checkpoint = open_checkpoint(source).checkpoint if model_type == INDEXCACHE else read_checkpoint(source)
     code_files(checkpoint, Path(folder))
     return checkpoint
 

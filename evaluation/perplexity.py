@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20
+# Beyond it the perplexity is no fp64 number.
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class WindowScores:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`."""
-        return math.exp(self.loss)
+        """`exp(loss)`; infinite where fp64 cannot hold it."""
+        return math.exp(self.loss) if self.loss < LARGEST_LOSS else math.inf
 
 
 def evaluate_windows(
@@ -120,6 +123,21 @@ def token_scores(
             yield torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
     finally:
         model.train(was_training)
+
+
+@torch.no_grad()
+def largest_weight(model: torch.nn.Module) -> str:
+    """The weight of the largest magnitude, or the first that is not finite, in words: where damage shows first."""
+    largest, found = -1.0, ""
+    for name, weight in model.named_parameters():
+        if not weight.numel() or weight.is_meta:
+            continue
+        value = float(weight.detach().abs().max())
+        if not math.isfinite(value):
+            return f"{name} holds values that are not finite"
+        if value > largest:
+            largest, found = value, name
+    return f"its largest weight, in {found}, is {largest:.3g}"
 
 
 def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None) -> None:

@@ -19,6 +19,8 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.checkpoint import ConversionError
+from ..conversion.open_checkpoint import OpenedCheckpoint
 from ..conversion.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .environment import environment
@@ -29,7 +31,7 @@ from .loading import Placement, load_model, open_model
 from .monitor import Monitor
 from .output import prepare_output
 from .overlap import selection_overlap
-from .perplexity import token_scores
+from .perplexity import LARGEST_LOSS, largest_weight, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 from .tokenizer import Tokenizer, load_tokenizer
 from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
@@ -136,7 +138,7 @@ def run_evaluation(
     begun = time.monotonic()
     opened = [open_model(source, placement) for source in sources]
     configs = [one.config for one in opened]
-    inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
+    inputs = [_inputs(source, one, options) for source, one in zip(sources, opened)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
     prepare_output(output, path, resume, overwrite, "evaluation")
@@ -195,8 +197,8 @@ def _patterns(source: str, config: IndexCacheConfig, options: EvaluationOptions)
     return found
 
 
-def _inputs(source: str, config: IndexCacheConfig, options: EvaluationOptions, placement: Placement) -> Inputs:
-    tokenizer = load_tokenizer(source, revision=placement.revision, token=placement.token)
+def _inputs(source: str, opened: OpenedCheckpoint, options: EvaluationOptions) -> Inputs:
+    config, tokenizer = opened.config, load_tokenizer(opened.source)
     windows = None
     prompts: dict[int, list[list[Prompt]]] = {}
     if {"perplexity", "overlap"} & set(options.wanted):
@@ -276,6 +278,11 @@ class _Runner:
         table = torch.cat(tables)
         tokens, recalls = len(windows) * windows.seqlen, windows.recall_tokens
         loss, text, recall, hits = (float(table[:, column].sum()) for column in range(4))
+        if not loss / tokens < LARGEST_LOSS:
+            raise ConversionError(
+                f"{self.name}: its loss with the pattern {pattern} is {loss / tokens:.4g}, no loss of a sound "
+                f"model ({largest_weight(self.model)}): are its weights damaged? Fetch them again"
+            )
         bins = _bins(windows.seqlen)
         by_position = [float(x) / len(windows) / len(part) for x, part in zip(table[:, 4:].sum(0), bins)]
         found: dict[str, Any] = {

@@ -69,7 +69,7 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     opened = open_model(source, run.placement)
     config = opened.config
     options.counts(config.share_pattern)
-    tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
+    tokenizer = load_tokenizer(opened.source)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
