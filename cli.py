@@ -403,10 +403,11 @@ def generate(
         opened = open_model(path, Placement(device=device, revision=revision, token=token), wanted)
         tokenizer: Any = load_tokenizer(opened.source)
         if tokenizer is None:
-            _fail(f"{path} has no tokenizer that can be loaded: generate needs one")
-        model: Any = load_source(opened, dtype="auto", token=token)
+            _fail(f"{path} has no tokenizer: generate needs one")
+        encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        model: Any = load_source(opened, dtype="auto")
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        inputs = encoded.to(model.device)
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
         streamer = TextStreamer(tokenizer, skip_special_tokens=True)

@@ -7,7 +7,6 @@ from typing import Any, NoReturn, Protocol, cast
 from ..conversion.checkpoint import CONFIG_FILE, ConversionError, FolderSource, Source, open_source
 from ..conversion.companion_files import companion_files
 from ..conversion.hub_source import HubSource
-from .errors import EvaluationError
 
 # A checkpoint without one of these has no tokenizer.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")
@@ -29,10 +28,10 @@ class UnusableTokenizer:
     So windows of tokens are read without it, and text is not.
 
     Args:
-        reason: the error that names the file or the request, and what is wrong.
+        reason: that names the file or the request, and what is wrong.
     """
 
-    def __init__(self, reason: ConversionError | EvaluationError) -> None:
+    def __init__(self, reason: ConversionError) -> None:
         self._reason = reason
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -60,7 +59,7 @@ def load_tokenizer(source: str | Source, *, revision: str | None = None, token: 
         return None
     try:
         return _load(opened, files)
-    except (ConversionError, EvaluationError) as error:
+    except ConversionError as error:
         return cast(Tokenizer, UnusableTokenizer(error))
 
 
@@ -79,7 +78,7 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
         tokenizer.encode("a b", add_special_tokens=False, verbose=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions at damaged files
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EvaluationError(
+        raise ConversionError(
             f"the tokenizer of {source.location} cannot be loaded: {reason}. Mend tokenizer.json and "
             "tokenizer_config.json, or give windows in .safetensors"
         ) from error
