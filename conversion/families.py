@@ -155,7 +155,7 @@ def _check_parts(config: IndexCacheConfig) -> None:
         is_finite = bool(angles.isfinite().all()) and math.isfinite(factor)
     except (*_CONFIG_FAULTS, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"rope_parameters={_shortened(rope)} cannot be used ({reason})") from error
+        raise ValueError(f"rope_parameters={_shortened(rope)} cannot be used ({reason})") from None
     if not is_finite:
         raise ValueError(f"rope_parameters={_shortened(rope)} give angles that are not finite")
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
@@ -206,7 +206,9 @@ class HubSource:
             self._refuse(file, str(error))
 
     def _told(self, error: Exception) -> str:
-        return redact(str(error), self._token)
+        # That a file is not in the cache either hides why it did not come.
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        return redact(str(reason), self._token)
 
     def _refuse(self, file: str, fault: str) -> NoReturn:
         raise ConversionError(
