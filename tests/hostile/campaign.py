@@ -194,10 +194,8 @@ def _report(
     print("\nkind                    tries  longest  exit codes")
     for kind in _ALL:
         mine = {code.split()[1]: count for code, count in sorted(codes.items()) if code.split()[0] == kind}
-        longest = slowest.get(kind, (0.0, 0))[0]
-        print(
-            f"{kind:22} {done[kind]:6,} {longest:6.1f} s  {', '.join(f'{code}: {count}' for code, count in mine.items())}"
-        )
+        ends = ", ".join(f"{code}: {count}" for code, count in mine.items())
+        print(f"{kind:22} {done[kind]:6,} {slowest.get(kind, (0.0, 0))[0]:6.1f} s  {ends}")
     seconds = time.time() - begun
     print(f"\nseed {options.seed}: {_counted(done)}, {len(verdicts)} with findings, {seconds:,.0f} s")
     kinds = Counter(signature(finding) for verdict in verdicts for finding in verdict.findings)
