@@ -388,11 +388,12 @@ def generate(
     """Generate text, printed as it comes."""
     with _errors_as_messages():
         import torch
-        from transformers import TextStreamer, set_seed
+        from transformers import set_seed
 
         from .configuration.share_pattern import SharePattern
         from .conversion.load_source import load_source
         from .evaluation.loading import Placement, open_model
+        from .evaluation.terminal import text_streamer
         from .evaluation.tokenizer import load_tokenizer
 
         try:
@@ -410,8 +411,7 @@ def generate(
         inputs = encoded.to(model.device)
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), **sampling)
 
 
 def _prompt(prompt: str) -> str:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..conversion.checkpoint import ConversionError
+
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20
 # Beyond it the perplexity is no fp64 number.
@@ -123,6 +125,19 @@ def token_scores(
             yield torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
     finally:
         model.train(was_training)
+
+
+def check_loss(loss: float, about: str, model: torch.nn.Module) -> None:
+    """Refuse a mean loss in nats that is not finite, or of which fp64 holds no perplexity.
+
+    Raises:
+        ConversionError: naming the checkpoint (`about`), the loss, and the weight that stands out.
+    """
+    if not loss < LARGEST_LOSS:
+        raise ConversionError(
+            f"{about}: its loss is {loss:.4g}, no loss of a sound model ({largest_weight(model)}): are its weights "
+            "damaged? Fetch them again"
+        )
 
 
 @torch.no_grad()

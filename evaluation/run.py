@@ -19,7 +19,6 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..conversion.checkpoint import ConversionError
 from ..conversion.open_checkpoint import OpenedCheckpoint
 from ..conversion.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
@@ -31,7 +30,7 @@ from .loading import Placement, load_model, open_model
 from .monitor import Monitor
 from .output import prepare_output
 from .overlap import selection_overlap
-from .perplexity import LARGEST_LOSS, largest_weight, token_scores
+from .perplexity import check_loss, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 from .tokenizer import Tokenizer, load_tokenizer
 from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
@@ -278,11 +277,7 @@ class _Runner:
         table = torch.cat(tables)
         tokens, recalls = len(windows) * windows.seqlen, windows.recall_tokens
         loss, text, recall, hits = (float(table[:, column].sum()) for column in range(4))
-        if not loss / tokens < LARGEST_LOSS:
-            raise ConversionError(
-                f"{self.name}: its loss with the pattern {pattern} is {loss / tokens:.4g}, no loss of a sound "
-                f"model ({largest_weight(self.model)}): are its weights damaged? Fetch them again"
-            )
+        check_loss(loss / tokens, f"{self.name} with the pattern {pattern}", self.model)
         bins = _bins(windows.seqlen)
         by_position = [float(x) / len(windows) / len(part) for x, part in zip(table[:, 4:].sum(0), bins)]
         found: dict[str, Any] = {

@@ -21,6 +21,17 @@ class _Terminal(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+def text_streamer(tokenizer: Any) -> Any:
+    """Transformers' TextStreamer; on a terminal what a model writes cannot steer it, elsewhere it is as it is."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    if sys.stdout.isatty():
+        show = streamer.on_finalized_text
+        streamer.on_finalized_text = lambda text, stream_end=False: show(printable(text), stream_end)  # type: ignore
+    return streamer
+
+
 def terminal(stderr: bool = False, soft_wrap: bool | None = None) -> Console:
     """A console that takes no `[...]` in what it prints for markup, no `:name:` for an emoji, and no escape sequence.
 

@@ -15,6 +15,7 @@ from ..evaluation.loading import Placement, load_model, open_model
 from ..evaluation.monitor import Monitor
 from ..evaluation.output import prepare_output
 from ..evaluation.overlap import Overlap, selection_overlap
+from ..evaluation.perplexity import check_loss, evaluate_windows
 from ..evaluation.tokenizer import load_tokenizer
 from ..evaluation.window_sources import Sampling
 from ..evaluation.windows import Windows
@@ -79,6 +80,8 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
         prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
     model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
+    # Every comparison with a loss that is no number would be settled by chance.
+    check_loss(evaluate_windows(model, calibration.ids[:1]).loss, source, model)
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
         journal = Journal(journal_path, identity, run.resume, overwrite=run.overwrite)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from indexcache import cli
 from indexcache.cli import app
 from indexcache.evaluation.loading import load_model
-from indexcache.evaluation.terminal import terminal
+from indexcache.evaluation.terminal import terminal, text_streamer
 
 DEMO = Path(__file__).parents[1] / "demo" / "dsa_demo"
 
@@ -109,6 +109,7 @@ def test_a_source_s_json_that_is_none(text, tmp_path, name, content):
             continue  # transformers can do without it
         message = refused(verb, *arguments, codes=(1, 2))
         assert name in message or f"tokenizer of {source}" in message
+    assert not (tmp_path / "d").exists()
 
 
 def test_folders_where_files_are_meant_and_files_that_are_none(no_model, text, tmp_path):
@@ -278,3 +279,16 @@ print("as it is \\udcff \\u4e2d")
     said = run_python(script, installed=True)
     assert said.stdout == "name \\udcff \\u4e2d \\x1b[2J\nas it is \\udcff \\u4e2d\n"
     assert "\x1b" not in said.stderr and r"model type \x1b[2J" in said.stderr and r"config \x1b[2J" in said.stderr
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_generated_text_is_escaped_on_a_terminal_alone(monkeypatch, capsys, is_terminal):
+    class Tokens:
+        def decode(self, ids, **_):
+            return "".join(map(chr, ids))
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    streamer = text_streamer(Tokens())
+    streamer.put(torch.tensor([[97, 27, 91, 50, 74, 10]]))
+    streamer.end()
+    assert capsys.readouterr().out.rstrip("\n") == (r"a\x1b[2J" if is_terminal else "a\x1b[2J")

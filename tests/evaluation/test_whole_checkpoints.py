@@ -113,6 +113,22 @@ def test_generation_settings_that_are_none_are_refused_before_the_weights(source
         load_source(source)
 
 
+@pytest.mark.parametrize("value", [3e38, float("nan")])
+def test_damage_that_only_numbers_show_is_no_result(source, tmp_path, value):
+    """A whole file, of which some bits were flipped: no perplexity is made of its loss, and no search."""
+    shard = next(path for path in sorted(source.glob("*.safetensors")))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if "kv_b_proj" in name)
+    tensors[name][:8] = value
+    save_file(tensors, shard, {"format": "pt"})
+    for verb in ("eval", "search"):
+        finished = CliRunner().invoke(app, [verb, *map(str, verbs(source, tmp_path)[verb])])
+        assert finished.exit_code == 1 and isinstance(finished.exception, SystemExit), (verb, finished.exception)
+        said = " ".join(finished.stderr.split())
+        assert "source" in said and ("no loss of a sound model" in said or "finite" in said), said
+        assert not list(tmp_path.rglob("evaluation.json")) and not list(tmp_path.rglob("patterns.json"))
+
+
 def test_what_this_machine_cannot_load_is_a_message(tmp_path):
     from checkpoints import build
 
