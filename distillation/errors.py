@@ -40,6 +40,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
     except (SafetensorError, RuntimeError) as error:
         told = re.search(r"\(os error (\d+)\)", str(error))
         if told is not None and "serializ" in str(error):
