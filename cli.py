@@ -92,7 +92,7 @@ def _fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
-    from .conversion.io.checkpoint import ConversionError
+    from .conversion.io.sources import ConversionError
     from .distillation.errors import DistillationDiverged, DistillationError
     from .runs.errors import EvaluationError
 
@@ -179,8 +179,9 @@ def convert(
         from .conversion.convert.convert import ConvertOptions, plan_conversion
         from .conversion.convert.convert import convert as run_conversion
         from .conversion.convert.pattern_file import choose_pattern
-        from .conversion.io.checkpoint import ConversionError, open_source, read_checkpoint
-        from .conversion.io.open_checkpoint import check_layer_count
+        from .conversion.io.checkpoint import read_checkpoint
+        from .conversion.io.open_checkpoint import check_layer_count, open_source
+        from .conversion.io.sources import ConversionError
         from .conversion.io.terminal_text import printable
         from .conversion.publish.hub import push_folder
 
@@ -227,7 +228,7 @@ def convert(
 def _file_size(size: str | None) -> int | None:
     from transformers.utils.hub import convert_file_size_to_int
 
-    from .conversion.io.checkpoint import ConversionError
+    from .conversion.io.sources import ConversionError
 
     if size is None:
         return None
@@ -271,7 +272,7 @@ def verify(
 
         from .conversion.check.drawing import draw_verification
         from .conversion.check.verify import verify as run_verification
-        from .conversion.io.checkpoint import open_source
+        from .conversion.io.open_checkpoint import open_source
 
         result = run_verification(
             open_source(source, token=token), open_source(converted, token=token), compare_logits=logits
@@ -310,7 +311,7 @@ def inspect(
             return
         from .conversion.check.describe import describe
         from .conversion.check.drawing import draw_description
-        from .conversion.io.checkpoint import open_source
+        from .conversion.io.open_checkpoint import open_source
 
         description = describe(open_source(path, revision=revision, token=token))
         heatmap = None
@@ -481,7 +482,7 @@ def refresh(
     """
     with _errors_as_messages():
         from .conversion.check.drawing import refresh_text
-        from .conversion.io.checkpoint import open_source
+        from .conversion.io.open_checkpoint import open_source
         from .conversion.publish.refresh import plan_refresh
         from .conversion.publish.refresh import refresh as run_refresh
 

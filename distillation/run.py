@@ -25,8 +25,8 @@ from ..conversion.convert.journal import (
     clear_output,
     output_state,
 )
-from ..conversion.io.checkpoint import ConversionError, FolderSource
 from ..conversion.io.shard_writer import write_json
+from ..conversion.io.sources import ConversionError, FolderSource
 from ..evaluation.perplexity import evaluate_windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.processes import Processes

@@ -15,9 +15,10 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.convert.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
 from ..conversion.convert.pattern_file import choose_pattern
-from ..conversion.io.checkpoint import ConversionError, Source, read_json
+from ..conversion.io.checkpoint import read_json
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights, where_to_load
 from ..conversion.io.open_checkpoint import open_checkpoint
+from ..conversion.io.sources import ConversionError, Source
 from ..conversion.publish.bundle import AUTO_MAP
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import DistillationError

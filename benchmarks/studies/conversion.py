@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from indexcache.benchmarks.bench.machine import machine
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.families import convert_config, expected_indexer, expected_tensors, load_config
-from indexcache.conversion.io.checkpoint import FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
 from indexcache.conversion.io.fp8 import SCALE_SUFFIX, scale_grid
+from indexcache.conversion.io.sources import FolderSource
 
 LAYERS, KEEP, SHARDS = 12, "1/4", 36
 CONFIG = {
@@ -62,7 +63,7 @@ _CONVERT = """
 import json, sys, time
 from pathlib import Path
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.io.checkpoint import FolderSource
+from indexcache.conversion.io.sources import FolderSource
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 
 source, output, pattern, options = sys.argv[1:]

@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_checkpoint
 from ..io.hub_source import HubSource
 from ..io.shard_writer import (
+    OutputShard,
     WrittenFile,
     encode_header,
     hash_files,
@@ -33,6 +34,7 @@ from ..io.shard_writer import (
     write_json,
     write_shard,
 )
+from ..io.sources import ConversionError, FolderSource, Source
 from ..io.strict_json import parse_json
 from ..io.tensor_stream import OpenShards
 from ..publish.bundle import write_bundle
@@ -50,7 +52,7 @@ from .journal import (
     remove_partials,
     sole_writer,
 )
-from .plan import OutputShard, Plan, build_plan
+from .plan import Plan, build_plan
 
 # Shards that are written at a time.
 _WRITERS = 4

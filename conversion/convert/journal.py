@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ConversionError, is_unicode
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ..io.shard_writer import PARTIAL_SUFFIX, WrittenFile, hash_files, path_inside, write_json
+from ..io.sources import ConversionError, is_unicode
 from ..io.strict_json import parse_json
 
 try:

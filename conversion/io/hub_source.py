@@ -13,9 +13,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-from .checkpoint import ConversionError, check_file_name
 from .hub_integrity import HubFile, RunningCheck, SeenRange, file_fault, is_commit_id
 from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes, redact
+from .sources import ConversionError, check_file_name
 
 
 class HubSource:

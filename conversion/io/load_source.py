@@ -12,8 +12,8 @@ from torch import nn
 from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..convert.families import load_config
-from .checkpoint import ConversionError, FolderSource, Source
 from .open_checkpoint import OpenedCheckpoint, open_checkpoint
+from .sources import ConversionError, FolderSource, Source
 
 
 def load_source(

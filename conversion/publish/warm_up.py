@@ -25,7 +25,7 @@ from ...kernels.common.kernel_variants import Variant
 from ...modeling_indexcache.compile_ahead import LENGTHS, kinds_of_layers, pretended_decoder, variants_of
 from ...modeling_indexcache.modeling_indexcache import IndexCacheModel
 from ..convert.families import convert_config, load_config
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 from .bundle import AUTO_MAP
 
 # Multiprocessors of each architecture's largest device: they decide on grids, and on paths for short prompts.

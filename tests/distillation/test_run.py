@@ -13,7 +13,8 @@ from indexcache import IndexCacheForCausalLM
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.check.verify import verify
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_complete
 from indexcache.distillation.errors import DistillationDiverged, DistillationError
 

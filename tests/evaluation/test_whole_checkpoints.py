@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.io.checkpoint import ConversionError
 from indexcache.conversion.io.load_source import load_source, refuse_filled_weights
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.source import load_with_new_indexers
 from indexcache.runs.errors import EvaluationError

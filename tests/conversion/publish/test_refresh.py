@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 import indexcache
 from indexcache.cli import app
 from indexcache.configuration import hub_code
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
 from indexcache.conversion.io.hub_source import HubSource
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish import refresh as refresh_module
 from indexcache.conversion.publish.refresh import _with_field, plan_refresh, refresh
 
