@@ -177,12 +177,13 @@ def distill(
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
     GPUs, with FSDP where accelerate is told so.
     """
+    from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
     from .errors import DistillationError
-    from .monitor import TerminalTrainingMonitor, TrainingMonitor
     from .recipe import Recipe
-    from .run import RunOptions, run_distillation
+    from .run import run_distillation
+    from .run_options import DistillationRun
     from .source import IndexerShape, open_distillation_source
 
     if private and push_to_hub is None:
@@ -211,7 +212,7 @@ def distill(
         log_every=log_every,
         save_every=save_every,
     )
-    run = RunOptions(
+    run = DistillationRun(
         data,
         output,
         held_out,
@@ -226,7 +227,7 @@ def distill(
     )
     shape = IndexerShape(index_topk, index_heads, index_head_dim)
     opened = open_distillation_source(source, pattern, pattern_file, keep, shape, revision=revision, token=token)
-    document = run_distillation(opened, recipe, run, TrainingMonitor() if as_json else TerminalTrainingMonitor())
+    document = run_distillation(opened, recipe, run, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment().is_first:
         return
     url = None

@@ -6,7 +6,6 @@ interrupted evaluation goes on where it stopped, and further checkpoints, patter
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
 import time
@@ -21,13 +20,13 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..runs.environment import environment
 from ..runs.errors import EvaluationError
 from ..runs.fingerprint import model_sha256
-from ..runs.journal import Journal
+from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
+from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..runs.windows.windows import Windows
@@ -140,7 +139,7 @@ def run_evaluation(
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
     prepare_output(output, path, resume, overwrite, "evaluation")
-    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
+    journal = ScoreJournal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
     if journal.damage:
         monitor.warn(journal.damage)
     document: dict[str, Any] = {"format": FORMAT, "models": []} | {task: [] for task in options.wanted}
@@ -161,11 +160,12 @@ def run_evaluation(
     finally:
         journal.close()
     _compare(document)
+    versions = stamp()
     document |= {
         "data": [_data(source, given) for source, given in zip(names, inputs)],
         "recipe": asdict(options),
-        "versions": environment(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions,
+        "date": versions["date"],
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
@@ -254,7 +254,12 @@ class _Runner:
     """One loaded checkpoint; each task gives the scores of one pattern."""
 
     def __init__(
-        self, model: IndexCacheForCausalLM, options: EvaluationOptions, journal: Journal, monitor: Monitor, name: str
+        self,
+        model: IndexCacheForCausalLM,
+        options: EvaluationOptions,
+        journal: ScoreJournal,
+        monitor: Monitor,
+        name: str,
     ) -> None:
         self.model, self.options, self.journal, self.monitor, self.name = model, options, journal, monitor, name
         self.sha256 = model_sha256(model)

@@ -129,7 +129,7 @@ def search(
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .run import RunOptions, run_search
+    from .run import SearchRun, run_search
     from .search import DEFAULT_KEEP, SearchOptions
 
     options = SearchOptions(
@@ -146,7 +146,7 @@ def search(
         curve=curve,
         batch_size=batch_size,
     )
-    run = RunOptions(
+    run = SearchRun(
         data,
         output,
         held_out,

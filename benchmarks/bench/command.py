@@ -161,7 +161,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         if not as_json:
             typer.echo("no pictures: pip install matplotlib", err=True)
         return []
-    from .speed_report import REPORT_FILE, write_page
+    from .speed_report import REPORT_FILE, write_report
 
     pictures = [
         (title, output / name)
@@ -171,7 +171,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         )
         if draw(document, output / name)
     ]
-    write_page(document, pictures, output / REPORT_FILE)
+    write_report(document, pictures, output / REPORT_FILE)
     return [path.name for _, path in pictures] + [REPORT_FILE]
 
 

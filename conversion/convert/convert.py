@@ -46,11 +46,10 @@ from .journal import (
     RECIPE_FILE,
     Journal,
     check_apart,
-    clear_output,
     output_state,
     remove_leftovers,
-    remove_partials,
     sole_writer,
+    take_output,
 )
 from .plan import Plan, build_plan
 
@@ -145,18 +144,7 @@ def _convert(
     if state == "finished" and options.resume and not options.overwrite:
         _check_finished(plan, output, options, recipe)
         return Conversion(plan, output, {shard.file: "kept" for shard in plan.shards}, plan.warnings)
-    if options.overwrite and not (options.resume and state == "interrupted"):
-        if state != "empty":
-            clear_output(output, _planned_files(plan))
-    elif state == "interrupted" and options.resume:
-        journal.resume()
-        remove_partials(output)
-    elif state == "interrupted":
-        raise ConversionError(f"{output} holds an interrupted conversion: finish it with --resume, or use --overwrite")
-    elif state != "empty":
-        what = "nothing to resume" if options.resume else "an earlier conversion" if state == "finished" else "files"
-        raise ConversionError(f"the output {output} is not empty (it holds {what}): give another, or use --overwrite")
-
+    take_output(output, journal, _planned_files(plan), resume=options.resume, overwrite=options.overwrite)
     if isinstance(source, HubSource):
         source.download_folder = output / DOWNLOAD_FOLDER
     _check_disk_space(plan, output, options, journal.finished)

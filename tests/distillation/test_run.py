@@ -90,7 +90,7 @@ def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     output = folder / "killed"
     assert run_processes(folder, output, kill_at=3, check=False).returncode == -signal.SIGKILL
     assert (output / "training/dense/checkpoint-2").exists() and not (output / "config.json").exists()
-    with pytest.raises(ConversionError, match="interrupted run: finish it with --resume"):
+    with pytest.raises(ConversionError, match="interrupted distillation: finish it with --resume"):
         run(folder, output)
     with pytest.raises(ConversionError, match="another conversion that was interrupted"):
         run(folder, output, resume=True, learning_rate=2e-3)
