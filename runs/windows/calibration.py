@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..errors import EvaluationError
 from .tokenizer import Tokenizer
 from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from .windows import Windows
-from ..errors import EvaluationError
 
 # Below so many times top-k tokens a window, selection is nearly everything and patterns score alike.
 SHORT_WINDOW = 4
