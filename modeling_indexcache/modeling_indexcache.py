@@ -503,8 +503,8 @@ class IndexCacheModel(IndexCachePreTrainedModel):
         traces: list[Any] = []
         if hidden_out is None:
             device = hidden_states.device
-            compile_ahead(self, hidden_states)
             visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
+            compile_ahead(self, hidden_states, masked=visibility.key_mask is not None)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
             del hidden_states
