@@ -329,6 +329,10 @@ def _before(
 
 def _scores(model: IndexCacheForCausalLM, held_out: Windows, run: DistillationRun) -> dict[str, Any]:
     device = "cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    found = evaluate_windows(model.to(device).eval(), held_out.ids, held_out.recall)
-    model.to("cpu")
+    found = evaluate_windows(
+        model.to(device).eval(),  # type: ignore[arg-type]
+        held_out.ids,
+        held_out.recall,
+    )
+    model.to("cpu")  # type: ignore[arg-type]
     return {name: value for name, value in asdict(found).items() if value is not None}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from ...conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
@@ -286,7 +285,7 @@ class _Bench:
 
 
 @torch.no_grad()
-def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
+def _inspect(model: Any, tokens: int, kind: str) -> dict[str, Any]:
     """Parts of a prefill and of a decoding step behind it, and how far the queries after them agree."""
     steps = 7
     ids = prompt(model, tokens + steps + OVERLAP_QUERIES, kind)

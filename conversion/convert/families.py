@@ -116,7 +116,8 @@ def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
     transformers normalises nested fields (`rope_scaling`) in place: it gets a copy, so that `fields` stay as they are.
     """
     try:
-        return IndexCacheConfig.from_dict(copy.deepcopy(fields))
+        config: IndexCacheConfig = IndexCacheConfig.from_dict(copy.deepcopy(fields))
+        return config
     except _CONFIG_FAULTS as error:
         reason = str(error.__cause__ or error).strip()
         raise ConversionError(f"{location}: config.json cannot be used: {reason}") from error

@@ -178,7 +178,7 @@ def _begin(*arguments: Any) -> None:
 
     # One thread a process: the processes are the parallelism.
     torch.set_num_threads(1)
-    driver.set_active(no_driver(arguments[3]))  # type: ignore[arg-type]
+    driver.set_active(no_driver(arguments[3]))
     _variants.extend(_find_variants(*arguments))
 
 

@@ -141,12 +141,15 @@ def _spans(
     last = len(numbers) - 1
     if order is not None:
         order.shuffle(numbers)
-    begin = lambda number: number * size + look(number * size) if number else 0
+
+    def begin(number: int) -> int:
+        return number * size + look(number * size) if number else 0
+
     for number in numbers:
         yield begin(number), length if number == last else begin(number + 1)
 
 
-def _cut(behind: Any, cuts: list[re.Pattern]) -> int:
+def _cut(behind: Any, cuts: list[re.Pattern[Any]]) -> int:
     """How far into what follows a position the text is cut."""
     found = next(filter(None, (cut.search(behind) for cut in cuts)), None)
     return found.start(1) if found else 0
