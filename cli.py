@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from .benchmarks.bench.command import bench as bench_verb
+from .conversion.io.terminal_text import guard_terminal, printable, tell
 from .distillation.command import distill as distill_verb
 from .evaluation.command import evaluate as evaluate_verb
 from .pattern_search.command import search as search_verb
@@ -27,8 +29,20 @@ if TYPE_CHECKING:
 
     from .conversion.publish.hub_contents import HubContents
 
+
+class _Verbs(TyperGroup):
+    """The verbs, and what is the same for all: no argument holds a NUL, which no path and no name can hold."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for argument in args:
+            if "\0" in argument:
+                raise typer.BadParameter(f"{argument!r} holds a NUL character: give a path or a value without it")
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
     name="indexcache",
+    cls=_Verbs,
     help="IndexCache for Transformers: share the lightning indexer of DeepSeek Sparse Attention models across layers.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,12 +61,13 @@ def main() -> None:
     What nobody foresaw ends in one line as well, with exit code 1; its traceback goes to a file that the line names,
     or to the terminal where INDEXCACHE_TRACEBACK is set.
     """
+    guard_terminal()
     try:
         app()
     except Exception as error:
         if os.environ.get("INDEXCACHE_TRACEBACK"):
             raise
-        sys.stderr.write(f"error: {_unforeseen(error)}\n")
+        tell(f"error: {_unforeseen(error)}", err=True)
         raise SystemExit(1) from None
 
 
@@ -79,7 +94,6 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     from rich.text import Text
 
     from .conversion.io.hub_requests import redact
-    from .conversion.io.terminal_text import printable
     from .runs.pages.terminal import terminal
 
     shown = printable(redact(message))
@@ -134,7 +148,7 @@ def _about(
     if version:
         from importlib import metadata
 
-        typer.echo(metadata.version("indexcache"))
+        tell(metadata.version("indexcache"))
         raise typer.Exit
 
 
@@ -182,7 +196,6 @@ def convert(
         from .conversion.io.checkpoint import read_checkpoint
         from .conversion.io.open_checkpoint import check_layer_count, open_source
         from .conversion.io.sources import ConversionError
-        from .conversion.io.terminal_text import printable
         from .conversion.publish.hub import push_folder
 
         opened = open_source(source, revision=revision, token=token)
@@ -218,11 +231,11 @@ def convert(
             return
         ways = ", ".join(f"{list(done.how.values()).count(way)} {way}" for way in sorted(set(done.how.values())))
         dropped = human_bytes(sum(info.nbytes for info in plan.dropped))
-        typer.echo(f"{output}: pattern {plan.pattern}, shards: {ways}; {dropped} of indexer weights dropped")
+        tell(f"{output}: pattern {plan.pattern}, shards: {ways}; {dropped} of indexer weights dropped")
         for note in done.warnings:
-            typer.echo(printable(f"note: {note}"))
+            tell(f"note: {note}")
         if url:
-            typer.echo(f"pushed: {url}")
+            tell(f"pushed: {url}")
 
 
 def _file_size(size: str | None) -> int | None:
@@ -376,11 +389,12 @@ def generate(
     """Generate text, printed as it comes."""
     with _errors_as_messages():
         import torch
-        from transformers import TextStreamer, set_seed
+        from transformers import set_seed
 
         from .configuration.share_pattern import SharePattern
         from .conversion.io.load_source import load_source
         from .runs.loading import Placement, open_model
+        from .runs.pages.terminal import text_streamer
         from .runs.windows.tokenizer import load_tokenizer
 
         try:
@@ -389,16 +403,16 @@ def generate(
             _fail(f"--pattern: {error}", 2)
         text = _prompt(prompt)
         opened = open_model(path, Placement(device=device, revision=revision, token=token), wanted)
-        tokenizer: Any = load_tokenizer(path, revision=revision, token=token)
+        tokenizer: Any = load_tokenizer(opened.source)
         if tokenizer is None:
-            _fail(f"{path} has no tokenizer that can be loaded: generate needs one")
-        model: Any = load_source(opened, dtype="auto", token=token)
+            _fail(f"{path} has no tokenizer: generate needs one")
+        encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        model: Any = load_source(opened, dtype="auto")
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        inputs = encoded.to(model.device)
         set_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
-        streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+        model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), **sampling)
 
 
 def _prompt(prompt: str) -> str:
@@ -449,10 +463,10 @@ def push(
         if as_json:
             _print_json({"url": url, "files": shown[0].files, "left": shown[0].left})
         else:
-            typer.echo(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
+            tell(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
             if url:
                 commit = url.rpartition("/")[2]
-                typer.echo(f'pinned: from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True)')
+                tell(f'pinned: from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True)')
 
 
 def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callable[[HubContents], None]:
@@ -463,7 +477,7 @@ def _announcer(as_json: bool, shown: list[HubContents] | None = None) -> Callabl
         if shown is not None:
             shown.append(contents)
         if not as_json:
-            typer.echo(contents_text(contents))
+            tell(contents_text(contents))
 
     return announce
 
@@ -492,9 +506,9 @@ def refresh(
         if as_json:
             _print_json({**plan.summary(), "dry_run": dry_run, "url": url})
             return
-        typer.echo(refresh_text(plan, dry_run))
+        tell(refresh_text(plan, dry_run))
         if url:
-            typer.echo(f"pushed: {url}")
+            tell(f"pushed: {url}")
 
 
 @app.command()
@@ -513,12 +527,12 @@ def export(
         if path.is_file():
             fields = export_pattern(path, output, to, keep)
             found = {"output": str(output), "engine": to, "fields": fields}
-            _print_json(found) if as_json else typer.echo(f"{output}: config fields for {to}")
+            _print_json(found) if as_json else tell(f"{output}: config fields for {to}")
             return
         if keep is not None:
             _fail("--keep chooses in a patterns.json: a checkpoint's own pattern is exported as it is", 2)
         written = run_export(path, output, to)
-        _print_json({"output": str(written), "engine": to}) if as_json else typer.echo(f"{written}: for {to}")
+        _print_json({"output": str(written), "engine": to}) if as_json else tell(f"{written}: for {to}")
 
 
 @app.command(name="warm-up")
@@ -553,9 +567,9 @@ def warm_up(
         else:
             kind = f"{done.target.backend} {done.target.arch}"
             new = f"{done.compiled} of them new, in {done.seconds:.1f} s"
-            typer.echo(f"{done.cache}: {done.variants} kernels for {kind}, {new}")
+            tell(f"{done.cache}: {done.variants} kernels for {kind}, {new}")
             for name, error in done.failed.items():
-                typer.echo(f"{name} does not compile: {error}", err=True)
+                tell(f"{name} does not compile: {error}", err=True)
         if done.failed:
             raise typer.Exit(1)
 
@@ -582,7 +596,7 @@ def env(as_json: AsJson = False) -> None:
         _print_json(found)
         return
     for name, value in found.items():
-        typer.echo(f"{name:<16} {value if value not in (None, []) else 'none'}")
+        tell(f"{name:<16} {value if value not in (None, []) else 'none'}")
 
 
 if __name__ == "__main__":

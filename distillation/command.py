@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -235,7 +236,7 @@ def distill(
         from ..conversion.check.drawing import contents_text
         from ..conversion.publish.hub import push_folder
 
-        announce = None if as_json else (lambda contents: typer.echo(contents_text(contents)))
+        announce = None if as_json else (lambda contents: tell(contents_text(contents)))
         url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)
     if as_json:
         sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")

@@ -27,7 +27,7 @@ from ..conversion.convert.journal import (
 )
 from ..conversion.io.shard_writer import write_json
 from ..conversion.io.sources import ConversionError, FolderSource
-from ..evaluation.perplexity import evaluate_windows
+from ..evaluation.perplexity import evaluate_windows, largest_weight
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
@@ -35,7 +35,7 @@ from ..runs.windows.calibration import short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.windows import Windows
 from .data import TrainingWindows, load_training_data
-from .errors import DistillationDiverged, DistillationError
+from .errors import DistillationDiverged, DistillationError, disk_errors
 from .monitor import RecordKeeper, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
@@ -71,7 +71,7 @@ def run_distillation(
     refuse_where_no_graphs_run(recipe, run.device == "cpu", processes.count)
     if isinstance(source.opened, FolderSource):
         check_apart(source.opened.folder, run.output)
-    tokenizer = load_tokenizer(source.location, revision=source.opened.revision, token=source.token)
+    tokenizer = load_tokenizer(source.opened)
     quiet.note(f"reading {run.data}")
     windows, held_out = load_training_data(
         run.data, run.held_out, source.config, tokenizer, recipe, run.sampling, processes.count
@@ -87,7 +87,7 @@ def run_distillation(
     training = run.output / TRAINING_FOLDER
     scores: dict[str, Any] = {}
     transformers_logging.disable_progress_bar()
-    with quiet:
+    with quiet, disk_errors(run.output):
         if held_out is not None:
             scores |= _before(source, recipe, run, held_out, training, processes)
         found: Path | None = None
@@ -209,7 +209,10 @@ def _train_stage(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:
-        raise DistillationDiverged(f"{error}. {_what_is_left(error, trainer, folder)}") from None
+        about = f"{source.location} on {run.data}: {error}"
+        if trainer.state.global_step == 0 and error.weights_are_sound:
+            about += f". At the first step it may be the checkpoint: {largest_weight(model)}"
+        raise DistillationDiverged(f"{about}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
         raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))

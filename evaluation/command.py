@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -123,7 +124,7 @@ def evaluate(
             write_report(document, output)
         except ImportError:
             if not as_json:
-                typer.echo("no pictures: pip install matplotlib", err=True)
+                tell("no pictures: pip install matplotlib", err=True)
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return

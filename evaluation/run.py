@@ -18,6 +18,7 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.errors import EvaluationError
@@ -31,7 +32,7 @@ from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..runs.windows.windows import Windows
 from .overlap import selection_overlap
-from .perplexity import token_scores
+from .perplexity import check_loss, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 
 FORMAT = "indexcache-evaluation/1"
@@ -135,7 +136,7 @@ def run_evaluation(
     begun = time.monotonic()
     opened = [open_model(source, placement) for source in sources]
     configs = [one.config for one in opened]
-    inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
+    inputs = [_inputs(source, one, options) for source, one in zip(sources, opened)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
     prepare_output(output, path, resume, overwrite, "evaluation")
@@ -195,8 +196,8 @@ def _patterns(source: str, config: IndexCacheConfig, options: EvaluationOptions)
     return found
 
 
-def _inputs(source: str, config: IndexCacheConfig, options: EvaluationOptions, placement: Placement) -> Inputs:
-    tokenizer = load_tokenizer(source, revision=placement.revision, token=placement.token)
+def _inputs(source: str, opened: OpenedCheckpoint, options: EvaluationOptions) -> Inputs:
+    config, tokenizer = opened.config, load_tokenizer(opened.source)
     windows = None
     prompts: dict[int, list[list[Prompt]]] = {}
     if {"perplexity", "overlap"} & set(options.wanted):
@@ -281,6 +282,7 @@ class _Runner:
         table = torch.cat(tables)
         tokens, recalls = len(windows) * windows.seqlen, windows.recall_tokens
         loss, text, recall, hits = (float(table[:, column].sum()) for column in range(4))
+        check_loss(loss / tokens, f"{self.name} with the pattern {pattern}", self.model)
         bins = _bins(windows.seqlen)
         by_position = [float(x) / len(windows) / len(part) for x, part in zip(table[:, 4:].sum(0), bins)]
         found: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -206,6 +207,6 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
         from .report import write_report
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return
     write_report(document, output)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..evaluation.overlap import Overlap, selection_overlap
+from ..evaluation.perplexity import check_loss, evaluate_windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
@@ -57,7 +58,7 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     opened = open_model(source, run.placement)
     config = opened.config
     options.counts(config.share_pattern)
-    tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
+    tokenizer = load_tokenizer(opened.source)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
@@ -67,6 +68,8 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
         prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
     model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
+    # Every comparison with a loss that is no number would be settled by chance.
+    check_loss(evaluate_windows(model, calibration.ids[:1]).loss, source, model)
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
         journal = ScoreJournal(journal_path, identity, run.resume, overwrite=run.overwrite)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ...conversion.io.terminal_text import tell
 from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ def bench(
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
     for warning in document.get("warnings", []):
-        typer.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2) + "\n")
         return
     _print_tables(document)
-    typer.echo(f"{output}: " + ", ".join(["bench.json", *drawn]))
+    tell(f"{output}: " + ", ".join(["bench.json", *drawn]))
 
 
 def _silent(row: Row, found: dict[str, Any], resumed: bool) -> None:
@@ -150,7 +151,7 @@ def _line(row: Row, found: dict[str, Any], resumed: bool) -> None:
         + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
     )
     mark = " (from the journal)" * resumed
-    typer.echo(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
+    tell(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
 
 
 def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
@@ -159,7 +160,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         from .speed_figures import draw_parts, draw_speed_ups
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return []
     from .speed_report import REPORT_FILE, write_report
 

@@ -53,6 +53,8 @@ from .journal import (
 )
 from .plan import Plan, build_plan
 
+# Of a recipe: what it was made with, which does not tell one conversion from another.
+_VERSIONS = "versions"
 # Shards that are written at a time.
 _WRITERS = 4
 
@@ -356,7 +358,7 @@ def _recipe(plan: Plan, options: ConvertOptions) -> dict[str, Any]:
             "index_sha256": _sha256_of(source, INDEX_FILE) if plan.checkpoint.is_sharded else None,
             "headers_sha256": _headers_sha256(plan),
         },
-        "versions": installed_versions("indexcache", "torch", "transformers"),
+        _VERSIONS: installed_versions("indexcache", "torch", "transformers"),
     }
 
 
@@ -380,16 +382,19 @@ def _identity(plan: Plan, options: ConvertOptions, recipe: dict[str, Any]) -> di
 
 
 def _check_finished(plan: Plan, output: Path, options: ConvertOptions, recipe: dict[str, Any]) -> None:
-    """A finished output may be "resumed" when every file is what this run would write.
+    """A finished output may be "resumed" when every file is what this run would write, but for the recipe's versions.
 
-    Shards are compared with the sha256s of their recipe; all else is written once more, elsewhere, and compared.
+    Shards are compared with the sha256s of their recipe; all else is written once more, elsewhere, and compared. So
+    what an older release wrote is finished once `indexcache refresh` has put this release's code into it.
     """
     try:
         found = parse_json((output / RECIPE_FILE).read_bytes())
         shards = {shard.file: dict(found["shards"][shard.file]) for shard in plan.shards}
-        differs = any(found[key] != value for key, value in recipe.items())
+        differs = any(found[key] != value for key, value in recipe.items() if key != _VERSIONS)
+        recipe = {**recipe, _VERSIONS: dict(found[_VERSIONS])}
+        is_older = recipe[_VERSIONS].get("indexcache") != installed_versions("indexcache")["indexcache"]
     except (OSError, ValueError, KeyError, TypeError):
-        shards, differs = {}, True
+        shards, differs, is_older, found = {}, True, False, {}
     if differs:
         raise ConversionError(f"{output} holds another finished conversion: give another output, or use --overwrite")
     hashes = hash_files(output / file for file in shards)
@@ -404,11 +409,27 @@ def _check_finished(plan: Plan, output: Path, options: ConvertOptions, recipe: d
         for path in sorted(path for path in again.rglob("*") if path.is_file()):
             name = path.relative_to(again).as_posix()
             there = output / name
-            if not there.is_file() or there.read_bytes() != path.read_bytes():
+            if there.is_file() and there.read_bytes() == path.read_bytes():
+                continue
+            as_due = name == RECIPE_FILE and is_older and _without_code(parse_json(path.read_bytes()))
+            if not as_due or as_due != _without_code(found):
                 damaged.append(name)
     if damaged:
+        instead = ""
+        if is_older and all(name == CONFIG_FILE or _is_code(name) for name in damaged):
+            writer = recipe[_VERSIONS].get("indexcache")
+            instead = f", or run `indexcache refresh {output}`: IndexCache {writer} wrote it"
         raise ConversionError.collect(
             f"{output} is finished, and {len(damaged)} of its files are not what the conversion wrote: convert again "
-            "with --overwrite",
+            f"with --overwrite{instead}",
             damaged,
         )
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py") and "/" not in name
+
+
+def _without_code(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the names of the release's code files, which a refresh may add and remove."""
+    return {**recipe, "files": [name for name in recipe.get("files", ()) if not _is_code(str(name))]}
