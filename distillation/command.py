@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -22,6 +19,7 @@ from ..runs.arguments import (
     Token,
     finite,
 )
+from ..runs.command_line import print_json, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -233,17 +231,14 @@ def distill(
         return
     url = None
     if push_to_hub:
-        from ..conversion.check.drawing import contents_text
+        from ..conversion.publish.command import announcer
         from ..conversion.publish.hub import push_folder
 
-        announce = None if as_json else (lambda contents: tell(contents_text(contents)))
-        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)
+        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announcer(as_json))
     if as_json:
-        sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
-        return
-    from ..runs.pages.terminal import terminal
-
-    terminal().print(_summary(document, output, url))
+        print_json({"output": str(output), **document, "url": url})
+    else:
+        show(_summary(document, output, url))
 
 
 def _summary(document: dict[str, Any], output: Path, url: str | None) -> RenderableType:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _HOW = "How to search"
 
@@ -165,7 +164,7 @@ def search(
     if pictures:
         _draw(document, output, as_json)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
     from .drawing import draw_summary

@@ -34,7 +34,6 @@ LONG_FILES = {
     "kernels/lightning_indexer/lightning_indexer_hopper_gluon.py",
     "kernels/sparse_mla/sparse_mla_hopper_gluon.py",
     "modeling_indexcache/modeling_indexcache.py",
-    "cli.py",
     "tests/modeling_indexcache/cache/test_decode_graph.py",
     "tests/testing/hub_double.py",
 }

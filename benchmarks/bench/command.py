@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +9,7 @@ import typer
 
 from ...conversion.io.terminal_text import tell
 from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+from ...runs.command_line import print_json
 
 if TYPE_CHECKING:
     from .speed_plan import Row
@@ -129,7 +128,7 @@ def bench(
         tell(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     _print_tables(document)
     tell(f"{output}: " + ", ".join(["bench.json", *drawn]))
