@@ -25,7 +25,12 @@ demo-checkpoint: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus"
 
-lint: venv
+# mypy reads the package under its own name, whatever this folder is called.
+$(VENV)/types/indexcache: venv
+	mkdir -p $(VENV)/types
+	ln -sfn ../.. $@
+
+lint: venv $(VENV)/types/indexcache
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

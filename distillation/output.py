@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..conversion.convert.companion_files import copy_companions
 from ..conversion.convert.installed_versions import installed_versions
@@ -23,11 +23,9 @@ from ..runs.windows.windows import Windows
 from .data import TrainingWindows
 from .errors import DistillationDiverged
 from .recipe import Recipe
+from .run_options import DistillationRun
 from .source import DistillationSource
 from .training.finite import first_not_finite
-
-if TYPE_CHECKING:
-    from .run import RunOptions
 
 TRAINING_FOLDER = "training"
 LOG_FILE = "training_log.json"
@@ -78,7 +76,7 @@ def _weight_files(source: DistillationSource) -> list[str]:
 def write_checkpoint(
     trained: Path,
     source: DistillationSource,
-    run: RunOptions,
+    run: DistillationRun,
     document: dict[str, Any],
     scores: dict[str, Any],
     logs: dict[str, Any],

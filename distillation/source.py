@@ -15,9 +15,10 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.convert.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
 from ..conversion.convert.pattern_file import choose_pattern
-from ..conversion.io.checkpoint import ConversionError, Source, read_json
+from ..conversion.io.checkpoint import read_json
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights, where_to_load
 from ..conversion.io.open_checkpoint import open_checkpoint
+from ..conversion.io.sources import ConversionError, Source
 from ..conversion.publish.bundle import AUTO_MAP
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from .errors import DistillationError
@@ -56,18 +57,16 @@ class DistillationSource:
     """A checkpoint and what it shall become.
 
     Attributes:
-        location: folder or Hub id, for `from_pretrained`.
-        opened: the same, for its other files.
+        location: folder or Hub id, for messages.
+        opened: the same, to read from.
         config: with the pattern to train.
         is_dense: it has no indexers at all.
-        token: for the Hub.
     """
 
     location: str
     opened: Source
     config: IndexCacheConfig
     is_dense: bool
-    token: str | None = None
 
     @property
     def pattern(self) -> SharePattern:
@@ -76,8 +75,7 @@ class DistillationSource:
 
     def load(self, dtype: torch.dtype, **kwargs: Any) -> tuple[IndexCacheForCausalLM, list[int]]:
         """The model, and the layers whose indexers are new (random, from torch's current seed)."""
-        place, commit = where_to_load(self.opened)
-        return load_with_new_indexers(place, self.config, dtype=dtype, revision=commit, token=self.token, **kwargs)
+        return load_with_new_indexers(where_to_load(self.opened), self.config, dtype=dtype, **kwargs)
 
     def load_untrained(self, dtype: torch.dtype) -> IndexCacheForCausalLM:
         """The source as it is: dense, or with its own pattern."""
@@ -89,8 +87,7 @@ class DistillationSource:
             config.layer_types = ["full_attention"] * len(self.pattern)
         else:
             config = load_config(convert_config(fields, None, None, AUTO_MAP, self.location), self.location)
-        place, commit = where_to_load(self.opened)
-        model, _ = load_with_new_indexers(place, config, dtype=dtype, revision=commit, token=self.token)
+        model, _ = load_with_new_indexers(where_to_load(self.opened), config, dtype=dtype)
         return model
 
     def written_dtype(self, name: str) -> torch.dtype:
@@ -152,7 +149,7 @@ def open_distillation_source(
         written = convert_config(fields, chosen, None, AUTO_MAP, source)
     # Layers beyond the last, which draft tokens for the untrained model, stay behind.
     written.pop("num_nextn_predict_layers", None)
-    return DistillationSource(source, opened, load_config(written, source), is_dense, token)
+    return DistillationSource(source, opened, load_config(written, source), is_dense)
 
 
 def load_with_new_indexers(

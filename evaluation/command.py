@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -25,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _RETRIEVAL = "Retrieval"
 
@@ -125,9 +125,9 @@ def evaluate(
             write_report(document, output)
         except ImportError:
             if not as_json:
-                typer.echo("no pictures: pip install matplotlib", err=True)
+                tell("no pictures: pip install matplotlib", err=True)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
 

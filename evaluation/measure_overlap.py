@@ -51,7 +51,7 @@ def measure_overlap(
     config = opened.config
     sampling = Sampling(seqlen, nsamples)
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
-    windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
+    windows = read_windows(data, load_tokenizer(opened.source), sampling, tokens, nsamples)
     try:
         found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
     except ValueError as error:

@@ -6,7 +6,6 @@ interrupted evaluation goes on where it stopped, and further checkpoints, patter
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
 import time
@@ -19,20 +18,21 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..runs.environment import environment
 from ..runs.errors import EvaluationError
 from ..runs.fingerprint import model_sha256
-from ..runs.journal import Journal
+from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
+from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..runs.windows.windows import Windows
 from .overlap import selection_overlap
-from .perplexity import token_scores
+from .perplexity import check_loss, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 
 FORMAT = "indexcache-evaluation/1"
@@ -136,11 +136,11 @@ def run_evaluation(
     begun = time.monotonic()
     opened = [open_model(source, placement) for source in sources]
     configs = [one.config for one in opened]
-    inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
+    inputs = [_inputs(source, one, options) for source, one in zip(sources, opened)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
     prepare_output(output, path, resume, overwrite, "evaluation")
-    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
+    journal = ScoreJournal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
     if journal.damage:
         monitor.warn(journal.damage)
     document: dict[str, Any] = {"format": FORMAT, "models": []} | {task: [] for task in options.wanted}
@@ -161,11 +161,12 @@ def run_evaluation(
     finally:
         journal.close()
     _compare(document)
+    versions = stamp()
     document |= {
         "data": [_data(source, given) for source, given in zip(names, inputs)],
         "recipe": asdict(options),
-        "versions": environment(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions,
+        "date": versions["date"],
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
@@ -195,8 +196,8 @@ def _patterns(source: str, config: IndexCacheConfig, options: EvaluationOptions)
     return found
 
 
-def _inputs(source: str, config: IndexCacheConfig, options: EvaluationOptions, placement: Placement) -> Inputs:
-    tokenizer = load_tokenizer(source, revision=placement.revision, token=placement.token)
+def _inputs(source: str, opened: OpenedCheckpoint, options: EvaluationOptions) -> Inputs:
+    config, tokenizer = opened.config, load_tokenizer(opened.source)
     windows = None
     prompts: dict[int, list[list[Prompt]]] = {}
     if {"perplexity", "overlap"} & set(options.wanted):
@@ -254,7 +255,12 @@ class _Runner:
     """One loaded checkpoint; each task gives the scores of one pattern."""
 
     def __init__(
-        self, model: IndexCacheForCausalLM, options: EvaluationOptions, journal: Journal, monitor: Monitor, name: str
+        self,
+        model: IndexCacheForCausalLM,
+        options: EvaluationOptions,
+        journal: ScoreJournal,
+        monitor: Monitor,
+        name: str,
     ) -> None:
         self.model, self.options, self.journal, self.monitor, self.name = model, options, journal, monitor, name
         self.sha256 = model_sha256(model)
@@ -276,6 +282,7 @@ class _Runner:
         table = torch.cat(tables)
         tokens, recalls = len(windows) * windows.seqlen, windows.recall_tokens
         loss, text, recall, hits = (float(table[:, column].sum()) for column in range(4))
+        check_loss(loss / tokens, f"{self.name} with the pattern {pattern}", self.model)
         bins = _bins(windows.seqlen)
         by_position = [float(x) / len(windows) / len(part) for x, part in zip(table[:, 4:].sum(0), bins)]
         found: dict[str, Any] = {

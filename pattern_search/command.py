@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -25,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _HOW = "How to search"
 
@@ -136,7 +136,7 @@ def search(
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .run import RunOptions, run_search
+    from .run import SearchRun, run_search
     from .search import DEFAULT_KEEP, SearchOptions
 
     options = SearchOptions(
@@ -153,7 +153,7 @@ def search(
         curve=curve,
         batch_size=batch_size,
     )
-    run = RunOptions(
+    run = SearchRun(
         data,
         output,
         held_out,
@@ -171,7 +171,7 @@ def search(
     if pictures:
         _draw(document, output, as_json)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
     from .drawing import draw_summary
@@ -213,6 +213,6 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
         from .report import write_report
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return
     write_report(document, output)

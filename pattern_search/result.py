@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 from ..configuration.share_pattern import FULL, SharePattern
 from ..conversion.io.shard_writer import write_json
 from ..conversion.io.strict_json import parse_json
-from ..runs.environment import environment
+from ..runs.versions import stamp
 from ..runs.windows.windows import Windows
 from .errors import PatternSearchError
 from .measure.document_shape import misfit
@@ -64,6 +63,7 @@ def result_document(
         searched and baselines. `order`: layers in the order in which they fell. `steps`, `recipe`, `source`, `data`,
         `versions`, `cost`.
     """
+    versions = stamp()
     document: dict[str, Any] = {
         "format": FORMAT,
         "num_layers": len(outcome.start),
@@ -105,11 +105,11 @@ def result_document(
             for name, windows in (("calibration", calibration), ("held_out", held_out))
         },
         "versions": {
-            **environment(),
+            **versions,
             "dtype": identity["dtype"],
             "attention": identity["attention"],
         },
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": versions["date"],
         "cost": outcome.cost,
     }
 

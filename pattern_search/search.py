@@ -11,7 +11,7 @@ import torch
 from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.fingerprint import model_sha256
-from ..runs.journal import Journal
+from ..runs.journal import ScoreJournal
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
 from ..runs.windows.windows import Windows
@@ -126,7 +126,7 @@ def search(
     held_out: Windows,
     options: SearchOptions = SearchOptions(),
     *,
-    journal: Journal | None = None,
+    journal: ScoreJournal | None = None,
     processes: Processes | None = None,
     monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
@@ -149,7 +149,7 @@ def search(
         PatternSearchError: numbers of full layers that the model cannot have.
     """
     start = model.config.share_pattern
-    journal = journal or Journal(None, {})
+    journal = journal or ScoreJournal(None, {})
     monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)

@@ -54,13 +54,22 @@ Seqlen = Annotated[
     int | None, typer.Option(min=1, help="Tokens per window. Default: 32 x top-k.", rich_help_panel=DATA_PANEL)
 ]
 DataSplit = Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=DATA_PANEL)]
-TextField = Annotated[str, typer.Option(help="Field that holds the text, in JSONL and datasets.", rich_help_panel=DATA_PANEL)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Discard the journal and start anew.", rich_help_panel=RUN_PANEL)]
+TextField = Annotated[
+    str, typer.Option(help="Field that holds the text, in JSONL and datasets.", rich_help_panel=DATA_PANEL)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Discard the journal and start anew.", rich_help_panel=RUN_PANEL)
+]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
-    typer.Option(help="Of weights and computation. auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=RUN_PANEL),
+    typer.Option(
+        help="Of weights and computation. auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=RUN_PANEL
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.", rich_help_panel=RUN_PANEL)]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.", rich_help_panel=RUN_PANEL),
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="auto, balanced, ...: spread the model over devices.", rich_help_panel=RUN_PANEL)
 ]

@@ -18,10 +18,10 @@ _NUMBER, _CHECK = "line", "check"
 
 
 class Journal:
-    """Scores by window set, pattern and round, in a file of JSON lines, or in memory only.
+    """What long work has found so far, in a file of JSON lines, or in memory only; the base of those that read it.
 
-    The first line says what the work is; each other line is one evaluation. Every line carries its number and a
-    checksum, so that a line that was changed or taken out is noticed: its evaluation is run again, and `damage` says
+    The first line says what the work is; each other line is one result. Every line carries its number and a
+    checksum, so that a line that was changed or taken out is noticed: its result is found again, and `damage` says
     so. A line is on disk (fsync) before `add` returns; a half line that a crash left at the end is cut off. One
     process at a time may hold the file.
 
@@ -50,8 +50,6 @@ class Journal:
         self.resumed = 0
         #: What was wrong with the file, in a sentence; None where it is whole.
         self.damage: str | None = None
-        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
-        self._used: set[tuple[str, str, int]] = set()
         self._lines = 0
         self._file: TextIO | None = None
         if path is None:
@@ -71,48 +69,6 @@ class Journal:
             self.close()
             raise
 
-    def get(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
-        """The scores of a round, fp64 `[windows of the round, 4]`, or None when it has not been run."""
-        record = self._records.get((windows, pattern, round_))
-        if record is None:
-            return None
-        self._used.add((windows, pattern, round_))
-        return torch.tensor(record["scores"], dtype=torch.float64)
-
-    def was_used(self, windows: str, pattern: str, round_: int) -> bool:
-        """Whether this round was asked for or added since the work was begun or gone on with."""
-        return (windows, pattern, round_) in self._used
-
-    def add(self, windows: str, pattern: str, round_: int, scores: torch.Tensor, layer_forwards: int) -> None:
-        """Record one round of one pattern, with the layer-forwards that it took."""
-        record = {
-            "windows": windows,
-            "pattern": pattern,
-            "round": round_,
-            "scores": scores.tolist(),
-            "layer_forwards": layer_forwards,
-        }
-        self._take(record)
-        self._used.add((windows, pattern, round_))
-        self._write(record)
-
-    def layer_forwards(self, windows: str) -> int:
-        """What the evaluations on these windows took that were used so far, those of interrupted runs included."""
-        return sum(self._records[key]["layer_forwards"] for key in self._used if key[0] == windows)
-
-    def count(self, windows: str) -> int:
-        """How many evaluations on these windows were used so far."""
-        return sum(key[0] == windows for key in self._used)
-
-    def records(self) -> list[dict[str, Any]]:
-        """All evaluations, for another process's journal in memory."""
-        return list(self._records.values())
-
-    def adopt(self, records: list[dict[str, Any]]) -> None:
-        """Take over the evaluations that the first process read from its file."""
-        for record in records:
-            self._take(record)
-
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
@@ -120,12 +76,8 @@ class Journal:
             self._file = None
 
     def _take(self, record: dict[str, Any]) -> None:
-        """Take over one record; ValueError, KeyError or TypeError when it is none."""
-        key = record["windows"], record["pattern"], record["round"]
-        if [type(part) for part in key] != [str, str, int] or type(record["layer_forwards"]) is not int:
-            raise TypeError("a record's windows and pattern are texts, its round and layer_forwards numbers")
-        torch.tensor(record["scores"], dtype=torch.float64)
-        self._records[key] = record
+        """Take over one record of the file; ValueError, KeyError, TypeError or RuntimeError when it is none."""
+        raise NotImplementedError
 
     # ---- the file -----------------------------------------------------------------------------------------------
 
@@ -201,6 +153,72 @@ class Journal:
             f"line {first + 1}) and are run again where they are needed, so that what the work took may be counted "
             f"differently; the file as it was is {damaged}"
         )
+
+
+class ScoreJournal(Journal):
+    """Scores by window set, pattern and round: the journal of a search and of an evaluation. Arguments: `Journal`."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        identity: dict[str, Any],
+        resume: bool = False,
+        work: str = "search",
+        overwrite: bool = False,
+    ) -> None:
+        self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._used: set[tuple[str, str, int]] = set()
+        super().__init__(path, identity, resume, work, overwrite)
+
+    def get(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
+        """The scores of a round, fp64 `[windows of the round, 4]`, or None when it has not been run."""
+        record = self._records.get((windows, pattern, round_))
+        if record is None:
+            return None
+        self._used.add((windows, pattern, round_))
+        return torch.tensor(record["scores"], dtype=torch.float64)
+
+    def was_used(self, windows: str, pattern: str, round_: int) -> bool:
+        """Whether this round was asked for or added since the work was begun or gone on with."""
+        return (windows, pattern, round_) in self._used
+
+    def add(self, windows: str, pattern: str, round_: int, scores: torch.Tensor, layer_forwards: int) -> None:
+        """Record one round of one pattern, with the layer-forwards that it took."""
+        record = {
+            "windows": windows,
+            "pattern": pattern,
+            "round": round_,
+            "scores": scores.tolist(),
+            "layer_forwards": layer_forwards,
+        }
+        self._take(record)
+        self._used.add((windows, pattern, round_))
+        self._write(record)
+
+    def layer_forwards(self, windows: str) -> int:
+        """What the evaluations on these windows took that were used so far, those of interrupted runs included."""
+        return sum(self._records[key]["layer_forwards"] for key in self._used if key[0] == windows)
+
+    def count(self, windows: str) -> int:
+        """How many evaluations on these windows were used so far."""
+        return sum(key[0] == windows for key in self._used)
+
+    def records(self) -> list[dict[str, Any]]:
+        """All evaluations, for another process's journal in memory."""
+        return list(self._records.values())
+
+    def adopt(self, records: list[dict[str, Any]]) -> None:
+        """Take over the evaluations that the first process read from its file."""
+        for record in records:
+            self._take(record)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        """See `Journal`."""
+        key = record["windows"], record["pattern"], record["round"]
+        if [type(part) for part in key] != [str, str, int] or type(record["layer_forwards"]) is not int:
+            raise TypeError("a record's windows and pattern are texts, its round and layer_forwards numbers")
+        torch.tensor(record["scores"], dtype=torch.float64)
+        self._records[key] = record
 
 
 def _line(value: dict[str, Any], number: int) -> str:

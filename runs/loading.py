@@ -92,8 +92,12 @@ def load_model(source: str | OpenedCheckpoint, placement: Placement | None = Non
         "token": placement.token,
     }
     if placement.tensor_parallel:
-        return load_source(opened, tp_plan="auto", **arguments).eval()
-    if placement.device_map:
-        return load_source(opened, device_map=placement.device_map, **arguments).eval()
-    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    return load_source(opened, **arguments).to(placement.device or local).eval()  # type: ignore[arg-type]
+        arguments["tp_plan"] = "auto"
+    elif placement.device_map:
+        arguments["device_map"] = placement.device_map
+    model = load_source(opened, **arguments)
+    if not (placement.tensor_parallel or placement.device_map):
+        local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
+        model.to(placement.device or local)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ...conversion.io.terminal_text import tell
 from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+from ...runs.command_line import print_json
 
 if TYPE_CHECKING:
     from .speed_plan import Row
@@ -146,13 +146,13 @@ def bench(
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
     for warning in document.get("warnings", []):
-        typer.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     _print_tables(document)
-    typer.echo(f"{output}: " + ", ".join(["bench.json", *drawn]))
+    tell(f"{output}: " + ", ".join(["bench.json", *drawn]))
 
 
 def _silent(row: Row, found: dict[str, Any], resumed: bool) -> None:
@@ -171,7 +171,7 @@ def _line(row: Row, found: dict[str, Any], resumed: bool) -> None:
         + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
     )
     mark = " (from the journal)" * resumed
-    typer.echo(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
+    tell(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
 
 
 def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
@@ -180,9 +180,9 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         from .speed_figures import draw_parts, draw_speed_ups
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return []
-    from .speed_report import REPORT_FILE, write_page
+    from .speed_report import REPORT_FILE, write_report
 
     pictures = [
         (title, output / name)
@@ -192,7 +192,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         )
         if draw(document, output / name)
     ]
-    write_page(document, pictures, output / REPORT_FILE)
+    write_report(document, pictures, output / REPORT_FILE)
     return [path.name for _, path in pictures] + [REPORT_FILE]
 
 

@@ -112,7 +112,7 @@ def checkpoint_model(
     from ...conversion.io.load_source import load_source
 
     model = load_source(opened, dtype=dtype, token=token)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def peer_model(config: IndexCacheConfig, dtype: torch.dtype, pattern: str, device: torch.device) -> Any:
@@ -192,7 +192,8 @@ def let_neighbours_agree(model: Any, step: float | None = None, position_weight:
             if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                 weight.mul_(residual)
     table = model.get_input_embeddings().weight
-    table.copy_(drifting_walk(*table.shape, table.device, DRIFT_STEP if step is None else step) * DRIFT_SPREAD)
+    rows, width = table.shape
+    table.copy_(drifting_walk(rows, width, table.device, DRIFT_STEP if step is None else step) * DRIFT_SPREAD)
 
 
 def drifting_walk(rows: int, width: int, device: torch.device, step: float) -> torch.Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from ...conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
@@ -22,9 +21,9 @@ from ...modeling_indexcache.compile_ahead import finish_compiling
 from ...runs.journal import Journal
 from ...runs.loading import check_device
 from ...runs.output import prepare_output
+from ...runs.versions import stamp
 from . import speed_models
 from .errors import BenchError
-from .machine import machine
 from .speed_measures import (
     cache_bytes,
     full_cache_rows,
@@ -286,7 +285,7 @@ class _Bench:
 
 
 @torch.no_grad()
-def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
+def _inspect(model: Any, tokens: int, kind: str) -> dict[str, Any]:
     """Parts of a prefill and of a decoding step behind it, and how far the queries after them agree."""
     steps = 7
     ids = prompt(model, tokens + steps + OVERLAP_QUERIES, kind)
@@ -347,13 +346,10 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
 def _document(
     options: BenchOptions, identity: dict[str, Any], config: Any, patterns: dict[str, str], journal: RowJournal
 ) -> dict[str, Any]:
-    on = machine()
     return {
         "what": options.source or f"{options.shape} shape, random weights",
         **identity,
-        "date": on["date"],
-        "python": on["python"],
-        "versions": {"torch": on["torch"], "transformers": on["transformers"], "triton": on["triton"] or "none"},
+        "versions": stamp(),
         "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,

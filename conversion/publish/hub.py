@@ -11,12 +11,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 
-from ..convert.families import INDEXCACHE
+from ..convert.families import FAMILIES, INDEXCACHE, known_families
 from ..convert.journal import DOWNLOAD_FOLDER, JOURNAL_FILE
-from ..io.checkpoint import CONFIG_FILE, Checkpoint, ConversionError, FolderSource, read_checkpoint, read_json
+from ..io.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, read_json
 from ..io.hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from ..io.open_checkpoint import open_checkpoint
 from ..io.shard_writer import PARTIAL_SUFFIX
+from ..io.sources import ConversionError, FolderSource
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
 
 
@@ -138,8 +139,13 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
             unfinished,
         )
     # An export for another engine is checked by that engine's rules, which are not known here.
-    ours = read_json(source, CONFIG_FILE).get("model_type") == INDEXCACHE
-    checkpoint = open_checkpoint(source).checkpoint if ours else read_checkpoint(source)
+    model_type = read_json(source, CONFIG_FILE).get("model_type")
+    if model_type != INDEXCACHE and (not isinstance(model_type, str) or model_type not in FAMILIES):
+        raise ConversionError(
+            f"{source.location}: config.json has model_type={model_type!r}, and what is pushed is an IndexCache "
+            f"checkpoint or an export of one (accepted: {known_families()}): fix the config, or convert again"
+        )
+    checkpoint = open_checkpoint(source).checkpoint if model_type == INDEXCACHE else read_checkpoint(source)
     code_files(checkpoint, Path(folder))
     return checkpoint
 

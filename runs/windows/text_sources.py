@@ -103,17 +103,17 @@ def documents_of(
         data: a path, or a dataset's name (`org/name` or `org/name:config`).
         tokenizer: that will read them; its chat template makes text of records of chat messages.
         split: of a dataset.
-        field: of records: a text, or a list of chat messages. Records without the default `text` may have `messages`
-            instead; a null is no text and is left out.
+        field: of records. The default `text` holds a text, and records without it may have chat messages in
+            `messages`; any other field holds either. A null is no text and is left out.
 
     Raises:
         EvaluationError: at once for what is no text, or when no tokenizer can read it; later for what is damaged.
     """
     path = Path(data)
+    if not data.strip():
+        raise EvaluationError(f"{data!r} names no data: give a text file, .jsonl, .safetensors or a dataset's name")
     if tokenizer is None:
-        raise EvaluationError(
-            f"{data} is text, and the source has no tokenizer that can be loaded: give windows in .safetensors"
-        )
+        raise EvaluationError(f"{data} is text, and the source has no tokenizer: give windows in .safetensors")
     if path.is_dir():
         return _texts(_folder(path, split), field, tokenizer)
     if path.is_file() and path.suffix in _JSONL:
@@ -141,12 +141,15 @@ def _spans(
     last = len(numbers) - 1
     if order is not None:
         order.shuffle(numbers)
-    begin = lambda number: number * size + look(number * size) if number else 0
+
+    def begin(number: int) -> int:
+        return number * size + look(number * size) if number else 0
+
     for number in numbers:
         yield begin(number), length if number == last else begin(number + 1)
 
 
-def _cut(behind: Any, cuts: list[re.Pattern]) -> int:
+def _cut(behind: Any, cuts: list[re.Pattern[Any]]) -> int:
     """How far into what follows a position the text is cut."""
     found = next(filter(None, (cut.search(behind) for cut in cuts)), None)
     return found.start(1) if found else 0
@@ -179,11 +182,17 @@ def _text_of(record: Any, field: str, tokenizer: Tokenizer, where: str) -> str |
     if value is None:
         return None
     if isinstance(value, list) and value and all(isinstance(part, dict) and "role" in part for part in value):
+        if field == DEFAULT_FIELD:
+            raise EvaluationError(
+                f"{where}: field {field!r} holds chat messages where a text belongs: call it {CHAT_FIELD!r}, or give "
+                "it another name and that to --text-field"
+            )
         value = _chat_text(value, tokenizer, where)
     if not isinstance(value, str):
         raise EvaluationError(
-            f"{where}: field {field!r} holds {_kind(value)} where a text or a list of chat messages (role, content) "
-            "belongs: choose with --text-field"
+            f"{where}: field {field!r} holds {_kind(value)} where a text"
+            f"{'' if field == DEFAULT_FIELD else ' or a list of chat messages (role, content)'} belongs: choose with "
+            "--text-field"
         )
     if lone := _SURROGATE.search(value):
         raise EvaluationError(

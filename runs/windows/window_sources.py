@@ -141,7 +141,7 @@ def _windows_of(
 ) -> Windows:
     """`count` windows, or as many as there are: from single long documents while they last, else from packed ones."""
     size = seqlen + 1
-    long: list[array] = []
+    long: list[array[int]] = []
     packed = array("i")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     total = 0

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from testing.tiny_models import SIZES, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.source import IndexerShape, open_distillation_source
 

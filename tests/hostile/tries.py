@@ -159,6 +159,8 @@ def result(shop: Workshop, box: Path, argv: list[str], run: Run) -> list[str]:
         found += shop.call("checks:finite", str(box / argv[2]))
     if "--output" in argv:
         for path in (box / argv[argv.index("--output") + 1]).glob("*.json"):
+            if not path.is_file():  # a pipe that a try has put there
+                continue
             try:
                 strict_json(path.read_text(encoding="utf-8"))
             except ValueError as error:

@@ -81,6 +81,18 @@ def test_chats_become_text_by_the_tokenizers_template(tmp_path):
         texts(write_lines(data, {"messages": [{"role": "robot", "content": "?"}]}), Chats())
 
 
+def test_chats_where_a_text_is_meant_are_no_text(tmp_path):
+    data = write_lines(tmp_path / "chat.jsonl", {"text": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(EvaluationError, match=r"chat.jsonl, line 1: field 'text' holds chat messages where a text"):
+        texts(data, Chats())
+
+
+@pytest.mark.parametrize("data", ["", " "])
+def test_no_name_names_no_data(data):
+    with pytest.raises(EvaluationError, match=rf"'{data}' names no data"):
+        documents_of(data, Letters())
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -51,7 +51,7 @@ def pretend(monkeypatch):
         "indexcache.distillation.training.trainer.GraphedSteps",
         lambda run, parameters: GraphedSteps(run, parameters, PretendRecorder(parameters())),
     )
-    for module in ("run", "trainer"):
+    for module in ("run", "training.trainer"):
         monkeypatch.setattr(f"indexcache.distillation.{module}.refuse_where_no_graphs_run", lambda *_: None)
     return PretendRecorder
 
