@@ -127,7 +127,12 @@ def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
         journal.add("windows", "FS", 0, torch.zeros(2, 4), 3)
     monkeypatch.undo()
     journal.close()
-    assert ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True).resumed <= 1
+    again = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    again.add("windows", "FS", 0, torch.ones(2, 4), 3)
+    again.close()
+    third = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    third.close()
+    assert third.damage is None and torch.equal(third.get("windows", "FS", 0), torch.ones(2, 4).double())
 
 
 def test_journals_of_the_previous_release_go_on(tmp_path):
