@@ -88,8 +88,8 @@ def _unforeseen(error: Exception) -> str:
 @contextmanager
 def _errors_as_messages() -> Iterator[None]:
     from .conversion.io.sources import ConversionError
-    from .distillation.errors import DistillationDiverged, DistillationError
-    from .runs.errors import EvaluationError
+    from .distillation.errors import DistillationDiverged
+    from .runs.errors import RunError
 
     try:
         yield
@@ -97,7 +97,7 @@ def _errors_as_messages() -> Iterator[None]:
         fail(str(error))
     except DistillationDiverged as error:
         fail(str(error))
-    except (EvaluationError, DistillationError) as error:
+    except RunError as error:
         fail(str(error), 2)
     except OSError as error:
         fail(f"{error.filename or 'the system'}: {error.strerror or error}")

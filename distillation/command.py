@@ -156,7 +156,9 @@ def distill(
     isolate_documents: Annotated[
         bool,
         typer.Option(
-            "--isolate-documents", help="Documents in a window do not see each other.", rich_help_panel=DATA_PANEL
+            "--isolate-documents",
+            help="Documents in a window do not see each other.",
+            rich_help_panel=DATA_PANEL,
         ),
     ] = False,
     held_out_samples: Annotated[
@@ -205,17 +207,17 @@ def distill(
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
     GPUs, with FSDP where accelerate is told so.
     """
+    from ..runs.errors import RunError
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .errors import DistillationError
     from .recipe import Recipe
     from .run import run_distillation
     from .run_options import DistillationRun
     from .source import IndexerShape, open_distillation_source
 
     if private and push_to_hub is None:
-        raise DistillationError("--private belongs to --push-to-hub ID")
+        raise RunError("--private belongs to --push-to-hub ID")
     recipe = Recipe(
         dense_steps=dense_steps,
         sparse_steps=sparse_steps,
@@ -276,6 +278,8 @@ def _summary(document: dict[str, Any], output: Path, url: str | None) -> Rendera
     from rich.table import Table
     from rich.text import Text
 
+    from .output import SCORED
+
     lines = [f"{output}: an IndexCache checkpoint of pattern {document['index_share_pattern']}"]
     if url:
         lines.append(f"pushed: {url}")
@@ -283,8 +287,7 @@ def _summary(document: dict[str, Any], output: Path, url: str | None) -> Rendera
     if not scores:
         return Group(*map(Text, lines))
     table = Table("held-out windows", "loss", "text loss", "recall")
-    labels = {"source": "the source", "before": "this pattern, untrained", "after": "this checkpoint"}
-    for key, label in labels.items():
+    for key, label in SCORED.items():
         if key in scores:
             found = scores[key]
             recall = f"{found['recall_accuracy']:.3f}" if "recall_accuracy" in found else ""

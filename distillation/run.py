@@ -29,13 +29,14 @@ from ..conversion.io.shard_writer import write_json
 from ..conversion.io.sources import ConversionError, FolderSource
 from ..evaluation.perplexity import evaluate_windows, largest_weight
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.errors import RunError
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
 from ..runs.windows.calibration import short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.windows import Windows
 from .data import TrainingWindows, load_training_data
-from .errors import DistillationDiverged, DistillationError, disk_errors
+from .errors import DistillationDiverged, disk_errors
 from .monitor import RecordKeeper, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
@@ -57,17 +58,17 @@ def run_distillation(
     """Train, write the checkpoint, and return what it scored and how it was made.
 
     Raises:
-        DistillationError: data, settings or state that cannot be used; a loss that diverges; too little memory.
+        RunError: data, settings or state that cannot be used; a loss that diverges; too little memory.
         ConversionError: an output folder that is taken.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise DistillationError("training needs accelerate: pip install 'indexcache[train]'")
+        raise RunError("training needs accelerate: pip install 'indexcache[train]'")
     if recipe.lora_rank is not None:
         require_peft()
     processes = Processes.from_environment()
     quiet = monitor if processes.is_first else Monitor()
     if source.is_dense and not recipe.dense_steps:
-        raise DistillationError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
+        raise RunError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
     refuse_where_no_graphs_run(recipe, run.device == "cpu", processes.count)
     if isinstance(source.opened, FolderSource):
         check_apart(source.opened.folder, run.output)
@@ -178,7 +179,7 @@ def _train_stage(
     if new:
         monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
     if new and stage == SPARSE:
-        raise DistillationError(
+        raise RunError(
             f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
             "random: give --dense-steps"
         )
@@ -214,10 +215,10 @@ def _train_stage(
             about += f". At the first step it may be the checkpoint: {largest_weight(model)}"
         raise DistillationDiverged(f"{about}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
-        raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
+        raise RunError(_out_of_memory(recipe, windows, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))
     if checkpoint is None or done < recipe.steps(stage):
-        raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
+        raise RunError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
 
@@ -266,18 +267,18 @@ def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
     assert checkpoint is not None
     history = _read_object(checkpoint / TRAINER_STATE_NAME).get("log_history")
     if not isinstance(history, list):
-        raise DistillationError(f"{checkpoint / TRAINER_STATE_NAME} has no log_history: start again with --overwrite")
+        raise RunError(f"{checkpoint / TRAINER_STATE_NAME} has no log_history: start again with --overwrite")
     return history
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that an earlier run wrote; DistillationError where it is none."""
+    """A JSON object that an earlier run wrote; RunError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__} stands there where an object belongs")
     except (OSError, ValueError, RecursionError) as error:
-        raise DistillationError(f"{path} is damaged ({error}): start again with --overwrite") from error
+        raise RunError(f"{path} is damaged ({error}): start again with --overwrite") from error
     return found
 
 

@@ -186,25 +186,25 @@ def search(
 
 def _share(text: str | None) -> float | None:
     """`0.5%` or `0.005` as 0.005."""
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     if text is None:
         return None
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
-        raise PatternSearchError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
+        raise RunError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
     if not 0 <= value < 1:
-        raise PatternSearchError(f"--tolerance must lie in 0% .. 100% (got {text})")
+        raise RunError(f"--tolerance must lie in 0% .. 100% (got {text})")
     return value
 
 
 def _baselines(names: list[str] | None) -> tuple[str, ...]:
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     wanted = tuple(dict.fromkeys(names or ["uniform"]))
     if unknown := set(wanted) - {"uniform", "similarity", "none"}:
-        raise PatternSearchError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
     return tuple(name for name in wanted if name != "none")
 
 

@@ -13,6 +13,7 @@ import torch
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..evaluation.perplexity import check_loss, evaluate_windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.errors import RunError
 from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
@@ -22,7 +23,6 @@ from ..runs.run_options import RunOptions
 from ..runs.windows.calibration import load_windows, short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.windows import Windows
-from .errors import PatternSearchError
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
 
@@ -50,7 +50,7 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     """Load, search, write `patterns.json`; the result document.
 
     Raises:
-        PatternSearchError: data, settings or journal that cannot be used.
+        RunError: data, settings or journal that cannot be used.
         ConversionError: a source that is no DSA checkpoint.
     """
     processes = Processes.from_environment(run.parallel)
@@ -130,7 +130,7 @@ def _bytes(size: str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)i?b?", size.strip().lower())
     if found is None:
-        raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
+        raise RunError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 

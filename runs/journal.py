@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import torch
 
-from .errors import EvaluationError
+from .errors import RunError
 
 # A damaged journal is kept beside the mended one under this suffix.
 DAMAGED_SUFFIX = ".damaged"
@@ -33,7 +33,7 @@ class Journal:
         overwrite: forget what the file holds.
 
     Raises:
-        EvaluationError: the file exists and `resume` is false, its first line is damaged, it belongs to other work,
+        RunError: the file exists and `resume` is false, its first line is damaged, it belongs to other work,
             or another process is writing it.
     """
 
@@ -61,7 +61,7 @@ class Journal:
                 self._file.truncate(0)
             if path.stat().st_size:
                 if not resume:
-                    raise EvaluationError(f"{path} holds an earlier {work}: go on with --resume, or use --overwrite")
+                    raise RunError(f"{path} holds an earlier {work}: go on with --resume, or use --overwrite")
                 self._read(path)
             else:
                 self._write({"identity": identity})
@@ -104,7 +104,7 @@ class Journal:
             return
         identity = _checked(lines[0], 0)
         if identity is None or not isinstance(identity.get("identity"), dict):
-            raise EvaluationError(
+            raise RunError(
                 f"{path} is damaged in its first line, which says what it belongs to, or an older release wrote it: "
                 "start again with --overwrite"
             )
@@ -125,14 +125,14 @@ class Journal:
             self._mend(path, content, list(sound.values()), len(expected), broken[0])
 
     def _compare(self, path: Path, identity: dict[str, Any]) -> None:
-        """EvaluationError where the file belongs to other work."""
+        """RunError where the file belongs to other work."""
         differing = [key for key in {**identity, **self.identity} if identity.get(key) != self.identity.get(key)]
         if not differing:
             return
         # Of hashes the beginning is enough.
         shown = {key: [str(part.get(key))[:24] for part in (identity, self.identity)] for key in differing}
         changes = "; ".join(f"{key}: {there} there, {now} now" for key, (there, now) in shown.items())
-        raise EvaluationError(
+        raise RunError(
             f"{path} belongs to another {self.work} ({changes}): repeat its command, or give another --output, or "
             "start again with --overwrite"
         )
@@ -158,17 +158,10 @@ class Journal:
 class ScoreJournal(Journal):
     """Scores by window set, pattern and round: the journal of a search and of an evaluation. Arguments: `Journal`."""
 
-    def __init__(
-        self,
-        path: Path | None,
-        identity: dict[str, Any],
-        resume: bool = False,
-        work: str = "search",
-        overwrite: bool = False,
-    ) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         self._records: dict[tuple[str, str, int], dict[str, Any]] = {}
         self._used: set[tuple[str, str, int]] = set()
-        super().__init__(path, identity, resume, work, overwrite)
+        super().__init__(*arguments, **options)
 
     def get(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
         """The scores of a round, fp64 `[windows of the round, 4]`, or None when it has not been run."""
@@ -242,7 +235,7 @@ def _checked(line: bytes, number: int | None = None) -> dict[str, Any] | None:
 
 
 def _open_alone(path: Path, work: str) -> TextIO:
-    """The file, opened to append, held so that no other process opens it so; EvaluationError where one has."""
+    """The file, opened to append, held so that no other process opens it so; RunError where one has."""
     file = path.open("a", encoding="utf-8")
     try:
         import fcntl
@@ -250,7 +243,7 @@ def _open_alone(path: Path, work: str) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise EvaluationError(
+        raise RunError(
             f"{path} is being written by another process: wait until its {work} ends, or give another --output"
         ) from error
     except (ImportError, OSError):

@@ -119,10 +119,10 @@ def test_no_two_modules_import_each_other():
 @pytest.mark.parametrize(
     ("name", "planted", "message"),
     [
-        ("runs.monitor", "from ..pattern_search.errors import PatternSearchError", "imports pattern_search.errors"),
+        ("runs.monitor", "from ..pattern_search.result import FORMAT", "imports pattern_search.result"),
         ("distillation.run", "def f():\n    from ..pattern_search import search", "imports pattern_search.search"),
         ("pattern_search.run", "import indexcache.distillation.recipe", "imports distillation.recipe"),
-        ("conversion.io.fp8", "from indexcache.runs.errors import EvaluationError", "imports runs.errors"),
+        ("conversion.io.fp8", "from indexcache.runs.errors import RunError", "imports runs.errors"),
         ("evaluation.run", "from . import command", "imports evaluation.command"),
     ],
 )

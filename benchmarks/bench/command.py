@@ -106,19 +106,19 @@ def bench(
     """
     import torch
 
+    from ...runs.errors import RunError
     from ...runs.loading import check_device
-    from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
     kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
-        raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
     if source is not None and (shape or experts or layers):
-        raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
+        raise RunError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
     if plan is not None and (length or pattern or cache or batch_size or baseline or baseline_length):
-        raise BenchError(
+        raise RunError(
             "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and baseline"
         )
     lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"]) if plan is None else ()

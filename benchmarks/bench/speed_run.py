@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 import weakref
@@ -15,15 +14,16 @@ import torch
 from transformers import DynamicCache
 
 from ...conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from ...conversion.io.shard_writer import write_json
 from ...kernels.common.early_launch import launches_in_turn
 from ...modeling_indexcache.attention.attention_backends import resolve_attention_backend
 from ...modeling_indexcache.compile_ahead import finish_compiling
+from ...runs.errors import RunError
 from ...runs.journal import Journal
 from ...runs.loading import check_device
 from ...runs.output import prepare_output
 from ...runs.versions import stamp
 from . import speed_models
-from .errors import BenchError
 from .speed_measures import (
     cache_bytes,
     full_cache_rows,
@@ -123,7 +123,7 @@ def run_bench(
         The document that is also written to `bench.json`.
 
     Raises:
-        BenchError: options that cannot be measured, or a journal of another run.
+        RunError: options that cannot be measured, or a journal of another run.
     """
     device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     opened = None
@@ -148,9 +148,7 @@ def run_bench(
 
     def write() -> dict[str, Any]:
         document = _document(options, identity, models.config, patterns, journal)
-        partial = output / f"{RESULT_FILE}.partial"
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(output / RESULT_FILE)
+        write_json(output / RESULT_FILE, document)
         return document
 
     bench = _Bench(options, journal, progress, models, patterns)
@@ -332,15 +330,15 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
     ):
         for tokens in lengths:
             if not 16 <= tokens <= longest:
-                raise BenchError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
+                raise RunError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
     if options.source is not None and options.input == "drift":
-        raise BenchError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
+        raise RunError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
     if not options.lengths and not planned:
-        raise BenchError("--length: give at least one context length")
+        raise RunError("--length: give at least one context length")
     family = config.source_model_type
     peers = options.peer_lengths or any(row.model == PEER for row in options.rows)
     if options.source is not None and peers and family not in (None, "glm_moe_dsa"):
-        raise BenchError(f"--baseline runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
+        raise RunError(f"--baseline runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
 
 
 def _document(

@@ -18,7 +18,8 @@ from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io.checkpoint import read_checkpoint
 from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_complete
-from indexcache.distillation.errors import DistillationDiverged, DistillationError
+from indexcache.distillation.errors import DistillationDiverged
+from indexcache.runs.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folde
 
 def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(DistillationError, match=r"indexcache\[train\]"):
+    with pytest.raises(RunError, match=r"indexcache\[train\]"):
         run(folder, tmp_path / "out")
 
 
@@ -184,7 +185,7 @@ def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
     with pytest.raises(
-        DistillationError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
+        RunError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
     ):
         run(folder, tmp_path / "out", batch_size=4)
 

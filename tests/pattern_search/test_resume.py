@@ -10,7 +10,7 @@ from testing.search_models import model, windows
 from indexcache.pattern_search.measure.layer_engine import LayerEngine
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.journal import ScoreJournal
 
 OPTIONS = SearchOptions(keep=("1/2", "1/4"), tolerance=0.01, baselines=("uniform", "similarity"))
@@ -190,17 +190,17 @@ def test_scores_survive_the_file_bit_by_bit(tmp_path):
 def test_journals_of_other_searches_are_refused(tiny, tmp_path):
     path = tmp_path / "journal.jsonl"
     run(tiny, path)
-    with pytest.raises(EvaluationError, match="holds an earlier search: go on with --resume"):
+    with pytest.raises(RunError, match="holds an earlier search: go on with --resume"):
         run(tiny, path)
     for other, options, data, named in (
         (model(5, seed=5), OPTIONS, None, "model_sha256"),
         (tiny, OPTIONS, windows(6, seed=1), "calibration_sha256"),
         (tiny, SearchOptions(objective="lm"), None, "objective: kl there, lm now"),
     ):
-        with pytest.raises(EvaluationError, match=f"belongs to another search .*{named}"):
+        with pytest.raises(RunError, match=f"belongs to another search .*{named}"):
             run(other, path, options, resume=True, data=data)
     path.write_text("no journal\n")
-    with pytest.raises(EvaluationError, match="is damaged"):
+    with pytest.raises(RunError, match="is damaged"):
         run(tiny, path, resume=True)
 
 

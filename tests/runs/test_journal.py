@@ -12,7 +12,7 @@ import torch
 
 from indexcache.benchmarks.bench.speed_plan import Row
 from indexcache.benchmarks.bench.speed_run import RowJournal
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.journal import ScoreJournal
 
 IDENTITY = {"model": "a", "seed": 1}
@@ -42,7 +42,7 @@ def test_any_changed_byte_is_noticed(tmp_path):
         changed = path.read_bytes() != content
         try:
             journal = ScoreJournal(path, IDENTITY, resume=True)
-        except EvaluationError as error:
+        except RunError as error:
             assert changed and ("first line" in str(error) or "another search" in str(error))
             continue
         found = scores(journal)
@@ -75,7 +75,7 @@ def test_a_first_line_that_says_nothing_is_refused(tmp_path):
     for first in (b"{}\n", b"[" * 100_000 + b"\n", json.dumps({"identity": IDENTITY}).encode() + b"\n", b"\xff\n"):
         path.write_bytes(b"".join([first, *lines[1:]]))
         before = path.read_bytes()
-        with pytest.raises(EvaluationError, match=r"damaged in its first line.*start again with --overwrite"):
+        with pytest.raises(RunError, match=r"damaged in its first line.*start again with --overwrite"):
             ScoreJournal(path, IDENTITY, resume=True)
         assert path.read_bytes() == before
 
@@ -85,7 +85,7 @@ def test_two_processes_do_not_write_one_file(tmp_path):
     path = tmp_path / "journal.jsonl"
     first = ScoreJournal(path, IDENTITY)
     for way in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(EvaluationError, match="is being written by another process"):
+        with pytest.raises(RunError, match="is being written by another process"):
             ScoreJournal(path, IDENTITY, **way)
     first.add("windows", "FS", 0, torch.zeros(1, 4), 1)
     first.close()
@@ -127,7 +127,12 @@ def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
         journal.add("windows", "FS", 0, torch.zeros(2, 4), 3)
     monkeypatch.undo()
     journal.close()
-    assert ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True).resumed <= 1
+    again = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    again.add("windows", "FS", 0, torch.ones(2, 4), 3)
+    again.close()
+    third = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    third.close()
+    assert third.damage is None and torch.equal(third.get("windows", "FS", 0), torch.ones(2, 4).double())
 
 
 def test_journals_of_the_previous_release_go_on(tmp_path):
