@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -22,6 +19,7 @@ from ..runs.arguments import (
     Token,
     finite,
 )
+from ..runs.command_line import print_json, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -158,7 +156,9 @@ def distill(
     isolate_documents: Annotated[
         bool,
         typer.Option(
-            "--isolate-documents", help="Documents in a window do not see each other.", rich_help_panel=DATA_PANEL
+            "--isolate-documents",
+            help="Documents in a window do not see each other.",
+            rich_help_panel=DATA_PANEL,
         ),
     ] = False,
     held_out_samples: Annotated[
@@ -207,16 +207,17 @@ def distill(
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
     GPUs, with FSDP where accelerate is told so.
     """
+    from ..runs.errors import RunError
+    from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .errors import DistillationError
-    from .monitor import TerminalTrainingMonitor, TrainingMonitor
     from .recipe import Recipe
-    from .run import RunOptions, run_distillation
+    from .run import run_distillation
+    from .run_options import DistillationRun
     from .source import IndexerShape, open_distillation_source
 
     if private and push_to_hub is None:
-        raise DistillationError("--private belongs to --push-to-hub ID")
+        raise RunError("--private belongs to --push-to-hub ID")
     recipe = Recipe(
         dense_steps=dense_steps,
         sparse_steps=sparse_steps,
@@ -241,7 +242,7 @@ def distill(
         log_every=logging_steps,
         save_every=save_steps,
     )
-    run = RunOptions(
+    run = DistillationRun(
         data,
         output,
         held_out,
@@ -256,22 +257,19 @@ def distill(
     )
     shape = IndexerShape(index_topk, index_n_heads, index_head_dim)
     opened = open_distillation_source(source, pattern, pattern_file, keep, shape, revision=revision, token=token)
-    document = run_distillation(opened, recipe, run, TrainingMonitor() if as_json else TerminalTrainingMonitor())
+    document = run_distillation(opened, recipe, run, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment().is_first:
         return
     url = None
     if push_to_hub:
-        from ..conversion.check.drawing import contents_text
+        from ..conversion.publish.command import announcer
         from ..conversion.publish.hub import push_folder
 
-        announce = None if as_json else (lambda contents: tell(contents_text(contents)))
-        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announce)
+        url = push_folder(output, push_to_hub, private=private or None, token=token, announce=announcer(as_json))
     if as_json:
-        sys.stdout.write(json.dumps({"output": str(output), **document, "url": url}, indent=2) + "\n")
-        return
-    from ..runs.pages.terminal import terminal
-
-    terminal().print(_summary(document, output, url))
+        print_json({"output": str(output), **document, "url": url})
+    else:
+        show(_summary(document, output, url))
 
 
 def _summary(document: dict[str, Any], output: Path, url: str | None) -> RenderableType:
@@ -280,6 +278,8 @@ def _summary(document: dict[str, Any], output: Path, url: str | None) -> Rendera
     from rich.table import Table
     from rich.text import Text
 
+    from .output import SCORED
+
     lines = [f"{output}: an IndexCache checkpoint of pattern {document['index_share_pattern']}"]
     if url:
         lines.append(f"pushed: {url}")
@@ -287,8 +287,7 @@ def _summary(document: dict[str, Any], output: Path, url: str | None) -> Rendera
     if not scores:
         return Group(*map(Text, lines))
     table = Table("held-out windows", "loss", "text loss", "recall")
-    labels = {"source": "the source", "before": "this pattern, untrained", "after": "this checkpoint"}
-    for key, label in labels.items():
+    for key, label in SCORED.items():
         if key in scores:
             found = scores[key]
             recall = f"{found['recall_accuracy']:.3f}" if "recall_accuracy" in found else ""

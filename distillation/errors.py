@@ -10,12 +10,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-
-class DistillationError(ValueError):
-    """Data, source, settings or state that a distillation cannot use; the message says what, where and the mend."""
+from ..runs.errors import RunError
 
 
-class DistillationDiverged(DistillationError):
+class DistillationDiverged(RunError):
     """The loss, the gradient or the weights are no longer finite, or the loss rose far above its start.
 
     Args:

@@ -15,12 +15,13 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.convert.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
 from ..conversion.convert.pattern_file import choose_pattern
-from ..conversion.io.checkpoint import ConversionError, Source, read_json
+from ..conversion.io.checkpoint import read_json
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights, where_to_load
 from ..conversion.io.open_checkpoint import open_checkpoint
+from ..conversion.io.sources import ConversionError, Source
 from ..conversion.publish.bundle import AUTO_MAP
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .errors import DistillationError
+from ..runs.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -121,27 +122,27 @@ def open_distillation_source(
 
     Raises:
         ConversionError: an unknown family, a config that does not validate, a checkpoint that is not whole.
-        DistillationError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
+        RunError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
     """
     checkpoint = open_checkpoint(source, new_indexers=True, revision=revision, token=token).checkpoint
     opened, fields = checkpoint.source, checkpoint.config
     try:
         chosen = choose_pattern(fields, pattern, pattern_file, keep)
     except ConversionError as error:
-        raise DistillationError(str(error)) from error
+        raise RunError(str(error)) from error
     if fields.get("quantization_config") is not None:
-        raise DistillationError(
+        raise RunError(
             f"{source} holds quantised weights, which cannot be trained: run `indexcache convert {source} FOLDER "
             f"--dtype bfloat16` and distil FOLDER"
         )
     is_dense = fields.get("model_type") in DENSE_FAMILIES
     if is_dense:
         if chosen is None:
-            raise DistillationError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
+            raise RunError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
         written = convert_dense_config(fields, chosen, indexer.fields(), AUTO_MAP, source)
     else:
         if indexer.is_given:
-            raise DistillationError(
+            raise RunError(
                 f"{source} has indexers of its own: --index-topk, --index-n-heads and --index-head-dim are for dense "
                 "sources"
             )
@@ -166,7 +167,7 @@ def load_with_new_indexers(
 
     Raises:
         ConversionError: other weights are missing.
-        DistillationError: weights that cannot be read.
+        RunError: weights that cannot be read.
     """
     kwargs |= {} if config is None else {"config": config}
     with warnings.catch_warnings():
@@ -176,7 +177,7 @@ def load_with_new_indexers(
                 location, new_indexers=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
-            raise DistillationError(f"{location}: its weights cannot be read ({error})") from error
+            raise RunError(f"{location}: its weights cannot be read ({error})") from error
     missing = {name for name in info["missing_keys"] if ".indexer." in name}
     refuse_filled_weights(model, filled_weights(info) - missing, str(location))
     new = sorted({int(name.split("layers.")[1].split(".")[0]) for name in missing})

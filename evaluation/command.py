@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _RETRIEVAL = "Retrieval"
 
@@ -128,7 +127,7 @@ def evaluate(
             if not as_json:
                 tell("no pictures: pip install matplotlib", err=True)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..conversion.io.checkpoint import ConversionError
+from ..conversion.io.sources import ConversionError
 
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _HOW = "How to search"
 
@@ -137,7 +136,7 @@ def search(
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .run import RunOptions, run_search
+    from .run import SearchRun, run_search
     from .search import DEFAULT_KEEP, SearchOptions
 
     options = SearchOptions(
@@ -154,7 +153,7 @@ def search(
         curve=curve,
         batch_size=batch_size,
     )
-    run = RunOptions(
+    run = SearchRun(
         data,
         output,
         held_out,
@@ -172,7 +171,7 @@ def search(
     if pictures:
         _draw(document, output, as_json)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
     from .drawing import draw_summary
@@ -187,25 +186,25 @@ def search(
 
 def _share(text: str | None) -> float | None:
     """`0.5%` or `0.005` as 0.005."""
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     if text is None:
         return None
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
-        raise PatternSearchError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
+        raise RunError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
     if not 0 <= value < 1:
-        raise PatternSearchError(f"--tolerance must lie in 0% .. 100% (got {text})")
+        raise RunError(f"--tolerance must lie in 0% .. 100% (got {text})")
     return value
 
 
 def _baselines(names: list[str] | None) -> tuple[str, ...]:
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     wanted = tuple(dict.fromkeys(names or ["uniform"]))
     if unknown := set(wanted) - {"uniform", "similarity", "none"}:
-        raise PatternSearchError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
     return tuple(name for name in wanted if name != "none")
 
 

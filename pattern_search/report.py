@@ -69,7 +69,7 @@ def _table(document: dict[str, Any]) -> str:
 
 
 def _recipe(document: dict[str, Any]) -> str:
-    values = {**document["recipe"], **document["cost"], **document["versions"], "date": document["date"]}
+    values = {**document["recipe"], **document["cost"], **document["versions"]}
     for name, data in document["data"].items():
         values[name] = (
             f"{data['windows']} windows of {data['seqlen']} tokens, {data['origin']}, sha256 {data['sha256'][:16]}"

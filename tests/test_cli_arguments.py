@@ -15,7 +15,7 @@ from indexcache.cli import app
 from indexcache.distillation.command import RENAMED as RENAMED_IN_DISTILL
 from indexcache.pattern_search.run import _bytes
 from indexcache.runs.arguments import takes_old_names
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 
 VERBS = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
 
@@ -71,7 +71,7 @@ def test_there_are_such_options():
 
 @pytest.mark.parametrize("size", ["1.2.3GB", ".", "-1GB", "inf", "nan", "1e9", "9" * 400])
 def test_sizes_of_memory_that_are_none(size):
-    with pytest.raises(EvaluationError, match="no size"):
+    with pytest.raises(RunError, match="no size"):
         _bytes(size)
     assert _bytes("1.5 GB") == 1_500_000_000 and _bytes("0") == 0
 

@@ -10,7 +10,7 @@ import indexcache
 from indexcache.cli import app
 
 ROOT = Path(indexcache.__file__).parent
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
 FOLDERS = sorted(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
 
 pytestmark = pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="documents are not installed")
@@ -63,3 +63,18 @@ def test_options_of_commands_exist(document):
 def accepted(verb):
     command = typer.main.get_command(app).commands[verb]
     return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+
+
+def test_the_newcomer_s_table_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for what, file in (
+        ("ENGINES", "conversion/publish/export.py"),
+        ("FAMILIES", "conversion/convert/families.py"),
+        ("KINDS", "evaluation/retrieval.py"),
+        ("PromptMaker", "evaluation/retrieval.py"),
+        ("_VERBS", "cli.py"),
+        ("RENAMED", "distillation/command.py"),
+        ("Backend", "kernels/norm_rope_linear/rms_norm.py"),
+    ):
+        assert (f"`{file}`" in text or "`command.py`" in text) and what in text
+        assert re.search(rf"\b{what}\b", (ROOT / file).read_text(encoding="utf-8")), (what, file)

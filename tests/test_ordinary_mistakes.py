@@ -197,7 +197,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, tmp_path, capsy
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("indexcache.conversion.io.checkpoint.open_source", break_down)
+    monkeypatch.setattr("indexcache.conversion.io.open_checkpoint.open_source", break_down)
     monkeypatch.setattr(sys, "argv", ["indexcache", "inspect", str(DEMO)])
     monkeypatch.setattr("indexcache.conversion.io.open_checkpoint.open_source", break_down)
     with pytest.raises(SystemExit) as ended:

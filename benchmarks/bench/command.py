@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +9,7 @@ import typer
 
 from ...conversion.io.terminal_text import tell
 from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+from ...runs.command_line import print_json
 
 if TYPE_CHECKING:
     from .speed_plan import Row
@@ -107,19 +106,19 @@ def bench(
     """
     import torch
 
+    from ...runs.errors import RunError
     from ...runs.loading import check_device
-    from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
     kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
-        raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
     if source is not None and (shape or experts or layers):
-        raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
+        raise RunError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
     if plan is not None and (length or pattern or cache or batch_size or baseline or baseline_length):
-        raise BenchError(
+        raise RunError(
             "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and baseline"
         )
     lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"]) if plan is None else ()
@@ -150,7 +149,7 @@ def bench(
         tell(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     _print_tables(document)
     tell(f"{output}: " + ", ".join(["bench.json", *drawn]))
@@ -183,7 +182,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         if not as_json:
             tell("no pictures: pip install matplotlib", err=True)
         return []
-    from .speed_report import REPORT_FILE, write_page
+    from .speed_report import REPORT_FILE, write_report
 
     pictures = [
         (title, output / name)
@@ -193,7 +192,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         )
         if draw(document, output / name)
     ]
-    write_page(document, pictures, output / REPORT_FILE)
+    write_report(document, pictures, output / REPORT_FILE)
     return [path.name for _, path in pictures] + [REPORT_FILE]
 
 

@@ -116,7 +116,7 @@ def _function_parts(call: Callable[[], Any]) -> dict[str, float]:
         ):
             stack.enter_context(patch.object(module, function, watch.wrap(part, getattr(module, function))))
         for part, kind in experts.items():
-            forward = kind.forward
+            forward = kind.forward  # type: ignore[attr-defined]
 
             def replaced(self: Any, *args: Any, _forward: Any = forward, _part: str = part, **kwargs: Any) -> Any:
                 inside_experts = watch._open[-1] == "experts"

@@ -31,10 +31,10 @@ from ...conversion.io.load_source import load_source
 from ...modeling_indexcache.forward_plan import ForwardPlan
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ...modeling_indexcache.selection import Selection
+from ...runs.versions import stamp
 from ...runs.windows.calibration import load_windows
 from ...runs.windows.window_sources import Sampling
 from ...runs.windows.windows import Windows
-from ..bench.machine import machine
 
 # Sums over tokens: loss, KL to the predictions of the source and of dense attention, loss and hits of the tokens to be
 # recalled.
@@ -382,7 +382,7 @@ def main() -> None:
                 row["fp32"] = means(sums, test)
                 exact = f"{row['fp32']['loss']:.4f} recall {row['fp32'].get('recall', float('nan')):.3f}"
                 print(f"{count}: {row['pattern']} {arguments.dtype} {row['loss']:.4f}, fp32 {exact}", flush=True)
-    document = {"machine": machine(), "dtype": arguments.dtype, "result": result}
+    document = {"machine": stamp(), "dtype": arguments.dtype, "result": result}
     (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

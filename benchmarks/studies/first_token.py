@@ -33,7 +33,7 @@ def measure(shape: str, layers: int, lengths: list[int], device: str) -> dict[st
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    from ..bench.machine import machine
+    from ...runs.versions import stamp
     from ..bench.speed_models import prompt, random_model
 
     class Clock(LogitsProcessor):
@@ -53,7 +53,7 @@ def measure(shape: str, layers: int, lengths: list[int], device: str) -> dict[st
     for name, parameter in model.named_parameters():
         if name.endswith("e_score_correction_bias"):
             parameter.data = parameter.data.float()
-    found: dict[str, Any] = {"machine": machine(), "load_seconds": time.perf_counter() - begin, "prompts": []}
+    found: dict[str, Any] = {"machine": stamp(), "load_seconds": time.perf_counter() - begin, "prompts": []}
     found["compiled_while_waiting"] = note_compilations()
     for length in lengths:
         ids, clock = prompt(model, length, "drift"), Clock()

@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_checkpoint
 from ..io.hub_source import HubSource
 from ..io.shard_writer import (
+    OutputShard,
     WrittenFile,
     encode_header,
     hash_files,
@@ -33,6 +34,7 @@ from ..io.shard_writer import (
     write_json,
     write_shard,
 )
+from ..io.sources import ConversionError, FolderSource, Source
 from ..io.strict_json import parse_json
 from ..io.tensor_stream import OpenShards
 from ..publish.bundle import write_bundle
@@ -44,13 +46,12 @@ from .journal import (
     RECIPE_FILE,
     Journal,
     check_apart,
-    clear_output,
     output_state,
     remove_leftovers,
-    remove_partials,
     sole_writer,
+    take_output,
 )
-from .plan import OutputShard, Plan, build_plan
+from .plan import Plan, build_plan
 
 # Of a recipe: what it was made with, which does not tell one conversion from another.
 _VERSIONS = "versions"
@@ -145,18 +146,7 @@ def _convert(
     if state == "finished" and options.resume and not options.overwrite:
         _check_finished(plan, output, options, recipe)
         return Conversion(plan, output, {shard.file: "kept" for shard in plan.shards}, plan.warnings)
-    if options.overwrite and not (options.resume and state == "interrupted"):
-        if state != "empty":
-            clear_output(output, _planned_files(plan))
-    elif state == "interrupted" and options.resume:
-        journal.resume()
-        remove_partials(output)
-    elif state == "interrupted":
-        raise ConversionError(f"{output} holds an interrupted conversion: finish it with --resume, or use --overwrite")
-    elif state != "empty":
-        what = "nothing to resume" if options.resume else "an earlier conversion" if state == "finished" else "files"
-        raise ConversionError(f"the output {output} is not empty (it holds {what}): give another, or use --overwrite")
-
+    take_output(output, journal, _planned_files(plan), resume=options.resume, overwrite=options.overwrite)
     if isinstance(source, HubSource):
         source.download_folder = output / DOWNLOAD_FOLDER
     _check_disk_space(plan, output, options, journal.finished)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ...configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
 from ...configuration.hub_code import code_version
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 
 INDEXCACHE = IndexCacheConfig.model_type
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")

@@ -15,9 +15,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-from .checkpoint import ConversionError, check_file_name
 from .hub_integrity import HubFile, RunningCheck, SeenRange, file_fault, is_commit_id
 from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes, redact
+from .sources import ConversionError, check_file_name
 
 # Files that are fetched and compared at a time.
 _FETCHERS = 8
@@ -196,7 +196,7 @@ class HubSource:
 
     def _ask_for(self, file: str, **where: Any) -> Path:
         def fetch() -> str:
-            return hf_hub_download(self.id, file, revision=self.revision, token=self._token, **where)
+            return str(hf_hub_download(self.id, file, revision=self.revision, token=self._token, **where))
 
         try:
             return Path(patiently(fetch))

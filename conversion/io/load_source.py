@@ -12,9 +12,10 @@ from torch import nn
 from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..convert.families import load_config
-from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ConversionError, FolderSource, Source, read_json
+from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
 from .hub_source import HubSource
 from .open_checkpoint import OpenedCheckpoint, open_checkpoint
+from .sources import ConversionError, FolderSource, Source
 
 GENERATION_FILE = "generation_config.json"
 

@@ -13,10 +13,11 @@ from huggingface_hub.errors import HFValidationError
 
 from ..convert.families import FAMILIES, INDEXCACHE, known_families
 from ..convert.journal import DOWNLOAD_FOLDER, JOURNAL_FILE
-from ..io.checkpoint import CONFIG_FILE, Checkpoint, ConversionError, FolderSource, read_checkpoint, read_json
+from ..io.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, read_json
 from ..io.hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from ..io.open_checkpoint import open_checkpoint
 from ..io.shard_writer import PARTIAL_SUFFIX
+from ..io.sources import ConversionError, FolderSource
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
 
 

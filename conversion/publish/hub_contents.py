@@ -15,8 +15,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..convert.companion_files import companion_files
 from ..convert.journal import RECIPE_FILE
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, is_unicode
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from ..io.hub_requests import redact
+from ..io.sources import ConversionError, is_unicode
 
 # What the verbs write for people, beside what a model is loaded from.
 _RECORDS = (

@@ -32,7 +32,7 @@ from ...modeling_indexcache.compile_ahead import (
 )
 from ...modeling_indexcache.modeling_indexcache import IndexCacheModel
 from ..convert.families import convert_config, load_config
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 from .bundle import AUTO_MAP
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -168,7 +168,7 @@ def _begin(*arguments: Any) -> None:
 
     # One thread a process: the processes are the parallelism.
     torch.set_num_threads(1)
-    driver.set_active(no_driver(arguments[3]))  # type: ignore[arg-type]
+    driver.set_active(no_driver(arguments[3]))
     _variants.extend(_find_variants(*arguments))
 
 

@@ -306,7 +306,7 @@ def serve(parent: int, target: tuple[str, int | str, int]) -> NoReturn:
     # Kernels' files may print; what the parent reads is ours.
     answers = os.dup(1)
     os.dup2(2, 1)
-    driver.set_active(NoDriver(*target))  # type: ignore[arg-type]
+    driver.set_active(NoDriver(*target))
     with suppress(Exception):
         # A digest of Triton itself, kept for all that are forked.
         importlib.import_module("triton.runtime.cache").triton_key()

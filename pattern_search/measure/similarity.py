@@ -56,7 +56,7 @@ def _of_batch(engine: LayerEngine, batch: int) -> torch.Tensor:
             similarity[attention.layer_idx, source] = float(alike)
         selections.append(output[2])
 
-    attentions: list[nn.Module] = [layer.self_attn for layer in engine.model.model.layers]  # type: ignore[misc]
+    attentions: list[nn.Module] = [layer.self_attn for layer in engine.model.model.layers]
     hooks = [attention.register_forward_hook(compare, with_kwargs=True) for attention in attentions]
     try:
         engine.last_hidden_of(engine.batches[batch])

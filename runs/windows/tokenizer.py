@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NoReturn, Protocol, cast
 
-from ...conversion.io.checkpoint import CONFIG_FILE, ConversionError, FolderSource, Source, open_source
 from ...conversion.convert.companion_files import companion_files
+from ...conversion.io.checkpoint import CONFIG_FILE
 from ...conversion.io.hub_source import HubSource
+from ...conversion.io.open_checkpoint import open_source
+from ...conversion.io.sources import ConversionError, FolderSource, Source
 
 # A checkpoint without one of these has no tokenizer.
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")

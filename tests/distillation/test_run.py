@@ -15,9 +15,11 @@ from indexcache import IndexCacheForCausalLM
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.check.verify import verify
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_complete
-from indexcache.distillation.errors import DistillationDiverged, DistillationError
+from indexcache.distillation.errors import DistillationDiverged
+from indexcache.runs.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     output = folder / "killed"
     assert run_processes(folder, output, kill_at=3, check=False).returncode == -signal.SIGKILL
     assert (output / "training/dense/checkpoint-2").exists() and not (output / "config.json").exists()
-    with pytest.raises(ConversionError, match="interrupted run: finish it with --resume"):
+    with pytest.raises(ConversionError, match="interrupted distillation: finish it with --resume"):
         run(folder, output)
     with pytest.raises(ConversionError, match="another conversion that was interrupted"):
         run(folder, output, resume=True, learning_rate=2e-3)
@@ -171,7 +173,7 @@ def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folde
 
 def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(DistillationError, match=r"indexcache\[train\]"):
+    with pytest.raises(RunError, match=r"indexcache\[train\]"):
         run(folder, tmp_path / "out")
 
 
@@ -183,7 +185,7 @@ def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
     with pytest.raises(
-        DistillationError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
+        RunError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
     ):
         run(folder, tmp_path / "out", batch_size=4)
 

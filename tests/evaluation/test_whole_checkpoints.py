@@ -12,12 +12,11 @@ from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.io.checkpoint import ConversionError
 from indexcache.conversion.io.load_source import load_source, refuse_filled_weights
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
-from indexcache.distillation.errors import DistillationError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.distillation.source import load_with_new_indexers
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.loading import Placement
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
@@ -164,7 +163,7 @@ def test_a_training_checkpoint_that_is_not_whole_is_not_gone_on_with(tmp_path):
     save_file({**tensors, "model.norm.weight": norm}, path, metadata={"format": "pt"})
     assert load_with_new_indexers(tmp_path / "checkpoint-2", dtype=torch.float32)[1] == []
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(DistillationError, match="cannot be read"):
+    with pytest.raises(RunError, match="cannot be read"):
         load_with_new_indexers(tmp_path / "checkpoint-2", dtype=torch.float32)
 
 
@@ -190,5 +189,5 @@ def test_generate_runs_a_checkpoint_of_its_source_family_as_ours(source):
     ],
 )
 def test_devices_that_are_none_are_refused_at_once(given, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(RunError, match=message):
         Placement(**given)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from indexcache.conversion.io.checkpoint import ConversionError
-from indexcache.runs.errors import EvaluationError
+from indexcache.conversion.io.sources import ConversionError
+from indexcache.runs.errors import RunError
 from indexcache.runs.windows.text_sources import documents_of
 from indexcache.runs.windows.tokenizer import load_tokenizer
 from indexcache.runs.windows.window_sources import Sampling, read_windows
@@ -26,7 +26,7 @@ def folder(tmp_path):
 def test_none_is_none(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert load_tokenizer(str(tmp_path)) is None
-    with pytest.raises(EvaluationError, match=r"text\.txt is text, and the source has no tokenizer"):
+    with pytest.raises(RunError, match=r"text\.txt is text, and the source has no tokenizer"):
         documents_of("text.txt", None)
 
 

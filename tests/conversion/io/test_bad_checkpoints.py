@@ -12,7 +12,8 @@ from testing.checkpoints import build, edit_json, edit_shard, tiny_config, tiny_
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.plan import build_plan
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint, read_header
+from indexcache.conversion.io.checkpoint import read_checkpoint, read_header
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.io.strict_json import parse_json
 
 INDEX = "model.safetensors.index.json"

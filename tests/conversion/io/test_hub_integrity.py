@@ -21,9 +21,11 @@ from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io import hub_requests
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, open_source, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
 from indexcache.conversion.io.hub_integrity import git_blob_id, is_commit_id
 from indexcache.conversion.io.hub_source import HubSource
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 PAGE = b"<!doctype html><html><body>Please sign in to the guest network.</body></html>"
 SHARDS = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]

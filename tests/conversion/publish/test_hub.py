@@ -12,7 +12,7 @@ from testing.tiny_models import tiny_model
 
 import indexcache
 from indexcache import SharePattern
-from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.conversion.publish.card import write_card
 from indexcache.conversion.publish.hub import check_complete, push_folder
 

@@ -11,7 +11,9 @@ from testing.checkpoints import build
 from testing.tiny_models import tiny_model
 
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, open_source, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_contents, push_folder
 from indexcache.conversion.publish.hub_contents import hub_contents
 

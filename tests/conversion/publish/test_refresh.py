@@ -16,8 +16,9 @@ from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.configuration import hub_code
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, open_source
 from indexcache.conversion.io.hub_source import HubSource
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish import refresh as refresh_module
 from indexcache.conversion.publish.refresh import _with_field, plan_refresh, refresh
 

@@ -1,4 +1,4 @@
-"""What numbers were measured on and with which code, for the result files."""
+"""What a result was made with: versions, machine, date and commit."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from ...conversion.convert.installed_versions import installed_versions
+from ..conversion.convert.installed_versions import installed_versions
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # Names the commit where the measured copy is not a checkout.
 COMMIT_VARIABLE = "INDEXCACHE_COMMIT"
 
 
-def machine() -> dict[str, str | int | None]:
-    """Device, threads, versions, date and commit; None for what is not there or not known."""
+def stamp() -> dict[str, str | int | None]:
+    """Versions, device, threads, date and commit, for every result file; None for what is not there or not known."""
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu": f"{os.cpu_count()} cores, {platform.machine()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **installed_versions("triton", "transformers"),
+        **installed_versions("indexcache", "triton", "transformers"),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": commit(),
     }

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from indexcache.benchmarks.bench.machine import COMMIT_VARIABLE, commit, machine
+from indexcache.runs.versions import COMMIT_VARIABLE, commit, stamp
 
 
 @pytest.fixture
@@ -50,6 +50,6 @@ def test_a_broken_checkout_has_no_known_commit(tmp_path, monkeypatch):
 
 def test_every_number_says_what_it_ran_with(monkeypatch):
     monkeypatch.setenv(COMMIT_VARIABLE, "abc123")
-    found = machine()
+    found = stamp()
     assert found["torch"] == torch.__version__ and found["commit"] == "abc123"
-    assert {"device", "cpu", "threads", "python", "triton", "transformers", "date"} <= found.keys()
+    assert {"indexcache", "device", "cpu", "threads", "python", "triton", "transformers", "date"} <= found.keys()
