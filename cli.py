@@ -140,11 +140,11 @@ def generate(
     import torch
     from transformers import set_seed
 
-    from ..configuration.share_pattern import SharePattern
-    from ..conversion.io.load_source import load_source
-    from ..runs.loading import Placement, open_model
-    from ..runs.pages.terminal import text_streamer
-    from ..runs.windows.tokenizer import load_tokenizer
+    from .configuration.share_pattern import SharePattern
+    from .conversion.io.load_source import load_source
+    from .runs.loading import Placement, open_model
+    from .runs.pages.terminal import text_streamer
+    from .runs.windows.tokenizer import load_tokenizer
 
     try:
         wanted = None if pattern is None else SharePattern.parse(pattern)
@@ -181,7 +181,7 @@ def env(as_json: AsJson = False) -> None:
     """Show the versions and devices that matter for a bug report."""
     import platform
 
-    from ..conversion.convert.installed_versions import installed_versions
+    from .conversion.convert.installed_versions import installed_versions
 
     found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     found |= installed_versions(
