@@ -35,7 +35,6 @@ LONG_FILES = {
     "kernels/sparse_mla/sparse_mla_hopper_gluon.py",
     "modeling_indexcache/modeling_indexcache.py",
     "tests/modeling_indexcache/cache/test_decode_graph.py",
-    "tests/testing/hub_double.py",
 }
 
 

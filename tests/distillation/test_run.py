@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import small_run
 import torch
 from safetensors.torch import load_file
+from testing import small_run
 from testing.small_run import run, run_processes, write_source
 
 from indexcache import IndexCacheForCausalLM
