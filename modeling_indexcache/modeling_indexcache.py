@@ -139,7 +139,7 @@ class IndexCacheAttention(nn.Module):
     def attention_function(self, backend: str) -> Callable[..., Any]:
         """What attends on expanded heads, of which there are no kernels: PyTorch's does in their place."""
         backend = "sdpa" if backend == TRITON_ATTENTION else backend
-        return ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)  # type: ignore[no-any-return]
+        return ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
 
 
 @use_experts_implementation
