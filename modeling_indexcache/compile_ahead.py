@@ -23,11 +23,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from ..kernels.common.compile_process import CLOSED, CompileProcess, processes_wanted
 from ..kernels.common.device_target import DeviceTarget, device_target
 from ..kernels.common.kernel_launch import are_recorded, launcher
-from ..kernels.common.kernel_variants import Compilations, Variant, VariantList
 from ..kernels.common.pretended_tensors import pretended, pretended_launches
+from ..kernels.compilation.compile_process import CLOSED, CompileProcess, processes_wanted
+from ..kernels.compilation.kernel_variants import Compilations, Variant, VariantList
 from .attention.attention_backends import TRITON_ATTENTION
 
 logger = logging.get_logger(__name__)

@@ -29,13 +29,7 @@ SCRIPTS = {"benchmarks.kernels", "benchmarks.studies", "demo"}
 MOST_MODULES, MOST_LINES = 12, 500
 # TO BE EMPTIED: being split elsewhere. Folders above MOST_MODULES, files above MOST_LINES.
 LARGE_FOLDERS: set[str] = set()
-LONG_FILES = {
-    "kernels/indexer_distillation/indexer_distillation.py",
-    "kernels/lightning_indexer/lightning_indexer_hopper_gluon.py",
-    "kernels/sparse_mla/sparse_mla_hopper_gluon.py",
-    "modeling_indexcache/modeling_indexcache.py",
-    "tests/modeling_indexcache/cache/test_decode_graph.py",
-}
+LONG_FILES = {"tests/modeling_indexcache/cache/test_decode_graph.py"}
 
 
 def sources():
