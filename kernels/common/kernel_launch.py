@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .kernel_keys import settle_key
+
 
 class _ThisThread(local):
     # A default in the class: to look for what a `local` lacks takes two microseconds.
@@ -26,9 +28,11 @@ _waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
 def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable[..., Any]:
     """What launches `kernel` on the device of `like`, one of its arguments: `kernel[grid]`, to be called with them.
 
-    Where that device is current already, as in most calls, this costs two look-ups: it hands no arguments on. Nothing
-    waits for the device, so graphs can be recorded, and the current device of this thread is as before afterwards.
+    Where that device is current already, as in most calls, this costs three look-ups and hands no arguments on.
+    Nothing waits for the device, so graphs can be recorded, and the current device of this thread is as before
+    afterwards.
     """
+    settle_key(kernel)
     if not _waits and _thread.record is None:
         index = like.get_device()
         # -1: a CPU's tensors, in Triton's interpreter.

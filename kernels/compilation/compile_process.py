@@ -30,6 +30,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from ..common.kernel_keys import settle_key
+
 try:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -387,6 +389,7 @@ def _compile_and_exit(variant: tuple[Any, ...], writes: int, others: tuple[int, 
         for each in others:
             os.close(each)
         kernel, grid, arguments, options = variant
+        settle_key(kernel)
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         build_launcher(compiled)
         said = [compiled.hash, None]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..common.kernel_keys import settle_key
 from ..common.kernel_launch import WaitBeforeLaunches
 from .compile_process import CompileProcess, NotCompiledThere
 
@@ -48,6 +49,7 @@ class Variant(NamedTuple):
         Returns:
             Triton's compiled kernel.
         """
+        settle_key(self.kernel)
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
     def load(self) -> Any:

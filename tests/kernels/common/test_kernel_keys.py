@@ -1,0 +1,71 @@
+"""Names of kernels in Triton's cache depend on nothing that was compiled before."""
+
+import importlib
+import types
+
+import pytest
+
+from indexcache.kernels.common.kernel_keys import settle_key
+
+
+class Digested:
+    """A jitted function as Triton 3.6 digests it: with what its callees know by then."""
+
+    def __init__(self, source, name, **scope):
+        exec(source, scope)
+        self.fn, self.hash, self.constants = scope[name], None, {}
+
+    @property
+    def cache_key(self):
+        if self.hash is None:
+            self.hash = "recursion"
+            scope, found = self.fn.__globals__, {}
+            for name in self.fn.__code__.co_names:
+                value = scope.get(name)
+                if isinstance(value, Digested):
+                    found |= value.constants
+                    value.cache_key  # noqa: B018
+                elif isinstance(value, int):
+                    found[name] = value
+            self.constants = found
+            self.hash = str(sorted(found.items()))
+        return self.hash
+
+
+def family():
+    leaf = Digested("def leaf(): return FEW", "leaf", FEW=3)
+    middle = Digested("def middle(): return leaf()", "middle", leaf=leaf)
+    top = Digested("def top(): return (lambda: middle())()", "top", middle=middle)
+    nested = types.SimpleNamespace(leaf=leaf, middle=middle, top=top)
+    leaf.fn.__globals__["leaf"] = leaf
+    return nested
+
+
+def test_a_key_is_the_same_whatever_was_digested_before():
+    alone, after = family(), family()
+    assert family().middle.cache_key != "[('FEW', 3)]", "what is mended shows here"
+    settle_key(alone.middle)
+    after.leaf.cache_key  # noqa: B018
+    settle_key(after.middle)
+    assert alone.middle.hash == after.middle.hash == "[('FEW', 3)]"
+
+
+def test_functions_inside_functions_and_circles_are_followed():
+    held = family()
+    held.leaf.fn.__globals__["FEW"] = held.top
+    settle_key(held.top)
+    assert None not in (held.leaf.hash, held.middle.hash, held.top.hash)
+
+
+def test_what_has_no_digest_is_left_alone():
+    settle_key(object())
+
+
+def test_all_that_a_kernel_calls_is_digested_with_it():
+    pytest.importorskip("triton")
+    module = importlib.import_module("indexcache.kernels.lightning_indexer.lightning_indexer_select_gluon")
+    kernel = getattr(module, "finish_rows_kernel", None)
+    if not hasattr(kernel, "hash"):
+        pytest.skip("Gluon or the compiler is not here")
+    settle_key(kernel)
+    assert kernel.hash and module.write_row.hash and {"FEW", "MANY"} <= {name for name, _ in kernel.used_global_vals}
