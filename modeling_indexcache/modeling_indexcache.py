@@ -37,12 +37,12 @@ from .attention.attention_form import absorbed_is_cheaper
 from .attention.eager_attention import eager_attention_forward
 from .attention.inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
 from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
+from .block_fp8_loading import loading_block_fp8, refuse_missing_scales
 from .cache.decode_graph import decode_graph, graphs_serve
 from .cache.latent_cache import append_latents
 from .compile_ahead import compile_ahead
 from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
 from .forward_arguments import refuse_lost_history, refuse_unknown_options
-from .fp8_guard import refuse_ragged_dequantisation
 from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
 from .layers.feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
 from .layers.few_token_linears import linears
@@ -373,16 +373,19 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
 
         Raises:
-            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline.
+            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline; for
+                fp8 weights without their scales.
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
         refuse_pipeline(kwargs.get("distributed_config"))
-        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
+        with loading_block_fp8():
+            loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
         for module in model.modules():
             if isinstance(module, IndexCacheTopkRouter):
                 module.store_exactly(model.get_input_embeddings().weight.dtype)
+        refuse_missing_scales(info["missing_keys"], source)
         # Without a source all weights are new, or given.
         if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
@@ -421,7 +424,6 @@ class IndexCacheModel(IndexCachePreTrainedModel):
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
-        refuse_ragged_dequantisation(config)
         num_layers = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))

@@ -48,13 +48,13 @@ if triton is not None:
     @triton.jit
     def scale_of(places, mask, POWERS: tl.constexpr):
         """fp32 scales at `places`: as they stand, or of their exponents."""
-        read = tl.load(places, mask=mask, other=0)
+        scale = tl.load(places, mask=mask, other=0)
         if POWERS:
-            bits = read.to(tl.int32)
-            # The exponent of zero is fp32's smallest but one subnormal number; 255 is no number.
+            bits = scale.to(tl.int32)
+            # The exponent of zero is a subnormal number's; 255 is no number.
             bits = tl.where(bits == 0, 0x400000, tl.where(bits == 255, 0x7FC00000, bits << 23))
-            return bits.to(tl.float32, bitcast=True)
-        return read
+            scale = bits.to(tl.float32, bitcast=True)
+        return scale
 
     @triton.jit
     def widened(tile, dtype: tl.constexpr):
@@ -63,8 +63,10 @@ if triton is not None:
             bits = tile.to(tl.uint16)
             half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
             # fp16's exponents are 8 greater, and it has e4m3's subnormal numbers as normal or subnormal ones.
-            return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(dtype)
-        return tile.to(dtype)
+            wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(dtype)
+        else:
+            wide = tile.to(dtype)
+        return wide
 
     @triton.jit
     def quantised(wide):

@@ -70,12 +70,16 @@ def block_fp8_linear_triton(
 
     `quantised`: multiply e4m3 by e4m3; otherwise weights are widened to `x`'s dtype.
     """
-    x = x if x.stride(1) == 1 else x.contiguous()
     if out is None:
         out = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    if not quantised:
-        return multiply(x, None, weight, scales, base, out)
-    return multiply(*quantise_activations_triton(x), weight, scales, base, out)
+    return multiply(*activations_of(x, quantised), weight, scales, base, out)
+
+
+def activations_of(x: torch.Tensor, quantised: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is multiplied, with contiguous rows: e4m3 and factors, or `x` itself."""
+    if quantised:
+        return quantise_activations_triton(x)
+    return x if x.stride(1) == 1 else x.contiguous(), None
 
 
 def multiply(

@@ -41,6 +41,8 @@ def check_weight(
         ValueError: another dtype, or scales that do not fit.
     """
     check_tensors(operation, **{name: weight, f"{name} scales": scales})
+    if scales is None or weight is None:
+        raise TypeError(f"{operation}: {name} and its scales must be tensors, got None")
     if weight.dtype != E4M3:
         raise ValueError(f"{operation}: {name} must be float8_e4m3fn, got {weight.dtype}")
     if scales.dtype != torch.float32 and not is_ue8m0(scales):
@@ -143,7 +145,7 @@ def quantise_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
     # By its reciprocal, as the kernels do.
     values = (wide * (1.0 / scales).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-    return values.view(tokens, -1)[:, :width].contiguous(), scales
+    return values.view(tokens, groups * GROUP)[:, :width].contiguous(), scales
 
 
 def linear_reference(

@@ -3,7 +3,7 @@
 e4m3 is read, widened to fp32 in registers and multiplied there; 8 products are summed in a thread before the block's
 scale meets them. Bound by reading the weights once.
 
-Legend: T tokens, D hidden width, N outputs, I width of a routed expert, J width of the shared expert, K experts a token.
+Legend: T tokens, D hidden width, N outputs, I width of a routed expert, J of the shared expert, K experts a token.
 """
 
 from __future__ import annotations

@@ -1,0 +1,255 @@
+"""Modules whose weights are block fp8: linear layers and routed experts, stored and run as the checkpoint has them.
+
+Their weights are frozen. Gradients reach what lies before them through the dequantised weight, so that adapters train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ...configuration.configuration_indexcache import IndexCacheConfig
+from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts
+from ...kernels.block_fp8.block_fp8_linear import (
+    block_fp8_linear,
+    block_fp8_vector_linear,
+    takes_block_fp8_vector_linear,
+    why_no_kernels,
+)
+from ...kernels.block_fp8.block_fp8_reference import E4M3, dequantise, scale_grid
+from ...kernels.common.pretended_tensors import PLAIN_WEIGHTS
+from ..attention.attention_backends import TRITON_ATTENTION
+from ..parallel.module_hooks import runs_as_written
+
+BlockSize = tuple[int, int]
+
+
+class BlockFp8Linear(nn.Linear):
+    """A linear layer in block fp8.
+
+    Attributes:
+        weight: float8_e4m3fn `[out_features, in_features]`.
+        weight_scale_inv: what each block of `block_size` rows and columns is multiplied by, fp32 or float8_e8m0fnu.
+    """
+
+    # Transformers: sharded by tensor parallel as plain tensors, not as DTensors.
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self,
+        config: IndexCacheConfig,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        block_size: BlockSize,
+        scale_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.config, self.block_size = config, block_size
+        self.weight = _frozen(out_features, in_features, dtype=E4M3)
+        self.weight_scale_inv = _frozen(*scale_grid(out_features, in_features, block_size), dtype=scale_dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., in_features]` to `[..., out_features]`."""
+        x = _as_autocast_has_it(input)
+        rows = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() and rows.requires_grad:
+            made = _BlockFp8Product.apply(
+                rows, self.weight, self.weight_scale_inv, self.block_size, _allows_triton(self)
+            )
+            made = made if self.bias is None else made + self.bias
+        else:
+            bias = None if self.bias is None else self.bias.to(x.dtype).expand(rows.shape[0], -1)
+            made = block_fp8_linear(
+                rows,
+                self.weight,
+                self.weight_scale_inv,
+                block_size=self.block_size,
+                base=bias,
+                allow_triton=_allows_triton(self),
+            )
+        return made.view(*x.shape[:-1], -1)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight `[out_features, in_features]` in `dtype`, made anew."""
+        return dequantise(self.weight, self.weight_scale_inv, self.block_size, dtype)
+
+
+class BlockFp8Experts(nn.Module):
+    """The routed experts' weights in block fp8, stacked.
+
+    Attributes:
+        gate_up_proj: float8_e4m3fn `[E, 2 I, D]`, gate above up.
+        gate_up_proj_scale_inv: the scales of the gates' blocks above those of up, `[E, 2 ceil(I / rows), ...]`.
+        down_proj: float8_e4m3fn `[E, D, I]`.
+        down_proj_scale_inv: its blocks' scales.
+    """
+
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self, config: IndexCacheConfig, block_size: BlockSize, scale_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.config, self.block_size = config, block_size
+        self.num_experts = config.n_routed_experts
+        self.hidden_dim, self.intermediate_dim = config.hidden_size, config.moe_intermediate_size
+        self.act_fn = ACT2FN[config.hidden_act]
+        count, inner, width = self.num_experts, self.intermediate_dim, self.hidden_dim
+        down, across = scale_grid(inner, width, block_size)
+        self.gate_up_proj = _frozen(count, 2 * inner, width, dtype=E4M3)
+        self.gate_up_proj_scale_inv = _frozen(count, 2 * down, across, dtype=scale_dtype)
+        self.down_proj = _frozen(count, width, inner, dtype=E4M3)
+        self.down_proj_scale_inv = _frozen(count, *scale_grid(width, inner, block_size), dtype=scale_dtype)
+
+    @property
+    def gate_up(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first product's weight and scales."""
+        return self.gate_up_proj, self.gate_up_proj_scale_inv
+
+    @property
+    def down(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second product's weight and scales."""
+        return self.down_proj, self.down_proj_scale_inv
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """`[tokens, hidden_size]` through each token's experts."""
+        x = _as_autocast_has_it(hidden_states)
+        # Under expert parallelism ids of num_experts mark tokens of other ranks.
+        elsewhere = top_k_index >= self.num_experts
+        experts, weights = top_k_index.masked_fill(elsewhere, 0), top_k_weights.masked_fill(elsewhere, 0.0)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+        if needs_grad or self.config.hidden_act != "silu":
+            return self._one_by_one(x, experts, weights)
+        return block_fp8_experts(
+            x,
+            experts.long(),
+            weights.float(),
+            self.gate_up,
+            self.down,
+            block_size=self.block_size,
+            allow_triton=_allows_triton(self),
+        )
+
+    def _one_by_one(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """With gradient, and with any activation."""
+        out = torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        allow = _allows_triton(self)
+        for expert in experts.unique().tolist():
+            token, position = torch.where(experts == expert)
+            rows = x[token]
+            gate, up = (
+                _BlockFp8Product.apply(rows, weight, scales, self.block_size, allow)
+                for weight, scales in zip(*(tensor[expert].chunk(2) for tensor in self.gate_up))
+            )
+            made = self.act_fn(gate) * up
+            made = _BlockFp8Product.apply(made, *(tensor[expert] for tensor in self.down), self.block_size, allow)
+            out = out.index_add(0, token, made.to(out.dtype) * weights[token, position, None].to(out.dtype))
+        return out.to(x.dtype)
+
+
+class _BlockFp8Product(torch.autograd.Function):
+    """`block_fp8_linear` with a gradient for its activations alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scales, block_size, allow_triton):  # noqa: D102
+        ctx.save_for_backward(weight, scales)
+        ctx.block_size = block_size
+        return block_fp8_linear(x, weight, scales, block_size=block_size, allow_triton=allow_triton)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: D102
+        weight, scales = ctx.saved_tensors
+        return grad @ dequantise(weight, scales, ctx.block_size, grad.dtype), None, None, None, None
+
+
+def block_fp8_linears(
+    x: torch.Tensor,
+    modules: Sequence[nn.Module],
+    gain: torch.Tensor | None,
+    eps: float,
+    base: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """The outputs of block fp8 layers for one or two rows `x [T, D]`, `[T, N]` in one launch; None if they take none.
+
+    `gain` and `eps` are those of an RMSNorm that `x` has yet to pass; `base [T, N]` is added.
+    """
+    if not all(map(is_plain_block_fp8, modules)) or any(module.bias is not None for module in modules):
+        return None
+    layers: Any = modules
+    weights = [layer.weight for layer in layers]
+    kinds = {(layer.block_size, layer.weight_scale_inv.dtype) for layer in layers}
+    if len(kinds) > 1 or not takes_block_fp8_vector_linear(x, weights, layers[0].block_size):
+        return None
+    return block_fp8_vector_linear(x, weights, [layer.weight_scale_inv for layer in layers], gain, eps, base)
+
+
+def is_plain_block_fp8(module: nn.Module) -> bool:
+    """Whether weight and scales, as they stand, are the whole of what a block fp8 layer computes, but for a bias."""
+    return (
+        type(module) is BlockFp8Linear
+        and type(module.weight) in PLAIN_WEIGHTS
+        and type(module.weight_scale_inv) in PLAIN_WEIGHTS
+        and runs_as_written(module)
+    )
+
+
+def why_not_block_fp8_experts(experts: BlockFp8Experts, shared: Sequence[nn.Module], x: torch.Tensor) -> str | None:
+    """Why the block fp8 kernels do not serve these experts and the shared one's three layers, with their tokens."""
+    for name, module in zip(("gate_proj", "up_proj", "down_proj"), shared):
+        if not is_plain_block_fp8(module) or module.bias is not None:
+            return f"shared_experts.{name} is no plain block fp8 layer, as the routed experts are"
+    layers: Any = shared
+    scales = experts.down_proj_scale_inv.dtype
+    if any(layer.block_size != experts.block_size or layer.weight_scale_inv.dtype != scales for layer in layers):
+        return "shared and routed experts have other blocks or scales"
+    if not x.is_cuda:
+        return "the kernels need a CUDA device"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "the kernels have no gradient"
+    return why_no_kernels(x, experts.block_size, *experts.parameters())
+
+
+def run_block_fp8_experts(
+    experts: BlockFp8Experts,
+    shared: Sequence[nn.Module],
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    accumulate: torch.Tensor | None,
+) -> torch.Tensor:
+    """Routed and shared experts of `x [T, D]` in the kernels, added in place to `accumulate` if given."""
+    layers: Any = shared
+    gate, up, down = ((layer.weight, layer.weight_scale_inv) for layer in layers)
+    return block_fp8_experts(
+        x,
+        chosen,
+        weights,
+        experts.gate_up,
+        experts.down,
+        shared=(gate, up, down),
+        accumulate=accumulate,
+        block_size=experts.block_size,
+    )
+
+
+def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def _allows_triton(module: Any) -> bool:
+    return module.config._attn_implementation == TRITON_ATTENTION
+
+
+def _as_autocast_has_it(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype that a linear layer would have it in under autocast."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
