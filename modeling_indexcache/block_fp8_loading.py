@@ -1,8 +1,8 @@
 """Loading block fp8 checkpoints: transformers' quantiser, with this package's modules and kernels in place of its own.
 
 Transformers' fp8 layers fetch their kernels from the Hub when they first run, dequantise where there is no GPU with
-fp8 units, and cannot where a block is ragged. Here weights stay fp8 on any device, no package or network is needed, and
-what is quantised is what the checkpoint's files say is: their headers are read and judged before any weight.
+fp8 units, and cannot where a block is ragged. Here weights stay fp8 on any device, without a package or the network.
+What is quantised is what the checkpoint's files say is: their headers are read and judged before any weight.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from threading import local
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..kernels.block_fp8.block_fp8_reference import dequantise, scale_grid
-from .layers.block_fp8_modules import BlockFp8Experts, BlockFp8Linear
+from .layers.block_fp8_modules import BlockFp8Experts, BlockFp8Linear, put_block_fp8
 
 METHOD = "fp8"
 SCALES = "_scale_inv"
@@ -61,7 +60,7 @@ class BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
         Raises:
             ValueError: fp8 of another kind than blocks with dynamic activations.
         """
-        config = self.quantization_config
+        config: Any = self.quantization_config
         size = config.weight_block_size
         if size is None:
             raise ValueError("this fp8 checkpoint has one scale a tensor (no weight_block_size): only blocks are run")
@@ -87,24 +86,14 @@ class BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
         self.modules_to_not_convert = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules
         )
-        for name, module in list(model.named_modules()):
-            is_experts = hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
-            if not is_experts and type(module) is not nn.Linear:
-                continue
+
+        def scale_dtype(name: str, is_experts: bool) -> torch.dtype | None:
             if stored is None:
-                scales = "F32" if should_convert_module(name, self.modules_to_not_convert) else None
-            else:
-                scales = stored_scales(name, stored, model.base_model_prefix, is_experts)
-            if scales is None:
-                continue
-            dtype = torch.float32 if scales == "F32" else torch.float8_e8m0fnu
-            with torch.device("meta"):
-                if is_experts:
-                    made: nn.Module = BlockFp8Experts(model.config, self.block_size, dtype)
-                else:
-                    size = module.in_features, module.out_features
-                    made = BlockFp8Linear(model.config, *size, module.bias is not None, self.block_size, dtype)
-            model.set_submodule(name, made)
+                return torch.float32 if should_convert_module(name, self.modules_to_not_convert) else None
+            kind = stored_scales(name, stored, model.base_model_prefix, is_experts)
+            return None if kind is None else torch.float32 if kind == "F32" else torch.float8_e8m0fnu
+
+        put_block_fp8(model, self.block_size, scale_dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
@@ -199,8 +188,8 @@ def refuse_wrong_scales(stored: dict[str, Stored], block_size: tuple[int, int]) 
     blocks = f"{block_size[0]} x {block_size[1]}"
     if missing:
         raise ValueError(
-            f"this checkpoint's fp8 weights are not whole: {_some(missing)} missing. Every e4m3 weight needs the scales "
-            f"of its {blocks} blocks: download or convert it again"
+            f"this checkpoint's fp8 weights are not whole: {_some(missing)} missing. Every e4m3 weight needs the "
+            f"scales of its {blocks} blocks: download or convert it again"
         )
     if wrong:
         raise ValueError(

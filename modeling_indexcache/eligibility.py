@@ -19,6 +19,7 @@ from ..kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.experts.routed_experts import unsupported_experts_reason
 from ..kernels.norm_rope_linear.absorbed_vector import takes_absorbed_vector
 from .attention.attention_backends import TRITON_ATTENTION
+from .layers.block_fp8_modules import BlockFp8Experts, is_plain_block_fp8, why_not_block_fp8_experts
 from .layers.few_token_linears import is_plain_linear
 from .parallel.layer_placement import device_of_inputs, device_of_layer, device_ranges
 from .parallel.module_hooks import hooks_of, is_foreign, is_own, is_watched, is_wrapped, placement_of, runs_as_written
@@ -134,11 +135,13 @@ def why_not_expert_kernels(module: Any, tokens: torch.Tensor) -> str | None:
     weights = experts.gate_up_proj, experts.down_proj
     if not all(type(weight) in PLAIN_WEIGHTS for weight in weights):
         return f"experts are kept as {type(weights[0]).__name__}"
+    if weights[0].device != tokens.device:
+        return f"experts are on {weights[0].device}, their tokens on {tokens.device}"
+    if isinstance(experts, BlockFp8Experts):
+        return why_not_block_fp8_experts(experts, (shared.gate_proj, shared.up_proj, shared.down_proj), tokens)
     for name in ("gate_proj", "up_proj", "down_proj"):
         if not is_plain_linear(getattr(shared, name)):
             return f"shared_experts.{name}: {why_not_plain_linear(getattr(shared, name))}"
-    if weights[0].device != tokens.device:
-        return f"experts are on {weights[0].device}, their tokens on {tokens.device}"
     return unsupported_experts_reason(tokens, *weights)
 
 
@@ -319,7 +322,7 @@ def _slower_parts(layer: Any, device: torch.device, by_kernels: bool) -> Iterato
     linear = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     for name in (*linear, "indexer.wq_b", "indexer.wk", "indexer.weights_proj"):
         part = _at(layer, f"self_attn.{name}")
-        if part is not None and (reason := why_not_plain_linear(part)):
+        if part is not None and not is_plain_block_fp8(part) and (reason := why_not_plain_linear(part)):
             yield f"self_attn.{name}", reason
     for name in ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm", "self_attn.indexer", "mlp"):
         part = _at(layer, name)

@@ -28,7 +28,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..kernels.experts.routed_experts import routed_experts
 from ..kernels.norm_rope_linear.rotary import rotate
 from .attention.absorbed_attention import attend_absorbed, attend_absorbed_masked
 from .attention.absorbed_weights import multiplier
@@ -44,7 +43,7 @@ from .compile_ahead import compile_ahead
 from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
 from .forward_arguments import refuse_lost_history, refuse_unknown_options
 from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
-from .layers.feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
+from .layers.feed_forward import IndexCacheMLP, add_feed_forward, run_expert_kernels, runs_expert_kernels
 from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
 from .layers.normalization import IndexCacheRMSNorm
@@ -289,15 +288,7 @@ class IndexCacheMoE(nn.Module):
         _, weights, experts = self.gate(tokens)
         if runs_expert_kernels(self, tokens):
             target = None if accumulate is None else accumulate.view_as(tokens)
-            return routed_experts(
-                tokens,
-                experts,
-                weights,
-                self.experts.gate_up_proj,
-                self.experts.down_proj,
-                shared=tuple(linear.weight for linear in shared_linears(self)),
-                accumulate=target,
-            ).view_as(x)
+            return run_expert_kernels(self, tokens, experts, weights, target).view_as(x)
         out = self.experts(tokens, experts, weights).view_as(x)
         if accumulate is None:
             return out + self.shared_experts(x)

@@ -60,10 +60,10 @@ if triton is not None:
     def widened(tile, dtype: tl.constexpr):
         """e4m3, or its bytes, in `dtype`; exact."""
         if tile.dtype == tl.uint8:
-            bits = tile.to(tl.uint16)
-            half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-            # fp16's exponents are 8 greater, and it has e4m3's subnormal numbers as normal or subnormal ones.
-            wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0).to(dtype)
+            bits = tile.to(tl.int32)
+            # fp32's exponents are 120 greater. Subnormal numbers are subnormal ones there, which no product flushes.
+            made = (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+            wide = tl.where((bits & 0x7F) == 0x7F, float("nan"), made).to(dtype)
         else:
             wide = tile.to(dtype)
         return wide

@@ -80,8 +80,8 @@ def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate, blo
     name = "block_fp8_experts"
     check_tensors(name, x=x, experts=experts, weights=weights, accumulate=accumulate, gate_up=gate_up[0], down=down[0])
     check_floats(name, x=x, weights=weights, accumulate=accumulate)
-    check_weight(name, "gate_up", *gate_up, block_size, halves=2)
-    check_weight(name, "down", *down, block_size)
+    check_weight(name, "gate_up", gate_up[0], gate_up[1], block_size, halves=2)
+    check_weight(name, "down", down[0], down[1], block_size)
     if x.dim() != 2 or experts.dim() != 2 or gate_up[0].dim() != 3 or down[0].dim() != 3:
         raise ValueError(
             f"{name}: x [T, D], experts [T, K], gate_up [E, 2 I, D] and down [E, D, I] do not fit: got "
@@ -97,7 +97,7 @@ def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate, blo
             raise ValueError(f"{name}: shared must be gate, up and down with their scales, got {len(shared)}")
         for part, matrix in zip(("gate", "up", "down"), shared):
             check_tensors(name, x=x, **{f"shared {part}": matrix[0]})
-            check_weight(name, f"shared {part}", *matrix, block_size)
+            check_weight(name, f"shared {part}", matrix[0], matrix[1], block_size)
         rows = shared[0][0].shape[0]
         check_shape(name, "shared gate", shared[0][0], "[J, D]", (rows, width))
         check_shape(name, "shared up", shared[1][0], "[J, D]", (rows, width))

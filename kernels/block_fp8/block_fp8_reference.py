@@ -121,7 +121,8 @@ def quantise_weight(
     check_floats("quantise_weight", weight=weight)
     if weight.dim() != 2:
         raise ValueError(f"quantise_weight: weight must be [rows, columns], got {tuple(weight.shape)}")
-    (rows, columns), (down, across) = weight.shape, scale_grid(*weight.shape, block_size)
+    rows, columns = weight.shape
+    down, across = scale_grid(rows, columns, block_size)
     padding = (0, across * block_size[1] - columns, 0, down * block_size[0] - rows)
     blocks = F.pad(weight.float(), padding).view(down, block_size[0], across, block_size[1])
     largest = blocks.abs().amax((1, 3))

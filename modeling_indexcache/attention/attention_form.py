@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..layers.block_fp8_modules import is_plain_block_fp8
 from ..layers.few_token_linears import is_plain_linear
 from .attention_backends import TRITON_ATTENTION
 
@@ -28,6 +29,6 @@ def absorbed_is_cheaper(module: Any, num_queries: int, num_keys: int) -> bool:
     rank, rope, of_head = module.kv_lora_rank, module.rope_dim, module.nope_dim + module.v_head_dim
     expanded = num_keys * rank * of_head + num_queries * num_keys * (of_head + rope)
     absorbed = num_queries * rank * of_head + num_queries * num_keys * (2 * rank + rope)
-    if not is_plain_linear(module.kv_b_proj):
+    if not (is_plain_linear(module.kv_b_proj) or is_plain_block_fp8(module.kv_b_proj)):
         absorbed += rank * rank * of_head  # its weight is what it makes of a unit matrix
     return absorbed < expanded

@@ -23,6 +23,7 @@ from ...kernels.sparse_mla.sparse_mla import merging_group, sparse_mla, takes_sp
 from ...kernels.sparse_mla.sparse_mla_triton import queries_per_wave, selection_group
 from ..cache.latent_cache import append_latents, latent_slot
 from ..eligibility import say_slower, why_not_streamed, works_in_place
+from ..layers.block_fp8_modules import is_plain_block_fp8
 from ..layers.few_token_linears import is_plain_linear, is_plain_norm, linears
 from ..parallel.module_hooks import is_own, is_watched, is_wrapped
 from .attention_backends import TRITON_ATTENTION
@@ -248,6 +249,8 @@ def _project(o_proj: nn.Module, values: torch.Tensor, out: torch.Tensor, add: bo
     if weight is not None and out.shape[0] == 1 and out.dtype == weight.dtype:
         rows, into = values[0], out[0]
         torch.addmm(into, rows, weight.t(), beta=int(add), out=into)
+    elif is_plain_block_fp8(o_proj) and o_proj.bias is None and out.shape[0] == 1 and out.dtype == values.dtype:
+        o_proj.multiply_into(values[0], out[0], add)  # type: ignore[operator]
     elif add:
         out += o_proj(values)
     else:

@@ -5,7 +5,7 @@ Their weights are frozen. Gradients reach what lies before them through the dequ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,12 @@ class BlockFp8Linear(nn.Linear):
                 allow_triton=_allows_triton(self),
             )
         return made.view(*x.shape[:-1], -1)
+
+    def multiply_into(self, x: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+        """Write the layer's output of rows `x [T, in_features]`, but for a bias, to `out`, or add it there."""
+        base, size = out if add else None, self.block_size
+        weight, scales = self.weight, self.weight_scale_inv
+        block_fp8_linear(x, weight, scales, block_size=size, base=base, out=out, allow_triton=_allows_triton(self))
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight `[out_features, in_features]` in `dtype`, made anew."""
@@ -158,15 +164,55 @@ class _BlockFp8Product(torch.autograd.Function):
     """`block_fp8_linear` with a gradient for its activations alone."""
 
     @staticmethod
-    def forward(ctx, x, weight, scales, block_size, allow_triton):  # noqa: D102
+    def forward(ctx, x, weight, scales, block_size, allow_triton):
         ctx.save_for_backward(weight, scales)
         ctx.block_size = block_size
         return block_fp8_linear(x, weight, scales, block_size=block_size, allow_triton=allow_triton)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: D102
+    def backward(ctx, grad):
         weight, scales = ctx.saved_tensors
         return grad @ dequantise(weight, scales, ctx.block_size, grad.dtype), None, None, None, None
+
+
+def put_block_fp8(
+    model: nn.Module, block_size: BlockSize, scale_dtype: Callable[[str, bool], torch.dtype | None]
+) -> None:
+    """Put block fp8 modules, without memory, in place of a model's linear layers and routed experts.
+
+    Args:
+        model: with a `config`.
+        block_size: rows and columns that share a scale.
+        scale_dtype: given a module's name, and whether it is experts, the dtype of its scales, or None to leave it.
+    """
+    config: Any = model.config
+    for name, module in list(model.named_modules()):
+        is_experts = hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
+        if not is_experts and type(module) is not nn.Linear:
+            continue
+        dtype = scale_dtype(name, is_experts)
+        if dtype is None:
+            continue
+        with torch.device("meta"):
+            if is_experts:
+                made: nn.Module = BlockFp8Experts(config, block_size, dtype)
+            else:
+                linear: Any = module
+                size = linear.in_features, linear.out_features
+                made = BlockFp8Linear(config, *size, linear.bias is not None, block_size, dtype)
+        model.set_submodule(name, made.train(module.training))
+
+
+def scales_name(name: str, is_experts: bool) -> str:
+    """The name of the scales of a module's first weight, given the module's."""
+    return f"{name}.gate_up_proj_scale_inv" if is_experts else f"{name}.weight_scale_inv"
+
+
+def block_size_of(config: Any) -> BlockSize:
+    """The blocks of a quantised model's config."""
+    quantization = config.quantization_config
+    size = quantization["weight_block_size"] if isinstance(quantization, dict) else quantization.weight_block_size
+    return int(size[0]), int(size[1])
 
 
 def block_fp8_linears(

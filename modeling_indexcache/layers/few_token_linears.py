@@ -11,6 +11,7 @@ from torch import nn
 from ...kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ...kernels.norm_rope_linear.vector_linear import takes_vector_linear, vector_linear
 from ..parallel.module_hooks import runs_as_written
+from .block_fp8_modules import BlockFp8Linear, block_fp8_linears
 from .normalization import IndexCacheRMSNorm
 
 
@@ -44,10 +45,29 @@ def linears(
             added = None if base is None else base.reshape(rows.shape[0], -1)
             out = vector_linear(rows, weights, gain, eps, added).view(*x.shape[:-1], -1)
             return out.split([weight.shape[0] for weight in weights], dim=-1)
+    if allow_triton and x.shape[:-1].numel() <= 2 and isinstance(modules[0], BlockFp8Linear):
+        made = _block_fp8_vectors(x, modules, norm, base)
+        if made is not None:
+            return made
     if norm is not None:
         x = norm(x)
     outs = [module(x) for module in modules]
     return outs if base is None else [base + outs[0]]
+
+
+def _block_fp8_vectors(
+    x: torch.Tensor, modules: Sequence[nn.Module], norm: Any, base: torch.Tensor | None
+) -> Sequence[torch.Tensor] | None:
+    """As `linears`, of block fp8 layers; None where the kernel does not take them."""
+    fuses = norm is not None and is_plain_norm(norm) and norm.weight.dtype == x.dtype
+    rows = (x if norm is None or fuses else norm(x)).reshape(-1, x.shape[-1])
+    gain, eps = (norm.weight, norm.variance_epsilon) if fuses else (None, 0.0)
+    added = None if base is None else base.reshape(rows.shape[0], -1)
+    out = block_fp8_linears(rows, modules, gain, eps, added)
+    if out is None:
+        return None
+    weights: list[Any] = [module.weight for module in modules]
+    return out.view(*x.shape[:-1], -1).split([weight.shape[0] for weight in weights], dim=-1)
 
 
 def is_plain_norm(module: Any) -> bool:

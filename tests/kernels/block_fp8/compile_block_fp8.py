@@ -115,10 +115,11 @@ def compile_vector(name, arch, early=0):
 @pytest.mark.parametrize("name", VECTORS)
 def test_vectors_change_places_between_threads_only_to_be_summed(name, arch):
     """Activations, weights and scales lie in the same threads: no step waits for the others of its program."""
-    ptx = check(compile_vector(name, arch), arch).asm["ptx"]
+    # Without conversion instructions bytes take registers: some are kept aside on sm86.
+    ptx = check(compile_vector(name, arch), arch, stack=256 if arch == 86 else 0).asm["ptx"]
     sums = {"linear": 2, "wide linear": 1, "up": 2, "down": VECTORS["down"]["K"] + 1}[name]
-    # The wide one takes eight steps.
-    assert ptx.count("bar.sync") <= 3 * sums + 2 < 8 * (sums > 1) + 8
+    # There are seven and eight steps, and two an expert.
+    assert ptx.count("bar.sync") <= 3 * sums + 2
 
 
 @pytest.mark.parametrize("name", VECTORS)

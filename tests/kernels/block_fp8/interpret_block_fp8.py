@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from testing.interpreter_fp8 import convert_e4m3_by_pytorch
 
+from indexcache.kernels.block_fp8 import block_fp8_activations_triton as activations_module
 from indexcache.kernels.block_fp8 import block_fp8_experts as experts_module
 from indexcache.kernels.block_fp8 import block_fp8_linear as linear_module
 from indexcache.kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
@@ -118,6 +119,25 @@ def test_vectors(width, widths, norm, ue8m0):
 
     got = block_fp8_vector_linear_triton(x, weights, scales, gain, 1e-6, base)
     assert_as_exact_as(got, plain(DTYPE), plain(torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_bytes_mean_what_e4m3_does(tokens, monkeypatch):
+    """What GPUs without such a dtype are given: every code, subnormal numbers and NaN included."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = torch.where((codes & 0x7F) == 0x7F, 0, codes)
+    weight = torch.stack([codes, codes.flip(0), finite, finite.roll(77)]).view(torch.float8_e4m3fn)
+    scales, x = torch.rand(1, 2), torch.randn(tokens, 256, dtype=DTYPE)
+
+    def run():
+        if tokens == 2:
+            return block_fp8_vector_linear_triton(x, [weight], [scales])
+        return block_fp8_linear_triton(x, weight, scales, None, None, False)
+
+    expected = run()
+    assert expected[:, :2].isnan().all() and torch.isfinite(expected[:, 2:]).all()
+    monkeypatch.setattr(activations_module, "reads_e4m3", lambda tensor: False)
+    assert torch.equal(run()[:, 2:], expected[:, 2:]) and run()[:, :2].isnan().all()
 
 
 @pytest.mark.parametrize("rows", [16, 64])
