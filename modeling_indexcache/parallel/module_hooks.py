@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as _modules
 from transformers.utils import output_capturing
 
-_PACKAGE = __name__.rpartition(".")[0] + "."
+_PACKAGE = __name__.removesuffix(".module_hooks").removesuffix(".parallel") + "."
 
 
 class Placement(NamedTuple):
