@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo demo-checkpoint test lint hostile test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
+.PHONY: venv demo demo-checkpoint test lint types hostile test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -25,10 +25,17 @@ demo-checkpoint: venv
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus"
 
-lint: venv
+# mypy reads the package under its own name, whatever this folder is called.
+$(VENV)/types/indexcache: venv
+	mkdir -p $(VENV)/types
+	ln -sfn ../.. $@
+
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+
+types: $(VENV)/types/indexcache
 	$(BIN)/mypy
 
 # What a user's `pip install` may bring: the newest of everything, and the oldest that setup.cfg allows; every

@@ -124,7 +124,7 @@ class IndexCacheConfig(PreTrainedConfig):
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
     tie_word_embeddings: bool = False
-    rope_parameters: dict | None = None
+    rope_parameters: dict[str, Any] | None = None
     rope_interleave: bool = True
     mlp_layer_types: list[str] | None = None
     first_k_dense_replace: int = 3
@@ -158,7 +158,7 @@ class IndexCacheConfig(PreTrainedConfig):
         # The cache class of each layer follows from this; shared layers never allocate the index keys it offers.
         kind = "full_attention" if self.index_topk is None else "indexed_attention"
         self.layer_types = [kind] * self.num_hidden_layers
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def share_pattern(self) -> SharePattern:
@@ -179,7 +179,9 @@ class IndexCacheConfig(PreTrainedConfig):
             config_dict = {**on_file, **override}
         return super().from_dict(config_dict, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As `PreTrainedConfig.save_pretrained`; the model's code goes along, for `trust_remote_code=True`.
 
         Saving a model saves its config between noting which files are new and uploading them, so this one place

@@ -71,7 +71,7 @@ class SharePattern:
         if num_layers is not None and len(pattern) != num_layers:
             raise ValueError(
                 f"index_share_pattern has {len(pattern)} characters for num_hidden_layers={num_layers}: "
-                f"give exactly one a layer (got {pattern.letters!r})"
+                f"give exactly one letter per layer (got {pattern.letters!r})"
             )
         return pattern
 

@@ -28,7 +28,7 @@ from indexcache.evaluation.perplexity import WindowScores, evaluate_windows
 from indexcache.pattern_search.algorithms.greedy import greedy
 from indexcache.pattern_search.measure.evaluator import Evaluator
 from indexcache.pattern_search.measure.prefix_cache import PrefixCache
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.windows.window_sources import Sampling, read_windows
 from indexcache.runs.windows.windows import Windows
 
@@ -141,7 +141,7 @@ def calibration_windows(windows: str) -> Windows | None:
     path = windows if windows.endswith(".safetensors") else windows.rpartition(":")[0]
     try:
         return read_windows(f"{path}:calibration", None, Sampling(), 0, 0)
-    except EvaluationError:
+    except RunError:
         return None
 
 

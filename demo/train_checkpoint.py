@@ -27,18 +27,19 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from indexcache import IndexCacheForCausalLM
-from indexcache.benchmarks.bench.machine import machine
 from indexcache.benchmarks.studies.recall_windows import recall_windows
 from indexcache.conversion.convert.families import convert_config, load_config
 from indexcache.conversion.publish.bundle import AUTO_MAP
 from indexcache.conversion.publish.export import export
 from indexcache.distillation.data import TrainingWindows
-from indexcache.distillation.monitor import TerminalTrainingMonitor
 from indexcache.distillation.output import LOG_FILE
 from indexcache.distillation.recipe import Recipe
-from indexcache.distillation.run import RunOptions, run_distillation
+from indexcache.distillation.run import run_distillation
+from indexcache.distillation.run_options import DistillationRun
 from indexcache.distillation.source import open_distillation_source
 from indexcache.distillation.training.all_experts import use_all_experts
+from indexcache.runs.monitor import TerminalMonitor
+from indexcache.runs.versions import stamp
 
 # What may be shipped: the least that the first of these checkpoints had.
 TEXT_LOSS, RECALL = 1.83, 0.98
@@ -54,19 +55,19 @@ def main() -> int:
     parser.add_argument("windows", help="FILE.safetensors:NAME of test windows")
     parser.add_argument("output", type=Path)
     parser.add_argument("--dense-lm-steps", type=int, default=1989)
-    parser.add_argument("--dense-lm-batch", type=int, default=48, help="windows a step")
+    parser.add_argument("--dense-lm-batch", type=int, default=48, help="windows per step")
     parser.add_argument("--dense-lm-rate", type=float, default=3e-3)
     parser.add_argument("--warm-up-steps", type=int, default=132)
     parser.add_argument("--warm-up-rate", type=float, default=3e-3)
     parser.add_argument("--sparse-steps", type=int, default=143)
     parser.add_argument("--sparse-rate", type=float, default=3e-4, help="of all weights but the indexers'")
     parser.add_argument("--indexer-rate", type=float, default=3e-4, help="of the indexers in the sparse stage")
-    parser.add_argument("--batch", type=int, default=8, help="windows a step of the last two stages")
+    parser.add_argument("--batch", type=int, default=8, help="windows per step of the last two stages")
     parser.add_argument("--train-windows", type=int, default=32768, help="windows cut from the text")
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500, help="steps between two checkpoints to resume from")
-    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was stopped")
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run with the same options")
     options = parser.parse_args()
     if options.output.exists() and any(options.output.iterdir()):
         parser.error(f"{options.output} is not empty: give another folder")
@@ -95,8 +96,8 @@ def main() -> int:
         seed=options.seed,
     )
     resume = (work / "sparse").exists()
-    run = RunOptions(str(windows), work / "sparse", options.windows, dtype="bfloat16", resume=resume)
-    document = run_distillation(open_distillation_source(str(work / "dense")), recipe, run, TerminalTrainingMonitor())
+    run = DistillationRun(str(windows), work / "sparse", options.windows, dtype="bfloat16", resume=resume)
+    document = run_distillation(open_distillation_source(str(work / "dense")), recipe, run, TerminalMonitor())
     logs = {"dense language model": json.loads((work / DENSE_LOG).read_text())}
     logs |= dict(zip(("indexer warm-up", "sparse"), json.loads((work / "sparse" / LOG_FILE).read_text()).values()))
     seconds = time.monotonic() - started
@@ -121,7 +122,7 @@ def training_log(
     given = {key: value for key, value in vars(options).items() if key not in ("output", "resume", "save_every")}
     scores = document["scores"]
     return {
-        "machine": machine(),
+        "machine": stamp(),
         "seconds": seconds,
         "options": {key: value.name if isinstance(value, Path) else value for key, value in given.items()}
         | {"windows": Path(options.windows).name},

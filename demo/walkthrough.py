@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.io.checkpoint import FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import FolderSource
 from indexcache.evaluation.perplexity import evaluate_windows
 
 HERE = Path(__file__).resolve().parent

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..runs.errors import RunError
 from ..runs.windows.text_sources import Document, documents_of
 from ..runs.windows.tokenizer import Tokenizer
 from ..runs.windows.window_sources import (
@@ -25,7 +26,6 @@ from ..runs.windows.window_sources import (
     windows_of_file,
 )
 from ..runs.windows.windows import Windows
-from .errors import DistillationError
 from .recipe import Recipe
 
 IGNORED = -100
@@ -98,14 +98,14 @@ def load_training_data(
         on_tokens: called with the tokens read so far.
 
     Raises:
-        DistillationError: too little data, tokens outside the vocabulary, held-out windows that are trained on.
-        EvaluationError: unreadable data.
+        RunError: too little data, tokens outside the vocabulary, held-out windows that are trained on.
+        RunError: unreadable data.
     """
     seqlen = recipe.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     wanted = (recipe.dense_steps + recipe.sparse_steps) * recipe.accumulation * recipe.batch_size * processes
     if named := windows_named(data):
         if recipe.isolate_documents:
-            raise DistillationError(
+            raise RunError(
                 f"{data} holds windows and does not say where documents begin: give text for --isolate-documents"
             )
         found = windows_of_file(*named, Sampling(seqlen=recipe.seqlen), None)
@@ -117,7 +117,7 @@ def load_training_data(
         assert tokenizer is not None
         windows = pack_documents(documents, tokenizer, seqlen, wanted, recipe.isolate_documents, data, on_tokens)
     if len(windows) < recipe.batch_size * processes:
-        raise DistillationError(
+        raise RunError(
             f"{data} gives {len(windows)} windows of {windows.seqlen + 1:,} tokens, fewer than the "
             f"{recipe.batch_size * processes} of one micro-batch: give more data, or a smaller --batch-size or "
             "--seqlen"
@@ -130,7 +130,7 @@ def load_training_data(
     trained = {row.numpy().tobytes() for row in windows.ids}
     both = sum(row.to(torch.int32).numpy().tobytes() in trained for row in checks.ids)
     if both:
-        raise DistillationError(f"{both} held-out windows are trained on too: give --held-out other data than --data")
+        raise RunError(f"{both} held-out windows are trained on too: give --held-out other data than --data")
     return windows, checks
 
 
@@ -148,7 +148,7 @@ def pack_documents(
     Reading stops when there are `wanted` windows. A document longer than `part_size` is tokenised part by part.
 
     Raises:
-        DistillationError: less than one window.
+        RunError: less than one window.
     """
     size = seqlen + 1
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -169,7 +169,7 @@ def pack_documents(
         if total >= wanted * size:
             break
     if total < size:
-        raise DistillationError(
+        raise RunError(
             f"{origin} gives {total:,} tokens, less than one window of {size:,} (--seqlen {seqlen:,} and the token "
             "after it): give more text or a shorter --seqlen"
         )
@@ -188,7 +188,7 @@ def pack_documents(
 def _check_vocabulary(ids: torch.Tensor, vocab_size: int, origin: str) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
-        raise DistillationError(
+        raise RunError(
             f"{origin} holds tokens {low} .. {high}, the model knows 0 .. {vocab_size - 1}: the windows were made "
             "with another tokenizer"
         )

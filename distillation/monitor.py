@@ -1,9 +1,8 @@
-"""What a distillation says while it runs, and the callbacks of Trainer that say it and write it down."""
+"""The callbacks of Trainer that say and write down how a distillation goes, and what they left behind."""
 
 from __future__ import annotations
 
 import importlib.util
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +10,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback
 
 from ..conversion.io.shard_writer import write_json
-from ..runs.monitor import Monitor, TerminalMonitor
+from ..runs.monitor import Monitor
 
 # Marks a checkpoint that was written to its end.
 COMPLETE_FILE = "distillation_checkpoint.json"
 STAGE_LOG = "log.json"
-
-
-class TrainingMonitor(Monitor):
-    """Silent; the base of the one that draws."""
-
-    def entry(self, text: str) -> None:
-        """A log entry was made."""
-
-
-class TerminalTrainingMonitor(TerminalMonitor, TrainingMonitor):
-    """A bar on a terminal; elsewhere a line for every log entry."""
-
-    def step(self, text: str) -> None:
-        """A step is done."""
-        if self._live:
-            super().step(text)
-        else:
-            self._done += 1
-
-    def entry(self, text: str) -> None:
-        """A log entry was made."""
-        if self._live:
-            self._bar.update(self._task, description=f"{self._phase}: {text}")
-        else:
-            seconds = (time.monotonic() - self._phase_start) / max(1, self._done)
-            self.note(f"{self._phase} {self._done}/{self._steps}: {text} ({seconds:.2f} s a step)")
 
 
 class RecordKeeper(TrainerCallback):
@@ -54,9 +27,8 @@ class RecordKeeper(TrainerCallback):
         done: steps that an earlier run has made.
     """
 
-    def __init__(self, stage: str, folder: Path, monitor: TrainingMonitor, done: int) -> None:
+    def __init__(self, stage: str, folder: Path, monitor: Monitor, done: int) -> None:
         self.stage, self.folder, self.monitor, self.done = stage, folder, monitor, done
-        self._text = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,15 +42,14 @@ class RecordKeeper(TrainerCallback):
     ) -> None:
         """See `TrainerCallback`."""
         if state.is_world_process_zero:
-            self.monitor.step(self._text)
+            self.monitor.step()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See `TrainerCallback`."""
         if not state.is_world_process_zero or "kl" not in (entry := state.log_history[-1]):
             return
         shown = [(name, entry[name]) for name in ("lm_loss", "kl", "recall") if name in entry]
-        self._text = ", ".join(f"{name} {value:.4f}" for name, value in shown)
-        self.monitor.entry(self._text)
+        self.monitor.entry(", ".join(f"{name} {value:.4f}" for name, value in shown))
         write_json(self.folder / STAGE_LOG, state.log_history, durable=False)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

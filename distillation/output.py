@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..conversion.convert.companion_files import copy_companions
 from ..conversion.convert.installed_versions import installed_versions
@@ -23,14 +23,14 @@ from ..runs.windows.windows import Windows
 from .data import TrainingWindows
 from .errors import DistillationDiverged
 from .recipe import Recipe
+from .run_options import DistillationRun
 from .source import DistillationSource
 from .training.finite import first_not_finite
 
-if TYPE_CHECKING:
-    from .run import RunOptions
-
 TRAINING_FOLDER = "training"
 LOG_FILE = "training_log.json"
+# Models that the held-out windows are scored on, as cards and terminals name them.
+SCORED = {"source": "the source", "before": "this pattern, untrained", "after": "this checkpoint"}
 
 
 def recipe_document(
@@ -78,7 +78,7 @@ def _weight_files(source: DistillationSource) -> list[str]:
 def write_checkpoint(
     trained: Path,
     source: DistillationSource,
-    run: RunOptions,
+    run: DistillationRun,
     document: dict[str, Any],
     scores: dict[str, Any],
     logs: dict[str, Any],
@@ -127,7 +127,7 @@ def write_checkpoint(
             recipe=document,
             repo_id=run.repo_id,
             topk=source.config.index_topk,
-            measured=_measured(scores),
+            measured=_measured(scores) or None,
             trained=_what_was_trained(document),
         )
     names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
@@ -151,17 +151,14 @@ def _refuse_not_finite(model: IndexCacheForCausalLM, trained: Path, output: Path
         )
 
 
-def _measured(scores: dict[str, Any]) -> list[dict[str, str]] | None:
+def _measured(scores: dict[str, Any]) -> list[dict[str, str]]:
     """Rows for the card."""
-    names = {"source": "source", "before": "this pattern, untrained", "after": "this checkpoint"}
     rows = []
-    for key, label in names.items():
-        found = scores.get(key)
-        if found is not None:
-            recall = found.get("recall_accuracy")
-            row = {"held-out windows": label, "loss": f"{found['loss']:.4f}"}
-            rows.append(row if recall is None else {**row, "recall": f"{recall:.3f}"})
-    return rows or None
+    for key, found in ((key, scores[key]) for key in SCORED if key in scores):
+        row = {"held-out windows": SCORED[key], "loss": f"{found['loss']:.4f}"}
+        recall = found.get("recall_accuracy")
+        rows.append(row if recall is None else {**row, "recall": f"{recall:.3f}"})
+    return rows
 
 
 def _what_was_trained(document: dict[str, Any]) -> str:

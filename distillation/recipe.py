@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runs.arguments import LARGEST_SEED
-from .errors import DistillationError
+from ..runs.errors import RunError
 
 DENSE, SPARSE = "dense", "sparse"
 SCHEDULES = ("constant_with_warmup", "linear", "cosine")
@@ -87,14 +87,14 @@ class Recipe:
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise DistillationError(f"{_flag(name)} must be at least {least} (got {value})")
+                raise RunError(f"{_flag(name)} must be at least {least} (got {value})")
         if not self.dense_steps + self.sparse_steps:
-            raise DistillationError("--dense-steps and --sparse-steps are both 0: there is nothing to train")
+            raise RunError("--dense-steps and --sparse-steps are both 0: there is nothing to train")
         self._check_rates()
         if self.schedule not in SCHEDULES:
-            raise DistillationError(f"--schedule must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
+            raise RunError(f"--lr-scheduler-type must be one of {', '.join(SCHEDULES)} (got {self.schedule!r})")
         if self.precision not in ("bf16", "fp32"):
-            raise DistillationError(f"--precision must be bf16 or fp32 (got {self.precision!r})")
+            raise RunError(f"--precision must be bf16 or fp32 (got {self.precision!r})")
         if self.cuda_graph:
             self._check_graph()
 
@@ -103,37 +103,35 @@ class Recipe:
         for name in ("dense_learning_rate", "learning_rate", "indexer_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise DistillationError(f"{_flag(name)} must be positive and finite (got {value})")
+                raise RunError(f"{_flag(name)} must be positive and finite (got {value})")
         for name in ("kl_weight", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise DistillationError(f"{_flag(name)} must be finite and at least 0 (got {getattr(self, name)})")
+                raise RunError(f"{_flag(name)} must be finite and at least 0 (got {getattr(self, name)})")
         if not self.kl_weight and self.dense_steps:
-            raise DistillationError(
+            raise RunError(
                 "--kl-weight 0 leaves the warm-up nothing to learn from: give --dense-steps 0 or a weight above 0"
             )
         if not 0 <= self.rise <= 1:
-            raise DistillationError(f"--rise must lie in 0 .. 1 (got {self.rise})")
+            raise RunError(f"--warmup-ratio must lie in 0 .. 1 (got {self.rise})")
         if not 0 <= self.adam_beta2 < 1:
-            raise DistillationError(f"adam_beta2 must lie in 0 .. 1, 1 left out (got {self.adam_beta2})")
+            raise RunError(f"adam_beta2 must lie in 0 .. 1, 1 left out (got {self.adam_beta2})")
         if not 0 <= self.seed <= LARGEST_SEED:
-            raise DistillationError(f"--seed must lie in 0 .. {LARGEST_SEED} (got {self.seed})")
+            raise RunError(f"--seed must lie in 0 .. {LARGEST_SEED} (got {self.seed})")
 
     def _check_graph(self) -> None:
         """A graph holds whole steps of one kind, in memory."""
         if self.gradient_checkpointing:
-            raise DistillationError(
+            raise RunError(
                 "--cuda-graph keeps a step's activations, --gradient-checkpointing drops them: give "
                 "--no-gradient-checkpointing, or leave out --cuda-graph"
             )
         if self.accumulation > 1:
-            raise DistillationError(
-                f"--cuda-graph holds a whole step: give --accumulation 1 (got {self.accumulation}) with a larger "
-                "--batch-size, or leave out --cuda-graph"
+            raise RunError(
+                f"--cuda-graph holds a whole step: give --gradient-accumulation-steps 1 (got {self.accumulation}) "
+                "with a larger --batch-size, or leave out --cuda-graph"
             )
         if self.isolate_documents:
-            raise DistillationError(
-                "--cuda-graph cannot look where documents begin: leave it out, or --isolate-documents"
-            )
+            raise RunError("--cuda-graph cannot look where documents begin: leave it out, or --isolate-documents")
 
     @property
     def stages(self) -> list[str]:
@@ -149,5 +147,9 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+# Fields whose flag has another name.
+_FLAGS = {"accumulation": "gradient-accumulation-steps", "log_every": "logging-steps", "save_every": "save-steps"}
+
+
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return f"--{_FLAGS.get(name, name.replace('_', '-'))}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,25 @@ from ..conversion.convert.journal import (
     RECIPE_FILE,
     Journal,
     check_apart,
-    clear_output,
     output_state,
+    take_output,
 )
-from ..conversion.io.checkpoint import ConversionError, FolderSource
 from ..conversion.io.shard_writer import write_json
-from ..evaluation.perplexity import evaluate_windows
+from ..conversion.io.sources import ConversionError, FolderSource
+from ..evaluation.perplexity import evaluate_windows, largest_weight
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.errors import RunError
+from ..runs.monitor import Monitor
 from ..runs.processes import Processes
 from ..runs.windows.calibration import short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
-from ..runs.windows.window_sources import Sampling
 from ..runs.windows.windows import Windows
 from .data import TrainingWindows, load_training_data
-from .errors import DistillationDiverged, DistillationError
-from .monitor import RecordKeeper, TrainingMonitor, latest_checkpoint, tensorboard_callback
+from .errors import DistillationDiverged, disk_errors
+from .monitor import RecordKeeper, latest_checkpoint, tensorboard_callback
 from .output import TRAINING_FOLDER, recipe_document, source_fingerprints, write_checkpoint
 from .recipe import DENSE, SPARSE, Recipe
+from .run_options import DistillationRun
 from .source import DistillationSource, load_with_new_indexers
 from .training.adapters import ADAPTERS_FILE, add_adapters, load_adapters, merge_adapters, require_peft
 from .training.all_experts import use_all_experts
@@ -47,61 +49,30 @@ from .training.graphed_step import refuse_where_no_graphs_run
 from .training.sharded_training import gather_whole_states
 from .training.trainer import DistillationTrainer, freeze_for, training_arguments
 
-BEFORE_FILE = "before.json"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where a distillation reads, writes and runs.
-
-    Attributes:
-        data: training data, see `data.load_training_data`.
-        output: folder to write.
-        held_out: data for the evaluation before and after; none without.
-        sampling: `split`, `text_field`; number and seed of the held-out windows.
-        resume: go on from the journal in `output`.
-        overwrite: replace what an earlier run wrote.
-        dtype: of the weights written; `auto` is the source's own.
-        device: `cpu` keeps away from the GPU.
-        tensorboard: write `runs/` where TensorBoard is installed.
-        keep_checkpoints: leave `training/` in place at the end.
-        repo_id: the Hub id that the card names.
-    """
-
-    data: str
-    output: Path
-    held_out: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    resume: bool = False
-    overwrite: bool = False
-    dtype: str = "auto"
-    device: str | None = None
-    tensorboard: bool = True
-    keep_checkpoints: bool = False
-    repo_id: str | None = None
+BEFORE_FILE, TENSORBOARD_FOLDER = "before.json", "runs"
 
 
 def run_distillation(
-    source: DistillationSource, recipe: Recipe, run: RunOptions, monitor: TrainingMonitor
+    source: DistillationSource, recipe: Recipe, run: DistillationRun, monitor: Monitor
 ) -> dict[str, Any]:
     """Train, write the checkpoint, and return what it scored and how it was made.
 
     Raises:
-        DistillationError: data, settings or state that cannot be used; a loss that diverges; too little memory.
+        RunError: data, settings or state that cannot be used; a loss that diverges; too little memory.
         ConversionError: an output folder that is taken.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise DistillationError("training needs accelerate: pip install 'indexcache[train]'")
+        raise RunError("training needs accelerate: pip install 'indexcache[train]'")
     if recipe.lora_rank is not None:
         require_peft()
     processes = Processes.from_environment()
-    quiet = monitor if processes.is_first else TrainingMonitor()
+    quiet = monitor if processes.is_first else Monitor()
     if source.is_dense and not recipe.dense_steps:
-        raise DistillationError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
+        raise RunError("a dense source needs the warm-up, its indexers know nothing yet: give --dense-steps")
     refuse_where_no_graphs_run(recipe, run.device == "cpu", processes.count)
     if isinstance(source.opened, FolderSource):
         check_apart(source.opened.folder, run.output)
-    tokenizer = load_tokenizer(source.location, revision=source.opened.revision, token=source.token)
+    tokenizer = load_tokenizer(source.opened)
     quiet.note(f"reading {run.data}")
     windows, held_out = load_training_data(
         run.data, run.held_out, source.config, tokenizer, recipe, run.sampling, processes.count
@@ -117,7 +88,7 @@ def run_distillation(
     training = run.output / TRAINING_FOLDER
     scores: dict[str, Any] = {}
     transformers_logging.disable_progress_bar()
-    with quiet:
+    with quiet, disk_errors(run.output):
         if held_out is not None:
             scores |= _before(source, recipe, run, held_out, training, processes)
         found: Path | None = None
@@ -141,7 +112,7 @@ def run_distillation(
     return _read_object(run.output / RECIPE_FILE)
 
 
-def _begin(run: RunOptions, journal: Journal, document: dict[str, Any]) -> bool:
+def _begin(run: DistillationRun, journal: Journal, document: dict[str, Any]) -> bool:
     """Make the output ready; True when a finished run is what this one would write."""
     state = output_state(run.output)
     if state == "finished" and run.resume and not run.overwrite:
@@ -151,25 +122,22 @@ def _begin(run: RunOptions, journal: Journal, document: dict[str, Any]) -> bool:
                 f"{run.output} holds another finished checkpoint: give another output, or --overwrite"
             )
         return True
-    if run.overwrite and not (run.resume and state == "interrupted"):
-        if state != "empty":
-            clear_output(run.output, [RECIPE_FILE])
-            shutil.rmtree(run.output / TRAINING_FOLDER, ignore_errors=True)
-            shutil.rmtree(run.output / "runs", ignore_errors=True)
-    elif state == "interrupted" and run.resume:
-        journal.resume()
-    elif state == "interrupted":
-        raise ConversionError(f"{run.output} holds an interrupted run: finish it with --resume, or use --overwrite")
-    elif state != "empty":
-        what = "nothing to resume" if run.resume else "a checkpoint" if state == "finished" else "files"
-        raise ConversionError(f"the output {run.output} is not empty ({what}): give another, or use --overwrite")
+    take_output(
+        run.output,
+        journal,
+        [RECIPE_FILE],
+        resume=run.resume,
+        overwrite=run.overwrite,
+        work="distillation",
+        folders=(TRAINING_FOLDER, TENSORBOARD_FOLDER),
+    )
     run.output.mkdir(parents=True, exist_ok=True)
     journal.write()
     return False
 
 
 def _say_start(
-    monitor: TrainingMonitor,
+    monitor: Monitor,
     source: DistillationSource,
     recipe: Recipe,
     windows: TrainingWindows,
@@ -192,10 +160,10 @@ def _train_stage(
     stage: str,
     source: DistillationSource,
     recipe: Recipe,
-    run: RunOptions,
+    run: DistillationRun,
     windows: TrainingWindows,
     earlier: Path | None,
-    monitor: TrainingMonitor,
+    monitor: Monitor,
     processes: Processes,
 ) -> Path:
     """Train one stage to its last step; the checkpoint it ends with."""
@@ -211,7 +179,7 @@ def _train_stage(
     if new:
         monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
     if new and stage == SPARSE:
-        raise DistillationError(
+        raise RunError(
             f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
             "random: give --dense-steps"
         )
@@ -225,7 +193,9 @@ def _train_stage(
     freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:
-        callbacks += [found for found in [tensorboard_callback(run.output / "runs" / stage, done)] if found]
+        callbacks += [
+            found for found in [tensorboard_callback(run.output / TENSORBOARD_FOLDER / stage, done)] if found
+        ]
     folder.mkdir(parents=True, exist_ok=True)
     trainer = DistillationTrainer(
         model,
@@ -240,12 +210,15 @@ def _train_stage(
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:
-        raise DistillationDiverged(f"{error}. {_what_is_left(error, trainer, folder)}") from None
+        about = f"{source.location} on {run.data}: {error}"
+        if trainer.state.global_step == 0 and error.weights_are_sound:
+            about += f". At the first step it may be the checkpoint: {largest_weight(model)}"
+        raise DistillationDiverged(f"{about}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
-        raise DistillationError(_out_of_memory(recipe, windows, stage)) from error
+        raise RunError(_out_of_memory(recipe, windows, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))
     if checkpoint is None or done < recipe.steps(stage):
-        raise DistillationError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
+        raise RunError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
     trainer.accelerator.free_memory()
     return Path(checkpoint)
 
@@ -277,9 +250,7 @@ def _load(
     return model, new
 
 
-def _merged(
-    source: DistillationSource, recipe: Recipe, checkpoint: Path, training: Path, monitor: TrainingMonitor
-) -> Path:
+def _merged(source: DistillationSource, recipe: Recipe, checkpoint: Path, training: Path, monitor: Monitor) -> Path:
     """The last stage's checkpoint as a whole model: adapters are merged into the weights that they stood on."""
     if not (checkpoint / ADAPTERS_FILE).exists():
         return checkpoint
@@ -296,25 +267,26 @@ def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
     assert checkpoint is not None
     history = _read_object(checkpoint / TRAINER_STATE_NAME).get("log_history")
     if not isinstance(history, list):
-        raise DistillationError(f"{checkpoint / TRAINER_STATE_NAME} has no log_history: start again with --overwrite")
+        raise RunError(f"{checkpoint / TRAINER_STATE_NAME} has no log_history: start again with --overwrite")
     return history
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object that an earlier run wrote; DistillationError where it is none."""
+    """A JSON object that an earlier run wrote; RunError where it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError(f"a {type(found).__name__} stands there where an object belongs")
     except (OSError, ValueError, RecursionError) as error:
-        raise DistillationError(f"{path} is damaged ({error}): start again with --overwrite") from error
+        raise RunError(f"{path} is damaged ({error}): start again with --overwrite") from error
     return found
 
 
 def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
     knobs = []
     if recipe.batch_size > 1:
-        knobs.append(f"--batch-size {max(1, recipe.batch_size // 2)} with --accumulation {recipe.accumulation * 2}")
+        batch_size, accumulation = max(1, recipe.batch_size // 2), recipe.accumulation * 2
+        knobs.append(f"--batch-size {batch_size} with --gradient-accumulation-steps {accumulation}")
     if not recipe.gradient_checkpointing and stage == SPARSE:
         knobs.append("--gradient-checkpointing")
     knobs.append(f"a --seqlen below {windows.seqlen:,}")
@@ -334,7 +306,7 @@ def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
 def _before(
     source: DistillationSource,
     recipe: Recipe,
-    run: RunOptions,
+    run: DistillationRun,
     held_out: Windows,
     training: Path,
     processes: Processes,
@@ -360,8 +332,12 @@ def _before(
     return scores
 
 
-def _scores(model: IndexCacheForCausalLM, held_out: Windows, run: RunOptions) -> dict[str, Any]:
+def _scores(model: IndexCacheForCausalLM, held_out: Windows, run: DistillationRun) -> dict[str, Any]:
     device = "cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    found = evaluate_windows(model.to(device).eval(), held_out.ids, held_out.recall)
-    model.to("cpu")
+    found = evaluate_windows(
+        model.to(device).eval(),  # type: ignore[arg-type]
+        held_out.ids,
+        held_out.recall,
+    )
+    model.to("cpu")  # type: ignore[arg-type]
     return {name: value for name, value in asdict(found).items() if value is not None}

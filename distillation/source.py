@@ -15,12 +15,13 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..conversion.convert.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
 from ..conversion.convert.pattern_file import choose_pattern
-from ..conversion.io.checkpoint import ConversionError, Source, read_json
+from ..conversion.io.checkpoint import read_json
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights, where_to_load
 from ..conversion.io.open_checkpoint import open_checkpoint
+from ..conversion.io.sources import ConversionError, Source
 from ..conversion.publish.bundle import AUTO_MAP
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .errors import DistillationError
+from ..runs.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,16 @@ class DistillationSource:
     """A checkpoint and what it shall become.
 
     Attributes:
-        location: folder or Hub id, for `from_pretrained`.
-        opened: the same, for its other files.
+        location: folder or Hub id, for messages.
+        opened: the same, to read from.
         config: with the pattern to train.
         is_dense: it has no indexers at all.
-        token: for the Hub.
     """
 
     location: str
     opened: Source
     config: IndexCacheConfig
     is_dense: bool
-    token: str | None = None
 
     @property
     def pattern(self) -> SharePattern:
@@ -76,8 +75,7 @@ class DistillationSource:
 
     def load(self, dtype: torch.dtype, **kwargs: Any) -> tuple[IndexCacheForCausalLM, list[int]]:
         """The model, and the layers whose indexers are new (random, from torch's current seed)."""
-        place, commit = where_to_load(self.opened)
-        return load_with_new_indexers(place, self.config, dtype=dtype, revision=commit, token=self.token, **kwargs)
+        return load_with_new_indexers(where_to_load(self.opened), self.config, dtype=dtype, **kwargs)
 
     def load_untrained(self, dtype: torch.dtype) -> IndexCacheForCausalLM:
         """The source as it is: dense, or with its own pattern."""
@@ -89,8 +87,7 @@ class DistillationSource:
             config.layer_types = ["full_attention"] * len(self.pattern)
         else:
             config = load_config(convert_config(fields, None, None, AUTO_MAP, self.location), self.location)
-        place, commit = where_to_load(self.opened)
-        model, _ = load_with_new_indexers(place, config, dtype=dtype, revision=commit, token=self.token)
+        model, _ = load_with_new_indexers(where_to_load(self.opened), config, dtype=dtype)
         return model
 
     def written_dtype(self, name: str) -> torch.dtype:
@@ -125,34 +122,34 @@ def open_distillation_source(
 
     Raises:
         ConversionError: an unknown family, a config that does not validate, a checkpoint that is not whole.
-        DistillationError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
+        RunError: a pattern that does not fit, a quantised source, a shape for indexers that there are.
     """
     checkpoint = open_checkpoint(source, new_indexers=True, revision=revision, token=token).checkpoint
     opened, fields = checkpoint.source, checkpoint.config
     try:
         chosen = choose_pattern(fields, pattern, pattern_file, keep)
     except ConversionError as error:
-        raise DistillationError(str(error)) from error
+        raise RunError(str(error)) from error
     if fields.get("quantization_config") is not None:
-        raise DistillationError(
+        raise RunError(
             f"{source} holds quantised weights, which cannot be trained: run `indexcache convert {source} FOLDER "
             f"--dtype bfloat16` and distil FOLDER"
         )
     is_dense = fields.get("model_type") in DENSE_FAMILIES
     if is_dense:
         if chosen is None:
-            raise DistillationError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
+            raise RunError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")
         written = convert_dense_config(fields, chosen, indexer.fields(), AUTO_MAP, source)
     else:
         if indexer.is_given:
-            raise DistillationError(
-                f"{source} has indexers of its own: --index-topk, --index-heads and --index-head-dim are for dense "
+            raise RunError(
+                f"{source} has indexers of its own: --index-topk, --index-n-heads and --index-head-dim are for dense "
                 "sources"
             )
         written = convert_config(fields, chosen, None, AUTO_MAP, source)
     # Layers beyond the last, which draft tokens for the untrained model, stay behind.
     written.pop("num_nextn_predict_layers", None)
-    return DistillationSource(source, opened, load_config(written, source), is_dense, token)
+    return DistillationSource(source, opened, load_config(written, source), is_dense)
 
 
 def load_with_new_indexers(
@@ -170,7 +167,7 @@ def load_with_new_indexers(
 
     Raises:
         ConversionError: other weights are missing.
-        DistillationError: weights that cannot be read.
+        RunError: weights that cannot be read.
     """
     kwargs |= {} if config is None else {"config": config}
     with warnings.catch_warnings():
@@ -180,7 +177,7 @@ def load_with_new_indexers(
                 location, new_indexers=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
         except SafetensorError as error:
-            raise DistillationError(f"{location}: its weights cannot be read ({error})") from error
+            raise RunError(f"{location}: its weights cannot be read ({error})") from error
     missing = {name for name in info["missing_keys"] if ".indexer." in name}
     refuse_filled_weights(model, filled_weights(info) - missing, str(location))
     new = sorted({int(name.split("layers.")[1].split(".")[0]) for name in missing})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -25,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _RETRIEVAL = "Retrieval"
 
@@ -55,7 +55,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of windows and prompts.", rich_help_panel=DATA_PANEL)] = 0,
+    seed: Annotated[int, typer.Option(help="For the choice of windows and prompts.", rich_help_panel=DATA_PANEL)] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
     prompt: Annotated[
@@ -69,13 +69,15 @@ def evaluate(
         list[int] | None,
         typer.Option(min=1, help="Context length; repeat. Default: 8, 16, 32 x top-k.", rich_help_panel=_RETRIEVAL),
     ] = None,
-    depths: Annotated[int, typer.Option(min=1, help="Depths, start to end.", rich_help_panel=_RETRIEVAL)] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Samples a length.", rich_help_panel=_RETRIEVAL)] = 8,
+    depths: Annotated[
+        int, typer.Option(min=1, help="Number of depths, from start to end.", rich_help_panel=_RETRIEVAL)
+    ] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per length.", rich_help_panel=_RETRIEVAL)] = 8,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows or prompts in one forward.", rich_help_panel=RUN_PANEL)
+        int, typer.Option(min=1, help="Windows or prompts per forward pass.", rich_help_panel=RUN_PANEL)
     ] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the journal, or add to it.", rich_help_panel=RUN_PANEL)
+        bool, typer.Option("--resume", help="Continue from the journal, or add to it.", rich_help_panel=RUN_PANEL)
     ] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
@@ -123,9 +125,9 @@ def evaluate(
             write_report(document, output)
         except ImportError:
             if not as_json:
-                typer.echo("no pictures: pip install matplotlib", err=True)
+                tell("no pictures: pip install matplotlib", err=True)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
 

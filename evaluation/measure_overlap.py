@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from ..runs.errors import EvaluationError
+from ..runs.errors import RunError
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.window_sources import Sampling, default_seqlen, read_windows
@@ -43,7 +43,7 @@ def measure_overlap(
         `layers`, `matrix` (rows of |A ∩ B| / k), `adjacent`, `queries`.
 
     Raises:
-        EvaluationError: data that cannot be used, or windows not longer than top-k.
+        RunError: data that cannot be used, or windows not longer than top-k.
     """
     draw = None if picture is None else _picture_drawer()
     placement = Placement(revision=revision, token=token)
@@ -51,11 +51,11 @@ def measure_overlap(
     config = opened.config
     sampling = Sampling(seqlen, nsamples)
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
-    windows = read_windows(data, load_tokenizer(source, revision=revision, token=token), sampling, tokens, nsamples)
+    windows = read_windows(data, load_tokenizer(opened.source), sampling, tokens, nsamples)
     try:
         found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
     except ValueError as error:
-        raise EvaluationError(str(error)) from error
+        raise RunError(str(error)) from error
     matrix = found.matrix.tolist()
     if draw is not None:
         draw(found.layers, matrix, picture)
@@ -63,11 +63,11 @@ def measure_overlap(
 
 
 def _picture_drawer() -> Callable[..., None]:
-    """`figures.draw_overlap`; EvaluationError where it cannot be imported."""
+    """`figures.draw_overlap`; RunError where it cannot be imported."""
     try:
         from ..runs.pages.figures import draw_overlap
     except ImportError as error:
-        raise EvaluationError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
+        raise RunError(f"--overlap-picture needs matplotlib ({error}): pip install matplotlib") from error
     return draw_overlap
 
 

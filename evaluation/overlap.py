@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .perplexity import largest_weight
+
 # Queries looked at in each window, evenly spaced; and the largest block of membership marks in bytes.
 QUERIES, MARK_BYTES = 512, 256 * 2**20
 
@@ -49,7 +51,8 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
         queries: how many queries a window, evenly spaced.
 
     Raises:
-        ValueError: windows not longer than `index_topk`, so that every layer selects everything.
+        ValueError: windows not longer than `index_topk`, so that every layer selects everything; or scores that are no
+            numbers, which select nothing.
     """
     topk, num_tokens = model.config.index_topk, ids.shape[1]
     if topk is None or num_tokens <= topk:
@@ -69,6 +72,11 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
             for hook in hooks:
                 hook()
         selections = [found[layer].to(found[layers[0]].device).long() for layer in layers]
+        if lacking := [layer for layer, selection in zip(layers, selections) if bool((selection < 0).any())]:
+            raise ValueError(
+                f"the indexer of layer {lacking[0]} selects too few keys: its scores are not finite "
+                f"({largest_weight(model)}), are the checkpoint's weights damaged?"
+            )
         for i, selection in enumerate(selections):
             total[i] += _shared_with(selection, selections, num_tokens)
     return Overlap(layers, total / (len(ids) * len(rows) * topk), len(ids) * len(rows))

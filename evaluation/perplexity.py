@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,12 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from ..conversion.io.sources import ConversionError
+
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20
+# Beyond it the perplexity is no fp64 number.
+LARGEST_LOSS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,8 @@ class WindowScores:
 
     @property
     def perplexity(self) -> float:
-        """`exp(loss)`."""
-        return math.exp(self.loss)
+        """`exp(loss)`; infinite where fp64 cannot hold it."""
+        return math.exp(self.loss) if self.loss < LARGEST_LOSS else math.inf
 
 
 def evaluate_windows(
@@ -120,6 +125,34 @@ def token_scores(
             yield torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
     finally:
         model.train(was_training)
+
+
+def check_loss(loss: float, about: str, model: torch.nn.Module) -> None:
+    """Refuse a mean loss in nats that is not finite, or of which fp64 holds no perplexity.
+
+    Raises:
+        ConversionError: naming the checkpoint (`about`), the loss, and the weight that stands out.
+    """
+    if not loss < LARGEST_LOSS:
+        raise ConversionError(
+            f"{about}: its loss is {loss:.4g}, no loss of a sound model ({largest_weight(model)}): are its weights "
+            "damaged? Fetch them again"
+        )
+
+
+@torch.no_grad()
+def largest_weight(model: torch.nn.Module) -> str:
+    """The weight of the largest magnitude, or the first that is not finite, in words: where damage shows first."""
+    largest, found = -1.0, ""
+    for name, weight in model.named_parameters():
+        if not weight.numel() or weight.is_meta:
+            continue
+        value = float(weight.detach().abs().max())
+        if not math.isfinite(value):
+            return f"{name} holds values that are not finite"
+        if value > largest:
+            largest, found = value, name
+    return f"its largest weight, in {found}, is {largest:.3g}"
 
 
 def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None) -> None:

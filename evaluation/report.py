@@ -141,7 +141,7 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
         parts += [f"<h2>{title}</h2>", table(*table_of(document, task)), picture(captions[task], path)]
     recipe = {name: value for name, value in document["recipe"].items() if name != "sampling"}
     recipe |= {**document["recipe"]["sampling"], **document["versions"]}
-    recipe |= {"date": document["date"], "seconds": document["seconds"]}
+    recipe["seconds"] = document["seconds"]
     for given in document["data"]:
         if "windows" in given:
             recipe[given["source"]] = (

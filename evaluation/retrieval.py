@@ -20,7 +20,7 @@ from itertools import cycle, islice
 import torch
 from transformers import PreTrainedModel
 
-from ..runs.errors import EvaluationError
+from ..runs.errors import RunError
 from ..runs.windows.tokenizer import Tokenizer
 
 KINDS = ("records", "passkey")
@@ -61,9 +61,9 @@ class PromptMaker:
         self, tokenizer: Tokenizer, kind: str = "records", depths: int = 5, filler: Sequence[int] | None = None
     ) -> None:
         if kind not in KINDS:
-            raise EvaluationError(f"prompts are {' or '.join(KINDS)} (got {kind!r})")
+            raise RunError(f"prompts are {' or '.join(KINDS)} (got {kind!r})")
         if depths < 1:
-            raise EvaluationError(f"--depths must be at least 1 (got {depths})")
+            raise RunError(f"--depths must be at least 1 (got {depths})")
         self.kind = kind
         self.depths = [i / (depths - 1) for i in range(depths)] if depths > 1 else [0.5]
         self._tokenizer = tokenizer
@@ -73,7 +73,7 @@ class PromptMaker:
         """The prompts of one sample: one with all depths (`records`), or one a depth (`passkey`).
 
         Raises:
-            EvaluationError: `length` tokens do not hold the facts and the questions.
+            RunError: `length` tokens do not hold the facts and the questions.
         """
         draw = random.Random(f"{seed}/{length}/{sample}")
         start = draw.randrange(len(self._filler))
@@ -124,7 +124,7 @@ class PromptMaker:
         room = length - len(head) - sum(len(fact) for _, fact in facts)
         if room < len(facts):
             shortest = length - room + len(facts)
-            raise EvaluationError(
+            raise RunError(
                 f"a prompt of {length:,} tokens before its questions does not hold what is noted and filler between: "
                 f"give a --length at least {shortest - length:,} tokens longer, or fewer --depths"
             )

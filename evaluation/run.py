@@ -6,7 +6,6 @@ interrupted evaluation goes on where it stopped, and further checkpoints, patter
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import math
 import time
@@ -19,20 +18,21 @@ import torch
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
+from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..runs.environment import environment
-from ..runs.errors import EvaluationError
+from ..runs.errors import RunError
 from ..runs.fingerprint import model_sha256
-from ..runs.journal import Journal
+from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
+from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..runs.windows.windows import Windows
 from .overlap import selection_overlap
-from .perplexity import token_scores
+from .perplexity import check_loss, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 
 FORMAT = "indexcache-evaluation/1"
@@ -72,15 +72,15 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if unknown := [task for task in self.tasks or () if task not in TASKS]:
-            raise EvaluationError(f"--task must be {', '.join(TASKS)} (got {', '.join(unknown)})")
+            raise RunError(f"--task must be {', '.join(TASKS)} (got {', '.join(unknown)})")
         if self.prompt not in KINDS:
-            raise EvaluationError(f"--prompt must be {' or '.join(KINDS)} (got {self.prompt!r})")
+            raise RunError(f"--prompt must be {' or '.join(KINDS)} (got {self.prompt!r})")
         needy = [task for task in self.tasks or () if task != "retrieval"]
         if needy and self.data is None:
-            raise EvaluationError(f"--task {needy[0]} needs --data: text, .jsonl, .safetensors or a dataset's name")
+            raise RunError(f"--task {needy[0]} needs --data: text, .jsonl, .safetensors or a dataset's name")
         for name, value in (("samples", self.samples), ("batch-size", self.batch_size), ("depths", self.depths)):
             if value < 1:
-                raise EvaluationError(f"--{name} must be at least 1 (got {value})")
+                raise RunError(f"--{name} must be at least 1 (got {value})")
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -129,18 +129,18 @@ def run_evaluation(
         number), `data`, `recipe`, `versions`.
 
     Raises:
-        EvaluationError: data, patterns or settings that cannot be used, before any model is loaded where possible.
+        RunError: data, patterns or settings that cannot be used, before any model is loaded where possible.
         ConversionError: a source that is no DSA checkpoint.
     """
     monitor, placement = monitor or Monitor(), placement or Placement()
     begun = time.monotonic()
     opened = [open_model(source, placement) for source in sources]
     configs = [one.config for one in opened]
-    inputs = [_inputs(source, config, options, placement) for source, config in zip(sources, configs)]
+    inputs = [_inputs(source, one, options) for source, one in zip(sources, opened)]
     columns = [_patterns(source, config, options) for source, config in zip(sources, configs)]
     path = output / JOURNAL_FILE
     prepare_output(output, path, resume, overwrite, "evaluation")
-    journal = Journal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
+    journal = ScoreJournal(path, {"format": FORMAT}, resume, work="evaluation", overwrite=overwrite)
     if journal.damage:
         monitor.warn(journal.damage)
     document: dict[str, Any] = {"format": FORMAT, "models": []} | {task: [] for task in options.wanted}
@@ -161,11 +161,12 @@ def run_evaluation(
     finally:
         journal.close()
     _compare(document)
+    versions = stamp()
     document |= {
         "data": [_data(source, given) for source, given in zip(names, inputs)],
         "recipe": asdict(options),
-        "versions": environment(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": versions,
+        "date": versions["date"],
         "seconds": round(time.monotonic() - begun, 1),
         "evaluations_resumed": journal.resumed,
     }
@@ -185,18 +186,16 @@ def _patterns(source: str, config: IndexCacheConfig, options: EvaluationOptions)
         try:
             pattern = SharePattern.parse(text, config.num_hidden_layers)
         except ValueError as error:
-            raise EvaluationError(f"--pattern for {source}: {error}") from error
+            raise RunError(f"--pattern for {source}: {error}") from error
         if without := [layer for layer in pattern.full_layers if not own.is_full(layer)]:
-            raise EvaluationError(
-                f"--pattern {pattern} makes layers {without} full, and {source} has no indexer there"
-            )
+            raise RunError(f"--pattern {pattern} makes layers {without} full, and {source} has no indexer there")
         if pattern not in found:
             found.append(pattern)
     return found
 
 
-def _inputs(source: str, config: IndexCacheConfig, options: EvaluationOptions, placement: Placement) -> Inputs:
-    tokenizer = load_tokenizer(source, revision=placement.revision, token=placement.token)
+def _inputs(source: str, opened: OpenedCheckpoint, options: EvaluationOptions) -> Inputs:
+    config, tokenizer = opened.config, load_tokenizer(opened.source)
     windows = None
     prompts: dict[int, list[list[Prompt]]] = {}
     if {"perplexity", "overlap"} & set(options.wanted):
@@ -205,18 +204,18 @@ def _inputs(source: str, config: IndexCacheConfig, options: EvaluationOptions, p
         count = options.sampling.nsamples or DEFAULT_SAMPLES
         windows = read_windows(options.data, tokenizer, options.sampling, seqlen, count)
         if int(windows.ids.min()) < 0 or int(windows.ids.max()) >= config.vocab_size:
-            raise EvaluationError(
+            raise RunError(
                 f"{windows.origin} holds tokens {int(windows.ids.min())} .. {int(windows.ids.max())}, {source} knows "
                 f"0 .. {config.vocab_size - 1}: the windows were made with another tokenizer"
             )
         if "overlap" in options.wanted and windows.seqlen <= (config.index_topk or windows.seqlen):
-            raise EvaluationError(
+            raise RunError(
                 f"--task overlap: windows of {windows.seqlen:,} tokens cannot tell selections apart, {source} selects "
                 f"{config.index_topk} keys: give a longer --seqlen, or other tasks with --task"
             )
     if "retrieval" in options.wanted:
         if tokenizer is None:
-            raise EvaluationError(f"--task retrieval needs a tokenizer, and {source} has none: give other tasks")
+            raise RunError(f"--task retrieval needs a tokenizer, and {source} has none: give other tasks")
         prompts = _prompts(source, config, options, tokenizer)
     return Inputs(windows, prompts)
 
@@ -228,7 +227,7 @@ def _prompts(
     lengths = options.lengths or sorted({min(longest, factor * topk) for factor in LENGTH_FACTORS})
     for length in lengths:
         if length > longest:
-            raise EvaluationError(f"--length {length:,} is beyond {source}'s max_position_embeddings of {longest:,}")
+            raise RunError(f"--length {length:,} is beyond {source}'s max_position_embeddings of {longest:,}")
     filler = None
     if options.data is not None:
         seqlen = options.sampling.seqlen or max(lengths)
@@ -254,7 +253,12 @@ class _Runner:
     """One loaded checkpoint; each task gives the scores of one pattern."""
 
     def __init__(
-        self, model: IndexCacheForCausalLM, options: EvaluationOptions, journal: Journal, monitor: Monitor, name: str
+        self,
+        model: IndexCacheForCausalLM,
+        options: EvaluationOptions,
+        journal: ScoreJournal,
+        monitor: Monitor,
+        name: str,
     ) -> None:
         self.model, self.options, self.journal, self.monitor, self.name = model, options, journal, monitor, name
         self.sha256 = model_sha256(model)
@@ -276,6 +280,7 @@ class _Runner:
         table = torch.cat(tables)
         tokens, recalls = len(windows) * windows.seqlen, windows.recall_tokens
         loss, text, recall, hits = (float(table[:, column].sum()) for column in range(4))
+        check_loss(loss / tokens, f"{self.name} with the pattern {pattern}", self.model)
         bins = _bins(windows.seqlen)
         by_position = [float(x) / len(windows) / len(part) for x, part in zip(table[:, 4:].sum(0), bins)]
         found: dict[str, Any] = {

@@ -2,10 +2,11 @@
 
 A model of as many layers as there are kinds of layers runs on tensors without memory (`pretended_tensors.py`), a
 prefill and some decoding steps at several lengths, and its launches are noted. In a process that has a GPU, the first
-prefill starts this in the background, and threads compile the variants while it goes on; `indexcache warm-up` does it
-for an image or a cluster, without a GPU too.
+prefill starts this in the background: threads compile the variants while it goes on, and processes as soon as they are
+there (`compile_process.py`). `indexcache warm-up` does it for an image or a cluster, without a GPU too.
 
-INDEXCACHE_COMPILE_AHEAD=0 turns the background off, any other number says how many threads there are.
+INDEXCACHE_COMPILE_AHEAD=0 turns the background off, any other number says how many threads there are, and
+INDEXCACHE_COMPILE_PROCESSES how many processes.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from ..kernels.block_fp8.block_fp8_reference import E4M3
+from ..kernels.common.compile_process import CLOSED, CompileProcess, processes_wanted
 from ..kernels.common.device_target import DeviceTarget, device_target
 from ..kernels.common.kernel_launch import are_recorded, launcher
 from ..kernels.common.kernel_variants import Compilations, Variant, VariantList
@@ -49,28 +51,31 @@ _running: list[threading.Thread] = []
 _lock = threading.Lock()
 
 
-def compile_ahead(model: Any, hidden_states: torch.Tensor) -> None:
+def compile_ahead(model: Any, hidden_states: torch.Tensor, masked: bool = False) -> None:
     """Start to compile, in the background, what this decoder will launch; once for a kind of model and a device.
 
     Args:
         model: `IndexCacheModel`.
         hidden_states: `[B, S, hidden_size]` of its first forward on this device.
+        masked: some tokens are padding; the first such forward begins with what padded batches need.
     """
     jobs = _threads()
     if jobs == 0 or not _serves(model, hidden_states):
         return
     kind = (_kind_of(model.config), hidden_states.dtype, hidden_states.device)
     with _lock:
-        if kind in _started:
+        if (*kind, masked) in _started:
             return
-        _started.add(kind)
-    mark = _mark(model, hidden_states)
+        # Padded batches' includes the others'.
+        _started.update({(*kind, masked), (*kind, False)})
+    first = Prefill(hidden_states.shape[0], hidden_states.shape[1], masked)
+    mark = _mark(model, hidden_states, first)
     if mark is not None and mark.exists():
         return
     # Not the model: its memory is its owner's to free.
     dtypes = {name: x.dtype for name, x in (*model.named_parameters(), *model.named_buffers())}
     small = (type(model), model.config, str(model._running_pattern), dtypes)
-    arguments = (small, hidden_states.device, hidden_states.shape[1], jobs, mark)
+    arguments = (small, hidden_states.device, first, jobs, mark)
     thread = threading.Thread(target=_work, args=arguments, name="indexcache-compile-ahead")
     thread.start()
     _running.append(thread)
@@ -144,35 +149,70 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
     return model
 
 
-def variants_of(model: Any, target: DeviceTarget, lengths: Iterable[int] = LENGTHS) -> Iterator[list[Variant]]:
-    """New variants of a prefill, then of decoding steps, then of another turn's prefill, for each length.
+class Prefill(NamedTuple):
+    """What a conversation begins with.
+
+    Attributes:
+        batch: rows.
+        tokens: of each.
+        masked: some are padding.
+    """
+
+    batch: int
+    tokens: int
+    masked: bool
+
+
+def prefills(lengths: Iterable[int] = LENGTHS, first: Prefill | None = None) -> list[Prefill]:
+    """What between them asks for every variant, that which comes first ahead of the others.
+
+    Args:
+        lengths: tokens of prompts.
+        first: what comes first. A padded batch brings other lengths of its kind with it, as long as all its rows have
+            no more tokens than the longest prompt.
+    """
+    lengths = tuple(lengths)
+    found = [Prefill(1, length, False) for length in lengths]
+    if first is None:
+        return found
+    if first.masked:
+        found += [first._replace(tokens=n) for n in lengths if n * first.batch <= max(lengths)]
+    return list(dict.fromkeys((first, *found)))
+
+
+def variants_of(model: Any, target: DeviceTarget, begun_with: Iterable[Prefill]) -> Iterator[list[Variant]]:
+    """New variants of a prefill, then of decoding steps, then of another turn's prefill, for each conversation.
 
     Args:
         model: what `small_model` or `pretended_decoder` gives.
         target: what to compile for.
-        lengths: tokens of the prompts.
+        begun_with: the conversations.
     """
     found, known = VariantList(), 0
-    for length in lengths:
+    for batch, length, masked in begun_with:
         with pretended_launches(target, found.record):
-            cache = DynamicCache(config=model.config)
+            cache, past = DynamicCache(config=model.config), 0
             for tokens in (length, *[1] * STEPS, TURN):
-                ids = torch.empty(1, tokens, dtype=torch.int64, device="cuda")
+                past += tokens
+                ids = torch.empty(batch, tokens, dtype=torch.int64, device="cuda")
                 # No mask: `generate` hands none on that masks nothing.
-                model(ids, past_key_values=cache, use_cache=True)
+                mask = torch.empty(batch, past, dtype=torch.int64, device="cuda") if masked else None
+                model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
                 fresh = found.variants[known:]
                 if fresh:
                     known += len(fresh)
                     yield fresh
 
 
-def _work(small: tuple[Any, ...], device: torch.device, tokens: int, jobs: int, mark: Path | None) -> None:
-    compilations = Compilations(device, jobs)
+def _work(small: tuple[Any, ...], device: torch.device, first: Prefill, jobs: int, mark: Path | None) -> None:
+    process = _side_process(device)
+    compilations = Compilations(device, jobs, process)
     whole = False
     try:
-        lengths = (tokens, *(length for length in LENGTHS if length != tokens))
-        for fresh in variants_of(small_model(*small), device_target(device), lengths):
-            compilations.add(fresh)
+        found = variants_of(small_model(*small), device_target(device), prefills(first=first))
+        for number, fresh in enumerate(found):
+            # The first prefill launches in this order; of what comes later the longest to compile begin first.
+            compilations.add(fresh if number == 0 else sorted(fresh, key=lambda variant: -len(variant.kernel.src)))
             if not threading.main_thread().is_alive():
                 return
         whole = True
@@ -181,12 +221,30 @@ def _work(small: tuple[Any, ...], device: torch.device, tokens: int, jobs: int, 
         logger.debug("IndexCache: kernels are not compiled ahead: %s: %s", type(error).__name__, error)
     finally:
         done = compilations.finish()
+        if process is not None and process.why_gone != CLOSED:
+            logger.debug("IndexCache: kernels were compiled in threads: %s", process.why_gone)
     if whole and mark is not None and not any(done.values()):
         try:
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
         except OSError as error:
             logger.debug("IndexCache: %s: %s", mark, error)
+
+
+def _side_process(device: torch.device) -> CompileProcess | None:
+    """What compiles outside this process, or None where threads do it all."""
+    number = processes_wanted()
+    if number == 0:
+        return None
+    try:
+        from triton.runtime.driver import driver
+
+        with torch.cuda.device(device):
+            target = driver.active.get_current_target()
+        return CompileProcess(number, (target.backend, target.arch, target.warp_size))
+    except Exception as error:
+        logger.debug("IndexCache: kernels are compiled in threads alone: %s: %s", type(error).__name__, error)
+        return None
 
 
 def _serves(model: Any, hidden_states: torch.Tensor) -> bool:
@@ -223,7 +281,7 @@ def _kind_of(config: Any) -> str:
     return hashlib.sha256(repr(sorted(fields.items(), key=lambda item: item[0])).encode()).hexdigest()
 
 
-def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
+def _mark(model: Any, hidden_states: torch.Tensor, first: Prefill) -> Path | None:
     """A file in Triton's cache that says that all this was compiled before."""
     try:
         import triton
@@ -234,6 +292,7 @@ def _mark(model: Any, hidden_states: torch.Tensor) -> Path | None:
             _kind_of(model.config),
             str(model._running_pattern),
             str(hidden_states.dtype),
+            (first.batch, True) if first.masked else (1, False),
             device_target(hidden_states.device),
             _code(),
         )

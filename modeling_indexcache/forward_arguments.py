@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
 
 from .transformers_compat import TRANSFORMERS_OPTIONS
 
+_OUTPUTS = ("hidden_states", "attentions", "router_logits", "topk_indices")
+STAGES = ("dense", "sparse")
 # token_type_ids: many tokenizers make them, and a decoder has no use for them.
 _OPTIONS = TRANSFORMERS_OPTIONS | {
     "ignore_index",
@@ -23,6 +26,76 @@ _OPTIONS = TRANSFORMERS_OPTIONS | {
     "shift_labels",
     "token_type_ids",
 }
+
+
+@dataclass(frozen=True)
+class IndexerTraining:
+    """What to compute.
+
+    Args:
+        stage: `dense`: attention sees every key and the divergence is over all of them (warm-up); `sparse`: over the
+            selected keys, both distributions renormalised.
+        cross_layer: compare the layers that a full layer serves with its indexer too; without, only itself.
+        recall_queries: measure, for so many last queries, which share of attention's mass the selection holds.
+
+    Raises:
+        ValueError: unknown stage.
+    """
+
+    stage: str
+    cross_layer: bool = True
+    recall_queries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"indexer_training must be {' or '.join(map(repr, STAGES))} (got {self.stage!r})")
+
+    @classmethod
+    def of(cls, value: str | IndexerTraining | None, config: Any, cache: Any) -> IndexerTraining | None:
+        """What `forward` was given, a stage's name or all of it, checked against the model and its cache.
+
+        Raises:
+            ValueError: unknown stage, a model without indexers, or a cache.
+        """
+        if value is None:
+            return None
+        if config.index_topk is None:
+            raise ValueError("indexer_training needs indexers, and index_topk=None makes every layer dense")
+        if cache is not None:
+            raise ValueError("indexer_training runs whole sequences: drop past_key_values")
+        return cls(value) if isinstance(value, str) else value
+
+
+class ForwardOptions(NamedTuple):
+    """What a forward is asked for by name.
+
+    Attributes:
+        outputs: wanted besides the last hidden states: any of `hidden_states`, `attentions`, `router_logits` and
+            `topk_indices`.
+        cu_seq_lens: `cu_seq_lens_q` of packed documents, see `packed_key_start`, or None.
+        training: what to measure of the indexers, or None.
+    """
+
+    outputs: frozenset[str] = frozenset()
+    cu_seq_lens: torch.Tensor | None = None
+    training: IndexerTraining | None = None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], forward: Callable, config: Any, cache: Cache | None) -> ForwardOptions:
+        """Read the `**kwargs` of `forward`; outputs that it does not name are wanted if the config says so.
+
+        Raises:
+            TypeError: see `refuse_unknown_options`.
+            ValueError: see `refuse_unknown_options` and `IndexerTraining.of`.
+        """
+        refuse_unknown_options(options, forward)
+        wanted = {name: getattr(config, f"output_{name}", False) for name in _OUTPUTS}
+        wanted |= {name: options[f"output_{name}"] for name in _OUTPUTS if f"output_{name}" in options}
+        training = IndexerTraining.of(options.get("indexer_training"), config, cache)
+        return cls(frozenset(filter(wanted.get, wanted)), options.get("cu_seq_lens_q"), training)
+
+
+NO_OPTIONS = ForwardOptions()
 
 
 def refuse_unknown_options(options: Mapping[str, Any], forward: Callable) -> None:
@@ -87,4 +160,18 @@ def refuse_lost_history(
             f"position_ids begin at {int(first.max())} and there is no cache: without the tokens before, attention "
             "would not see them. Pass the cache that holds them (cache=..., or past_key_values=...), or let positions "
             "begin at 0"
+        )
+
+
+def refuse_pipeline(distributed_config: Any = None, **_: Any) -> None:
+    """Transformers' pipeline stages hand on hidden states alone, and layers that share need a selection.
+
+    Raises:
+        ValueError: for `pp_size` above 1.
+    """
+    if (getattr(distributed_config, "pp_size", None) or 1) > 1:
+        raise ValueError(
+            f"pp_size={distributed_config.pp_size}: a stage of a pipeline would not get the selection that the layers "
+            "before it made. Spread the model with tp_size and ep_size, or over the GPUs of one process with "
+            'device_map="auto"'
         )

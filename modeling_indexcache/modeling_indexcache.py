@@ -8,7 +8,6 @@ Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +28,20 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.norm_rope_linear.rotary import rotate
-from .attention.absorbed_attention import attend_absorbed, attend_absorbed_masked
-from .attention.absorbed_weights import multiplier
-from .attention.attention_backends import TRITON_ATTENTION, resolve_attention_backend
-from .attention.attention_form import absorbed_is_cheaper
+from .attention.absorbed_attention import attend_absorbed
+from .attention.attention_backends import EAGER_ATTENTION, TRITON_ATTENTION, resolve_attention_backend
+from .attention.dense_attention import attend_densely
 from .attention.eager_attention import eager_attention_forward
-from .attention.inference_attention import attend_streamed, joined, runs_streamed, weight_chunks
-from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start, selected_mask
+from .attention.inference_attention import attend_streamed
+from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start
 from .block_fp8_loading import loading_block_fp8, refuse_missing_scales
-from .cache.decode_graph import decode_graph, graphs_serve
+from .cache.decode_graph import decode_graph
 from .cache.latent_cache import append_latents
 from .compile_ahead import compile_ahead
-from .eligibility import Paths, explain_paths, prefills_in_place, works_in_place
-from .forward_arguments import refuse_lost_history, refuse_unknown_options
+from .eligibility import why_no_graphs, why_not_in_place
+from .explain_paths import Paths, explain_paths
+from .forward_arguments import ForwardOptions, refuse_lost_history, refuse_pipeline, refuse_unknown_options
+from .forward_plan import ForwardPlan, LayerReport
 from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
 from .layers.feed_forward import IndexCacheMLP, add_feed_forward, run_expert_kernels, runs_expert_kernels
 from .layers.few_token_linears import linears
@@ -49,9 +49,10 @@ from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
 from .layers.normalization import IndexCacheRMSNorm
 from .layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
-from .parallel.layer_placement import LayerRange, device_of_layer, direct, moved_to, onloaded
+from .parallel.layer_placement import onloaded
+from .selection import Selection
 from .training.causal_lm_loss import causal_lm_loss
-from .training.indexer_training import IndexerTraining, compare_attention, trace_indexer, training_outputs
+from .training.indexer_training import compare_attention, trace_indexer, training_outputs
 from .transformers_compat import CACHE_NAME, one_cache
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
@@ -86,161 +87,58 @@ class IndexCacheAttention(nn.Module):
         self.indexer = IndexCacheIndexer(config, layer_idx) if has_indexer else None
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        visibility: KeyVisibility,
-        past_key_values: Cache | None = None,
-        topk_indices: Any = None,
-        run_indexer: bool = True,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        self, hidden_states: torch.Tensor, selection: Selection, plan: ForwardPlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Selection, LayerReport | None]:
         """Attend.
 
         Args:
             hidden_states: `[B, S, hidden_size]`, normed.
-            position_embeddings: `(cos, sin)`, each `[B, S, R]`.
-            visibility: which keys each query may see.
-            past_key_values: the cache, updated in place.
-            topk_indices: the selection to reuse, int32 `[B, S, K]`, None for all visible keys; or an `IndexerTrace`,
-                or a `MergedSelection`.
-            run_indexer: select anew (full layer) instead of reusing `topk_indices` (shared layer).
-            **kwargs: `output_attentions`, `output_topk_indices`; `input_norm`, a module that `hidden_states` have yet
-                to pass; `residual`, what the output is added to, and `overwrite_residual`, whether it may be in place;
-                `merge_selection`, whether a `MergedSelection` may be returned; `indexer_training`.
+            selection: of the nearest full layer; a full layer makes its own.
+            plan: of the forward.
 
         Returns:
-            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` (eager with `output_attentions`
-            only), and what the next layer takes as `topk_indices`: the selection, in training the trace that holds it.
+            The output `[B, S, hidden_size]`, the attention weights `[B, H, S, T]` where the plan returns them, the
+            selection that was used, and in training what was measured of it.
         """
-        input_norm, residual = kwargs.get("input_norm"), kwargs.get("residual")
-        training: IndexerTraining | None = kwargs.get("indexer_training")
-        if training is None and runs_streamed(self, hidden_states):
-            out, topk_indices = attend_streamed(
-                self,
-                hidden_states,
-                position_embeddings,
-                visibility,
-                past_key_values,
-                topk_indices,
-                run_indexer,
-                bool(kwargs.get("output_topk_indices")),
-                input_norm,
-                residual,
-                bool(kwargs.get("overwrite_residual")),
-                bool(kwargs.get("merge_selection")),
-            )
-            return out, None, topk_indices
-        if input_norm is not None:
-            hidden_states = input_norm(hidden_states)
+        if plan.streams:
+            out, selection = attend_streamed(self, hidden_states, selection, plan)
+            return out, None, selection, None
         batch, num_queries = hidden_states.shape[:2]
-        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
         q_resid: Any = None
         if self.config.q_lora_rank is None:
-            q, kv = linears(hidden_states, (self.q_proj, self.kv_a_proj_with_mqa), allow_triton)
+            q, kv = linears(hidden_states, (self.q_proj, self.kv_a_proj_with_mqa), plan.allow_triton)
         else:
-            q_a, kv = linears(hidden_states, (self.q_a_proj, self.kv_a_proj_with_mqa), allow_triton)
+            q_a, kv = linears(hidden_states, (self.q_a_proj, self.kv_a_proj_with_mqa), plan.allow_triton)
             q_resid = self.q_a_layernorm(q_a)
-            (q,) = linears(q_resid, (self.q_b_proj,), allow_triton)
+            (q,) = linears(q_resid, (self.q_b_proj,), plan.allow_triton)
         q_nope, q_rope = q.view(batch, num_queries, -1, self.head_dim).split([self.nope_dim, self.rope_dim], dim=-1)
-        q_rope = rotate(q_rope, *position_embeddings, self.config.rope_interleave)
+        queries = q_nope, rotate(q_rope, *plan.angles, self.config.rope_interleave)
         latent, k_rope = kv.split([self.kv_lora_rank, self.rope_dim], dim=-1)
-        k_rope = rotate(k_rope, *position_embeddings, self.config.rope_interleave)
+        k_rope = rotate(k_rope, *plan.angles, self.config.rope_interleave)
         # The norm's weight is wider than its input under autocast.
         latents = torch.cat((self.kv_a_layernorm(latent).to(k_rope.dtype), k_rope), dim=-1)  # [B, S, C + R]
 
-        trace = topk_indices
-        if training is not None:
-            if run_indexer:
-                trace = trace_indexer(self.indexer, hidden_states, q_resid, position_embeddings, visibility, training)
-            topk_indices = trace.indices if training.stage == "sparse" else None
-        elif self.indexer is not None and run_indexer:
-            topk_indices = self.indexer(
-                hidden_states,
-                q_resid,
-                position_embeddings,
-                visibility,
-                past_key_values=past_key_values,
-                return_all=bool(kwargs.get("output_topk_indices")),
-            )
-        latents = append_latents(past_key_values, latents, self.layer_idx)
-        weights = lse = None
-        dropout = self.config.attention_dropout if self.training else 0.0
-        if topk_indices is None or self.config._attn_implementation == "eager" or dropout:
-            want_weights = bool(kwargs.get("output_attentions", self.config.output_attentions))
-            out, weights = self._attend_densely(
-                q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights
-            )
+        if self.indexer is not None and plan.is_full(self.layer_idx):
+            if plan.training is None:
+                selection = Selection(self.indexer(hidden_states, q_resid, plan))
+            else:
+                trace = trace_indexer(self.indexer, hidden_states, q_resid, plan, plan.training)
+                selection = Selection(trace.indices if plan.training.stage == "sparse" else None, trace)
+        latents = append_latents(plan.cache, latents, self.layer_idx)
+        weights = lse = report = None
+        if selection.listed is None or plan.backend == EAGER_ATTENTION or plan.dropout:
+            out, weights = attend_densely(self, queries, latents, selection, plan)
         else:
-            out, lse = attend_absorbed(self, q_nope, q_rope, latents, topk_indices)
-        if training is not None:
-            topk_indices = compare_attention(
-                self, trace, q_nope, q_rope, latents, visibility, training, is_full=run_indexer, lse=lse
-            )
-        (out,) = linears(out.flatten(2), (self.o_proj,), allow_triton)
-        return out if residual is None else residual + out, weights, topk_indices
+            out, lse = attend_absorbed(self, queries, latents, selection, plan)
+        if plan.training is not None and selection.trace is not None:
+            report = compare_attention(self, selection.trace, queries, latents, plan, plan.training, lse)
+        (out,) = linears(out.flatten(2), (self.o_proj,), plan.allow_triton)
+        return out, weights, selection, report
 
-    def _attend_densely(
-        self,
-        q_nope: torch.Tensor,
-        q_rope: torch.Tensor,
-        latents: torch.Tensor,
-        visibility: KeyVisibility,
-        topk_indices: torch.Tensor | None,
-        dropout: float,
-        want_weights: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Masked attention in the form that costs less: `[B, S, H, V]`, and the weights `[B, H, S, T]` or None."""
-        absorbed = absorbed_is_cheaper(self, q_nope.shape[1], latents.shape[1])
-        attend = partial(attend_absorbed_masked, self) if absorbed else self._attend_expanded
-        return attend(q_nope, q_rope, latents, visibility, topk_indices, dropout, want_weights)
-
-    def _attend_expanded(
-        self,
-        q_nope: torch.Tensor,
-        q_rope: torch.Tensor,
-        latents: torch.Tensor,
-        visibility: KeyVisibility,
-        topk_indices: torch.Tensor | None,
-        dropout: float,
-        want_weights: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Masked attention on expanded heads: exact and dense, `[B, S, H, V]`, cost S x T."""
-        batch, num_queries, heads, _ = q_nope.shape
-        num_keys = latents.shape[1]
-        latent, k_rope = latents.split([self.kv_lora_rank, self.rope_dim], dim=-1)
-        expanded = self.kv_b_proj(latent).view(batch, num_keys, heads, -1).transpose(1, 2)
-        k_nope, value = expanded.split([self.nope_dim, self.v_head_dim], dim=-1)
-        key = torch.cat((k_nope, k_rope.unsqueeze(1).expand(-1, heads, -1, -1)), dim=-1)
-        query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
-        seen = visibility.for_keys(num_keys)
-        implementation = self.config._attn_implementation
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            "sdpa" if implementation == TRITON_ATTENTION else implementation, eager_attention_forward
-        )
-        if seen.is_triangle and topk_indices is None and attend is not eager_attention_forward:
-            # Without a mask the fastest kernel runs, and nothing of S x T is made.
-            return attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout)[0], None
-        outs, weights = [], []
-        for first, last in weight_chunks(num_queries, batch * heads * num_keys * 4, want_weights):
-            mask = seen.rows(first, last, num_keys)
-            if topk_indices is not None:
-                mask = mask & selected_mask(topk_indices[:, first:last], num_keys)
-            mask = mask.unsqueeze(1).expand(batch, -1, -1, -1)
-            out, weight = attend(
-                self, query[:, :, first:last], key, value, mask, scaling=self.scaling, dropout=dropout
-            )
-            outs.append(out)
-            if want_weights and weight is not None:
-                weights.append(weight)
-        return joined(outs, 1), joined(weights, 2) if weights else None
-
-    def _absorbed_weights(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`, to multiply what has `like`'s dtype by."""
-        weight = multiplier(self.kv_b_proj, self.kv_lora_rank, like)
-        by_head = weight.reshape(-1, self.nope_dim + self.v_head_dim, self.kv_lora_rank)
-        to_latent, to_value = by_head.split([self.nope_dim, self.v_head_dim], dim=1)
-        return to_latent, to_value
+    def attention_function(self, backend: str) -> Callable[..., Any]:
+        """What attends on expanded heads, of which there are no kernels: PyTorch's does in their place."""
+        backend = "sdpa" if backend == TRITON_ATTENTION else backend
+        return ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
 
 
 @use_experts_implementation
@@ -292,7 +190,7 @@ class IndexCacheMoE(nn.Module):
         out = self.experts(tokens, experts, weights).view_as(x)
         if accumulate is None:
             return out + self.shared_experts(x)
-        if not works_in_place(self.shared_experts, x):
+        if why_not_in_place(self.shared_experts, x.device):
             return accumulate.add_(out).add_(self.shared_experts(x))
         return self.shared_experts(x, accumulate.add_(out))
 
@@ -308,30 +206,26 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """`[B, S, hidden_size]` to the same and the selection in use.
-
-        `kwargs` as `IndexCacheAttention.forward`; `overwrite_hidden_states` lets the result take the input's memory.
-        """
-        overwrite = kwargs.pop("overwrite_hidden_states", False)
+    def forward(
+        self, hidden_states: torch.Tensor, selection: Selection, plan: ForwardPlan
+    ) -> tuple[torch.Tensor, Selection, LayerReport | None]:
+        """`[B, S, hidden_size]` to the same, the selection in use, and what training measures of it."""
+        report = None
         with onloaded(self.self_attn):
-            if works_in_place(self.self_attn, hidden_states):
-                # Norm and residual are handed over: what they make is freed early, or never made.
-                hidden_states, _, topk_indices = direct(self.self_attn, hidden_states.device)(
-                    hidden_states,
-                    input_norm=self.input_layernorm,
-                    residual=hidden_states,
-                    overwrite_residual=overwrite,
-                    **kwargs,
-                )
+            if plan.streams and plan.may_fuse(self.self_attn, hidden_states.device):
+                norm = self.input_layernorm
+                hidden_states, selection = attend_streamed(self.self_attn, hidden_states, selection, plan, norm)
             else:
-                attended, _, topk_indices = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+                normed = self.input_layernorm(hidden_states)
+                attended, _, selection, report = self.self_attn(normed, selection=selection, plan=plan)
+                del normed
                 hidden_states = hidden_states + attended
                 del attended
         with onloaded(self.mlp):
-            if all(works_in_place(part, hidden_states) for part in (self.mlp, self.post_attention_layernorm)):
-                return add_feed_forward(self.mlp, self.post_attention_layernorm, hidden_states), topk_indices
-            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), topk_indices
+            norm = self.post_attention_layernorm
+            if all(plan.may_fuse(part, hidden_states.device) for part in (self.mlp, norm)):
+                return add_feed_forward(self.mlp, norm, hidden_states), selection, report
+            return hidden_states + self.mlp(norm(hidden_states)), selection, report
 
 
 class IndexCachePreTrainedModel(PreTrainedModel):
@@ -369,7 +263,7 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
-        refuse_pipeline(kwargs.get("distributed_config"))
+        refuse_pipeline(**kwargs)
         with loading_block_fp8():
             loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
@@ -477,88 +371,32 @@ class IndexCacheModel(IndexCachePreTrainedModel):
             TypeError: an option that nobody knows, naming the nearest known one.
             ValueError: arguments that contradict each other, or a step without the history that it counts on.
         """
-        refuse_unknown_options(kwargs, type(self).forward)
         cache = one_cache(cache, past_key_values)
+        options = ForwardOptions.of(kwargs, type(self).forward, self.config, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, num_queries = hidden_states.shape[:2]
-        is_packed = kwargs.get("cu_seq_lens_q") is not None
-        refuse_lost_history(attention_mask, position_ids, cache, num_queries, is_packed=is_packed)
-        training = IndexerTraining.of(kwargs.pop("indexer_training", None), self.config, cache)
-        if training is not None:
-            kwargs["indexer_training"], use_cache = training, False
-        packs, starts = attention_mask is None and cache is None, kwargs.get("cu_seq_lens_q")
+        starts = options.cu_seq_lens
+        refuse_lost_history(attention_mask, position_ids, cache, num_queries, is_packed=starts is not None)
+        packs = attention_mask is None and cache is None
         key_start = packed_key_start(position_ids, starts, batch, num_queries) if packs else None
-        if use_cache and cache is None:
+        if use_cache and cache is None and options.training is None:
             cache = DynamicCache(config=self.config)
-        hidden_out = decode_graph(self, self._run_layers, hidden_states, attention_mask, position_ids, cache, kwargs)
-        traces: list[Any] = []
+        hidden_out = decode_graph(self, hidden_states, attention_mask, position_ids, cache, options)
+        reports: list[Any] = []
         if hidden_out is None:
-            device = hidden_states.device
-            compile_ahead(self, hidden_states)
-            visibility = KeyVisibility.of(attention_mask, cache, num_queries, device, key_start)
+            visibility = KeyVisibility.of(attention_mask, cache, num_queries, hidden_states.device, key_start)
+            compile_ahead(self, hidden_states, masked=visibility.key_mask is not None)
+            plan = ForwardPlan.of(self, hidden_states, position_ids, visibility, cache, options)
             # Handed over, so that the embeddings' memory is free after the first layer.
             given = [hidden_states]
             del hidden_states
-            hidden_out = self._run_layers(given.pop(), position_ids, visibility, cache, kwargs, traces)
-        outputs: dict[str, Any] = {CACHE_NAME: cache, **training_outputs(traces)}
+            hidden_out, _, reports = plan.run(self, given.pop())
+            hidden_out = self.norm(hidden_out)
+        measured = {} if options.training is None else training_outputs(reports)
+        outputs: dict[str, Any] = {CACHE_NAME: cache, **measured}
         return IndexCacheModelOutput(last_hidden_state=hidden_out, **outputs)
-
-    def _run_layers(
-        self,
-        hidden_states: torch.Tensor,
-        position_ids: torch.Tensor | None,
-        visibility: KeyVisibility,
-        past_key_values: Cache | None,
-        kwargs: dict[str, Any] | None = None,
-        traces: list[Any] | None = None,
-        part: LayerRange | None = None,
-    ) -> torch.Tensor:
-        """All layers and the last norm, `[B, S, hidden_size]` to the same; training's traces go to `traces`.
-
-        With a `part` those layers alone, and no norm.
-        """
-        if part is not None:
-            position_embeddings, topk_indices = part.position_embeddings, part.topk_indices
-        else:
-            if position_ids is None:
-                slots = visibility.query_start + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-                position_ids = slots.unsqueeze(0)
-            position_embeddings, topk_indices = self.rotary_emb(hidden_states, position_ids), None
-        # Generation with an early exit sets how many layers run in the config.
-        layers = list(self.layers)[: self.config.num_hidden_layers]
-        in_place = hidden_states.shape[1] > 1 and prefills_in_place(self, hidden_states)
-        # Reentrant checkpoints run layers first without gradient, then with it: ask before they do.
-        merge_selection = not torch.is_grad_enabled()
-        for layer_idx, layer in enumerate(layers):
-            if part is not None and not part.first <= layer_idx < part.last:
-                continue
-            run_indexer = self._running_pattern.is_full(layer_idx)
-            if run_indexer:
-                topk_indices = None  # frees the memory of a selection that nobody reads any more
-            device = device_of_layer(layer, hidden_states.device)
-            if not device == hidden_states.device == position_embeddings[0].device:
-                # Once, where the device changes: accelerate would move all but the hidden states for every layer.
-                hidden_states, visibility = moved_to(hidden_states, device), moved_to(visibility, device)
-                position_embeddings, topk_indices = moved_to((position_embeddings, topk_indices), device)
-            hidden_states, topk_indices = direct(layer, device)(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                visibility=visibility,
-                past_key_values=past_key_values,
-                topk_indices=topk_indices,
-                run_indexer=run_indexer,
-                merge_selection=merge_selection,
-                overwrite_hidden_states=in_place and layer_idx > 0,
-                **(kwargs or {}),
-            )
-            if traces is not None and kwargs and "indexer_training" in kwargs:
-                traces.append(topk_indices)
-        if part is not None:
-            part.topk_indices = topk_indices
-            return hidden_states
-        return self.norm(hidden_states)
 
 
 class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
@@ -581,7 +419,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
 
     def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
         """What `generate` calls at each step with a static cache: CUDA graphs of our own unless asked to compile."""
-        if compile_config is None and graphs_serve(self.model):
+        if compile_config is None and why_no_graphs(self.model) is None:
             return self.__call__
         return super().get_compiled_call(compile_config)
 
@@ -638,20 +476,6 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return IndexCacheCausalLMOutput(loss=loss, logits=logits, **rest)
-
-
-def refuse_pipeline(distributed_config: Any) -> None:
-    """Transformers' pipeline stages hand on hidden states alone, and layers that share need a selection.
-
-    Raises:
-        ValueError: for `pp_size` above 1.
-    """
-    if (getattr(distributed_config, "pp_size", None) or 1) > 1:
-        raise ValueError(
-            f"pp_size={distributed_config.pp_size}: a stage of a pipeline would not get the selection that the layers "
-            "before it made. Spread the model with tp_size and ep_size, or over the GPUs of one process with "
-            'device_map="auto"'
-        )
 
 
 __all__ = ["IndexCacheForCausalLM", "IndexCacheModel", "IndexCachePreTrainedModel"]

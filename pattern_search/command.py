@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
     DATA_PANEL,
@@ -25,6 +24,7 @@ from ..runs.arguments import (
     TextField,
     Token,
 )
+from ..runs.command_line import print_json
 
 _HOW = "How to search"
 
@@ -42,77 +42,84 @@ def search(
         "indexcache_search"
     ),
     keep: Annotated[
-        list[str] | None, typer.Option(help="Full layers wanted, 1/4, 0.25 or a count; repeat. Default: 1/2 1/4 1/8.")
+        list[str] | None, typer.Option(help="Full layers to keep: 1/4, 0.25 or a count; repeat. Default: 1/2 1/4 1/8.")
     ] = None,
     tolerance: Annotated[
-        str | None, typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more: 0.5%.")
+        str | None,
+        typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more than, e.g., 0.5%."),
     ] = None,
     algorithm: Annotated[
         Literal["lazy", "greedy"],
-        typer.Option(help="lazy: few evaluations, refined. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
+        typer.Option(help="lazy: lazy greedy with refinement. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
     ] = "lazy",
     objective: Annotated[
         Literal["kl", "far-kl", "lm"] | None,
         typer.Option(
-            help="kl: to a teacher's predictions (lazy). far-kl: tokens that need far context weigh more. lm: loss "
-            "(greedy).",
+            help="kl: divergence from a teacher (lazy). far-kl: the same, tokens that need far context weighted "
+            "higher. lm: language-model loss (greedy).",
             rich_help_panel=_HOW,
         ),
     ] = None,
     teacher: Annotated[
         Literal["auto", "dense", "source"],
         typer.Option(
-            help="Of kl: dense attention, the source as it is, or the better of them on the first windows.",
+            help="For kl: dense attention, the source as it is, or the better of the two on the first windows.",
             rich_help_panel=_HOW,
         ),
     ] = "auto",
-    blocks: Annotated[int, typer.Option(min=1, help="Pipeline blocks of greedy.", rich_help_panel=_HOW)] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="For greedy: pipeline blocks.", rich_help_panel=_HOW)] = 1,
     path_rounds: Annotated[
         int,
         typer.Option(
             min=1,
             max=5,
-            help="Windows that decide lazy's steps: 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
+            help="For lazy: share of windows that decides its steps; 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
             rich_help_panel=_HOW,
         ),
     ] = 3,
     refine: Annotated[
-        int, typer.Option(min=0, help="Moves by which each --keep is refined at most.", rich_help_panel=_HOW)
+        int, typer.Option(min=0, help="Most refinement moves for each --keep.", rich_help_panel=_HOW)
     ] = 2,
     refine_by: Annotated[
         Literal["lm", "objective"], typer.Option(help="What refinement lowers.", rich_help_panel=_HOW)
     ] = "objective",
     baseline: Annotated[
-        list[str] | None, typer.Option(help="uniform, similarity, none; repeat. Default: uniform.")
+        list[str] | None,
+        typer.Option(help="Patterns to compare with: uniform, similarity, none; repeat. Default: uniform."),
     ] = None,
-    curve: Annotated[bool, typer.Option(help="Check every number of full layers on the held-out windows.")] = True,
+    curve: Annotated[bool, typer.Option(help="Evaluate every number of full layers on the held-out windows.")] = True,
     held_out: Annotated[
         str | None,
-        typer.Option(help="Data for checks. Default: split off from --data.", rich_help_panel=DATA_PANEL),
+        typer.Option(help="Data to evaluate patterns on. Default: split off from --data.", rich_help_panel=DATA_PANEL),
     ] = None,
     seqlen: Seqlen = None,
     nsamples: Annotated[
         int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=DATA_PANEL)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
+    seed: Annotated[int, typer.Option(help="For the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in one forward.", rich_help_panel=RUN_PANEL)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from journal.", rich_help_panel=RUN_PANEL)] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.", rich_help_panel=RUN_PANEL)] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the journal.", rich_help_panel=RUN_PANEL)
+    ] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
     parallel: Annotated[
         Literal["windows", "tensor"],
-        typer.Option(help="What the processes of torchrun share.", rich_help_panel=RUN_PANEL),
+        typer.Option(help="What is split over the processes of torchrun.", rich_help_panel=RUN_PANEL),
     ] = "windows",
     cache_memory: Annotated[
         str | None,
-        typer.Option(help="For states between layers. Default: a fourth of what is free.", rich_help_panel=RUN_PANEL),
+        typer.Option(
+            help="Memory for cached hidden states, e.g. 20GB. Default: a quarter of what is free.",
+            rich_help_panel=RUN_PANEL,
+        ),
     ] = None,
     cache_on: Annotated[
-        Literal["device", "host"], typer.Option(help="Where they are kept.", rich_help_panel=RUN_PANEL)
+        Literal["device", "host"], typer.Option(help="Where cached hidden states are kept.", rich_help_panel=RUN_PANEL)
     ] = "device",
     pictures: Pictures = True,
     revision: Revision = None,
@@ -129,7 +136,7 @@ def search(
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.processes import Processes
     from ..runs.windows.window_sources import Sampling
-    from .run import RunOptions, run_search
+    from .run import SearchRun, run_search
     from .search import DEFAULT_KEEP, SearchOptions
 
     options = SearchOptions(
@@ -146,7 +153,7 @@ def search(
         curve=curve,
         batch_size=batch_size,
     )
-    run = RunOptions(
+    run = SearchRun(
         data,
         output,
         held_out,
@@ -164,7 +171,7 @@ def search(
     if pictures:
         _draw(document, output, as_json)
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     from ..runs.pages.terminal import terminal
     from .drawing import draw_summary
@@ -179,25 +186,25 @@ def search(
 
 def _share(text: str | None) -> float | None:
     """`0.5%` or `0.005` as 0.005."""
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     if text is None:
         return None
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
-        raise PatternSearchError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
+        raise RunError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
     if not 0 <= value < 1:
-        raise PatternSearchError(f"--tolerance must lie in 0% .. 100% (got {text})")
+        raise RunError(f"--tolerance must lie in 0% .. 100% (got {text})")
     return value
 
 
 def _baselines(names: list[str] | None) -> tuple[str, ...]:
-    from .errors import PatternSearchError
+    from ..runs.errors import RunError
 
     wanted = tuple(dict.fromkeys(names or ["uniform"]))
     if unknown := set(wanted) - {"uniform", "similarity", "none"}:
-        raise PatternSearchError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--baseline must be uniform, similarity or none (got {', '.join(sorted(unknown))})")
     return tuple(name for name in wanted if name != "none")
 
 
@@ -206,6 +213,6 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
         from .report import write_report
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return
     write_report(document, output)

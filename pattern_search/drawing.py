@@ -26,7 +26,7 @@ def draw_result(document: dict[str, Any]) -> RenderableType:
     table = Table(
         "full layers",
         Column("pattern", overflow="fold", min_width=min(32, document["num_layers"])),
-        Column("fell", justify="right"),
+        Column("now shared", justify="right"),
         Column("held-out loss", justify="right"),
         Column("rise", justify="right"),
         Column("recall", justify="right"),

@@ -24,7 +24,7 @@ def draw_curve(document: dict[str, Any], path: Path) -> None:
     lines = curve_lines(document["curve"])
     has_recall = any("recall" in scores for points in lines.values() for _, scores in points)
     figure, axes = plt.subplots(1, 1 + has_recall, figsize=(5.4 * (1 + has_recall), 3.9), squeeze=False)
-    for axis, value, label in zip(axes[0], ("loss", "recall"), ("held-out loss (nats a token)", "recall")):
+    for axis, value, label in zip(axes[0], ("loss", "recall"), ("held-out loss (nats per token)", "recall")):
         for method, points in lines.items():
             style: dict[str, Any] = {**_STYLES[method], "label": _LABELS[method], "markersize": 4.5}
             axis.plot([count for count, _ in points], [scores[value] for _, scores in points], **style)
@@ -56,7 +56,7 @@ def draw_order(document: dict[str, Any], path: Path) -> None:
     axis.tick_params(which="both", length=0)
     axis.set_xlabel("layer")
     axis.set_ylabel("full layers")
-    axis.set_title("blue: full, grey: shared, orange: fell in this step", fontsize=9, loc="left", color=INK)
+    axis.set_title("blue: full, grey: shared, orange: became shared in this step", fontsize=9, loc="left", color=INK)
     for side in axis.spines.values():
         side.set_visible(False)
     save(figure, path)

@@ -22,7 +22,7 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
     Returns:
         The page's path.
     """
-    pictures = [("Loss by number of full layers", "curve.png"), ("Order in which layers fell", "order.png")]
+    pictures = [("Loss by number of full layers", "curve.png"), ("Order in which layers become shared", "order.png")]
     draw_curve(document, folder / "curve.png")
     draw_order(document, folder / "order.png")
     overlap = document.get("overlap")
@@ -69,7 +69,7 @@ def _table(document: dict[str, Any]) -> str:
 
 
 def _recipe(document: dict[str, Any]) -> str:
-    values = {**document["recipe"], **document["cost"], **document["versions"], "date": document["date"]}
+    values = {**document["recipe"], **document["cost"], **document["versions"]}
     for name, data in document["data"].items():
         values[name] = (
             f"{data['windows']} windows of {data['seqlen']} tokens, {data['origin']}, sha256 {data['sha256'][:16]}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 from typing import Any
 
 from ..configuration.share_pattern import FULL, SharePattern
 from ..conversion.io.shard_writer import write_json
 from ..conversion.io.strict_json import parse_json
-from ..runs.environment import environment
+from ..runs.errors import RunError
+from ..runs.versions import stamp
 from ..runs.windows.windows import Windows
-from .errors import PatternSearchError
 from .measure.document_shape import misfit
 from .measure.evaluator import Evaluation
 from .search import SearchOptions, SearchOutcome, recipe
@@ -64,6 +63,7 @@ def result_document(
         searched and baselines. `order`: layers in the order in which they fell. `steps`, `recipe`, `source`, `data`,
         `versions`, `cost`.
     """
+    versions = stamp()
     document: dict[str, Any] = {
         "format": FORMAT,
         "num_layers": len(outcome.start),
@@ -105,11 +105,11 @@ def result_document(
             for name, windows in (("calibration", calibration), ("held_out", held_out))
         },
         "versions": {
-            **environment(),
+            **versions,
             "dtype": identity["dtype"],
             "attention": identity["attention"],
         },
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": versions["date"],
         "cost": outcome.cost,
     }
 
@@ -126,23 +126,23 @@ def read_result(path: Path) -> dict[str, Any]:
     """The document that a search wrote.
 
     Raises:
-        PatternSearchError: unreadable, of another format, or with a field that is missing or holds something else.
+        RunError: unreadable, of another format, or with a field that is missing or holds something else.
     """
     try:
         document: dict[str, Any] = parse_json(path.read_bytes(), allow_nan=True)
     except (OSError, ValueError) as error:
-        raise PatternSearchError(f"{path} is no readable result of a search: {error}") from error
+        raise RunError(f"{path} is no readable result of a search: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise PatternSearchError(f"{path} is no result of a search: its format is not {FORMAT!r}")
+        raise RunError(f"{path} is no result of a search: its format is not {FORMAT!r}")
     if problem := misfit(document, _SHAPE):
-        raise PatternSearchError(f"{path} is damaged: {problem}; take the file that the search wrote")
+        raise RunError(f"{path} is damaged: {problem}; take the file that the search wrote")
     for count, pattern in document["patterns"].items():
         try:
             found = SharePattern.parse(pattern, document["num_layers"]).num_full
         except ValueError as error:
-            raise PatternSearchError(f"{path} is damaged: {error}; take the file that the search wrote") from error
+            raise RunError(f"{path} is damaged: {error}; take the file that the search wrote") from error
         if str(found) != count:
-            raise PatternSearchError(
+            raise RunError(
                 f"{path} is damaged: {pattern} does not have {count} full layers; take the file that the search wrote"
             )
     return document

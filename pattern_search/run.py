@@ -11,17 +11,18 @@ from typing import Any, Literal
 import torch
 
 from ..evaluation.overlap import Overlap, selection_overlap
+from ..evaluation.perplexity import check_loss, evaluate_windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..runs.journal import Journal
+from ..runs.errors import RunError
+from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
 from ..runs.processes import Processes
+from ..runs.run_options import RunOptions
 from ..runs.windows.calibration import load_windows, short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
-from ..runs.windows.window_sources import Sampling
 from ..runs.windows.windows import Windows
-from .errors import PatternSearchError
 from .result import JOURNAL_FILE, result_document, write_result
 from .search import SearchOptions, search, search_identity
 
@@ -29,39 +30,27 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """Where a search runs and what it reads and writes.
+class SearchRun(RunOptions):
+    """Where a search runs, beside `RunOptions`; without `held_out`, windows for the checks are split off from `data`.
 
     Attributes:
-        data: calibration data, see `calibration.load_windows`.
-        output: folder for the results and the journal.
-        held_out: data for the checks; split off from `data` when None.
-        sampling: how windows are taken.
-        resume: go on from the journal in `output`.
-        overwrite: forget it.
         placement: where the model goes.
         parallel: what several processes share: the windows, or the model (tensor parallelism).
         cache_memory: for states between layers, such as `8GB`; None for a fourth of what is free.
         cache_on: `device`, or `host` to keep the states in host memory.
     """
 
-    data: str
-    output: Path
-    held_out: str | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    resume: bool = False
-    overwrite: bool = False
     placement: Placement = field(default_factory=Placement)
     parallel: Literal["windows", "tensor"] = "windows"
     cache_memory: str | None = None
     cache_on: Literal["device", "host"] = "device"
 
 
-def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
+def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
     """Load, search, write `patterns.json`; the result document.
 
     Raises:
-        PatternSearchError: data, settings or journal that cannot be used.
+        RunError: data, settings or journal that cannot be used.
         ConversionError: a source that is no DSA checkpoint.
     """
     processes = Processes.from_environment(run.parallel)
@@ -69,7 +58,7 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
     opened = open_model(source, run.placement)
     config = opened.config
     options.counts(config.share_pattern)
-    tokenizer = load_tokenizer(source, revision=run.placement.revision, token=run.placement.token)
+    tokenizer = load_tokenizer(opened.source)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
@@ -79,11 +68,13 @@ def run_search(source: str, run: RunOptions, options: SearchOptions, monitor: Mo
         prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
     model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
+    # Every comparison with a loss that is no number would be settled by chance.
+    check_loss(evaluate_windows(model, calibration.ids[:1]).loss, source, model)
     identity = processes.share(search_identity(model, calibration, held_out, options))
     if processes.is_first:
-        journal = Journal(journal_path, identity, run.resume, overwrite=run.overwrite)
+        journal = ScoreJournal(journal_path, identity, run.resume, overwrite=run.overwrite)
     else:
-        journal = Journal(None, identity)
+        journal = ScoreJournal(None, identity)
     journal.adopt(processes.share(journal.records()))
     if journal.damage:
         quiet.warn(journal.damage)
@@ -139,11 +130,11 @@ def _bytes(size: str | None) -> int | None:
         return None
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgt]?)i?b?", size.strip().lower())
     if found is None:
-        raise PatternSearchError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
+        raise RunError(f"--cache-memory {size!r} is no size: write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _free_bytes(run: RunOptions, model: IndexCacheForCausalLM) -> int:
+def _free_bytes(run: SearchRun, model: IndexCacheForCausalLM) -> int:
     """What is free where the states are kept."""
     if model.device.type == "cuda" and run.cache_on == "device":
         return torch.cuda.mem_get_info(model.device)[0]

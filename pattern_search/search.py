@@ -10,15 +10,15 @@ import torch
 
 from ..configuration.share_pattern import FULL, SharePattern, count_to_keep
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..runs.errors import RunError
 from ..runs.fingerprint import model_sha256
-from ..runs.journal import Journal
+from ..runs.journal import ScoreJournal
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
 from ..runs.windows.windows import Windows
 from .algorithms.floating import refine
 from .algorithms.greedy import Step, greedy
 from .algorithms.lazy_greedy import lazy_greedy
-from .errors import PatternSearchError
 from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .measure.prefix_cache import PrefixCache
 from .measure.similarity import output_similarity, similarity_patterns
@@ -75,16 +75,16 @@ class SearchOptions:
         """The numbers of full layers asked for, largest first.
 
         Raises:
-            PatternSearchError: below 1, above what the model has, or no number.
+            RunError: below 1, above what the model has, or no number.
         """
         found = set()
         for keep in self.keep:
             try:
                 count = count_to_keep(len(start), keep)
             except ValueError as error:
-                raise PatternSearchError(f"--keep {keep}: {error}") from error
+                raise RunError(f"--keep {keep}: {error}") from error
             if count > start.num_full:
-                raise PatternSearchError(
+                raise RunError(
                     f"--keep {keep} asks for {count} full layers, and the source has indexers in {start.num_full} only"
                 )
             found.add(max(count, self.blocks))
@@ -126,7 +126,7 @@ def search(
     held_out: Windows,
     options: SearchOptions = SearchOptions(),
     *,
-    journal: Journal | None = None,
+    journal: ScoreJournal | None = None,
     processes: Processes | None = None,
     monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
@@ -146,10 +146,10 @@ def search(
         cache_device: where the states are kept; None leaves them on their layers' devices.
 
     Raises:
-        PatternSearchError: numbers of full layers that the model cannot have.
+        RunError: numbers of full layers that the model cannot have.
     """
     start = model.config.share_pattern
-    journal = journal or Journal(None, {})
+    journal = journal or ScoreJournal(None, {})
     monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)
@@ -224,15 +224,13 @@ def recipe(options: SearchOptions) -> dict[str, Any]:
 
 def _check_blocks(options: SearchOptions, start: SharePattern) -> None:
     if options.scored_by not in OBJECTIVES:
-        raise PatternSearchError(f"--objective must be one of {', '.join(OBJECTIVES)} (got {options.objective!r})")
+        raise RunError(f"--objective must be one of {', '.join(OBJECTIVES)} (got {options.objective!r})")
     if options.teacher not in TEACHERS:
-        raise PatternSearchError(f"--teacher must be one of {', '.join(TEACHERS)} (got {options.teacher!r})")
+        raise RunError(f"--teacher must be one of {', '.join(TEACHERS)} (got {options.teacher!r})")
     if not 1 <= options.blocks <= len(start):
-        raise PatternSearchError(
-            f"--blocks must lie in 1 .. {len(start)}, the number of layers (got {options.blocks})"
-        )
+        raise RunError(f"--blocks must lie in 1 .. {len(start)}, the number of layers (got {options.blocks})")
     if options.blocks > 1 and options.algorithm != "greedy":
-        raise PatternSearchError("--blocks belongs to --algorithm greedy")
+        raise RunError("--blocks belongs to --algorithm greedy")
 
 
 def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:

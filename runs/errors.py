@@ -1,7 +1,7 @@
-"""What the person who evaluates can mend."""
+"""What the person who runs long work can put right."""
 
 from __future__ import annotations
 
 
-class EvaluationError(ValueError):
-    """Data, source or settings that cannot be used; the message says what, where and how to mend it."""
+class RunError(ValueError):
+    """Data, a source, settings or a journal that work cannot use; the message says what, where and the way out."""

@@ -12,7 +12,7 @@ from ..configuration.share_pattern import SharePattern
 from ..conversion.io.load_source import load_source
 from ..conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .errors import EvaluationError
+from .errors import RunError
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -43,25 +43,23 @@ class Placement:
         if self.device_map is not None and self.device_map not in DEVICE_MAPS:
             check_device(self.device_map, "--device-map")
         if self.device_map is not None and importlib.util.find_spec("accelerate") is None:
-            raise EvaluationError("--device-map needs accelerate: pip install accelerate")
+            raise RunError("--device-map needs accelerate: pip install accelerate")
 
 
 def check_device(name: str, flag: str = "--device") -> torch.device:
     """The device of that name.
 
     Raises:
-        EvaluationError: torch knows none, or this machine has none of it.
+        RunError: torch knows none, or this machine has none of it.
     """
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise EvaluationError(
-            f"{flag} {name!r} is no device that torch knows: {str(error).splitlines()[0]}"
-        ) from error
+        raise RunError(f"{flag} {name!r} is no device that torch knows: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EvaluationError(f"{flag} {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise RunError(f"{flag} {name}: torch sees {torch.cuda.device_count()} CUDA devices")
     if device.type == "meta":
-        raise EvaluationError(f"{flag} meta holds no values: give a device that computes")
+        raise RunError(f"{flag} meta holds no values: give a device that computes")
     return device
 
 
@@ -92,8 +90,12 @@ def load_model(source: str | OpenedCheckpoint, placement: Placement | None = Non
         "token": placement.token,
     }
     if placement.tensor_parallel:
-        return load_source(opened, tp_plan="auto", **arguments).eval()
-    if placement.device_map:
-        return load_source(opened, device_map=placement.device_map, **arguments).eval()
-    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    return load_source(opened, **arguments).to(placement.device or local).eval()  # type: ignore[arg-type]
+        arguments["tp_plan"] = "auto"
+    elif placement.device_map:
+        arguments["device_map"] = placement.device_map
+    model = load_source(opened, **arguments)
+    if not (placement.tensor_parallel or placement.device_map):
+        local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
+        model.to(placement.device or local)  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

@@ -21,8 +21,11 @@ class Monitor:
     def begin(self, phase: str, steps: int) -> None:
         """A phase of so many steps begins."""
 
-    def step(self, text: str) -> None:
-        """A step is done."""
+    def step(self, text: str = "") -> None:
+        """A step is done; `text` says what it gave, where each is worth a line."""
+
+    def entry(self, text: str) -> None:
+        """What the steps so far gave, where they are too many for a line each."""
 
     def advance(self, layer_forwards: int) -> None:
         """Layers were run."""
@@ -75,15 +78,25 @@ class TerminalMonitor(Monitor):
         if self._live:
             self._bar.reset(self._task, total=steps, description=phase, speed="")
 
-    def step(self, text: str) -> None:
+    def step(self, text: str = "") -> None:
         """See `Monitor`."""
         self._done += 1
         if self._live:
-            self._bar.update(self._task, completed=self._done, description=f"{self._phase}: {text}")
-        else:
+            self._bar.update(self._task, completed=self._done)
+            if text:
+                self._bar.update(self._task, description=f"{self._phase}: {text}")
+        elif text:
             seconds = time.monotonic() - self._phase_start
             left = seconds / self._done * max(0, self._steps - self._done)
             self.note(f"{self._phase} {self._done}/{self._steps}: {text} ({_clock(left)} left)")
+
+    def entry(self, text: str) -> None:
+        """See `Monitor`."""
+        if self._live:
+            self._bar.update(self._task, description=f"{self._phase}: {text}")
+        else:
+            seconds = (time.monotonic() - self._phase_start) / max(1, self._done)
+            self.note(f"{self._phase} {self._done}/{self._steps}: {text} ({seconds:.2f} s a step)")
 
     def advance(self, layer_forwards: int) -> None:
         """See `Monitor`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from .errors import EvaluationError
+from .errors import RunError
 
 
 def prepare_output(folder: Path, journal: Path, resume: bool, overwrite: bool, work: str) -> None:
@@ -19,17 +19,17 @@ def prepare_output(folder: Path, journal: Path, resume: bool, overwrite: bool, w
         work: what messages call it.
 
     Raises:
-        EvaluationError: it is no folder, cannot be written to, or holds earlier work.
+        RunError: it is no folder, cannot be written to, or holds earlier work.
     """
     if folder.exists() and not folder.is_dir():
-        raise EvaluationError(f"--output {folder} is a file, and a folder is written: give another")
+        raise RunError(f"--output {folder} is a file, and a folder is written: give another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise EvaluationError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
+        raise RunError(f"--output {folder} cannot be written to: {error.strerror or error}") from error
     if journal.is_dir():
-        raise EvaluationError(f"{journal} is a folder, and the journal belongs there: give another --output")
+        raise RunError(f"{journal} is a folder, and the journal belongs there: give another --output")
     if journal.exists() and journal.stat().st_size and not (resume or overwrite):
-        raise EvaluationError(f"{journal} holds an earlier {work}: go on with --resume, or use --overwrite")
+        raise RunError(f"{journal} holds an earlier {work}: go on with --resume, or use --overwrite")

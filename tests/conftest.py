@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from huggingface_hub import constants
+from testing.fresh_process import pytest_pyfunc_call  # noqa: F401 - a hook, of every test
 from testing.hub_double import Hub
 from testing.time_limits import PROCESS_SECONDS, TEST_SECONDS
 

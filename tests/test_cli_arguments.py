@@ -10,9 +10,12 @@ import typer
 from testing.time_limits import PROCESS_SECONDS
 from typer.testing import CliRunner
 
+from indexcache.benchmarks.bench.command import RENAMED as RENAMED_IN_BENCH
 from indexcache.cli import app
+from indexcache.distillation.command import RENAMED as RENAMED_IN_DISTILL
 from indexcache.pattern_search.run import _bytes
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.arguments import takes_old_names
+from indexcache.runs.errors import RunError
 
 VERBS = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
 
@@ -68,7 +71,7 @@ def test_there_are_such_options():
 
 @pytest.mark.parametrize("size", ["1.2.3GB", ".", "-1GB", "inf", "nan", "1e9", "9" * 400])
 def test_sizes_of_memory_that_are_none(size):
-    with pytest.raises(EvaluationError, match="no size"):
+    with pytest.raises(RunError, match="no size"):
         _bytes(size)
     assert _bytes("1.5 GB") == 1_500_000_000 and _bytes("0") == 0
 
@@ -82,3 +85,53 @@ def test_answers_that_need_no_model_import_none(arguments):
     imported = {line.rpartition("|")[2].strip() for line in finished.stderr.splitlines() if "import time:" in line}
     assert "indexcache.cli" in imported or "indexcache.runs.arguments" in imported
     assert not imported & {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "datasets"}
+
+
+RENAMED = [
+    (verb, old, new)
+    for verb, names in (("bench", RENAMED_IN_BENCH), ("distill", RENAMED_IN_DISTILL))
+    for old, new in names.items()
+]
+
+
+@pytest.mark.parametrize(("verb", "old", "new"), RENAMED)
+def test_renamed_options_are_taken_with_a_note_and_not_shown(verb, old, new):
+    flags = {flag for flag, *_ in parameters(verb)}
+    assert new.replace("--no-", "--") in flags and old.replace("--no-", "--") not in flags
+    required = ["nowhere", "nowhere", "--data", "nowhere"] if verb == "distill" else []
+    for given in ([old, "many"], [f"{old}=many"]):
+        refused = CliRunner().invoke(
+            app, [verb, *required, "--seed" if verb == "distill" else "--length", "x", *given]
+        )
+        assert f"note: {old} is called {new} now" in refused.stderr
+        assert refused.exit_code == 2 and f"No such option: {old}" not in refused.stderr
+    assert old not in CliRunner().invoke(app, [verb, "--help"], terminal_width=200).stdout.split()
+
+
+def test_a_value_given_under_an_old_name_is_the_new_option_s():
+    small, given = typer.Typer(), []
+
+    @small.command(cls=takes_old_names({"--rise": "--warmup-ratio", "--no-parts": "--no-breakdown"}))
+    def verb(words: list[str] | None = None, warmup_ratio: float = 0.5, breakdown: bool = True):
+        given.append((words, warmup_ratio, breakdown))
+
+    def run(*arguments):
+        finished = CliRunner().invoke(small, arguments)
+        assert finished.exit_code == 0, finished.output
+        return given.pop(), finished.stderr.count("note: ")
+
+    assert run("--warmup-ratio", "0.25", "--no-breakdown") == ((None, 0.25, False), 0)
+    assert run("--rise", "0.25", "--no-parts") == ((None, 0.25, False), 2)
+    assert run("--rise=0.25") == ((None, 0.25, True), 1)
+    assert run("--words", "risen") == ((["risen"], 0.5, True), 0)
+
+
+def test_what_stands_behind_two_dashes_is_no_option():
+    small, given = typer.Typer(), []
+
+    @small.command(cls=takes_old_names({"--rise": "--warmup-ratio"}))
+    def verb(text: typing.Annotated[str, typer.Argument()], warmup_ratio: float = 0.5):
+        given.append((text, warmup_ratio))
+
+    finished = CliRunner().invoke(small, ["--", "--rise"])
+    assert finished.exit_code == 0 and given == [("--rise", 0.5)] and "note: " not in finished.stderr

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from indexcache import cli
 from indexcache.cli import app
 from indexcache.runs.loading import load_model
-from indexcache.runs.pages.terminal import terminal
+from indexcache.runs.pages.terminal import terminal, text_streamer
 
 DEMO = Path(__file__).parents[1] / "demo" / "dsa_demo"
 
@@ -107,8 +107,8 @@ def test_a_source_s_json_that_is_none(text, tmp_path, name, content):
     ):
         if name == "tokenizer_config.json" and content in ("[1]", None):
             continue  # transformers can do without it
-        with pytest.warns() if name == "tokenizer_config.json" else pytest.MonkeyPatch.context():
-            refused(verb, *arguments, codes=(1, 2))
+        message = refused(verb, *arguments, codes=(1, 2))
+        assert name in message or f"tokenizer of {source}" in message
     assert not (tmp_path / "d").exists()
 
 
@@ -197,7 +197,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, tmp_path, capsy
 
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    monkeypatch.setattr("indexcache.conversion.io.checkpoint.open_source", break_down)
+    monkeypatch.setattr("indexcache.conversion.io.open_checkpoint.open_source", break_down)
     monkeypatch.setattr(sys, "argv", ["indexcache", "inspect", str(DEMO)])
     monkeypatch.setattr("indexcache.conversion.io.open_checkpoint.open_source", break_down)
     with pytest.raises(SystemExit) as ended:
@@ -216,3 +216,79 @@ def test_a_long_value_is_shown_by_its_ends(tmp_path):
     pattern.write_text(json.dumps({"index_share_pattern": "x" * 100_000 + "y"}))
     said = refused("convert", DEMO, tmp_path / "out", "--pattern-file", pattern)
     assert str(pattern) in said.replace(" ", "") and "characters)" in said and len(said) < 6_000
+
+
+NUL = "a\0b"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("convert", DEMO, NUL, "--keep", "1/2"),
+        ("convert", NUL, "out", "--keep", "1/2"),
+        ("verify", NUL, DEMO),
+        ("inspect", NUL),
+        ("search", DEMO, "--data", NUL),
+        ("eval", DEMO, "--output", NUL),
+        ("distill", DEMO, NUL, "--data", "text.txt", "--keep", "1/2"),
+        ("bench", "--output", NUL),
+        ("generate", DEMO, NUL),
+        ("push", NUL, "tester/pushed"),
+        ("refresh", NUL),
+        ("export", DEMO, NUL, "--to", "vllm"),
+        ("warm-up", NUL),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_verb_takes_a_nul(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert r"'a\x00b' holds a NUL character" in refused(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_escape_sequence_of_a_name_reaches_the_terminal(text, tmp_path):
+    source = Path(shutil.copytree(DEMO, tmp_path / "a\x1b[2Jb"))
+    given = ["--data", text, "--seqlen", 80, "--nsamples", 2]
+    verbs = {
+        "search": [source, *given, "--keep", 11, "--no-curve", "--no-pictures", "--output", tmp_path / "s\x1b[2J"],
+        "eval": [source, *given, "--task", "perplexity", "--no-pictures", "--output", tmp_path / "e\x1b[2J"],
+        "convert": [source, tmp_path / "o\x1b[2J", "--keep", "1/3"],
+        "inspect": [source],
+        "push": [tmp_path / "o\x1b[2J", "tester/pushed", "--dry-run"],
+        "export": [tmp_path / "o\x1b[2J", tmp_path / "x\x1b[2J", "--to", "vllm"],
+    }
+    for verb, arguments in verbs.items():
+        finished = run(verb, *arguments)
+        assert finished.exit_code == 0, (verb, finished.output, finished.exception)
+        assert "\x1b" not in finished.output, verb
+        assert r"\x1b[2J" in finished.output or verb == "push", verb
+
+
+def test_libraries_carry_no_escape_sequence_and_no_letter_fails(run_python):
+    """Warnings and log records quote what they found; stdout may know fewer letters than a name has."""
+    script = """
+import logging, warnings
+sys.stdout.reconfigure(encoding="ascii", errors="strict")
+from indexcache.conversion.io.terminal_text import guard_terminal, tell
+guard_terminal()
+tell("name \\udcff \\u4e2d \\x1b[2J")
+logging.getLogger("a.library").warning("model type %s", "\\x1b[2J")
+warnings.warn("config \\x1b[2J")
+print("as it is \\udcff \\u4e2d")
+"""
+    said = run_python(script, installed=True)
+    assert said.stdout == "name \\udcff \\u4e2d \\x1b[2J\nas it is \\udcff \\u4e2d\n"
+    assert "\x1b" not in said.stderr and r"model type \x1b[2J" in said.stderr and r"config \x1b[2J" in said.stderr
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_generated_text_is_escaped_on_a_terminal_alone(monkeypatch, capsys, is_terminal):
+    class Tokens:
+        def decode(self, ids, **_):
+            return "".join(map(chr, ids))
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    streamer = text_streamer(Tokens())
+    streamer.put(torch.tensor([[97, 27, 91, 50, 74, 10]]))
+    streamer.end()
+    assert capsys.readouterr().out.rstrip("\n") == (r"a\x1b[2J" if is_terminal else "a\x1b[2J")

@@ -35,13 +35,14 @@ def test_no_verb_trusts_the_code_of_a_checkpoint():
     assert trusting == []
 
 
-def test_nothing_is_unpickled():
+def test_nothing_is_unpickled_but_what_a_process_sends_its_own_child():
     unpickling = [
-        at
+        at.rpartition(":")[0]
         for at, call in calls()
         if re.fullmatch(r"(torch|pickle|joblib|dill|cloudpickle|marshal)\.loads?", ast.unparse(call.func))
     ]
-    assert unpickling == []
+    # The process that compiles kernels reads what to compile from a pipe of the process that started it.
+    assert unpickling == ["kernels/common/compile_process.py"]
 
 
 @pytest.mark.skipif(not DOCUMENT.is_file(), reason="documents are not installed")
@@ -59,4 +60,4 @@ def test_every_statement_of_what_holds_names_a_test():
     text = DOCUMENT.read_text(encoding="utf-8")
     points = re.findall(r"^- (.*(?:\n  .*)*)", text, re.MULTILINE)
     without = [point for point in points if "`tests/" not in point]
-    assert [point.partition(" on a Hub id")[0] for point in without] == ["`eval`, `search`, `distill` and `generate`"]
+    assert without == []

@@ -1,6 +1,7 @@
 """What setup.cfg promises is what `make test-oldest` installs, and the extras hold together."""
 
 import configparser
+import importlib.util
 import re
 from pathlib import Path
 
@@ -9,13 +10,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def floors():
-    """Package -> lowest version that setup.cfg allows, of everything that users install."""
+def setup_cfg():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    extras = dict(setup["options.extras_require"])
-    wanted = setup["options"]["install_requires"] + "".join(
-        extras[name] for name in ("triton", "train", "lora", "eval", "plots")
+    return setup
+
+
+def extras():
+    """Requirements by extra, those for developers aside."""
+    found = {name: lines.split("\n")[1:] for name, lines in setup_cfg()["options.extras_require"].items()}
+    return {name: lines for name, lines in found.items() if name not in ("test", "dev")}
+
+
+def floors():
+    """Package -> lowest version that setup.cfg allows, of everything that users install."""
+    wanted = setup_cfg()["options"]["install_requires"] + "\n".join(
+        ["", *(line for one in extras().values() for line in one)]
     )
     found = {}
     for line in wanted.split("\n"):
@@ -46,3 +56,15 @@ def test_the_pinned_set_is_within_every_range(package):
     (floor,) = floors()[package]
     tested = pinned("constraints.txt").get(package)
     assert tested is None or numbers(tested) >= numbers(floor)
+
+
+@pytest.mark.parametrize("extra", sorted(extras()))
+def test_every_extra_is_installed_for_the_tests_and_used_by_one(extra):
+    """A test that needs a package is skipped for everybody where `test` does not bring it."""
+    tested = setup_cfg()["options.extras_require"]["test"].split("\n")
+    texts = [path.read_text() for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__)]
+    for requirement in extras()[extra]:
+        package = re.match(r"[\w-]+", requirement)[0]
+        assert requirement in tested
+        assert importlib.util.find_spec(package) is not None
+        assert any(re.search(rf"\b{package}\b", text) for text in texts), f"no test names {package}"

@@ -1,5 +1,6 @@
 """The built wheel, without the repository, converts, loads and generates from any folder."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,8 +28,14 @@ def installed(tmp_path_factory):
     return target
 
 
-def run(installed, folder, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+def run(installed, folder, *arguments, **variables):
+    environment = {
+        **os.environ,
+        **variables,
+        "PYTHONPATH": str(installed),
+        "HF_HOME": str(folder / "hf"),
+        "HF_HUB_OFFLINE": "1",
+    }
     finished = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
@@ -48,6 +55,17 @@ def test_wheel_holds_the_package_and_nothing_else(installed):
     assert {"configuration", "kernels", "modeling_indexcache", "conversion", "evaluation"} <= folders
     assert not folders & {"tests", "demo", ".git", "docs"}
     assert not list((installed / "indexcache").glob("*/__init__.py"))
+    assert {path.name for path in (installed / "indexcache" / "benchmarks").iterdir()} == {"bench", "kernels"}
+    assert not list(installed.rglob("*.json"))
+
+
+def test_wheel_benchmarks(installed, tmp_path):
+    command = ["-c", "from indexcache.cli import main; main()", "bench", "--shape", "tiny", "--length", "64"]
+    options = ["--decode-steps", "4", "--repeats", "1", "--device", "cpu", "--no-parts", "--no-pictures", "--json"]
+    document = json.loads(run(installed, tmp_path, *command, *options, INDEXCACHE_COMMIT="abc123"))
+    assert document["versions"]["commit"] == "abc123"
+    assert all(row["prefill_seconds"] > 0 for row in document["rows"] if row["kind"] == "generate")
+    assert (tmp_path / "indexcache_bench" / "bench.json").exists()
 
 
 def test_wheel_converts_loads_and_generates(installed, tmp_path):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ...conversion.io.terminal_text import tell
 from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+from ...runs.command_line import print_json
 
 if TYPE_CHECKING:
     from .speed_plan import Row
 
 _WHAT = "What to measure"
+# What options were called in 0.1.
+RENAMED = {
+    "--parts": "--breakdown",
+    "--no-parts": "--no-breakdown",
+    "--peer": "--baseline",
+    "--peer-length": "--baseline-length",
+}
 LENGTHS = {"cuda": (10_000, 60_000, 120_000, 200_000), "cpu": (512, 1024, 2048)}
 
 
@@ -35,12 +42,14 @@ def bench(
     ] = None,
     pattern: Annotated[
         list[str] | None,
-        typer.Option(help="'all full', 1/4, own, or letters; repeat. The first is compared with. The paper's for 47."),
+        typer.Option(
+            help="'all full', 1/4, own, or letters; repeat. Compared with the first. For 47 layers, the paper's."
+        ),
     ] = None,
     input: Annotated[
         Literal["drift", "random"] | None,
         typer.Option(
-            help="drift: neighbours select alike, as in trained models. Default; random tokens for a checkpoint.",
+            help="drift: neighbouring tokens select alike, as in trained models (default). random: tokens at random.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -48,28 +57,40 @@ def bench(
         list[str] | None,
         typer.Option(help="Caches of generate(): static, dynamic; repeat. Default: static.", rich_help_panel=_WHAT),
     ] = None,
-    decode_steps: Annotated[int, typer.Option(min=4, help="Tokens timed.", rich_help_panel=_WHAT)] = 32,
+    decode_steps: Annotated[int, typer.Option(min=4, help="Generated tokens to time.", rich_help_panel=_WHAT)] = 32,
     batch_size: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Sequences in a full cache; repeat. 0: as many as fit.", rich_help_panel=_WHAT),
+        typer.Option(
+            min=0,
+            help="Also decode so many sequences with a full cache; repeat. 0: as many as fit.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
-    parts: Annotated[bool, typer.Option(help="Break the time down by part.", rich_help_panel=_WHAT)] = True,
-    peer: Annotated[
-        bool, typer.Option("--peer", help="Run transformers' own glm_moe_dsa too.", rich_help_panel=_WHAT)
+    breakdown: Annotated[
+        bool, typer.Option(help="Also time indexer, attention, experts and projections.", rich_help_panel=_WHAT)
+    ] = True,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Run transformers' own glm_moe_dsa too.", rich_help_panel=_WHAT)
     ] = False,
-    peer_length: Annotated[
-        list[int] | None, typer.Option(min=1, help="Its lengths. Default: the shortest.", rich_help_panel=_WHAT)
+    baseline_length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Its context lengths; repeat. Default: the shortest.", rich_help_panel=_WHAT),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Calls; the best counts.", rich_help_panel=_WHAT)] = 2,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Calls per measurement; the best counts.", rich_help_panel=_WHAT)
+    ] = 2,
     plan: Annotated[
         Path | None,
-        typer.Option(help="JSON file that lists what to measure in which order instead.", rich_help_panel=_WHAT),
+        typer.Option(
+            help="JSON file that lists the measurements in their order, in place of the options.",
+            rich_help_panel=_WHAT,
+        ),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and page.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder for bench.json, journal, pictures and report.")] = Path(
         "indexcache_bench"
     ),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the journal.", rich_help_panel=RUN_PANEL)
+        bool, typer.Option("--resume", help="Continue from the journal.", rich_help_panel=RUN_PANEL)
     ] = False,
     overwrite: Overwrite = False,
     device: Device = None,
@@ -85,20 +106,20 @@ def bench(
     """
     import torch
 
+    from ...runs.errors import RunError
     from ...runs.loading import check_device
-    from .errors import BenchError
     from .speed_plan import read_plan
     from .speed_run import BenchOptions, run_bench
 
     kind = check_device(device).type if device else ("cuda" if torch.cuda.is_available() else "cpu")
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
-        raise BenchError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
+        raise RunError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
     if source is not None and (shape or experts or layers):
-        raise BenchError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
-    if plan is not None and (length or pattern or cache or batch_size or peer or peer_length):
-        raise BenchError(
-            "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and peer"
+        raise RunError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
+    if plan is not None and (length or pattern or cache or batch_size or baseline or baseline_length):
+        raise RunError(
+            "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and baseline"
         )
     lengths = tuple(length or LENGTHS["cuda" if kind == "cuda" else "cpu"]) if plan is None else ()
     options = BenchOptions(
@@ -114,8 +135,8 @@ def bench(
         ways=ways,
         decode_steps=decode_steps,
         batch_sizes=tuple(batch_size or ()),
-        parts=parts,
-        peer_lengths=tuple(peer_length or (min(lengths),)) if peer or peer_length else (),
+        parts=breakdown,
+        peer_lengths=tuple(baseline_length or (min(lengths),)) if baseline or baseline_length else (),
         repeats=repeats,
         device=kind if device is None else device,
         dtype=dtype,
@@ -125,13 +146,13 @@ def bench(
     )
     document = run_bench(options, output, resume, overwrite, _silent if as_json else _line)
     for warning in document.get("warnings", []):
-        typer.echo(f"warning: {warning}", err=True)
+        tell(f"warning: {warning}", err=True)
     drawn = _draw(document, output, as_json) if pictures else []
     if as_json:
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        print_json(document)
         return
     _print_tables(document)
-    typer.echo(f"{output}: " + ", ".join(["bench.json", *drawn]))
+    tell(f"{output}: " + ", ".join(["bench.json", *drawn]))
 
 
 def _silent(row: Row, found: dict[str, Any], resumed: bool) -> None:
@@ -150,7 +171,7 @@ def _line(row: Row, found: dict[str, Any], resumed: bool) -> None:
         + f" batch {row.batch or 'most'}" * (row.kind == "full cache")
     )
     mark = " (from the journal)" * resumed
-    typer.echo(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
+    tell(f"{row.model} {row.kind}{way} {row.tokens:,} {row.pattern}: {shown}{mark}", err=True)
 
 
 def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
@@ -159,9 +180,9 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         from .speed_figures import draw_parts, draw_speed_ups
     except ImportError:
         if not as_json:
-            typer.echo("no pictures: pip install matplotlib", err=True)
+            tell("no pictures: pip install matplotlib", err=True)
         return []
-    from .speed_report import REPORT_FILE, write_page
+    from .speed_report import REPORT_FILE, write_report
 
     pictures = [
         (title, output / name)
@@ -171,7 +192,7 @@ def _draw(document: dict[str, Any], output: Path, as_json: bool) -> list[str]:
         )
         if draw(document, output / name)
     ]
-    write_page(document, pictures, output / REPORT_FILE)
+    write_report(document, pictures, output / REPORT_FILE)
     return [path.name for _, path in pictures] + [REPORT_FILE]
 
 

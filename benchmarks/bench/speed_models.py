@@ -13,7 +13,7 @@ from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...configuration.share_pattern import SharePattern
 from ...conversion.io.open_checkpoint import OpenedCheckpoint
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from .errors import BenchError
+from ...runs.errors import RunError
 
 # The paper's searched patterns of its 30B model (appendix B).
 PAPER_PATTERNS = {
@@ -112,7 +112,7 @@ def checkpoint_model(
     from ...conversion.io.load_source import load_source
 
     model = load_source(opened, dtype=dtype, token=token)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def peer_model(config: IndexCacheConfig, dtype: torch.dtype, pattern: str, device: torch.device) -> Any:
@@ -142,7 +142,7 @@ def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
         wanted: `all full`, `own` (the checkpoint's), a share such as `1/4`, or letters.
 
     Raises:
-        BenchError: a name or pattern that does not fit the model.
+        RunError: a name or pattern that does not fit the model.
     """
     layers, own = config.num_hidden_layers, str(config.share_pattern)
     found: dict[str, str] = {}
@@ -159,11 +159,9 @@ def patterns_of(config: IndexCacheConfig, wanted: list[str]) -> dict[str, str]:
             else:
                 pattern = str(SharePattern.uniform(layers, name))
         except ValueError as error:
-            raise BenchError(f"--pattern {name!r}: {error}") from error
+            raise RunError(f"--pattern {name!r}: {error}") from error
         if lacking := [i for i, (a, b) in enumerate(zip(pattern, own)) if a == "F" and b == "S"]:
-            raise BenchError(
-                f"--pattern {name!r} makes layers {lacking} full, and this checkpoint has no indexer there"
-            )
+            raise RunError(f"--pattern {name!r} makes layers {lacking} full, and this checkpoint has no indexer there")
         found[name] = pattern
     return found
 
@@ -192,7 +190,8 @@ def let_neighbours_agree(model: Any, step: float | None = None, position_weight:
             if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
                 weight.mul_(residual)
     table = model.get_input_embeddings().weight
-    table.copy_(drifting_walk(*table.shape, table.device, DRIFT_STEP if step is None else step) * DRIFT_SPREAD)
+    rows, width = table.shape
+    table.copy_(drifting_walk(rows, width, table.device, DRIFT_STEP if step is None else step) * DRIFT_SPREAD)
 
 
 def drifting_walk(rows: int, width: int, device: torch.device, step: float) -> torch.Tensor:

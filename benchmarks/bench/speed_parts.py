@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ...modeling_indexcache import modeling_indexcache
-from ...modeling_indexcache.attention import inference_attention
+from ...modeling_indexcache.attention import dense_attention, inference_attention
 from ...modeling_indexcache.layers import expert_router, indexer
 
 PARTS = ("indexer", "selection", "attention", "experts", "projections", "rest")
@@ -111,19 +111,12 @@ def _function_parts(call: Callable[[], Any]) -> dict[str, float]:
         for module, function, part in (
             (indexer, "lightning_indexer", "indexer"),
             (inference_attention, "sparse_mla", "attention"),
+            (dense_attention, "attend_expanded", "attention"),
             (expert_router, "expert_topk", "experts"),
         ):
             stack.enter_context(patch.object(module, function, watch.wrap(part, getattr(module, function))))
-        attend = modeling_indexcache.IndexCacheAttention._attend_expanded
-        stack.enter_context(
-            patch.object(
-                modeling_indexcache.IndexCacheAttention,
-                "_attend_expanded",
-                lambda self, *args: watch.wrap("attention", attend)(self, *args),
-            )
-        )
         for part, kind in experts.items():
-            forward = kind.forward
+            forward = kind.forward  # type: ignore[attr-defined]
 
             def replaced(self: Any, *args: Any, _forward: Any = forward, _part: str = part, **kwargs: Any) -> Any:
                 inside_experts = watch._open[-1] == "experts"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BenchError
+from ...runs.errors import RunError
 
 OURS, PEER = "indexcache", "transformers"
 KINDS = ("generate", "full cache", "parts", "overlap")
@@ -49,18 +49,18 @@ def read_plan(path: Path) -> list[Row]:
     that order), and may have `model`, `way` (one or a list), `batch`, `input`, `repeats` and `indexer`, as `Row`.
 
     Raises:
-        BenchError: a file that cannot be read or an entry that makes no sense, naming it.
+        RunError: a file that cannot be read or an entry that makes no sense, naming it.
     """
     try:
         entries = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BenchError(f'--plan {path} is not a JSON file of {{"rows": [...]}}: {error!r}') from error
+        raise RunError(f'--plan {path} is not a JSON file of {{"rows": [...]}}: {error!r}') from error
     rows: list[Row] = []
     for number, entry in enumerate(entries):
         try:
             rows += _rows_of(entry)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise BenchError(f"--plan {path}, entry {number} ({json.dumps(entry)}): {error!r}") from error
+            raise RunError(f"--plan {path}, entry {number} ({json.dumps(entry)}): {error!r}") from error
     return list(dict.fromkeys(rows))
 
 

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...runs.pages.page import facts, picture, table, write_page
 from .speed_parts import PARTS
 
 REPORT_FILE = "report.html"
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; text-align: right;
-border-bottom: 1px solid #e3e6ea; font-variant-numeric: tabular-nums } td:first-child, th:first-child { text-align:
-left } code { font: 13px ui-monospace, monospace } img { max-width: 100% } h2 { margin-top: 2.2rem }
-"""
-
 Table = tuple[str, list[str], list[list[str]]]
 
 
@@ -28,9 +21,9 @@ def tables(document: dict[str, Any]) -> list[Table]:
         theirs = " (transformers' own glm_moe_dsa)" if model == "transformers" else ""
         for kind, value, title, digits in (
             ("generate", "prefill_seconds", "Prefill, seconds to the first token", 3),
-            ("generate", "tokens_per_second", "Decode, tokens a second, batch 1", 1),
+            ("generate", "tokens_per_second", "Decode, tokens per second, batch 1", 1),
             ("generate", "peak_gib", "Peak memory, GiB", 1),
-            ("full cache", "tokens_per_second", "Decode with a full cache, tokens a second", 1),
+            ("full cache", "tokens_per_second", "Decode with a full cache, tokens per second", 1),
         ):
             chosen = [row for row in rows if row["kind"] == kind and row["model"] == model]
             if any(value in row for row in chosen):
@@ -89,25 +82,13 @@ def _key(row: dict[str, Any]) -> tuple[int, str, int, str, str]:
     return row["tokens"], row["way"], row["batch"], row.get("input", ""), row.get("indexer", "")
 
 
-def write_page(document: dict[str, Any], pictures: list[tuple[str, Path]], path: Path) -> None:
+def write_report(document: dict[str, Any], pictures: list[tuple[str, Path]], path: Path) -> None:
     """Everything in one HTML file."""
-    facts = {
-        name: document[name] for name in ("device", "date", "dtype", "backend", "layers", "routed_experts", "input")
-    }
-    facts |= document["versions"]
+    names = ("dtype", "backend", "layers", "routed_experts", "input")
     parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8>",
-        f"<title>{escape(document['what'])}: speed</title><style>{_STYLE}</style>",
-        f"<h1>Speed of {escape(document['what'])}</h1>",
-        "<p>" + escape(", ".join(f"{name} {value}" for name, value in facts.items())) + "</p>",
+        facts({**{name: document[name] for name in names}, **document["versions"]}),
+        *(picture(title, file) for title, file in pictures),
+        *(f"<h2>{escape(title)}</h2>{table(columns, lines)}" for title, columns, lines in tables(document)),
+        "<h2>Patterns</h2>" + table(["name", "pattern"], document["patterns"].items()),
     ]
-    for title, picture in pictures:
-        image = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f"<h2>{escape(title)}</h2><img alt='{escape(title)}' src='data:image/png;base64,{image}'>")
-    for title, columns, lines in tables(document):
-        head = "".join(f"<th>{escape(name)}" for name in columns)
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}" for cell in line) for line in lines)
-        parts.append(f"<h2>{escape(title)}</h2><table><tr>{head}{body}</table>")
-    rows = "".join(f"<tr><td>{escape(name)}<td><code>{p}</code>" for name, p in document["patterns"].items())
-    parts.append(f"<h2>Patterns</h2><table>{rows}</table>")
-    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    write_page(f"Speed of {document['what']}", parts, path)

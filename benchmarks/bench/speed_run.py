@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 import weakref
@@ -12,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 
 from ...conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from ...conversion.io.shard_writer import write_json
 from ...kernels.common.early_launch import launches_in_turn
 from ...modeling_indexcache.attention.attention_backends import resolve_attention_backend
 from ...modeling_indexcache.compile_ahead import finish_compiling
+from ...runs.errors import RunError
 from ...runs.journal import Journal
 from ...runs.loading import check_device
 from ...runs.output import prepare_output
+from ...runs.versions import stamp
 from . import speed_models
-from .errors import BenchError
-from .machine import machine
 from .speed_measures import (
     cache_bytes,
     full_cache_rows,
@@ -124,7 +123,7 @@ def run_bench(
         The document that is also written to `bench.json`.
 
     Raises:
-        BenchError: options that cannot be measured, or a journal of another run.
+        RunError: options that cannot be measured, or a journal of another run.
     """
     device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     opened = None
@@ -149,9 +148,7 @@ def run_bench(
 
     def write() -> dict[str, Any]:
         document = _document(options, identity, models.config, patterns, journal)
-        partial = output / f"{RESULT_FILE}.partial"
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(output / RESULT_FILE)
+        write_json(output / RESULT_FILE, document)
         return document
 
     bench = _Bench(options, journal, progress, models, patterns)
@@ -286,7 +283,7 @@ class _Bench:
 
 
 @torch.no_grad()
-def _inspect(model: nn.Module, tokens: int, kind: str) -> dict[str, Any]:
+def _inspect(model: Any, tokens: int, kind: str) -> dict[str, Any]:
     """Parts of a prefill and of a decoding step behind it, and how far the queries after them agree."""
     steps = 7
     ids = prompt(model, tokens + steps + OVERLAP_QUERIES, kind)
@@ -328,32 +325,29 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
     planned = tuple(row.tokens for row in options.rows)
     for name, lengths in (
         ("--length", options.lengths),
-        ("--peer-length", options.peer_lengths),
+        ("--baseline-length", options.peer_lengths),
         ("--plan: length", planned),
     ):
         for tokens in lengths:
             if not 16 <= tokens <= longest:
-                raise BenchError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
+                raise RunError(f"{name} {tokens} must lie in 16 .. {longest}, the model's longest context")
     if options.source is not None and options.input == "drift":
-        raise BenchError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
+        raise RunError("--input drift makes an embedding table of its own: it is for --shape, not for a checkpoint")
     if not options.lengths and not planned:
-        raise BenchError("--length: give at least one context length")
+        raise RunError("--length: give at least one context length")
     family = config.source_model_type
     peers = options.peer_lengths or any(row.model == PEER for row in options.rows)
     if options.source is not None and peers and family not in (None, "glm_moe_dsa"):
-        raise BenchError(f"--peer runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
+        raise RunError(f"--baseline runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
 
 
 def _document(
     options: BenchOptions, identity: dict[str, Any], config: Any, patterns: dict[str, str], journal: RowJournal
 ) -> dict[str, Any]:
-    on = machine()
     return {
         "what": options.source or f"{options.shape} shape, random weights",
         **identity,
-        "date": on["date"],
-        "python": on["python"],
-        "versions": {"torch": on["torch"], "transformers": on["transformers"], "triton": on["triton"] or "none"},
+        "versions": stamp(),
         "backend": resolve_attention_backend(None),
         "layers": config.num_hidden_layers,
         "routed_experts": config.n_routed_experts,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ...kernels.lightning_indexer.indexer_quantization import quantize_for_scoring
-from ..bench.machine import machine
+from ...runs.versions import stamp
 from .lightning_indexer import make_inputs
 
 
@@ -105,7 +105,7 @@ def main() -> None:
         print(one, flush=True)
     if arguments.output:
         document = {
-            "machine": machine(),
+            "machine": stamp(),
             "command": "python -m indexcache.benchmarks.kernels.e4m3_products",
             "runs": found,
         }

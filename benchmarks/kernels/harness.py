@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..bench.machine import machine
+from ...runs.versions import stamp
 
 
 @dataclass
@@ -174,6 +174,6 @@ def _line(record: dict[str, Any]) -> str:
 
 def write_json(path: Path, command: str, ceilings: dict[str, float], records: list[dict[str, Any]]) -> None:
     """Write the records with the machine, the date and the command that made them."""
-    document = {"machine": machine(), "command": command, "ceilings": ceilings, "cases": records}
+    document = {"machine": stamp(), "command": command, "ceilings": ceilings, "cases": records}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

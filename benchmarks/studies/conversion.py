@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from indexcache.benchmarks.bench.machine import machine
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.families import convert_config, expected_indexer, expected_tensors, load_config
-from indexcache.conversion.io.checkpoint import FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
 from indexcache.conversion.io.fp8 import SCALE_SUFFIX, scale_grid
+from indexcache.conversion.io.sources import FolderSource
+from indexcache.runs.versions import stamp
 
 LAYERS, KEEP, SHARDS = 12, "1/4", 36
 CONFIG = {
@@ -62,7 +63,7 @@ _CONVERT = """
 import json, sys, time
 from pathlib import Path
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.io.checkpoint import FolderSource
+from indexcache.conversion.io.sources import FolderSource
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 
 source, output, pattern, options = sys.argv[1:]
@@ -199,7 +200,7 @@ def main() -> None:
         copied = min(float(str(run["seconds"])) for run in runs["cp -r"])
         results = {
             "command": f"python -m indexcache.benchmarks.studies.conversion --gigabytes {arguments.gigabytes:g}",
-            "machine": {**machine(), "memory_gigabytes": round(pages / 1e9)},
+            "machine": {**stamp(), "memory_gigabytes": round(pages / 1e9)},
             "checkpoint": {
                 "bytes": checkpoint.nbytes,
                 "tensors": len(checkpoint.tensors),

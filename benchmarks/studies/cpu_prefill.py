@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..bench.machine import machine
+from ...runs.versions import stamp
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
 PATTERNS = {"all full": "F" * 12, "4 of 12": "FFSSSSFFSSSS"}
@@ -64,7 +64,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     record = {
         "what": "prefill of dsa_demo (12 layers, top-64), fp32, sdpa backend, CPU",
-        "machine": machine(),
+        "machine": stamp(),
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(record, indent=2) + "\n")

@@ -33,9 +33,9 @@ from ...distillation.source import open_distillation_source
 from ...distillation.training.all_experts import use_all_experts
 from ...distillation.training.trainer import DistillationTrainer, freeze_for, training_arguments
 from ...evaluation.perplexity import evaluate_windows
+from ...runs.versions import stamp
 from ...runs.windows.window_sources import Sampling, windows_of_file
 from ...runs.windows.windows import Windows
-from ..bench.machine import machine
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def main() -> None:
     for worker in workers:
         worker.start()
     results: list[dict[str, Any]] = []
-    document: dict[str, Any] = {"machine": machine(), "command": sys.argv[1:], "results": results}
+    document: dict[str, Any] = {"machine": stamp(), "command": sys.argv[1:], "results": results}
     # One process compiles what all need, and another scores what is there.
     if options.no_warm:
         warmed.set()
@@ -323,11 +323,11 @@ def take_whole_batches() -> None:
     """Models this small are bound by launches: let what is computed in chunks be computed at once."""
     from ...kernels.indexer_distillation import indexer_distillation_reference
     from ...kernels.sparse_mla import sparse_mla_reference
-    from ...modeling_indexcache.attention import inference_attention
+    from ...modeling_indexcache.attention import query_chunks
     from ...modeling_indexcache.training import indexer_training
 
     indexer_distillation_reference.BLOCK_BYTES = sparse_mla_reference.GATHER_BLOCK_BYTES = 2**31
-    indexer_training.BLOCK_BYTES = inference_attention.ATTENTION_BLOCK_BYTES = 2**31
+    indexer_training.BLOCK_BYTES = query_chunks.ATTENTION_BLOCK_BYTES = 2**31
 
 
 def score(model: Any, test: Windows) -> dict[str, float]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -27,12 +28,13 @@ import torch
 
 from ...configuration.share_pattern import FULL, SHARED
 from ...conversion.io.load_source import load_source
-from ...modeling_indexcache.attention.key_visibility import KeyVisibility
+from ...modeling_indexcache.forward_plan import ForwardPlan
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ...modeling_indexcache.selection import Selection
+from ...runs.versions import stamp
 from ...runs.windows.calibration import load_windows
 from ...runs.windows.window_sources import Sampling
 from ...runs.windows.windows import Windows
-from ..bench.machine import machine
 
 # Sums over tokens: loss, KL to the predictions of the source and of dense attention, loss and hits of the tokens to be
 # recalled.
@@ -87,9 +89,7 @@ class PrefixTree:
     def _run(self, patterns: list[str], rows: list[int], finish: Any) -> None:
         ids = self._ids[rows, :-1]
         hidden = self._decoder.embed_tokens(ids)
-        slots = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        self._positions = self._decoder.rotary_emb(hidden, slots)
-        self._visibility = KeyVisibility.of(None, None, ids.shape[1], ids.device)
+        self._plan = ForwardPlan.of(self._decoder, hidden, keeps_states=True)
         self._descend([""], hidden[None], None, patterns, rows, finish)
 
     def _descend(self, prefixes, hidden, selection, patterns, rows, finish) -> None:
@@ -135,14 +135,9 @@ class PrefixTree:
         flat, reused = _fill(hidden.flatten(0, 1), missing), None
         if selection is not None:
             reused = _fill(selection.flatten(0, 1), missing)
-        out, picked = self._decoder.layers[layer](
-            flat,
-            position_embeddings=self._positions,
-            visibility=self._visibility,
-            past_key_values=None,
-            topk_indices=reused,
-            run_indexer=run_indexer,
-        )
+        plan = replace(self._plan, letters=(FULL if run_indexer else SHARED) * len(self._decoder.layers))
+        out, used, _ = plan.run(self._decoder, flat, Selection(reused), layer, layer + 1)
+        picked = used.listed
         self.layer_forwards += count
         out = out[:count].view(prefixes, windows, *out.shape[1:])
         return out, None if picked is None else picked[:count].view(prefixes, windows, *picked.shape[1:])
@@ -323,7 +318,7 @@ def draw_every(found: dict[int, dict[str, Any]], seqlen: int, named: dict[str, s
             )  # fmt: skip
         axis.set_title(f"all {len(chosen)} patterns with {count} full layers", fontsize=9, loc="left")
         axis.set_xlabel("loss on the calibration windows")
-        axis.set_ylabel("loss on the test windows (nats a token)")
+        axis.set_ylabel("loss on the test windows (nats per token)")
         plain(axis)
     save(figure, path)
 
@@ -387,7 +382,7 @@ def main() -> None:
                 row["fp32"] = means(sums, test)
                 exact = f"{row['fp32']['loss']:.4f} recall {row['fp32'].get('recall', float('nan')):.3f}"
                 print(f"{count}: {row['pattern']} {arguments.dtype} {row['loss']:.4f}, fp32 {exact}", flush=True)
-    document = {"machine": machine(), "dtype": arguments.dtype, "result": result}
+    document = {"machine": stamp(), "dtype": arguments.dtype, "result": result}
     (arguments.output / "every_pattern.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 

@@ -30,10 +30,10 @@ from ...pattern_search.algorithms.greedy import greedy
 from ...pattern_search.algorithms.lazy_greedy import lazy_greedy
 from ...pattern_search.measure.evaluator import Evaluation, Evaluator
 from ...pattern_search.measure.prefix_cache import PrefixCache
+from ...runs.versions import stamp
 from ...runs.windows.calibration import load_windows
 from ...runs.windows.window_sources import Sampling, read_windows
 from ...runs.windows.windows import Windows
-from ..bench.machine import machine
 from .every_pattern import PrefixTree, means
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -242,7 +242,7 @@ def main() -> None:
         print(json.dumps(found, indent=1))
         output = arguments.output or RESULTS / f"pattern_search_{arguments.algorithm}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": machine(), "result": found}, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"machine": stamp(), "result": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

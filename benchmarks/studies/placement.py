@@ -19,7 +19,7 @@ from accelerate.hooks import remove_hook_from_module
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..bench.machine import machine
+from ...runs.versions import stamp
 from ..bench.speed_measures import measure_generate
 from ..bench.speed_models import let_neighbours_agree, prompt
 
@@ -99,7 +99,7 @@ def main() -> None:
             rows.append({"placement": name, "length": length, **found})
             print(json.dumps(rows[-1]), flush=True)
         remove_hook_from_module(model, recurse=True)
-    chosen.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    chosen.output.write_text(json.dumps({"machine": stamp(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from ...configuration.share_pattern import SharePattern
 from ...conversion.io.load_source import load_source
 from ...evaluation.perplexity import evaluate_windows
-from ..bench.machine import machine
+from ...runs.versions import stamp
 
 LOSS_TOLERANCE = 1e-3
 CACHES = ("dynamic", "static")
@@ -193,7 +193,7 @@ def main() -> None:
         ):
             records.append(record)
             if arguments.output:
-                document = {"machine": machine(), "command": sys.argv[1:], "cases": records}
+                document = {"machine": stamp(), "command": sys.argv[1:], "cases": records}
                 arguments.output.write_text(json.dumps(document, indent=2) + "\n")
     worst = max(record["loss_difference"] for record in records)
     equal = sum(r[f"equal_{cache}"] for r in records for cache in CACHES)

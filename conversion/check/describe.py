@@ -7,9 +7,10 @@ from typing import Any
 
 from ...configuration.share_pattern import SharePattern
 from ..convert.families import INDEXCACHE, indexer_layer, layer_of
-from ..io.checkpoint import DTYPE_BITS, Checkpoint, Source
+from ..io.checkpoint import DTYPE_BITS, Checkpoint
 from ..io.fp8 import SCALE_SUFFIX
 from ..io.open_checkpoint import open_checkpoint
+from ..io.sources import Source
 
 _CACHE_BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -178,3 +179,16 @@ def draw_verification(result: Verification) -> RenderableType:
     colour = {"verified": "green", "not verified": "red"}.get(result.verdict, "yellow")
     lines.append(Text(result.verdict, style=f"bold {colour}"))
     return Group(*lines)
+
+
+def draw_choices(choices: Iterable[dict[str, Any]], where: str) -> RenderableType:
+    """Which backend runs each operation of the kernels, and why not a faster one, from `backend_listing.choices`."""
+    table = Table("operation", "for", "runs", "why not", title=f"Kernels on {where}")
+    folder = None
+    for choice in choices:
+        if folder not in (None, choice["folder"]):
+            table.add_section()
+        folder = choice["folder"]
+        reasons = "\n".join(f"{backend}: {reason}" for backend, reason in choice["why_not"].items())
+        table.add_row(choice["operation"], choice["example"], choice["runs"], reasons)
+    return table

@@ -21,10 +21,10 @@ from ...configuration.configuration_indexcache import PATTERN_FIELDS
 from ...configuration.hub_code import AUTO_MAP
 from ...configuration.share_pattern import SharePattern
 from ..convert.families import INDEXCACHE, LOCAL_FIELDS, convert_config, layer_of, load_config
-from ..convert.plan import PlannedTensor
-from ..io.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint, ConversionError, FolderSource
+from ..io.checkpoint import DTYPE_BITS, FLOAT_DTYPES, Checkpoint
 from ..io.fp8 import FP8, SCALE_SUFFIX, fp8_block_size
-from ..io.tensor_stream import OpenShards, tensor_blocks
+from ..io.sources import ConversionError, FolderSource
+from ..io.tensor_stream import OpenShards, PlannedTensor, tensor_blocks
 
 # fp32 on both sides: what is left is the order of summation. Where scores tie at the edge of the top-k it may decide
 # which key is chosen, and move a few tokens further; so the median over tokens is judged, which a real error moves.

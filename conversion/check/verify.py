@@ -13,11 +13,12 @@ from ...configuration.hub_code import AUTO_MAP
 from ...configuration.share_pattern import SharePattern
 from ..convert.families import INDEXCACHE, LOCAL_FIELDS, convert_config, indexer_layer, load_config, source_pattern
 from ..convert.journal import RECIPE_FILE
-from ..convert.plan import CAST_DTYPES, PlannedTensor
-from ..io.checkpoint import Checkpoint, ConversionError, FolderSource, Source, TensorInfo, read_checkpoint, read_json
+from ..convert.plan import CAST_DTYPES
+from ..io.checkpoint import Checkpoint, TensorInfo, read_checkpoint, read_json
 from ..io.fp8 import FP8, SCALE_SUFFIX, fp8_block_size
 from ..io.open_checkpoint import check_layer_count, open_checkpoint
-from ..io.tensor_stream import OpenShards, tensor_blocks
+from ..io.sources import ConversionError, FolderSource, Source
+from ..io.tensor_stream import OpenShards, PlannedTensor, tensor_blocks
 
 # What conversion rewrites in config.json on purpose (the pattern is compared with the recipe), and versions.
 _REWRITTEN_FIELDS = {

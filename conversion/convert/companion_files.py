@@ -8,8 +8,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..io.checkpoint import ConversionError, Source, read_json
-from ..io.shard_writer import BLOCK_BYTES, mode_of, path_inside, write_blocks
+from ..io.checkpoint import read_json
+from ..io.shard_writer import mode_of, path_inside, write_blocks
+from ..io.sources import ConversionError, Source
+from ..io.tensor_stream import BLOCK_BYTES
 
 _PATTERNS = (
     "tokenizer*.json",

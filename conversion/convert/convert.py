@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, FolderSource, Source, read_checkpoint
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, read_checkpoint
 from ..io.hub_source import HubSource
 from ..io.shard_writer import (
+    OutputShard,
     WrittenFile,
     encode_header,
     hash_files,
@@ -33,6 +34,7 @@ from ..io.shard_writer import (
     write_json,
     write_shard,
 )
+from ..io.sources import ConversionError, FolderSource, Source
 from ..io.strict_json import parse_json
 from ..io.tensor_stream import OpenShards
 from ..publish.bundle import write_bundle
@@ -44,14 +46,15 @@ from .journal import (
     RECIPE_FILE,
     Journal,
     check_apart,
-    clear_output,
     output_state,
     remove_leftovers,
-    remove_partials,
     sole_writer,
+    take_output,
 )
-from .plan import OutputShard, Plan, build_plan
+from .plan import Plan, build_plan
 
+# Of a recipe: what it was made with, which does not tell one conversion from another.
+_VERSIONS = "versions"
 # Shards that are written at a time.
 _WRITERS = 4
 
@@ -143,18 +146,7 @@ def _convert(
     if state == "finished" and options.resume and not options.overwrite:
         _check_finished(plan, output, options, recipe)
         return Conversion(plan, output, {shard.file: "kept" for shard in plan.shards}, plan.warnings)
-    if options.overwrite and not (options.resume and state == "interrupted"):
-        if state != "empty":
-            clear_output(output, _planned_files(plan))
-    elif state == "interrupted" and options.resume:
-        journal.resume()
-        remove_partials(output)
-    elif state == "interrupted":
-        raise ConversionError(f"{output} holds an interrupted conversion: finish it with --resume, or use --overwrite")
-    elif state != "empty":
-        what = "nothing to resume" if options.resume else "an earlier conversion" if state == "finished" else "files"
-        raise ConversionError(f"the output {output} is not empty (it holds {what}): give another, or use --overwrite")
-
+    take_output(output, journal, _planned_files(plan), resume=options.resume, overwrite=options.overwrite)
     if isinstance(source, HubSource):
         source.download_folder = output / DOWNLOAD_FOLDER
     _check_disk_space(plan, output, options, journal.finished)
@@ -366,7 +358,7 @@ def _recipe(plan: Plan, options: ConvertOptions) -> dict[str, Any]:
             "index_sha256": _sha256_of(source, INDEX_FILE) if plan.checkpoint.is_sharded else None,
             "headers_sha256": _headers_sha256(plan),
         },
-        "versions": installed_versions("indexcache", "torch", "transformers"),
+        _VERSIONS: installed_versions("indexcache", "torch", "transformers"),
     }
 
 
@@ -390,16 +382,19 @@ def _identity(plan: Plan, options: ConvertOptions, recipe: dict[str, Any]) -> di
 
 
 def _check_finished(plan: Plan, output: Path, options: ConvertOptions, recipe: dict[str, Any]) -> None:
-    """A finished output may be "resumed" when every file is what this run would write.
+    """A finished output may be "resumed" when every file is what this run would write, but for the recipe's versions.
 
-    Shards are compared with the sha256s of their recipe; all else is written once more, elsewhere, and compared.
+    Shards are compared with the sha256s of their recipe; all else is written once more, elsewhere, and compared. So
+    what an older release wrote is finished once `indexcache refresh` has put this release's code into it.
     """
     try:
         found = parse_json((output / RECIPE_FILE).read_bytes())
         shards = {shard.file: dict(found["shards"][shard.file]) for shard in plan.shards}
-        differs = any(found[key] != value for key, value in recipe.items())
+        differs = any(found[key] != value for key, value in recipe.items() if key != _VERSIONS)
+        recipe = {**recipe, _VERSIONS: dict(found[_VERSIONS])}
+        is_older = recipe[_VERSIONS].get("indexcache") != installed_versions("indexcache")["indexcache"]
     except (OSError, ValueError, KeyError, TypeError):
-        shards, differs = {}, True
+        shards, differs, is_older, found = {}, True, False, {}
     if differs:
         raise ConversionError(f"{output} holds another finished conversion: give another output, or use --overwrite")
     hashes = hash_files(output / file for file in shards)
@@ -414,11 +409,27 @@ def _check_finished(plan: Plan, output: Path, options: ConvertOptions, recipe: d
         for path in sorted(path for path in again.rglob("*") if path.is_file()):
             name = path.relative_to(again).as_posix()
             there = output / name
-            if not there.is_file() or there.read_bytes() != path.read_bytes():
+            if there.is_file() and there.read_bytes() == path.read_bytes():
+                continue
+            as_due = name == RECIPE_FILE and is_older and _without_code(parse_json(path.read_bytes()))
+            if not as_due or as_due != _without_code(found):
                 damaged.append(name)
     if damaged:
+        instead = ""
+        if is_older and all(name == CONFIG_FILE or _is_code(name) for name in damaged):
+            writer = recipe[_VERSIONS].get("indexcache")
+            instead = f", or run `indexcache refresh {output}`: IndexCache {writer} wrote it"
         raise ConversionError.collect(
             f"{output} is finished, and {len(damaged)} of its files are not what the conversion wrote: convert again "
-            "with --overwrite",
+            f"with --overwrite{instead}",
             damaged,
         )
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py") and "/" not in name
+
+
+def _without_code(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the names of the release's code files, which a refresh may add and remove."""
+    return {**recipe, "files": [name for name in recipe.get("files", ()) if not _is_code(str(name))]}

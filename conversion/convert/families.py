@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ...configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
 from ...configuration.hub_code import code_version
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 
 INDEXCACHE = IndexCacheConfig.model_type
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
@@ -62,6 +63,9 @@ FAMILIES = {
 
 # Dense MLA models, and the family that each becomes once it has indexers.
 DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMILIES["deepseek_v32"]}
+
+# Wider than any head's; a config's word alone is not enough to make so many angles.
+_WIDEST_ROPE = 2**16
 
 # What transformers' configs raise at values of a wrong kind.
 _CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
@@ -116,10 +120,49 @@ def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
     transformers normalises nested fields (`rope_scaling`) in place: it gets a copy, so that `fields` stay as they are.
     """
     try:
-        return IndexCacheConfig.from_dict(copy.deepcopy(fields))
+        config: IndexCacheConfig = IndexCacheConfig.from_dict(copy.deepcopy(fields))
+        _check_parts(config)
+        return config
     except _CONFIG_FAULTS as error:
         reason = str(error.__cause__ or error).strip()
         raise ConversionError(f"{location}: config.json cannot be used: {reason}") from error
+
+
+def _check_parts(config: IndexCacheConfig) -> None:
+    """Refuse what a config may say by its types and no model can be built of: activation and RoPE.
+
+    Raises:
+        ValueError: an activation that transformers does not have, or RoPE parameters that give no finite angles.
+    """
+    import torch
+    from transformers.activations import ACT2FN
+
+    from ...modeling_indexcache.layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act={config.hidden_act!r} is no activation that transformers has")
+    rope = dict(config.rope_parameters or {})
+    theta = rope.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, int | float):
+        raise ValueError(f"rope_theta={_shortened(theta)} is no number")
+    if config.qk_rope_head_dim > _WIDEST_ROPE:
+        # The weights will contradict it; no memory is taken for it before.
+        return
+    try:
+        with torch.device("cpu"):
+            angles = IndexCacheRotaryEmbedding(config).inv_freq
+        factor = yarn_softmax_factor(rope)
+        is_finite = bool(angles.isfinite().all()) and math.isfinite(factor)
+    except (*_CONFIG_FAULTS, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"rope_parameters={_shortened(rope)} cannot be used ({reason})") from None
+    if not is_finite:
+        raise ValueError(f"rope_parameters={_shortened(rope)} give angles that are not finite")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def source_pattern(config: dict[str, Any], location: str) -> SharePattern:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ConversionError, is_unicode
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ..io.shard_writer import PARTIAL_SUFFIX, WrittenFile, hash_files, path_inside, write_json
+from ..io.sources import ConversionError, is_unicode
 from ..io.strict_json import parse_json
 
 try:
@@ -119,6 +120,47 @@ def output_state(output: Path) -> str:
     if JOURNAL_FILE in names:
         return "interrupted"
     return "finished" if set(_MARKS) & names and CONFIG_FILE in names else "foreign"
+
+
+def take_output(
+    output: Path,
+    journal: Journal,
+    planned: Iterable[str],
+    *,
+    resume: bool,
+    overwrite: bool,
+    work: str = "conversion",
+    folders: Iterable[str] = (),
+) -> None:
+    """Make an output folder that holds no finished work of this run's ready for it.
+
+    Args:
+        output: the folder; made where it is absent.
+        journal: of the work; it takes up what an interrupted run left.
+        planned: files that will be written, removed when an earlier run's output is replaced.
+        resume: go on with an interrupted run.
+        overwrite: replace what an earlier run wrote.
+        work: what messages call it.
+        folders: likewise removed.
+
+    Raises:
+        ConversionError: the folder is taken, or holds another run that was interrupted.
+    """
+    state = output_state(output)
+    if overwrite and not (resume and state == "interrupted"):
+        if state != "empty":
+            clear_output(output, planned)
+            for folder in folders:
+                shutil.rmtree(output / folder, ignore_errors=True)
+    elif state == "interrupted" and resume:
+        journal.resume()
+        remove_partials(output)
+    elif state == "interrupted":
+        raise ConversionError(f"{output} holds an interrupted {work}: finish it with --resume, or use --overwrite")
+    elif state != "empty":
+        what = "nothing to resume" if resume else "an earlier conversion" if state == "finished" else "files"
+        raise ConversionError(f"the output {output} is not empty (it holds {what}): give another, or use --overwrite")
+    output.mkdir(parents=True, exist_ok=True)
 
 
 def clear_output(output: Path, planned: Iterable[str]) -> None:

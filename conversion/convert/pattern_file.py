@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...configuration.share_pattern import SharePattern, count_to_keep
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 from ..io.strict_json import parse_json
 from .families import has_pattern
 

@@ -9,58 +9,16 @@ from typing import Any
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...configuration.hub_code import AUTO_MAP
 from ...configuration.share_pattern import SharePattern
-from ..io.checkpoint import DTYPE_BITS, FLOAT_DTYPES, SINGLE_FILE, Checkpoint, ConversionError, TensorInfo
+from ..io.checkpoint import DTYPE_BITS, FLOAT_DTYPES, SINGLE_FILE, Checkpoint, TensorInfo
 from ..io.fp8 import FP8, SCALE_SUFFIX, fp8_block_size
 from ..io.open_checkpoint import check_layer_count, check_weights
+from ..io.shard_writer import OutputShard
+from ..io.sources import ConversionError
+from ..io.tensor_stream import PlannedTensor
 from .companion_files import Companion, plan_companions
 from .families import INDEXER, LOCAL_FIELDS, convert_config, indexer_layer, load_config, source_pattern
 
 CAST_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the output: where its bytes come from, and the dtype it gets (`scale` is read to dequantise)."""
-
-    source: TensorInfo
-    dtype: str
-    scale: TensorInfo | None = None
-    block_size: tuple[int, int] | None = None
-
-    @property
-    def name(self) -> str:
-        """Its name, the same in source and output."""
-        return self.source.name
-
-    @property
-    def is_copied(self) -> bool:
-        """Whether its bytes stay as they are."""
-        return self.dtype == self.source.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the output."""
-        return self.source.nbytes * DTYPE_BITS[self.dtype] // DTYPE_BITS[self.source.dtype]
-
-
-@dataclass(frozen=True)
-class OutputShard:
-    """A file of the output; `is_whole` when a source shard becomes it byte for byte."""
-
-    file: str
-    tensors: tuple[PlannedTensor, ...]
-    metadata: dict[str, str] | None
-    is_whole: bool
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    @property
-    def source_files(self) -> list[str]:
-        """The source shards that it reads, in order of first use."""
-        return list(dict.fromkeys(tensor.source.file for tensor in self.tensors))
 
 
 @dataclass(frozen=True)

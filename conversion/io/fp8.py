@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .checkpoint import ConversionError
+from .sources import ConversionError
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"

@@ -27,6 +27,8 @@ _SHORTEST_TOKEN = 16
 BUSY = (408, 429, 500, 502, 503, 504)
 _ATTEMPTS = 6
 _LONGEST_WAIT = 8
+# A server that asks for more patience than these seconds is not waited for.
+_LONGEST_PATIENCE = 300
 
 Result = TypeVar("Result")
 
@@ -51,7 +53,8 @@ def redact(text: str, token: str | None = None) -> str:
 def patiently(work: Callable[[], Result], *, also_unreachable: bool = True) -> Result:
     """The result of `work`, tried again while the Hub is busy or the connection breaks.
 
-    Waits as long as the answer's `Retry-After` (or the Hub's `RateLimit`) says, else 1, 2, 4, 8, 8 seconds.
+    Waits as long as the answer's `Retry-After` (or the Hub's `RateLimit`) says, up to five minutes, else 1, 2, 4, 8, 8
+    seconds.
 
     Args:
         work: requests that may be repeated.
@@ -69,7 +72,9 @@ def patiently(work: Callable[[], Result], *, also_unreachable: bool = True) -> R
                 raise
             if response is None and not (also_unreachable and isinstance(error, _HTTP_ERRORS)):
                 raise
-            time.sleep(_seconds_to_wait(response, attempt))
+            if (seconds := _seconds_to_wait(response, attempt)) > _LONGEST_PATIENCE:
+                raise
+            time.sleep(seconds)
     return work()
 
 

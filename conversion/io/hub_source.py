@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 
-from .checkpoint import ConversionError, check_file_name
 from .hub_integrity import HubFile, RunningCheck, SeenRange, file_fault, is_commit_id
 from .hub_requests import GARBLED_ANSWERS, HUB_FAILURES, UnfitAnswer, patiently, read_bytes, redact
+from .sources import ConversionError, check_file_name
+
+# Files that are fetched and compared at a time.
+_FETCHERS = 8
 
 
 class HubSource:
@@ -62,6 +67,8 @@ class HubSource:
             ) from error
         self._checks: dict[str, RunningCheck] = {}
         self._seen: dict[str, list[SeenRange]] = {}
+        #: Files in the Hub's cache that have been compared with the commit.
+        self._fetched: set[str] = set()
 
     def _read_commit(self, revision: str | None) -> tuple[str, dict[str, HubFile]]:
         """The commit that `revision` is now, and its files."""
@@ -137,23 +144,71 @@ class HubSource:
             # Only after use without error: what a broken run has fetched is there to go on from.
             path.unlink(missing_ok=True)
 
-    def _download(self, file: str, folder: Path) -> Path:
-        def fetch() -> str:
-            return hf_hub_download(self.id, file, revision=self.revision, token=self._token, local_dir=folder)
+    def fetch(self, files: Iterable[str]) -> Path:
+        """Bring files of the commit into the Hub's cache, each checked, also those that were there before.
 
+        What does not hold up is removed from the cache, and fetched once more if it was there before. Under torchrun
+        a machine's first process compares contents, the others sizes; none ends without it.
+
+        Args:
+            files: of `list_files`.
+
+        Returns:
+            The folder in which they lie under their names: the commit's snapshot.
+
+        Raises:
+            ConversionError: a file cannot be downloaded, or is not what the commit holds.
+        """
+        names = list(files)
+        pool = ThreadPoolExecutor(min(_FETCHERS, max(1, len(names))))
         try:
-            path = Path(patiently(fetch))
-        except HUB_FAILURES as error:
-            raise ConversionError(f"{self.location}: {file} cannot be downloaded: {self._told(error)}") from error
-        except GARBLED_ANSWERS as error:
-            self._refuse(file, str(error))
+            paths = list(pool.map(self._bring, names))
+        finally:
+            # After a failure, or Ctrl-C, no further file is begun.
+            pool.shutdown(wait=True, cancel_futures=True)
+        return Path(str(paths[0]).removesuffix(names[0])) if names else Path(constants.HF_HUB_CACHE)
+
+    def _bring(self, file: str) -> Path:
+        expected = self.entry(file)
+        was_there = isinstance(try_to_load_from_cache(self.id, file, revision=self.revision), str)
+        while True:
+            path = self._ask_for(file)
+            if file in self._fetched:
+                return path
+            fault = file_fault(path, expected, self._seen.get(file, ())) if _compares_contents() else None
+            if path.stat().st_size != expected.size:
+                fault = f"it has {path.stat().st_size} bytes where {expected.size} were due"
+            if fault is None:
+                self._fetched.add(file)
+                return path
+            path.resolve().unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            if not was_there:
+                self._refuse(file, fault)
+            was_there = False
+
+    def _download(self, file: str, folder: Path) -> Path:
+        path = self._ask_for(file, local_dir=folder)
         if (fault := file_fault(path, self._files[file], self._seen.get(file, ()))) is not None:
             path.unlink()
             self._refuse(file, fault)
         return path
 
+    def _ask_for(self, file: str, **where: Any) -> Path:
+        def fetch() -> str:
+            return str(hf_hub_download(self.id, file, revision=self.revision, token=self._token, **where))
+
+        try:
+            return Path(patiently(fetch))
+        except HUB_FAILURES as error:
+            raise ConversionError(f"{self.location}: {file} cannot be downloaded: {self._told(error)}") from error
+        except GARBLED_ANSWERS as error:
+            self._refuse(file, str(error))
+
     def _told(self, error: Exception) -> str:
-        return redact(str(error), self._token)
+        # That a file is not in the cache either hides why it did not come.
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        return redact(str(reason), self._token)
 
     def _refuse(self, file: str, fault: str) -> NoReturn:
         raise ConversionError(
@@ -167,3 +222,7 @@ class HubSource:
     def fingerprint(self, file: str) -> list[Any]:
         """The repository, its commit and the file's size."""
         return [self.id, self.revision, self.size(file)]
+
+
+def _compares_contents() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

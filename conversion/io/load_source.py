@@ -12,8 +12,12 @@ from torch import nn
 from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..convert.families import load_config
-from .checkpoint import ConversionError, FolderSource, Source
+from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
+from .hub_source import HubSource
 from .open_checkpoint import OpenedCheckpoint, open_checkpoint
+from .sources import ConversionError, FolderSource, Source
+
+GENERATION_FILE = "generation_config.json"
 
 
 def load_source(
@@ -43,11 +47,12 @@ def load_source(
     else:
         wanted = None if pattern is None else SharePattern.parse(pattern)
         opened = open_checkpoint(source, wanted, revision=revision, token=kwargs.get("token"))
-    place, commit = where_to_load(opened.source)
+    place = where_to_load(opened.source)
     config = load_config(opened.fields, opened.source.location)
+    kwargs.pop("token", None)
     try:
         loaded: Any = IndexCacheForCausalLM.from_pretrained(
-            place, config=config, revision=commit, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except SafetensorError as error:
         raise ConversionError(f"{opened.source.location}: its weights cannot be read ({error})") from error
@@ -57,18 +62,30 @@ def load_source(
     except (KeyError, TypeError) as error:
         raise ConversionError(
             f"{opened.source.location} cannot be loaded ({type(error).__name__}: {error}): transformers does not find "
-            "what it looks for in model.safetensors.index.json (its metadata) or generation_config.json: mend them"
+            "what it looks for in model.safetensors.index.json (its metadata) or generation_config.json: fix them"
         ) from error
     model: IndexCacheForCausalLM = loaded[0]
     refuse_filled_weights(model, filled_weights(loaded[1]), opened.source.location)
     return model
 
 
-def where_to_load(source: Source) -> tuple[str, str]:
-    """A checkpoint's folder or Hub id and its commit, for `from_pretrained`."""
+def where_to_load(source: Source) -> Path:
+    """The folder for `from_pretrained`: a checkpoint's own, or the Hub's cache with config and weights, each checked.
+
+    Raises:
+        ConversionError: a file of a Hub repository is not what its commit holds, or settings that transformers reads
+            beside the weights are no JSON object.
+    """
+    files = source.list_files()
+    if GENERATION_FILE in files:
+        read_json(source, GENERATION_FILE)
     if isinstance(source, FolderSource):
-        return str(source.folder), "main"
-    return source.id, source.revision or "main"
+        return source.folder
+    assert isinstance(source, HubSource)
+    shards = [SINGLE_FILE]
+    if INDEX_FILE in files:
+        shards = [INDEX_FILE, *sorted(set(read_json(source, INDEX_FILE)["weight_map"].values()))]
+    return source.fetch([CONFIG_FILE, *([GENERATION_FILE] if GENERATION_FILE in files else []), *shards])
 
 
 def filled_weights(info: dict[str, Any]) -> set[str]:

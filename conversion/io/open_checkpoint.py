@@ -7,8 +7,10 @@ converted or trained before the files, the index, the headers and the config hav
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
@@ -26,8 +28,9 @@ from ..convert.families import (
     layer_of,
     load_config,
 )
-from .checkpoint import FLOAT_DTYPES, Checkpoint, ConversionError, Source, TensorInfo, open_source, read_checkpoint
+from .checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, read_checkpoint
 from .fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, fp8_block_size, is_fp8, scale_grid
+from .sources import ConversionError, FolderSource, Source
 
 # Of new indexers in a dense model, when only the rest of its weights is checked.
 _ANY_INDEXER = {"index_topk": 2048, "index_n_heads": 32, "index_head_dim": 128}
@@ -51,6 +54,28 @@ class OpenedCheckpoint:
     def source(self) -> Source:
         """Where it is read from."""
         return self.checkpoint.source
+
+
+def open_source(source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Source:
+    """The checkpoint that `source` names: a folder here, else a Hub repository.
+
+    Args:
+        source: a folder, or a Hub id such as `org/name`.
+        revision: branch, tag or commit; for Hub sources alone.
+        token: Hub token; the saved login when `None`.
+
+    Raises:
+        ConversionError: neither a folder nor a repository, or a revision for a folder.
+    """
+    if Path(source).is_dir():
+        if revision is not None:
+            raise ConversionError(f"a revision ({revision!r}) belongs to a Hub source, and {source} is a folder")
+        return FolderSource(source)
+    if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(source)) and not Path(source).exists():
+        from .hub_source import HubSource
+
+        return HubSource(str(source), revision=revision, token=token)
+    raise ConversionError(f"{source} is no folder here, nor a Hub id of the form org/name")
 
 
 def open_checkpoint(
@@ -106,7 +131,7 @@ def check_layer_count(checkpoint: Checkpoint) -> None:
     if layers > held:
         raise ConversionError(
             f"{location}: config.json has num_hidden_layers={layers}, and the weights hold {held} layers: "
-            "mend the config, or fetch the weights again"
+            "fix the config, or fetch the weights again"
         )
 
 
@@ -139,7 +164,7 @@ def check_weights(checkpoint: Checkpoint, config: IndexCacheConfig, *, new_index
     if problems:
         raise ConversionError.collect(
             f"{location} does not hold what its config.json describes ({len(problems)} tensors): "
-            "fetch it again, or mend the config",
+            "fetch it again, or fix the config",
             problems,
         )
 
@@ -152,7 +177,7 @@ def _check_size(config: IndexCacheConfig, held: int, location: str) -> None:
         raise ConversionError(
             f"{location}: config.json describes {described:,} tensors or more (num_hidden_layers="
             f"{config.num_hidden_layers}, n_routed_experts={config.n_routed_experts}), and the weights hold {held:,}: "
-            "mend the config, or fetch the weights again"
+            "fix the config, or fetch the weights again"
         )
 
 

@@ -12,13 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from .checkpoint import ConversionError, FolderSource, Source, check_file_name
-from .tensor_stream import BLOCK_BYTES, OpenShards, tensor_blocks
-
-if TYPE_CHECKING:
-    from ..convert.plan import OutputShard
+from .sources import ConversionError, FolderSource, Source, check_file_name
+from .tensor_stream import BLOCK_BYTES, OpenShards, PlannedTensor, tensor_blocks
 
 try:
     import fcntl
@@ -50,6 +46,26 @@ class WrittenFile:
     size: int
     sha256: str
     how: str
+
+
+@dataclass(frozen=True)
+class OutputShard:
+    """A file of the output; `is_whole` when a source shard becomes it byte for byte."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    metadata: dict[str, str] | None
+    is_whole: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def source_files(self) -> list[str]:
+        """The source shards that it reads, in order of first use."""
+        return list(dict.fromkeys(tensor.source.file for tensor in self.tensors))
 
 
 def encode_header(shard: OutputShard) -> bytes:

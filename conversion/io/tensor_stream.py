@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 
-from .checkpoint import DTYPE_BITS, ConversionError, Source, TensorInfo
+from .checkpoint import DTYPE_BITS, TensorInfo
 from .fp8 import dequantise_block
-
-if TYPE_CHECKING:
-    from ..convert.plan import PlannedTensor
+from .sources import ConversionError, Source
 
 BLOCK_BYTES = 4 << 20
 _BLOCK_ELEMENTS = 1 << 20
@@ -23,6 +22,31 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F8_E4M3": torch.float8_e4m3fn,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the output: where its bytes come from, and the dtype it gets (`scale` is read to dequantise)."""
+
+    source: TensorInfo
+    dtype: str
+    scale: TensorInfo | None = None
+    block_size: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name, the same in source and output."""
+        return self.source.name
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes stay as they are."""
+        return self.dtype == self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return self.source.nbytes * DTYPE_BITS[self.dtype] // DTYPE_BITS[self.source.dtype]
 
 
 class OpenShards:

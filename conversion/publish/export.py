@@ -21,16 +21,9 @@ from ..convert.companion_files import copy_companions
 from ..convert.families import INDEXCACHE, ROUTER, check_router, family_of, load_config
 from ..convert.journal import check_apart
 from ..convert.pattern_file import read_pattern_file
-from ..io.checkpoint import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    ConversionError,
-    FolderSource,
-    check_file_name,
-    read_checkpoint,
-    read_json,
-)
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, read_checkpoint, read_json
 from ..io.shard_writer import DiskFullError, pass_whole, sync_folder, write_json
+from ..io.sources import ConversionError, FolderSource, check_file_name
 from .card import write_export_card
 
 STAGING_FOLDER = ".indexcache_export"

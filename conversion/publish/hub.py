@@ -11,12 +11,13 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 
-from ..convert.families import INDEXCACHE
+from ..convert.families import FAMILIES, INDEXCACHE, known_families
 from ..convert.journal import DOWNLOAD_FOLDER, JOURNAL_FILE
-from ..io.checkpoint import CONFIG_FILE, Checkpoint, ConversionError, FolderSource, read_checkpoint, read_json
+from ..io.checkpoint import CONFIG_FILE, Checkpoint, read_checkpoint, read_json
 from ..io.hub_requests import GARBLED_ANSWERS, HUB_FAILURES, redact
 from ..io.open_checkpoint import open_checkpoint
 from ..io.shard_writer import PARTIAL_SUFFIX
+from ..io.sources import ConversionError, FolderSource
 from .hub_contents import HubContents, check_no_token, code_files, hub_contents
 
 
@@ -138,8 +139,13 @@ def check_complete(folder: str | os.PathLike[str]) -> Checkpoint:
             unfinished,
         )
     # An export for another engine is checked by that engine's rules, which are not known here.
-    ours = read_json(source, CONFIG_FILE).get("model_type") == INDEXCACHE
-    checkpoint = open_checkpoint(source).checkpoint if ours else read_checkpoint(source)
+    model_type = read_json(source, CONFIG_FILE).get("model_type")
+    if model_type != INDEXCACHE and (not isinstance(model_type, str) or model_type not in FAMILIES):
+        raise ConversionError(
+            f"{source.location}: config.json has model_type={model_type!r}, and what is pushed is an IndexCache "
+            f"checkpoint or an export of one (accepted: {known_families()}): fix the config, or convert again"
+        )
+    checkpoint = open_checkpoint(source).checkpoint if model_type == INDEXCACHE else read_checkpoint(source)
     code_files(checkpoint, Path(folder))
     return checkpoint
 
@@ -148,10 +154,10 @@ def _explain_answer(error: Exception, repo_id: str, card: Path | None) -> str:
     """huggingface_hub passes on what the Hub says of the card as a ValueError; others come of foreign answers."""
     if getattr(getattr(error.__cause__, "response", None), "status_code", None) == 400:
         what = card or "it"
-        return f"the Hub does not take {what}: mend the metadata between its `---` lines and push again ({error})"
+        return f"the Hub does not take {what}: fix the metadata between its `---` lines and push again ({error})"
     return (
         f"{constants.ENDPOINT} answers as no Hub does ({type(error).__name__}: {error}) when pushing to {repo_id}: is "
-        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is mended"
+        "a proxy in between, or HF_ENDPOINT wrong? Push again once it is fixed"
     )
 
 

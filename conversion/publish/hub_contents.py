@@ -15,8 +15,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from ..convert.companion_files import companion_files
 from ..convert.journal import RECIPE_FILE
-from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, ConversionError, is_unicode
+from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from ..io.hub_requests import redact
+from ..io.sources import ConversionError, is_unicode
 
 # What the verbs write for people, beside what a model is loaded from.
 _RECORDS = (
@@ -33,6 +34,7 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 _PICTURE_LINK = re.compile(r"!\[[^\]]*\]\(\s*<?([^)\s>]+)|<img\s[^>]*src=[\"']([^\"']+)")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 _SEARCHED_BYTES = 64 << 20
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,24 @@ def hub_contents(checkpoint: Checkpoint, folder: str | os.PathLike[str]) -> HubC
 
 def code_files(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """The code that config and tokenizer name, with all that it imports; ConversionError when some is missing."""
-    auto_maps = [checkpoint.config.get("auto_map"), _tokenizer_settings(folder).get("auto_map")]
-    entries = sorted({f"{name.partition('.')[0]}.py" for auto_map in auto_maps for name in _references(auto_map)})
-    missing = [name for name in entries if not (folder / name).is_file()]
+    auto_maps = {
+        CONFIG_FILE: checkpoint.config.get("auto_map"),
+        TOKENIZER_SETTINGS: _tokenizer_settings(folder).get("auto_map"),
+    }
+    named = {
+        f"{name.partition('.')[0]}.py": f"{name!r} in the auto_map of {file}"
+        for file, auto_map in auto_maps.items()
+        for name in _references(auto_map)
+    }
+    entries = sorted(named)
+    missing = [f"{name}, for {named[name]}" for name in entries if not (folder / name).is_file()]
     found = set(entries)
     if not missing:
         try:
             for name in entries:
                 found |= {Path(path).name for path in get_relative_import_files(folder / name)}
         except FileNotFoundError as error:
-            missing = [Path(error.filename).name]
+            missing = [f"{Path(error.filename).name}, which their code imports"]
     if missing:
         raise ConversionError.collect(
             f"{folder} lacks code that loading it with trust_remote_code=True needs: convert or save it again", missing
@@ -200,11 +210,11 @@ def _pictures_of_card(folder: Path, files: list[str]) -> Iterator[str]:
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
-        raise ConversionError(f"{folder / 'tokenizer_config.json'} is not valid JSON ({error})") from error
+        raise ConversionError(f"{folder / TOKENIZER_SETTINGS} is not valid JSON ({error})") from error
     return settings if isinstance(settings, dict) else {}
 
 

@@ -23,10 +23,11 @@ from packaging.version import InvalidVersion, Version
 from ...configuration.hub_code import AUTO_MAP, code_version, version_in_header
 from ..convert.families import INDEXCACHE
 from ..convert.journal import JOURNAL_FILE
-from ..io.checkpoint import CONFIG_FILE, ConversionError, FolderSource, Source, read_json
+from ..io.checkpoint import CONFIG_FILE, read_json
 from ..io.hub_integrity import git_blob_id, is_commit_id
 from ..io.hub_source import HubSource
 from ..io.shard_writer import PARTIAL_SUFFIX, sync_folder
+from ..io.sources import ConversionError, FolderSource, Source
 from .bundle import checked_hub_code
 from .hub import hub_errors, require_token
 
@@ -241,7 +242,7 @@ def _refresh_folder(folder: Path, plan: RefreshPlan) -> None:
             os.replace(partials[CONFIG_FILE], folder / CONFIG_FILE)
     except OSError as error:
         raise ConversionError(
-            f"{folder} is refreshed in part ({error.filename}: {error.strerror or error}): mend that and run the same "
+            f"{folder} is refreshed in part ({error.filename}: {error.strerror or error}): fix that and run the same "
             "command again to finish"
         ) from error
     sync_folder(folder)

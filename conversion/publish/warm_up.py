@@ -14,30 +14,27 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels.common.device_target import DeviceTarget, device_target
+from ...kernels.common.compile_process import NoDriver, build_launcher
+from ...kernels.common.device_target import TARGETS, DeviceTarget, device_target
 from ...kernels.common.kernel_variants import Variant
-from ...modeling_indexcache.compile_ahead import LENGTHS, kinds_of_layers, pretended_decoder, variants_of
+from ...modeling_indexcache.compile_ahead import (
+    LENGTHS,
+    Prefill,
+    kinds_of_layers,
+    prefills,
+    pretended_decoder,
+    variants_of,
+)
 from ...modeling_indexcache.modeling_indexcache import IndexCacheModel
 from ..convert.families import convert_config, load_config
-from ..io.checkpoint import ConversionError
+from ..io.sources import ConversionError
 from .bundle import AUTO_MAP
 
-# Multiprocessors of each architecture's largest device: they decide on grids, and on paths for short prompts.
-TARGETS = {
-    "sm_80": DeviceTarget("cuda", 80, 108),
-    "sm_86": DeviceTarget("cuda", 86, 84),
-    "sm_89": DeviceTarget("cuda", 89, 142),
-    "sm_90": DeviceTarget("cuda", 90, 132),
-    "sm_100": DeviceTarget("cuda", 100, 148),
-    "sm_103": DeviceTarget("cuda", 103, 148),
-    "sm_120": DeviceTarget("cuda", 120, 188),
-}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -151,29 +148,15 @@ def _find_variants(
     config = load_config(fields, source)
     pattern = str(config.share_pattern)
     model = pretended_decoder(IndexCacheModel, config, kinds_of_layers(config, pattern), pattern, DTYPES[dtype])
-    found = [variant for fresh in variants_of(model, target, lengths) for variant in fresh]
+    # One row without padding, as most are, and a padded batch.
+    begun_with = [*prefills(lengths), *(Prefill(2, length, masked=True) for length in lengths)]
+    found = [variant for fresh in variants_of(model, target, begun_with) for variant in fresh]
     return sorted(found, key=lambda variant: -len(variant.kernel.src))
 
 
-class _NoDriver:
-    """What Triton asks of a driver to compile: for which target. Nothing here touches a GPU."""
-
-    def __init__(self, target: DeviceTarget) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget(target.backend, target.arch, 64 if target.backend == "hip" else 32)
-
-    def get_current_device(self) -> int:
-        """Any."""
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        """Any."""
-        return 0
-
-    def get_current_target(self) -> Any:
-        """What is compiled for."""
-        return self._target
+def no_driver(target: DeviceTarget) -> NoDriver:
+    """In place of Triton's driver: compile for `target`."""
+    return NoDriver(target.backend, target.arch, 64 if target.backend == "hip" else 32)
 
 
 _variants: list[Variant] = []
@@ -185,28 +168,17 @@ def _begin(*arguments: Any) -> None:
 
     # One thread a process: the processes are the parallelism.
     torch.set_num_threads(1)
-    driver.set_active(_NoDriver(arguments[3]))  # type: ignore[arg-type]
+    driver.set_active(no_driver(arguments[3]))
     _variants.extend(_find_variants(*arguments))
 
 
 def _compile(number: int) -> tuple[str, str | None]:
     variant = _variants[number]
     try:
-        _build_launcher(variant.compile())
+        build_launcher(variant.compile())
     except Exception as error:
         return variant.name, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return variant.name, None
-
-
-def _build_launcher(compiled: Any) -> None:
-    """Let Triton 3.6 build what launches a kernel, for which it runs a C compiler; later releases have it built in.
-
-    It needs the driver's library: without one the first launch builds it.
-    """
-    with suppress(Exception):
-        from triton.backends.nvidia.driver import CudaLauncher
-
-        CudaLauncher(compiled.src, compiled.metadata)
 
 
 def _cache() -> Path:

@@ -11,25 +11,25 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..errors import DistillationError
+from ...runs.errors import RunError
 
 ADAPTERS_FILE = "adapters.safetensors"
 _INDEXER_MARK = ".indexer."
 
 
 def require_peft() -> None:
-    """DistillationError where peft cannot be imported."""
+    """RunError where peft cannot be imported."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise DistillationError(f"--lora-rank needs peft ({error}): pip install peft") from error
+        raise RunError(f"--lora-rank needs peft ({error}): pip install peft") from error
 
 
 def add_adapters(model: IndexCacheForCausalLM, rank: int) -> None:
     """Put an adapter on every linear layer outside the indexers and the head, in place; its product starts at zero.
 
     Raises:
-        DistillationError: peft is not installed.
+        RunError: peft is not installed.
     """
     require_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -56,11 +56,11 @@ def load_adapters(model: IndexCacheForCausalLM, folder: Path) -> None:
     try:
         found = model.load_state_dict(load_file(path), strict=False)
     except (SafetensorError, RuntimeError) as error:
-        raise DistillationError(f"{path} cannot be read into this model: {error}") from error
+        raise RunError(f"{path} cannot be read into this model: {error}") from error
     if found.unexpected_keys:
-        raise DistillationError(f"{path} was made for another model: it holds {found.unexpected_keys[0]}")
+        raise RunError(f"{path} was made for another model: it holds {found.unexpected_keys[0]}")
     if lacking := [name for name in found.missing_keys if _is_trained(name)]:
-        raise DistillationError(f"{path} was made for another model: it lacks {lacking[0]}")
+        raise RunError(f"{path} was made for another model: it lacks {lacking[0]}")
 
 
 def _is_trained(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DistillationError
+from ...runs.errors import RunError
 from ..recipe import Recipe
 
 # Steps run as they are before any is captured: kernels are compiled and handles made outside graphs.
@@ -31,14 +31,14 @@ def refuse_where_no_graphs_run(recipe: Recipe, use_cpu: bool, processes: int) ->
     """Check that this machine runs the graphs which a recipe wants.
 
     Raises:
-        DistillationError: no GPU, or several processes.
+        RunError: no GPU, or several processes.
     """
     if not recipe.cuda_graph:
         return
     if use_cpu or not torch.cuda.is_available():
-        raise DistillationError("--cuda-graph needs a CUDA GPU, and this run is on the CPU: leave it out")
+        raise RunError("--cuda-graph needs a CUDA GPU, and this run is on the CPU: leave it out")
     if processes > 1:
-        raise DistillationError(
+        raise RunError(
             f"--cuda-graph serves one process, and this run has {processes}: leave it out, or run it without "
             "`accelerate launch`"
         )

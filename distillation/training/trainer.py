@@ -223,7 +223,7 @@ class DistillationTrainer(Trainer):
         if not math.isfinite(value):
             raise DistillationDiverged(
                 f"the loss of the {self.stage} stage became {value} at step {step + 1}: lower "
-                f"{self._rate_flag()}, raise --rise, or try --precision fp32"
+                f"{self._rate_flag()}, raise --warmup-ratio, or try --precision fp32"
             )
         value *= self.recipe.accumulation
         if len(self._start_loss) < START_STEPS:
@@ -233,7 +233,7 @@ class DistillationTrainer(Trainer):
         if value > DIVERGED_FACTOR * start + 1:
             raise DistillationDiverged(
                 f"the loss of the {self.stage} stage rose from {start:.3f} to {value:.3f} at step {step + 1}: lower "
-                f"{self._rate_flag()}, or raise --rise"
+                f"{self._rate_flag()}, or raise --warmup-ratio"
             )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -244,7 +244,8 @@ class DistillationTrainer(Trainer):
             if not math.isfinite(value):
                 raise DistillationDiverged(
                     f"the gradient of the {self.stage} stage has the norm {value} at step "
-                    f"{self.state.global_step + 1}: lower {self._rate_flag()}, raise --rise, or try --precision fp32"
+                    f"{self.state.global_step + 1}: lower {self._rate_flag()}, raise --warmup-ratio, or try "
+                    "--precision fp32"
                 )
         return norm
 
@@ -266,7 +267,7 @@ class DistillationTrainer(Trainer):
         name = first_not_finite(model.named_parameters()) or "a weight of another process's shard"
         raise DistillationDiverged(
             f"the update of step {self.state.global_step + 1} of the {self.stage} stage left weights that are not "
-            f"finite ({name}): lower {self._rate_flag()}, or raise --rise",
+            f"finite ({name}): lower {self._rate_flag()}, or raise --warmup-ratio",
             weights_are_sound=False,
         )
 

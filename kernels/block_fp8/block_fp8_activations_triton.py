@@ -6,13 +6,8 @@ import torch
 
 from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .block_fp8_reference import E4M3, GROUP, is_ue8m0
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 
 def reads_e4m3(tensor: torch.Tensor) -> bool:

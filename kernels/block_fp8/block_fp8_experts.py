@@ -12,19 +12,16 @@ import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_experts, check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch
-from ..common.kernel_launch import register_fake
-from ..common.triton_support import runs_kernels
+from ..common.custom_op import custom_op
+from ..common.dispatch import Backend, Operation, takes_all
 from ..experts.routed_experts import MAX_COUNTED, VECTOR_TOKENS, group_by_expert
 from ..experts.routed_experts_triton import combine, gated
 from .block_fp8_experts_triton import grouped_experts
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
 from .block_fp8_linear_triton import activations_of, multiply
-from .block_fp8_reference import check_weight, linear_reference
+from .block_fp8_reference import E4M3, check_weight, linear_reference, scale_grid
 from .block_fp8_vector_triton import block_fp8_experts_vector
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
 # Temporaries of a block of tokens, in bytes: large ones, every product has a tail an expert.
 BLOCK_BYTES = 640 * 2**20
 
@@ -73,7 +70,8 @@ def block_fp8_experts(
     if accumulate is None:
         of_shared = [] if shared is None else [tensor for matrix in shared for tensor in matrix]
         return _block_fp8_experts(x, experts, weights, *gate_up, *down, of_shared, list(block_size), allow_triton)
-    return _run(x, experts, weights, gate_up, down, shared, accumulate, block_size, allow_triton)
+    arguments = x, experts, weights, gate_up, down, shared, accumulate, block_size
+    return _EXPERTS(x.device, *arguments, allow_triton=allow_triton)
 
 
 def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> None:
@@ -134,7 +132,7 @@ def _gated_expert(x, gate: Matrix, up: Matrix, down: Matrix, block_size) -> torc
     return linear_reference(hidden, *down, block_size)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::block_fp8_experts", mutates_args=())
+@custom_op(lambda x, *_: x.new_empty(x.shape))
 def _block_fp8_experts(
     x: torch.Tensor,
     experts: torch.Tensor,
@@ -148,21 +146,9 @@ def _block_fp8_experts(
     allow_triton: bool,
 ) -> torch.Tensor:
     matrices: Any = tuple(zip(shared[::2], shared[1::2])) or None
-    size = (block_size[0], block_size[1])
-    return _run(
-        x, experts, weights, (gate_up, gate_up_scales), (down, down_scales), matrices, None, size, allow_triton
-    )
-
-
-@register_fake(_block_fp8_experts)
-def _(x, experts, weights, gate_up, gate_up_scales, down, down_scales, shared, block_size, allow_triton):
-    return x.new_empty(x.shape)
-
-
-def _run(x, experts, weights, gate_up, down, shared, accumulate, block_size, allow_triton) -> torch.Tensor:
-    backends = _BACKENDS if allow_triton and runs_kernels(x) else _BACKENDS[-1:]
-    arguments = (x, experts, weights, gate_up, down, shared, accumulate, block_size)
-    return dispatch("block_fp8_experts", backends, x.device, *arguments)
+    routed = (gate_up, gate_up_scales), (down, down_scales)
+    size = block_size[0], block_size[1]
+    return _EXPERTS(x.device, x, experts, weights, *routed, matrices, None, size, allow_triton=allow_triton)
 
 
 def _why_not_triton(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> str | None:
@@ -174,9 +160,17 @@ def _why_not_triton(x, experts, weights, gate_up, down, shared, accumulate, bloc
     return why_no_kernels(x, block_size, *(weight for weight, _ in matrices))
 
 
-def _in_triton(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
-    if x.shape[0] <= VECTOR_TOKENS:
-        return block_fp8_experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+def _why_not_vector(x, *arguments) -> str | None:
+    if x.shape[0] > VECTOR_TOKENS:
+        return f"it is for at most {VECTOR_TOKENS} tokens"
+    return _why_not_triton(x, *arguments)
+
+
+def _by_token(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
+    return block_fp8_experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+
+
+def _by_expert(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
     _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
     return out
@@ -187,7 +181,24 @@ def _in_pytorch(x, experts, weights, gate_up, down, shared, accumulate, block_si
     return out if accumulate is None else accumulate.add_(out)
 
 
-_BACKENDS = (Backend("Triton", _why_not_triton, _in_triton), Backend("PyTorch", lambda *_: None, _in_pytorch))
+def _example(new, tokens: int) -> tuple:
+    def matrix(*shape: int, halves: int = 1) -> Matrix:
+        down, across = scale_grid(shape[-2] // halves, shape[-1], KERNEL_BLOCK)
+        return new(*shape, dtype=E4M3), new(*shape[:-2], halves * down, across, dtype=torch.float32)
+
+    experts, weights = new(tokens, 8, dtype=torch.int64), new(tokens, 8, dtype=torch.float32)
+    routed = matrix(256, 4096, 7168, halves=2), matrix(256, 7168, 2048)
+    return new(tokens, 7168), experts, weights, *routed, None, None, KERNEL_BLOCK
+
+
+_EXPERTS = Operation(
+    "block_fp8_experts",
+    Backend("Triton, token by token", _why_not_vector, _by_token, optional=True),
+    Backend("Triton", _why_not_triton, _by_expert),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    prefill=lambda new: _example(new, 8192),
+    token=lambda new: _example(new, 1),
+)
 
 
 def _grouped(

@@ -14,17 +14,10 @@ from typing import Any
 import torch
 
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
 from .block_fp8_linear_triton import Tiles, is_roomy
 from .block_fp8_reference import E4M3, GROUP, is_ue8m0
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .block_fp8_activations_triton import quantised, scale_of, widened
-except ImportError:
-    triton = None
 
 # Tiles that one program finds the experts of.
 TILES = 32
@@ -148,6 +141,7 @@ def tile_map(ends: torch.Tensor, pairs: int, rows: int) -> tuple[torch.Tensor, i
 
 
 if triton is not None:
+    from .block_fp8_activations_triton import quantised, scale_of, widened
 
     @triton.jit(do_not_specialize=["most"])
     def expert_tiles_kernel(

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 import torch
 
 from ..common.argument_checks import check_floats, check_shape, check_tensors
+from ..common.custom_op import custom_op
 from ..common.device_target import has_capability
-from ..common.dispatch import Backend, dispatch
-from ..common.kernel_launch import register_fake
-from ..common.triton_support import runs_kernels
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from ..norm_rope_linear.rms_norm import rms_norm
-from .block_fp8_linear_triton import block_fp8_linear_triton, triton
-from .block_fp8_reference import check_weight, linear_reference
+from .block_fp8_linear_triton import block_fp8_linear_triton
+from .block_fp8_reference import E4M3, check_weight, linear_reference, scale_grid
 from .block_fp8_vector_triton import MAX_WEIGHTS, block_fp8_vector_linear_triton
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
 # Blocks that the kernels take.
 KERNEL_BLOCK = (128, 128)
 # Up to so many tokens each reads the weights for itself.
@@ -70,7 +68,7 @@ def block_fp8_linear(
             check_shape(name, key, value, "[T, N]", (x.shape[0], weight.shape[0]), x.dtype)
     if out is None:
         return _block_fp8_linear(x, weight, scales, list(block_size), base, allow_triton)
-    return _run(x, weight, scales, block_size, base, out, allow_triton)
+    return _LINEAR(x.device, x, weight, scales, block_size, base, out, allow_triton=allow_triton)
 
 
 def block_fp8_vector_linear(
@@ -119,14 +117,13 @@ def block_fp8_vector_linear(
 def takes_block_fp8_vector_linear(x: torch.Tensor, weights: Sequence[torch.Tensor], block_size: object) -> bool:
     """Whether `block_fp8_vector_linear` runs these in Triton and is meant for them: `x [T, D]` of few tokens."""
     return (
-        triton is not None
-        and x.is_cuda
+        has_kernels(x.device)
         and 0 < x.shape[0] <= VECTOR_TOKENS
         and len(weights) <= MAX_WEIGHTS
         and tuple(block_size) == KERNEL_BLOCK  # type: ignore[arg-type]
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and all(weight.is_cuda and weight.stride(-1) == 1 for weight in weights)
+        and x.dtype in HALF_PRECISION
+        and not needs_gradient(x)
+        and all(weight.device == x.device and weight.stride(-1) == 1 for weight in weights)
         and not torch.is_autocast_enabled("cuda")
     )
 
@@ -140,14 +137,14 @@ def why_no_kernels(x: torch.Tensor, block_size: Sequence[int], *weights: torch.T
     """Why the block fp8 kernels do not take such activations and weights, or None when they do."""
     if tuple(block_size) != KERNEL_BLOCK:
         return f"blocks are {block_size[0]} x {block_size[1]}, and kernels take 128 x 128"
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in HALF_PRECISION:
         return f"the kernels take bf16 and fp16, not {x.dtype}"
     if any(weight.stride(-1) != 1 for weight in weights):
         return "rows of the weights must be contiguous"
     return None
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::block_fp8_linear", mutates_args=())
+@custom_op(lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]))
 def _block_fp8_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -156,24 +153,26 @@ def _block_fp8_linear(
     base: torch.Tensor | None,
     allow_triton: bool,
 ) -> torch.Tensor:
-    return _run(x, weight, scales, (block_size[0], block_size[1]), base, None, allow_triton)
+    size = block_size[0], block_size[1]
+    return _LINEAR(x.device, x, weight, scales, size, base, None, allow_triton=allow_triton)
 
 
-@register_fake(_block_fp8_linear)
-def _(x, weight, scales, block_size, base, allow_triton):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _why_not_triton(x, weight, scales, block_size, base, out) -> str | None:
+    return why_no_kernels(x, block_size, weight)
 
 
-def _run(x, weight, scales, block_size, base, out, allow_triton) -> torch.Tensor:
-    backends = _LINEAR if allow_triton and runs_kernels(x) else _LINEAR[-1:]
-    return dispatch("block_fp8_linear", backends, x.device, x, weight, scales, block_size, base, out)
+def _why_not_vector(x, weight, scales, block_size, base, out) -> str | None:
+    if out is not None or not takes_block_fp8_vector_linear(x, [weight], block_size):
+        return f"it is for at most {VECTOR_TOKENS} tokens"
+    return None
+
+
+def _as_vector(x, weight, scales, block_size, base, out) -> torch.Tensor:
+    return block_fp8_vector_linear_triton(x, [weight], [scales], base=base)
 
 
 def _in_triton(x, weight, scales, block_size, base, out) -> torch.Tensor:
-    tokens = x.shape[0]
-    if out is None and takes_block_fp8_vector_linear(x, [weight], block_size):
-        return block_fp8_vector_linear_triton(x, [weight], [scales], base=base)
-    quantised = tokens > WIDENED_TOKENS and multiplies_e4m3(x.device)
+    quantised = x.shape[0] > WIDENED_TOKENS and multiplies_e4m3(x.device)
     return block_fp8_linear_triton(x, weight, scales, base, out, quantised)
 
 
@@ -183,13 +182,21 @@ def _in_pytorch(x, weight, scales, block_size, base, out) -> torch.Tensor:
     return made if out is None else out.copy_(made)
 
 
-_LINEAR = (
-    Backend("Triton", lambda x, weight, scales, size, base, out: why_no_kernels(x, size, weight), _in_triton),
-    Backend("PyTorch", lambda *_: None, _in_pytorch),
+def _example_weight(new, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return new(rows, columns, dtype=E4M3), new(*scale_grid(rows, columns, KERNEL_BLOCK), dtype=torch.float32)
+
+
+_LINEAR = Operation(
+    "block_fp8_linear",
+    Backend("Triton, token by token", _why_not_vector, _as_vector, optional=True),
+    Backend("Triton", _why_not_triton, _in_triton),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    prefill=lambda new: (new(8192, 7168), *_example_weight(new, 1536, 7168), KERNEL_BLOCK, None, None),
+    token=lambda new: (new(1, 7168), *_example_weight(new, 1536, 7168), KERNEL_BLOCK, None, None),
 )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::block_fp8_vector_linear", mutates_args=())
+@custom_op(lambda x, weights, *_: x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights)))
 def _block_fp8_vector_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -198,26 +205,32 @@ def _block_fp8_vector_linear(
     eps: float,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    fits = runs_kernels(x) and len(weights) <= MAX_WEIGHTS and len({grid.dtype for grid in scales}) == 1
-    backends = _VECTOR if fits else _VECTOR[-1:]
-    return dispatch("block_fp8_vector_linear", backends, x.device, x, weights, scales, norm, eps, base)
+    return _VECTOR(x.device, x, weights, scales, norm, eps, base)
 
 
-@register_fake(_block_fp8_vector_linear)
-def _(x, weights, scales, norm, eps, base):
-    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
+def _why_not_vectors(x, weights, scales, norm, eps, base) -> str | None:
+    if len(weights) > MAX_WEIGHTS:
+        return f"it takes at most {MAX_WEIGHTS} weights"
+    if len({grid.dtype for grid in scales}) > 1:
+        return "scales are of several kinds"
+    return why_no_kernels(x, KERNEL_BLOCK, *weights)
 
 
-def _vector_in_pytorch(x, weights, scales, norm, eps, base) -> torch.Tensor:
+def _vectors_in_pytorch(x, weights, scales, norm, eps, base) -> torch.Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps, allow_triton=False)
     made = torch.cat([linear_reference(x, weight, grid) for weight, grid in zip(weights, scales)], dim=-1)
     return made if base is None else made.add_(base)
 
 
-_VECTOR = (
-    Backend(
-        "Triton", lambda x, weights, *_: why_no_kernels(x, KERNEL_BLOCK, *weights), block_fp8_vector_linear_triton
-    ),
-    Backend("PyTorch", lambda *_: None, _vector_in_pytorch),
+def _example_vectors(new) -> tuple:
+    weights, scales = zip(_example_weight(new, 1536, 7168), _example_weight(new, 576, 7168))
+    return new(1, 7168), list(weights), list(scales), None, 0.0, None
+
+
+_VECTOR = Operation(
+    "block_fp8_vector_linear",
+    Backend("Triton", _why_not_vectors, block_fp8_vector_linear_triton),
+    Backend("PyTorch", takes_all, _vectors_in_pytorch),
+    token=_example_vectors,
 )

@@ -12,24 +12,16 @@ from typing import NamedTuple
 import torch
 
 from ..common.device_target import device_target
+from ..common.kernel_constants import LARGE_SHARED_MEMORY
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read, quantise_activations_triton
 from .block_fp8_reference import GROUP, is_ue8m0
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .block_fp8_activations_triton import scale_of, widened
-except ImportError:
-    triton = None
 
 # Tiles of so many rows of weights share what they read of the activations in L2.
 SWIZZLE = 8
 # Groups of columns that a program sums up at least when several share an output.
 LEAST_GROUPS = 8
-# Multiprocessors that are taken for granted in the interpreter.
-INTERPRETED_PROCESSORS = 4
 
 
 class Tiles(NamedTuple):
@@ -43,10 +35,8 @@ class Tiles(NamedTuple):
 
 def is_roomy(device: torch.device) -> bool:
     """Whether a program may use 160 KB of shared memory or more, as on A100, H100 and B200, instead of 99."""
-    if device.type != "cuda":
-        return True
     backend, arch, _ = device_target(device)
-    return backend == "cuda" and isinstance(arch, int) and arch in (80, 90, 100, 103)
+    return backend == "cuda" and arch in LARGE_SHARED_MEMORY
 
 
 def linear_tiles(tokens: int, quantised: bool, roomy: bool) -> Tiles:
@@ -153,14 +143,14 @@ def multiply(
 
 def split_count(device: torch.device, programs: int, groups: int) -> int:
     """Programs, a power of two, that share the columns of an output, so that few outputs fill the device."""
-    processors = device_target(device).processors if device.type == "cuda" else INTERPRETED_PROCESSORS
-    splits = 1
+    processors, splits = device_target(device).processors, 1
     while 2 * splits * programs <= 2 * processors and groups >= 2 * splits * LEAST_GROUPS:
         splits *= 2
     return splits
 
 
 if triton is not None:
+    from .block_fp8_activations_triton import scale_of, widened
 
     @triton.jit(do_not_specialize=["T"])
     def block_fp8_matmul_kernel(

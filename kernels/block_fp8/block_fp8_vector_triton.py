@@ -14,16 +14,9 @@ import torch
 
 from ..common.early_launch import early_launch
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
 from .block_fp8_reference import GROUP, is_ue8m0
-
-try:
-    import triton
-    import triton.language as tl
-
-    from .block_fp8_activations_triton import scale_of, widened
-except ImportError:
-    triton = None
 
 MAX_WEIGHTS = 4
 # Output rows of a program.
@@ -172,6 +165,7 @@ def block_fp8_experts_vector(
 
 
 if triton is not None:
+    from .block_fp8_activations_triton import scale_of, widened
 
     @triton.jit
     def _products(tile, value, ROWS: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr):

@@ -1,6 +1,6 @@
 """Which backend runs an operation: one policy for all of them.
 
-- The first backend in the operation's order that takes the arguments runs.
+- An `Operation` lists its backends in order, and the first that takes the arguments runs.
 - Out of memory and faults of the device are raised: they say nothing about a backend, which the next call tries again.
 - A backend that fails to compile is set aside for its device, until the process ends, and the next one runs.
 - That a slower backend runs than one expects is said once, with its reason. `no_fallback` makes it an error instead.
@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
-try:
-    import triton
-except ImportError:
-    triton = None
+from .triton_support import NO_TRITON, has_kernels, triton
 
 # Set to 1, falling back is an error in the whole process.
 NO_FALLBACK = "INDEXCACHE_NO_FALLBACK"
@@ -46,6 +44,7 @@ _DEVICE_WORDS = ("Triton Error [", "CUDA error", "CUDA driver error", "HIP error
 _set_aside: dict[tuple[str, str, torch.device], str] = {}
 _said: set[str] = set()
 _forbidden = os.environ.get(NO_FALLBACK, "") not in ("", "0")
+_ran: list[tuple[str, str]] | None = None
 
 
 class FallbackError(RuntimeError):
@@ -73,33 +72,85 @@ class Backend(NamedTuple):
     optional: bool = False
 
 
-def dispatch(operation: str, backends: Sequence[Backend], device: torch.device, *arguments: Any) -> Any:
-    """Run the first of `backends` that takes `arguments`; the last must take all.
+class Operation:
+    """What is computed, with its backends, the fastest first; the last takes all arguments and needs no kernels.
 
-    Raises:
-        torch.OutOfMemoryError: for what the allocator or the driver had no memory for.
-        FallbackError: where `no_fallback` forbids the backend that would run.
-        Exception: what the last backend raised, and any backend's error that is not about compiling it.
+    Attributes:
+        name: as it is shown; of two stages of one function `function: stage`.
+        backends: in their order.
+        defined_in: name of the file.
+        examples: arguments of typical shapes by name, made by a function like `torch.empty` with bf16 for its dtype.
     """
-    for backend in backends[:-1]:
-        place = (operation, backend.name, device)
-        reason = _set_aside.get(place)
-        if reason is None:
-            reason = backend.why_not(*arguments)
-            if reason is not None and backend.optional:
-                continue
-        if reason is None:
+
+    def __init__(self, name: str, *backends: Backend, **examples: Callable[[Callable[..., torch.Tensor]], tuple]):
+        self.name, self.backends, self.examples = name, backends, examples
+        self.defined_in = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
+
+    def __call__(self, device: torch.device, *arguments: Any, allow_triton: bool = True) -> Any:
+        """Run the first backend that takes `arguments`, or without `allow_triton` the last.
+
+        Raises:
+            torch.OutOfMemoryError: for what the allocator or the driver had no memory for.
+            FallbackError: where `no_fallback` forbids the backend that would run.
+            Exception: what the last backend raised, and any backend's error that is not about compiling it.
+        """
+        last = self.backends[-1]
+        if not allow_triton or torch.compiler.is_compiling():
+            return last.run(*arguments)
+        while True:
+            backend = self.choose(device, *arguments)
+            if _ran is not None:
+                _ran.append((self.name, backend.name))
             try:
                 return backend.run(*arguments)
             except Exception as error:
+                if backend is last:
+                    raise
                 if _is_out_of_memory(error):
                     raise torch.OutOfMemoryError(str(error)) from error
                 if not fails_to_compile(error) or _forbidden:
                     raise
                 reason = f"it does not compile here ({type(error).__name__}: {_first_line(error)})"
-                _set_aside[place] = reason
-        say_fallback(operation, backend.name, reason, device)
-    return backends[-1].run(*arguments)
+                _set_aside[self.name, backend.name, device] = reason
+
+    def choose(self, device: torch.device, *arguments: Any) -> Backend:
+        """The backend that runs `arguments`, without running it; says what a slower one is chosen for.
+
+        Raises:
+            FallbackError: where `no_fallback` forbids it.
+        """
+        if not has_kernels(device):
+            if device.type == "cuda":
+                say_fallback("indexcache", "Triton", NO_TRITON, device)
+            return self.backends[-1]
+        for backend in self.backends[:-1]:
+            reason = _set_aside.get((self.name, backend.name, device))
+            if reason is None:
+                reason = backend.why_not(*arguments)
+                if reason is None:
+                    return backend
+                if backend.optional:
+                    continue
+            say_fallback(self.name, backend.name, reason, device)
+        return self.backends[-1]
+
+    def chooses_kernels(self, device: torch.device, *arguments: Any) -> bool:
+        """Whether a backend other than the last runs `arguments`."""
+        return self.choose(device, *arguments) is not self.backends[-1]
+
+    def explain(self, device: torch.device, *arguments: Any) -> tuple[str, dict[str, str]]:
+        """The name of the backend that runs `arguments`, and why not each that comes before it."""
+        reasons: dict[str, str] = {}
+        for backend in self.backends[:-1]:
+            reason = _set_aside.get((self.name, backend.name, device))
+            if not has_kernels(device):
+                reason = NO_TRITON if device.type == "cuda" else f"kernels need a GPU, not {device.type}"
+            elif reason is None:
+                reason = backend.why_not(*arguments)
+            if reason is None:
+                return backend.name, reasons
+            reasons[backend.name] = reason
+        return self.backends[-1].name, reasons
 
 
 def fails_to_compile(error: BaseException) -> bool:
@@ -121,14 +172,17 @@ def forget_failures() -> None:
 
 
 @contextmanager
-def no_fallback() -> Iterator[None]:
-    """Make falling back to another backend an error, in all threads: for tests and benchmarks."""
-    global _forbidden
-    before, _forbidden = _forbidden, True
+def no_fallback() -> Iterator[list[tuple[str, str]]]:
+    """Make falling back to another backend an error, in all threads: for tests and benchmarks.
+
+    Gives a list that fills with the names of each operation that runs inside, and of the backend that runs it.
+    """
+    global _forbidden, _ran
+    before, _forbidden, _ran = (_forbidden, _ran), True, []
     try:
-        yield
+        yield _ran
     finally:
-        _forbidden = before
+        _forbidden, _ran = before
 
 
 def say_fallback(operation: str, backend: str, reason: str, device: torch.device) -> None:

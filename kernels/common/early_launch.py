@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .device_target import has_capability
+from .triton_support import tl, triton
 
 
 class _ThisThread(local):
@@ -69,3 +70,16 @@ def _triton_has_early_launches() -> bool:
     except ImportError:
         return False
     return gdc_wait is not None and gdc_launch_dependents is not None
+
+
+if triton is not None:
+
+    @triton.jit
+    def wait_for_kernels_ahead(EARLY: tl.constexpr):
+        """Wait for what the kernels ahead wrote, and let the next one begin."""
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+
+else:  # Without Triton there are no kernels to call it; importing its name must work.
+    wait_for_kernels_ahead = None

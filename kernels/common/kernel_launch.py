@@ -20,7 +20,6 @@ class _ThisThread(local):
 
 
 _thread = _ThisThread()
-_functions: dict[Any, Any] = {}
 _waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
 
 
@@ -87,15 +86,9 @@ def are_recorded() -> bool:
     return _thread.record is not None
 
 
-def register_fake(operation: Any) -> Callable[[Callable], Callable]:
-    """`operation.register_fake` of a custom operation, whose own function is then found by `function_of`."""
-    _functions[getattr(operation, "_opoverload", None)] = getattr(operation, "_init_fn", None)
-    return operation.register_fake
-
-
-def function_of(operation: Any) -> Callable[..., Any] | None:
-    """The Python function of one of this package's custom operations, or None."""
-    return _functions.get(operation)
+def tile_options(tile: Any) -> dict[str, int]:
+    """A named tuple of a kernel's launch shape as its options: `BLOCK_M` for `block_m`, `num_warps` as it is."""
+    return {name if name.startswith("num_") else name.upper(): value for name, value in tile._asdict().items()}
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -6,14 +6,15 @@ unless told not to look. A variant is one such case.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
-from queue import Queue
-from threading import Thread, main_thread
+from threading import Condition, Thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
 
+from .compile_process import CompileProcess, NotCompiledThere
 from .kernel_launch import WaitBeforeLaunches
 
 Key = tuple[Any, ...]
@@ -49,11 +50,16 @@ class Variant(NamedTuple):
         """
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.options)
 
-    def load(self) -> None:
-        """Compile, load the kernel onto the current device and make what launches it, as its first launch would."""
+    def load(self) -> Any:
+        """Compile, load the kernel onto the current device and make what launches it, as its first launch would.
+
+        Returns:
+            Triton's compiled kernel.
+        """
         compiled = self.compile()
         if compiled is not None:
             compiled.run  # noqa: B018 - a property that does its work when it is first read
+        return compiled
 
 
 class VariantList:
@@ -97,55 +103,104 @@ def _case_of(parameter: Any, value: Any) -> Any:
 
 
 class Compilations:
-    """Variants on their way, compiled in threads: Triton lowers without Python's lock. Launches wait for theirs.
+    """Variants on their way: other processes compile them, threads until those are ready. Launches wait for theirs.
 
     A variant that does not compile is left to the launch that needs it, where its error is dealt with. When the
     process ends, what is not begun is dropped.
+
+    Args:
+        device: what to load kernels onto; on a CPU they are compiled alone.
+        jobs: threads that compile.
+        process: what compiles once it is ready; the threads then wait for it. It is closed at the end.
     """
 
-    def __init__(self, device: torch.device, jobs: int) -> None:
-        self._device = device
-        self._queue: Queue[Variant | None] = Queue()
+    def __init__(self, device: torch.device, jobs: int, process: CompileProcess | None = None) -> None:
+        self._device, self._jobs, self._process = device, jobs, process
+        self._changed = Condition()
+        self._queue: deque[Variant] = deque()
+        self._closed = False
         self._pending: dict[Key, Future[str | None]] = {}
         self._waiting = WaitBeforeLaunches(self._wait)
-        self._threads = [Thread(target=self._work, name=f"indexcache-compile-{i}") for i in range(jobs)]
+        number = jobs if process is None else max(jobs, process.jobs)
+        self._threads = [Thread(target=self._work, args=(i,), name=f"indexcache-compile-{i}") for i in range(number)]
         for thread in self._threads:
             thread.start()
+        if process is not None:
+            process.on_change(self._notify)
 
     def add(self, variants: Iterable[Variant]) -> None:
         """Begin to compile these, in this order, unless they are known."""
-        for variant in variants:
-            if variant.key not in self._pending:
-                self._pending[variant.key] = Future()
-                self._queue.put(variant)
+        with self._changed:
+            for variant in variants:
+                if variant.key not in self._pending:
+                    self._pending[variant.key] = Future()
+                    self._queue.append(variant)
+            self._changed.notify_all()
 
     def finish(self) -> dict[Key, str | None]:
         """Wait for all: why each variant that was compiled here failed, or None if it did not."""
-        for _ in self._threads:
-            self._queue.put(None)
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         for thread in self._threads:
             thread.join()
         self._waiting.stop()
+        if self._process is not None:
+            self._process.close()
+        for future in self._pending.values():
+            future.cancel()
         return {key: future.result() for key, future in self._pending.items() if not future.cancelled()}
 
-    def _work(self) -> None:
-        while (variant := self._queue.get()) is not None:
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _work(self, index: int) -> None:
+        while (variant := self._next(index)) is not None:
             future = self._pending[variant.key]
             if not main_thread().is_alive():
                 future.cancel()
             elif future.set_running_or_notify_cancel():
                 future.set_result(self._compile(variant))
 
+    def _next(self, index: int) -> Variant | None:
+        """What this thread compiles next; those beyond `jobs` only hand over to the side process."""
+        with self._changed:
+            while True:
+                process = self._process
+                if index >= self._jobs and (process is None or process.is_gone):
+                    return None
+                if self._queue and (index < self._jobs or (process is not None and process.is_ready)):
+                    return self._queue.popleft()
+                if self._closed and not self._queue:
+                    return None
+                self._changed.wait()
+
     def _compile(self, variant: Variant) -> str | None:
+        process = self._process
         try:
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):
-                    variant.load()
-            else:
-                variant.compile()
+            if process is None or not process.is_ready:
+                self._load(variant)
+                return None
+            try:
+                key = process.compile(variant.kernel, variant.grid, variant.arguments, variant.options)
+            except NotCompiledThere as error:
+                if not main_thread().is_alive():
+                    return str(error)
+                self._load(variant)
+                return None
+            compiled = self._load(variant)
+            if compiled is not None and compiled.hash != key:
+                process.close("Triton does not find here what was compiled there")
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _load(self, variant: Variant) -> Any:
+        if self._device.type != "cuda":
+            return variant.compile()
+        with torch.cuda.device(self._device):
+            return variant.load()
 
     def _wait(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
         future = self._pending.get(variant_key(kernel, arguments, options))

@@ -1,7 +1,8 @@
 """Tensors without memory that say they are on a GPU: a model runs on them, and what it would launch is recorded.
 
 No GPU is needed, nor a PyTorch that was built for one. PyTorch sees tensors of its `meta` device, which have shapes,
-strides and dtypes; this package's code sees CUDA tensors of the target that is pretended.
+strides and dtypes; this package's code sees CUDA tensors of the target that is pretended. Tensors have no values:
+whether all of a mask is True is answered with False.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from .custom_op import function_of
 from .device_target import DeviceTarget, pretended_target
-from .kernel_launch import function_of, recorded_launches
+from .kernel_launch import recorded_launches
 
 CUDA, META = torch.device("cuda", 0), torch.device("meta")
 
@@ -75,6 +77,8 @@ class _Pretending(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called in place of every function of PyTorch."""
+        if func is torch.Tensor.__bool__:
+            return False
         own = function_of(func)
         if own is not None:
             with self:

@@ -11,12 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Pairs of a program, and entries of pairs by experts that it holds at once.
 PAIRS, TILE = 512, 8192

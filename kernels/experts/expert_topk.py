@@ -9,14 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_floats, check_integer, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
-from ..common.triton_support import runs_kernels
+from ..common.custom_op import custom_op
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from ..norm_rope_linear.rms_norm import rms_norm
-from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton, triton
-
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
+from .expert_topk_triton import MAX_EXPERTS, expert_topk_triton, is_vector, normed_expert_topk_triton
 
 
 def expert_topk(
@@ -54,22 +51,27 @@ def expert_topk(
         ValueError: shapes, dtypes or devices that do not fit each other, more experts than there are.
     """
     _check_routing("expert_topk", x, weight, bias, k)
-    grouped = groups is not None and groups > 1
     if groups is not None and groups > 1:
         check_integer("expert_topk", "groups", groups, 1, weight.shape[0])
         check_integer("expert_topk", "topk_groups", topk_groups, 1, groups)
         if weight.shape[0] % groups:
             raise ValueError(f"expert_topk: {weight.shape[0]} experts do not divide into {groups} groups")
-    if allow_triton and not grouped and _fits(x, weight, bias):
-        return _expert_topk(x, weight, bias, k, scaling, normalise)
-    return expert_topk_reference(
-        x, weight, bias, k, scaling, normalise, groups if grouped else None, topk_groups, masked_score
-    )
+    else:
+        groups = None
+    arguments = (x, weight, bias, k, scaling, normalise)
+    if allow_triton and groups is None and _TOPK.chooses_kernels(x.device, *arguments):
+        return _expert_topk(*arguments)
+    return expert_topk_reference(*arguments, groups, topk_groups, masked_score)
 
 
 def takes_normed_expert_topk(x: torch.Tensor, norm: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
     """Whether `normed_expert_topk` runs these, `x [tokens, D]` of few tokens and a norm's weight `[D]`."""
-    return is_vector(x.shape[0], weight.shape[0]) and norm.dtype == x.dtype and _fits(x, weight, bias)
+    return (
+        is_vector(x.shape[0], weight.shape[0])
+        and norm.dtype == x.dtype
+        and has_kernels(x.device)
+        and _why_not_triton(x, weight, bias) is None
+    )
 
 
 def normed_expert_topk(
@@ -106,9 +108,7 @@ def normed_expert_topk(
     check_tensors("normed_expert_topk", x=x, norm=norm)
     check_floats("normed_expert_topk", norm=norm)
     check_shape("normed_expert_topk", "norm", norm, "[D]", x.shape[1:])
-    backends = _NORMED if runs_kernels(x) else _NORMED[-1:]
-    arguments = (x, norm, eps, weight, bias, k, scaling, normalise)
-    return dispatch("normed_expert_topk", backends, x.device, *arguments)
+    return _NORMED(x.device, x, norm, eps, weight, bias, k, scaling, normalise)
 
 
 def _normed_in_pytorch(x, norm, eps, weight, bias, k, scaling, normalise):
@@ -116,9 +116,11 @@ def _normed_in_pytorch(x, norm, eps, weight, bias, k, scaling, normalise):
     return normed, *expert_topk_reference(normed, weight, bias, k, scaling, normalise)[1:]
 
 
-_NORMED = (
+_NORMED = Operation(
+    "normed_expert_topk",
     Backend("Triton", takes_all, normed_expert_topk_triton),
     Backend("PyTorch", takes_all, _normed_in_pytorch),
+    token=lambda new: (new(1, 2048), new(2048), 1e-6, new(64, 2048), new(64), 4, 1.0, True),
 )
 
 
@@ -161,39 +163,32 @@ def _check_routing(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: 
     check_integer(operation, "k", k, 1, weight.shape[0])
 
 
-def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> bool:
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return (
-        triton is not None
-        and x.is_cuda
-        and not needs_grad
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
-        and weight.is_cuda
-        and bias.is_cuda
-        and weight.shape[0] <= MAX_EXPERTS
-    )
+def _why_not_triton(x, weight, bias, *_) -> str | None:
+    if x.dtype not in HALF_PRECISION or weight.dtype != x.dtype:
+        return "it takes bfloat16 or float16 tokens and weights of one dtype"
+    if weight.device != x.device or bias.device != x.device:
+        return "weights and tokens are on different devices"
+    if needs_gradient(x, weight):
+        return "it has no gradient"
+    return f"it takes at most {MAX_EXPERTS} experts" if weight.shape[0] > MAX_EXPERTS else None
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::expert_topk", mutates_args=())
-def _expert_topk(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    backends = _BACKENDS if x.is_cuda else _BACKENDS[-1:]
-    return dispatch("expert_topk", backends, x.device, x, weight, bias, k, scaling, normalise)
-
-
-_BACKENDS = (
-    Backend("Triton", takes_all, expert_topk_triton),
+_TOPK = Operation(
+    "expert_topk",
+    Backend("Triton", _why_not_triton, expert_topk_triton, optional=True),
     Backend("PyTorch", takes_all, expert_topk_reference),
+    prefill=lambda new: (new(8192, 2048), new(64, 2048), new(64), 4, 1.0, True),
+    token=lambda new: (new(1, 2048), new(64, 2048), new(64), 4, 1.0, True),
 )
 
 
-@register_fake(_expert_topk)
-def _(x, weight, bias, k, scaling, normalise):
-    tokens = x.shape[0]
-    return (
-        x.new_empty(tokens, weight.shape[0], dtype=torch.float32),
-        x.new_empty(tokens, k, dtype=torch.float32),
-        x.new_empty(tokens, k, dtype=torch.int64),
-    )
+def _shapes(x, weight, bias, k, *_):
+    shapes = ((weight.shape[0], torch.float32), (k, torch.float32), (k, torch.int64))
+    return tuple(x.new_empty(x.shape[0], width, dtype=dtype) for width, dtype in shapes)
+
+
+@custom_op(_shapes)
+def _expert_topk(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, scaling: float, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _TOPK(x.device, x, weight, bias, k, scaling, normalise)

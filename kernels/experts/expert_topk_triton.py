@@ -2,23 +2,22 @@
 then the k best by k rounds of maximum.
 
 Half-precision products are exact in fp32 and summed there, so logits are what an fp32 matmul gives.
+
+Legend: E experts, EP as a power of two; D width of a token, K experts a token.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Scores of a block of tokens stay in registers.
 MAX_EXPERTS = 512
+# Up to so many tokens small blocks are needed to fill the GPU; up to so many experts shared memory holds four stages.
+FEW_TOKENS, FEW_EXPERTS = 512, 128
 # Up to so many tokens, and experts, each token is a program of its own.
 VECTOR_TOKENS, VECTOR_EXPERTS = 4, 64
 # Weights that it holds at once: all of them, or some of them several times.
@@ -41,15 +40,11 @@ def expert_topk_triton(
         _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, None, 0.0, None)
         return logits, weights, chosen
     padded = max(16, triton.next_power_of_2(experts))
-    few = tokens <= 512
-    block = 16 if few or padded > 128 else 64
+    few = tokens <= FEW_TOKENS
+    block = 16 if few or padded > FEW_EXPERTS else 64
+    tensors = (x, weight.contiguous(), bias, logits, weights, chosen)
     launcher(expert_topk_kernel, (triton.cdiv(tokens, block),), x)(
-        x,
-        weight.contiguous(),
-        bias,
-        logits,
-        weights,
-        chosen,
+        *tensors,
         scaling,
         tokens,
         x.stride(0),
@@ -58,23 +53,16 @@ def expert_topk_triton(
         D=width,
         K=k,
         BLOCK=block,
-        BLOCK_D=128 if few and padded <= 128 else 64,
+        BLOCK_D=128 if few and padded <= FEW_EXPERTS else 64,
         NORMALISE=normalise,
         num_warps=4,
-        num_stages=4 if padded <= 128 else 2,
+        num_stages=4 if padded <= FEW_EXPERTS else 2,
     )
     return logits, weights, chosen
 
 
 def normed_expert_topk_triton(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    eps: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    k: int,
-    scaling: float,
-    normalise: bool,
+    x, norm, eps, weight, bias, k, scaling, normalise
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `kernels.expert_topk.normed_expert_topk`, where `is_vector`."""
     tokens, device = x.shape[0], x.device
@@ -196,9 +184,7 @@ if triton is not None:
         column = tl.arange(0, COLUMNS)
         rows = weight + expert[:, None] * D + column[None, :]
         tile = tl.load(rows, mask=known[:, None] & (column < D)[None, :], other=0.0)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         x += token * x_stride
         factor = 1.0
         if HAS_NORM:

@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_experts, check_floats, check_shape, check_tensors
-from ..common.device_target import has_capability
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
+from ..common.custom_op import custom_op
+from ..common.device_target import why_too_old
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import NO_TRITON, has_kernels, needs_gradient
 from .expert_groups_triton import group_by_expert_triton
-from .routed_experts_triton import combine, copy_rows, experts_vector, gated, triton
+from .routed_experts_triton import combine, copy_rows, experts_vector, gated
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
 # Up to so many tokens the matrix-vector kernels are faster than sorting and grouping.
 VECTOR_TOKENS = 6
 # With more experts PyTorch sorts.
@@ -65,7 +64,7 @@ def routed_experts(
     gate, up, shared_down = shared if shared is not None else (None, None, None)
     if accumulate is None:
         return _routed_experts(x, experts, weights, gate_up, down, gate, up, shared_down)
-    return _run(x, experts, weights, gate_up, down, shared, accumulate)
+    return _EXPERTS(x.device, x, experts, weights, gate_up, down, shared, accumulate)
 
 
 def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate) -> None:
@@ -103,15 +102,15 @@ def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate) -> 
 
 def unsupported_experts_reason(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
     """Why `routed_experts` does not run these tensors in kernels, or None when it does."""
-    if triton is None:
-        return "Triton is not installed (pip install triton)"
-    if not (x.is_cuda and x.device == gate_up.device == down.device):
+    if not has_kernels(x.device):
+        return NO_TRITON if x.is_cuda else "x must be on a CUDA device"
+    if not x.device == gate_up.device == down.device:
         return "x and the experts' weights must be on one CUDA device"
     if not (x.dtype == gate_up.dtype == down.dtype == torch.bfloat16):
         return f"the kernels take bfloat16, not {x.dtype} with weights {gate_up.dtype}, {down.dtype}"
-    if torch.is_grad_enabled() and (x.requires_grad or gate_up.requires_grad or down.requires_grad):
+    if needs_gradient(x, gate_up, down):
         return "the kernels have no gradient"
-    if _grouped_mm() is None or (torch.version.hip is None and not has_capability(x.device, 80)):
+    if _grouped_mm() is None or why_too_old(x.device) is not None:
         return "this torch or device has no grouped_mm"
     if gate_up.stride(-1) != 1 or down.stride(-1) != 1 or gate_up.shape[-1] % 8 or down.shape[-1] % 8:
         return "rows of the experts' weights must be contiguous and a multiple of 8 wide"
@@ -139,7 +138,7 @@ def routed_experts_reference(
     return out
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::routed_experts", mutates_args=())
+@custom_op(lambda x, *_: x.new_empty(x.shape))
 def _routed_experts(
     x: torch.Tensor,
     experts: torch.Tensor,
@@ -151,21 +150,18 @@ def _routed_experts(
     shared_down: torch.Tensor | None,
 ) -> torch.Tensor:
     shared = None if gate is None or up is None or shared_down is None else (gate, up, shared_down)
-    return _run(x, experts, weights, gate_up, down, shared, None)
+    return _EXPERTS(x.device, x, experts, weights, gate_up, down, shared, None)
 
 
-@register_fake(_routed_experts)
-def _(x, experts, weights, gate_up, down, gate, up, shared_down):
-    return x.new_empty(x.shape)
+def _why_not_vector(x, *_) -> str | None:
+    return None if x.shape[0] <= VECTOR_TOKENS else f"it is for at most {VECTOR_TOKENS} tokens"
 
 
-def _run(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    return dispatch("routed_experts", _BACKENDS if _on_triton(x) else _BACKENDS[-1:], x.device, x, *arguments)
+def _by_token(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
+    return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
 
 
-def _in_triton(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
-    if x.shape[0] <= VECTOR_TOKENS:
-        return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+def _by_expert(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
     _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
     return out
@@ -176,19 +172,22 @@ def _in_pytorch(x, experts, weights, gate_up, down, shared, accumulate) -> torch
     return out if accumulate is None else accumulate.add_(out)
 
 
-_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, _in_pytorch))
+def _example(new, tokens: int) -> tuple:
+    experts, weights = new(tokens, 4, dtype=torch.int64), new(tokens, 4, dtype=torch.float32)
+    return new(tokens, 2048), experts, weights, new(64, 3072, 2048), new(64, 2048, 1536), None, None
 
 
-def _grouped(
-    x: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    shared: Shared | None,
-    base: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
+_EXPERTS = Operation(
+    "routed_experts",
+    Backend("Triton, token by token", _why_not_vector, _by_token, optional=True),
+    Backend("Triton and grouped matmuls", takes_all, _by_expert),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    prefill=lambda new: _example(new, 8192),
+    token=lambda new: _example(new, 1),
+)
+
+
+def _grouped(x, experts, weights, gate_up, down, shared, base, out) -> None:
     """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
     grouped_mm: Any = _grouped_mm()
     tokens, k = experts.shape
@@ -228,8 +227,10 @@ def group_by_expert(
         int64 `[T, K]`: each pair's place within its block, among an expert's pairs by token; int32
         `[ceil(T / block), count]`: where in its block each expert's pairs end.
     """
-    if allow_triton and _on_triton(experts) and count <= MAX_COUNTED:
-        return group_by_expert_triton(experts, count, block)
+    return _GROUPS(experts.device, experts, count, block, allow_triton=allow_triton)
+
+
+def _group_by_sorting(experts: torch.Tensor, count: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, k = experts.shape
     blocks, device = -(-tokens // block), experts.device
     # One sort by (block, expert) serves all blocks.
@@ -243,15 +244,23 @@ def group_by_expert(
     return place.view(tokens, k), ends
 
 
+def _why_not_counted(experts, count, block) -> str | None:
+    return None if count <= MAX_COUNTED else f"it counts at most {MAX_COUNTED} experts"
+
+
+_GROUPS = Operation(
+    "group_by_expert",
+    Backend("Triton", _why_not_counted, group_by_expert_triton, optional=True),
+    Backend("PyTorch", takes_all, _group_by_sorting),
+    prefill=lambda new: (new(8192, 4, dtype=torch.int64), 64, 8192),
+)
+
+
 def block_tokens(x: torch.Tensor, k: int, inner: int) -> int:
     """Tokens of `x [T, D]` in a block, of `k` experts of `inner` width each."""
     # The most at once: rows by expert and both halves of their projection, or these and the gated half.
     row = x.element_size() * k * max(x.shape[1] + 2 * inner, 3 * inner)
     return max(1, BLOCK_BYTES // row)
-
-
-def _on_triton(x: torch.Tensor) -> bool:
-    return triton is not None and x.is_cuda
 
 
 def _grouped_mm() -> Callable[..., Any] | None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Output rows of a program, and input columns that it holds at once, in the matrix-vector kernels.
 VECTOR_ROWS, VECTOR_COLUMNS = 4, 2048
+# Entries of rows that four warps hold at once, and a tile of the gate.
+ROW_TILE, GATED_ROWS, GATED_COLUMNS = 4096, 4, 1024
 
 
 def experts_vector(
@@ -55,17 +52,11 @@ def experts_vector(
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)
+    tensors = (x, experts, gate_up, gate, up, hidden)
+    strides = (x.stride(0), *gate_up.stride()[:2], gate.stride(0), up.stride(0))
     launcher(experts_up_vector_kernel, (tokens, k * tiles + shared_tiles), x)(
-        x,
-        experts,
-        gate_up,
-        gate,
-        up,
-        hidden,
-        x.stride(0),
-        *gate_up.stride()[:2],
-        gate.stride(0),
-        up.stride(0),
+        *tensors,
+        *strides,
         D=width,
         INNER=inner,
         SHARED=shared_inner,
@@ -75,17 +66,11 @@ def experts_vector(
         num_warps=4,
         **early_launch(),
     )
+    more = (hidden, experts, weights, down, shared_down, out if base is None else base, out)
+    strides = (*down.stride()[:2], shared_down.stride(-2), 0 if base is None else base.stride(0))
     launcher(experts_down_vector_kernel, (tokens, triton.cdiv(width, VECTOR_ROWS)), hidden)(
-        hidden,
-        experts,
-        weights,
-        down,
-        shared_down,
-        out if base is None else base,
-        out,
-        *down.stride()[:2],
-        shared_down.stride(-2),
-        0 if base is None else base.stride(0),
+        *more,
+        *strides,
         D=width,
         INNER=inner,
         SHARED=shared_inner,
@@ -105,11 +90,11 @@ def copy_rows(x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     out = torch.empty(tokens * k, x.shape[1], dtype=x.dtype, device=x.device)
     if out.numel():
         block = triton.next_power_of_2(x.shape[1])
-        rows = max(1, 4096 // block)
+        rows = max(1, ROW_TILE // block)
         grid = (triton.cdiv(tokens, rows),)
-        launcher(copy_rows_kernel, grid, x)(
-            x, place, out, tokens, x.stride(0), x.shape[1], block, k, rows, num_warps=4
-        )
+        tensors = (x, place, out)
+        sizes = (x.shape[1], block, k, rows)
+        launcher(copy_rows_kernel, grid, x)(*tensors, tokens, x.stride(0), *sizes, num_warps=4)
     return out
 
 
@@ -118,11 +103,11 @@ def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     rows, width = gate.shape
     out = torch.empty(rows, width, dtype=gate.dtype, device=gate.device)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(width))
-        grid = (triton.cdiv(rows, 4), triton.cdiv(width, block))
-        launcher(gated_kernel, grid, gate)(
-            gate, up, out, rows, gate.stride(0), up.stride(0), width, block, 4, num_warps=4
-        )
+        block = min(GATED_COLUMNS, triton.next_power_of_2(width))
+        grid = (triton.cdiv(rows, GATED_ROWS), triton.cdiv(width, block))
+        tensors = (gate, up, out)
+        sizes = (width, block, GATED_ROWS)
+        launcher(gated_kernel, grid, gate)(*tensors, rows, gate.stride(0), up.stride(0), *sizes, num_warps=4)
     return out
 
 
@@ -147,22 +132,17 @@ def combine(
     tokens, width = out.shape
     if out.numel():
         block = triton.next_power_of_2(width)
+        tensors = (routed, place, weights, out if shared is None else shared, out if base is None else base, out)
+        strides = (0 if shared is None else shared.stride(0), 0 if base is None else base.stride(0), out.stride(0))
         launcher(combine_kernel, (tokens,), routed)(
-            routed,
-            place,
-            weights,
-            out if shared is None else shared,
-            out if base is None else base,
-            out,
-            0 if shared is None else shared.stride(0),
-            0 if base is None else base.stride(0),
-            out.stride(0),
+            *tensors,
+            *strides,
             D=width,
             BLOCK=block,
             K=weights.shape[1],
             HAS_SHARED=shared is not None,
             HAS_BASE=base is not None,
-            num_warps=4 if block <= 4096 else 8,
+            num_warps=4 if block <= ROW_TILE else 8,
         )
 
 
@@ -218,9 +198,8 @@ if triton is not None:
             mask = real[:, None] & inside[None, :]
             gate_tile = tl.load(gate_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
             up_tile = tl.load(up_rows[:, None] + first + column[None, :], mask=mask, other=0.0)
-            if EARLY and first == 0:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            if first == 0:
+                wait_for_kernels_ahead(EARLY)
             value = tl.load(x + token * x_stride + first + column, mask=inside, other=0.0).to(tl.float32)
             gate_sum += gate_tile.to(tl.float32) * value[None, :]
             up_sum += up_tile.to(tl.float32) * value[None, :]
@@ -261,9 +240,7 @@ if triton is not None:
         dtype = out.dtype.element_ty
         hidden += token * (K * INNER + SHARED)
         total = tl.zeros([ROWS], tl.float32)
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         for part in tl.static_range(K):
             expert = tl.load(experts + token * K + part)
             rows = down + expert * expert_stride + row * row_stride

@@ -7,7 +7,7 @@ over a query's keys, the teacher's the mean over heads of the attention probabil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,31 +21,8 @@ from ..common.argument_checks import (
     check_shape,
     check_tensors,
 )
-from ..common.device_target import has_capability
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
-from .indexer_distillation_dense_triton import dense_kl_backward_triton, dense_kl_triton
-from .indexer_distillation_reference import (
-    attention_lse_reference,
-    dense_indexer_kl_reference,
-    indexer_kl_reference,
-    selected_attention_reference,
-    selected_index_scores_reference,
-)
-from .indexer_distillation_teacher_triton import Visibility, attention_lse_triton
-from .indexer_distillation_triton import (
-    index_backward_triton,
-    indexer_kl_triton,
-    selected_attention_triton,
-    selected_scores_triton,
-    triton,
-)
-
-# The custom ops below are the Triton kernels; PyTorch's autograd differentiates the references.
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
-# Heads, head width, selected keys and latent width that the Triton kernels are tested for.
-_MAX_HEADS, _MAX_INDEX_WIDTH, _MAX_TOPK, _MAX_LATENT_WIDTH = 128, 256, 8192, 576
+from ..common.dispatch import Operation
+from .indexer_distillation_ops import ATTENTION, DENSE_KL, KL, LSE, SCORES
 
 
 def selected_index_scores(
@@ -79,10 +56,7 @@ def selected_index_scores(
     _check_indexer("selected_index_scores", q, k, weights)
     check_indices("selected_index_scores", indices, q, k.shape[1])
     scale = _index_scale("selected_index_scores", q, scale)
-    arguments = (q, k, weights, indices, scale)
-    reason = _why_not_triton(q, k, _MAX_INDEX_WIDTH, indices)
-    backends = _backends(reason, _selected_index_scores, selected_index_scores_reference)
-    return _run("selected_index_scores", backends, allow_triton, arguments)
+    return _run(SCORES, allow_triton, q, k, weights, indices, scale)
 
 
 def selected_attention(
@@ -119,11 +93,7 @@ def selected_attention(
     check_scale("selected_attention", scale, positive=False)
     check_indices("selected_attention", indices, q, kv.shape[1])
     _check_lse("selected_attention", lse, q)
-    q, kv, lse = q.detach(), kv.detach(), lse.detach()
-    arguments = (q, kv, lse, indices, scale)
-    reason = _why_not_triton(q, kv, _MAX_LATENT_WIDTH, indices)
-    backends = _backends(reason, _selected_attention, selected_attention_reference)
-    return _run("selected_attention", backends, allow_triton, arguments)
+    return _run(ATTENTION, allow_triton, q.detach(), kv.detach(), lse.detach(), indices, scale)
 
 
 def indexer_kl(
@@ -165,11 +135,8 @@ def indexer_kl(
     check_tensors("indexer_kl", q=q, target=target)
     check_shape("indexer_kl", "target", target, "[B, S, K]", indices.shape)
     check_floats("indexer_kl", target=target)
-    scale, target = _index_scale("indexer_kl", q, scale), target.detach()
-    arguments = (q, k, weights, indices, target, scale)
-    reason = _why_not_triton(q, k, _MAX_INDEX_WIDTH, indices)
-    backends = _backends(reason, lambda *args: _indexer_kl(*args)[0], indexer_kl_reference)
-    return _run("indexer_kl", backends, allow_triton, arguments)
+    scale = _index_scale("indexer_kl", q, scale)
+    return _run(KL, allow_triton, q, k, weights, indices, target.detach(), scale)
 
 
 def attention_lse(
@@ -193,9 +160,7 @@ def attention_lse(
     check_heads_and_keys("attention_lse", q, kv, ("q", "kv"))
     check_scale("attention_lse", scale, positive=False)
     start, key_start, key_mask = _visibility("attention_lse", q, kv.shape[1], query_start, key_start, key_mask)
-    arguments = (q.detach(), kv.detach(), scale, start, key_start, key_mask)
-    reason = _why_not_triton(q, kv, _MAX_LATENT_WIDTH)
-    return _run("attention_lse", _backends(reason, _attention_lse, attention_lse_reference), allow_triton, arguments)
+    return _run(LSE, allow_triton, q.detach(), kv.detach(), scale, start, key_start, key_mask)
 
 
 def dense_indexer_kl(
@@ -270,264 +235,20 @@ def dense_indexer_kl(
     layers_q, layers_kv = [x.detach() for x in layers_q], [x.detach() for x in layers_kv]
     if layers_lse is None:
         layers_lse = [
-            attention_lse(
-                one_q,
-                one_kv,
-                scale=attn_scale,
-                query_start=start,
-                key_start=key_start,
-                key_mask=key_mask,
-                allow_triton=allow_triton,
-            )
-            for one_q, one_kv in zip(layers_q, layers_kv)
+            _run(LSE, allow_triton, *layer, attn_scale, start, key_start, key_mask)
+            for layer in zip(layers_q, layers_kv)
         ]
     layers_lse = [x.detach() for x in layers_lse]
     arguments = (q, k, weights, layers_q, layers_kv, layers_lse, scale, attn_scale, start, key_start, key_mask)
-    pairs = [((q, k), _MAX_INDEX_WIDTH), *((pair, _MAX_LATENT_WIDTH) for pair in zip(layers_q, layers_kv))]
-    reason = next(filter(None, (_why_not_triton(*pair, width) for pair, width in pairs)), None)
-    backends = _backends(reason, lambda *args: _dense_indexer_kl(*args)[0], dense_indexer_kl_reference)
-    return _run("dense_indexer_kl", backends, allow_triton, arguments)
+    return _run(DENSE_KL, allow_triton, *arguments)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::selected_index_scores", mutates_args=())
-def _selected_index_scores(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return selected_scores_triton(q, k, weights, indices, scale)
-
-
-@register_fake(_selected_index_scores)
-def _(q, k, weights, indices, scale):
-    return q.new_empty(indices.shape, dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::indexer_kl", mutates_args=())
-def _indexer_kl(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    target: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The KL `[B, S]` and what its gradient needs, `[2, B, S]`."""
-    return indexer_kl_triton(q, k, weights, indices, target, scale)
-
-
-@register_fake(_indexer_kl)
-def _(q, k, weights, indices, target, scale):
-    return q.new_empty(q.shape[:2], dtype=torch.float32), q.new_empty(2, *q.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::index_backward", mutates_args=())
-def _index_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    target: torch.Tensor | None,
-    stats: torch.Tensor | None,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and weights, of the scores or (with a target) of the KL."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    arguments = (grad, q, k, weights, indices, target, stats, scale, deterministic)
-    return dispatch("indexer_kl's gradient", _INDEX_BACKWARD, q.device, *arguments)
-
-
-def _index_backward_in_pytorch(grad, q, k, weights, indices, target, stats, scale, deterministic):
-    def run(*inputs):
-        if target is None:
-            return selected_index_scores_reference(*inputs, indices, scale)
-        return indexer_kl_reference(*inputs, indices, target, scale)
-
-    return _gradients_in_pytorch(run, grad, q, k, weights)
-
-
-def _gradients_in_pytorch(function: Callable[..., torch.Tensor], grad: torch.Tensor, *inputs: torch.Tensor) -> tuple:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        result = function(*leaves)
-        # What is minus infinity depends on nothing.
-        grad = grad.to(result.dtype).masked_fill(result == float("-inf"), 0.0)
-        gradients = torch.autograd.grad(result, leaves, grad)
-    return tuple(x.contiguous() for x in gradients)
-
-
-_INDEX_BACKWARD = (
-    Backend("Triton", takes_all, index_backward_triton),
-    Backend("PyTorch", takes_all, _index_backward_in_pytorch),
-)
-
-
-@register_fake(_index_backward)
-def _(grad, q, k, weights, indices, target, stats, scale):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
-
-
-def _keep_for_scores(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate_scores(ctx, grad):
-    return *_index_backward(grad, *ctx.saved_tensors, None, None, ctx.scale), None, None
-
-
-def _keep_for_kl(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output[1])
-
-
-def _differentiate_kl(ctx, grad, _):
-    return *_index_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
-
-
-_selected_index_scores.register_autograd(_differentiate_scores, setup_context=_keep_for_scores)
-_indexer_kl.register_autograd(_differentiate_kl, setup_context=_keep_for_kl)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::selected_attention", mutates_args=())
-def _selected_attention(
-    q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return selected_attention_triton(q, kv, lse, indices, scale)
-
-
-@register_fake(_selected_attention)
-def _(q, kv, lse, indices, scale):
-    return q.new_empty(indices.shape, dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::attention_lse", mutates_args=())
-def _attention_lse(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    scale: float,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor:
-    return attention_lse_triton(q, kv, scale, Visibility(query_start, key_start, key_mask))
-
-
-@register_fake(_attention_lse)
-def _(q, kv, scale, query_start, key_start, key_mask):
-    return q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::dense_indexer_kl", mutates_args=())
-def _dense_indexer_kl(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    q_attn: list[torch.Tensor],
-    kv: list[torch.Tensor],
-    attn_lse: list[torch.Tensor],
-    scale: float,
-    attn_scale: float,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The KL `[B, S]` and the lse of the index scores `[B, S]`."""
-    visible = Visibility(query_start, key_start, key_mask)
-    return dense_kl_triton(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible)
-
-
-@register_fake(_dense_indexer_kl)
-def _(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, query_start, key_start, key_mask):
-    return tuple(q.new_empty(q.shape[:2], dtype=torch.float32) for _ in range(2))
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::dense_indexer_kl_backward", mutates_args=())
-def _dense_indexer_kl_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    q_attn: list[torch.Tensor],
-    kv: list[torch.Tensor],
-    attn_lse: list[torch.Tensor],
-    lse: torch.Tensor,
-    scale: float,
-    attn_scale: float,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    visible = Visibility(query_start, key_start, key_mask)
-    arguments = (grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible)
-    return dispatch("dense_indexer_kl's gradient", _DENSE_BACKWARD, q.device, *arguments)
-
-
-def _dense_backward_in_pytorch(grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible):
-    def run(*inputs):
-        return dense_indexer_kl_reference(*inputs, q_attn, kv, attn_lse, scale, attn_scale, *visible)
-
-    return _gradients_in_pytorch(run, grad, q, k, weights)
-
-
-_DENSE_BACKWARD = (
-    Backend("Triton", takes_all, dense_kl_backward_triton),
-    Backend("PyTorch", takes_all, _dense_backward_in_pytorch),
-)
-
-
-@register_fake(_dense_indexer_kl_backward)
-def _(grad, q, k, weights, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, weights))
-
-
-def _keep_for_dense_kl(ctx, inputs, output):
-    q, k, weights, q_attn, kv, attn_lse, ctx.scale, ctx.attn_scale, *visible = inputs
-    ctx.layers = len(q_attn)
-    ctx.save_for_backward(q, k, weights, *visible, output[1], *q_attn, *kv, *attn_lse)
-
-
-def _differentiate_dense_kl(ctx, grad, _):
-    q, k, weights, *rest = ctx.saved_tensors
-    visible, lse, layers, n = rest[:3], rest[3], rest[4:], ctx.layers
-    attention = (layers[:n], layers[n : 2 * n], layers[2 * n :])
-    scales = (ctx.scale, ctx.attn_scale)
-    gradients = _dense_indexer_kl_backward(grad, q, k, weights, *attention, lse, *scales, *visible)
-    return *gradients, *([None] * n for _ in range(3)), None, None, None, None, None
-
-
-_dense_indexer_kl.register_autograd(_differentiate_dense_kl, setup_context=_keep_for_dense_kl)
-
-
-def _backends(reason: str | None, kernels: Callable[..., Any], reference: Callable[..., Any]) -> tuple[Backend, ...]:
-    return Backend("Triton", lambda *_: reason, kernels), Backend("PyTorch", takes_all, reference)
-
-
-def _run(operation: str, backends: tuple[Backend, ...], allow_triton: bool, arguments: tuple) -> torch.Tensor:
-    """Run one of two backends; inside `torch.compile`, which keeps no record of failures, the first that takes."""
-    q, (kernels, reference) = arguments[0], backends
-    if not q.is_cuda or not allow_triton:
-        return reference.run(*arguments)
-    if torch.compiler.is_compiling():
+def _run(operation: Operation, allow_triton: bool, *arguments: Any) -> torch.Tensor:
+    """Run an operation; inside `torch.compile`, which keeps no record of failures, the first backend that takes."""
+    device, (kernels, reference) = arguments[0].device, operation.backends
+    if torch.compiler.is_compiling() and allow_triton and device.type == "cuda":
         return (kernels if kernels.why_not(*arguments) is None else reference).run(*arguments)
-    return dispatch(operation, backends, q.device, *arguments)
-
-
-def _why_not_triton(
-    q: torch.Tensor, keys: torch.Tensor, max_width: int, indices: torch.Tensor | None = None
-) -> str | None:
-    """Why the Triton kernels cannot take these arguments, or None."""
-    _, _, heads, width = q.shape
-    if triton is None:
-        return "Triton is not installed (pip install triton)"
-    if q.dtype not in (torch.bfloat16, torch.float16) or keys.dtype != q.dtype:
-        return f"the kernels take bfloat16 or float16 queries and keys of one dtype, not {q.dtype} and {keys.dtype}"
-    if heads > _MAX_HEADS or width > max_width:
-        return f"{heads} heads or width {width} is above {_MAX_HEADS}, {max_width}"
-    if indices is not None and indices.shape[-1] > _MAX_TOPK:
-        return f"{indices.shape[-1]} selected keys are above {_MAX_TOPK}"
-    if q.is_cuda and torch.version.hip is None and not has_capability(q.device, 80):
-        return "the kernels need compute capability 8.0 or newer"
-    return None
+    return operation(device, *arguments, allow_triton=allow_triton)
 
 
 def _index_scale(operation: str, q: torch.Tensor, scale: float | None) -> float:

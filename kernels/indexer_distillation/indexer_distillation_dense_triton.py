@@ -9,43 +9,27 @@ Legend: B batch, S queries, T keys, H heads, D width; BQ queries and BN keys of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ..common.kernel_launch import launcher
-from ..sparse_mla.sparse_mla_triton import gpu_target
-from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets, visibility_arguments
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS
+from ..common.kernel_launch import launcher, tile_options
+from ..common.triton_support import tl, triton
+from .indexer_distillation_teacher_triton import DenseTile, teacher_targets, visibility_arguments
 from .indexer_distillation_triton import GRADIENT_SCALE
 
-try:
-    import triton
-    import triton.language as tl
 
-    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
-except ImportError:
-    triton = None
-
-
-def index_tile(target: tuple[str, int | str], heads: int) -> DenseTile:
+def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
     """Default tile of the index kernels; `block_q` times heads is one side of their products."""
-    backend, arch = target
+    backend, arch, _ = target
     block_h = max(16, triton.next_power_of_2(heads))
     if backend == "hip":
         return DenseTile(max(1, 32 // block_h), 32, 4, 1)
-    return DenseTile(max(1, 64 // block_h), 64, 4, 2 if arch in (90, 100, 103) else 1)
+    return DenseTile(max(1, 64 // block_h), 64, 4, 2 if arch in ASYNCHRONOUS_PRODUCTS else 1)
 
 
 def dense_kl_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    q_attn: Sequence[torch.Tensor],
-    kv: Sequence[torch.Tensor],
-    attn_lse: Sequence[torch.Tensor],
-    scale: float,
-    attn_scale: float,
-    visible: Visibility,
+    q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL `[B, S]` and the lse of the index scores that its gradient needs, both fp32."""
     B, S, H, D = q.shape
@@ -54,39 +38,18 @@ def dense_kl_triton(
     lse = torch.zeros_like(kl)
     if B * S * H * k.shape[1] == 0:
         return kl, lse
-    tile = index_tile(gpu_target(q.device), H)
+    tile = index_tile(device_target(q.device), H)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
+        tensors = (q, k, weights, target, kl, lse, *visibility_arguments(visible))
+        sizes = (scale, first, last, S, k.shape[1])
         launcher(_dense_kl_forward_kernel, (triton.cdiv(last - first, tile.block_q), B), q)(
-            q,
-            k,
-            weights,
-            target,
-            kl,
-            lse,
-            *visibility_arguments(visible),
-            scale,
-            first,
-            last,
-            S,
-            k.shape[1],
-            target.stride(0),
-            **_index_blocks(H, D, tile),
+            *tensors, *sizes, target.stride(0), **_index_blocks(H, D, tile)
         )
     return kl, lse
 
 
 def dense_kl_backward_triton(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    q_attn: Sequence[torch.Tensor],
-    kv: Sequence[torch.Tensor],
-    attn_lse: Sequence[torch.Tensor],
-    lse: torch.Tensor,
-    scale: float,
-    attn_scale: float,
-    visible: Visibility,
+    grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and weights, in their dtypes."""
     B, S, H, D = q.shape
@@ -98,43 +61,18 @@ def dense_kl_backward_triton(
         return grad_q, grad_k.to(k.dtype), grad_weights
     # Upstream gradients enter 16-bit operands relative to the largest.
     largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-    tile = index_tile(gpu_target(q.device), H)
+    tile = index_tile(device_target(q.device), H)
     visibility = visibility_arguments(visible)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
+        tensors = (grad, q, k, weights, target, lse, grad_q, grad_weights, *visibility)
+        sizes = (scale, first, last, S, T)
         launcher(_dense_kl_grad_q_kernel, (triton.cdiv(last - first, tile.block_q), B), grad)(
-            grad,
-            q,
-            k,
-            weights,
-            target,
-            lse,
-            grad_q,
-            grad_weights,
-            *visibility,
-            scale,
-            first,
-            last,
-            S,
-            T,
-            target.stride(0),
-            GRADIENT_SCALE=GRADIENT_SCALE,
-            **_index_blocks(H, D, tile),
+            *tensors, *sizes, target.stride(0), GRADIENT_SCALE=GRADIENT_SCALE, **_index_blocks(H, D, tile)
         )
+        tensors = (grad, largest, q, k, weights, target, lse, grad_k, *visibility)
         launcher(_dense_kl_grad_k_kernel, (triton.cdiv(T, tile.block_n), B), grad)(
-            grad,
-            largest,
-            q,
-            k,
-            weights,
-            target,
-            lse,
-            grad_k,
-            *visibility,
-            scale,
-            first,
-            last,
-            S,
-            T,
+            *tensors,
+            *sizes,
             target.stride(0),
             GRADIENT_SCALE=GRADIENT_SCALE,
             **_index_blocks(H, D, tile),
@@ -148,14 +86,12 @@ def _index_blocks(H: int, D: int, tile: DenseTile) -> dict[str, int]:
         "D": D,
         "BLOCK_H": max(16, triton.next_power_of_2(H)),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        **tile_options(tile),
     }
 
 
 if triton is not None:
+    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
 
     @triton.jit
     def _index_rows(
@@ -262,23 +198,9 @@ if triton is not None:
         tl.store(lse + batch * S + query, tl.where(usable, row_lse, float("inf")), mask=real)
 
     @triton.jit
-    def _score_gradient(
-        score,
-        target,
-        lse,
-        batch,
-        query,
-        first_query,
-        last_query,
-        key,
-        exists,
-        last_slot,
-        first_slot,
-        S,
-        T,
-        target_stride_b,
-    ):
+    def _score_gradient(score, target, lse, rows, key, exists, S, T, target_stride_b):
         """`softmax(score) - target` `[BN, BQ]`, zero where a query does not see a key or has no gradient."""
+        batch, query, first_query, last_query, last_slot, first_slot = rows
         visible = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
         row_lse = tl.load(lse + batch * S + query, mask=query < last_query, other=float("inf"))
         visible = visible & (row_lse < float("inf"))[None, :]
@@ -339,22 +261,8 @@ if triton is not None:
             k_tile = _keys(k, batch, key, T, D, BLOCK_D)
             dots = tl.dot(k_tile, tl.trans(q_tile))
             score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)
-            d_score = _score_gradient(
-                score,
-                target,
-                lse,
-                batch,
-                query,
-                first_query,
-                last_query,
-                key,
-                exists,
-                last_slot,
-                first_slot,
-                S,
-                T,
-                target_stride_b,
-            )
+            rows = (batch, query, first_query, last_query, last_slot, first_slot)
+            d_score = _score_gradient(score, target, lse, rows, key, exists, S, T, target_stride_b)
             active = _active(dots, d_score * GRADIENT_SCALE, k_tile.dtype, BLOCK_N, BLOCK_Q, BLOCK_H)
             u_t = tl.dot(tl.trans(k_tile), active, acc=u_t)
         upstream = tl.load(grad + batch * S + query, mask=real, other=0.0) / GRADIENT_SCALE
@@ -413,22 +321,8 @@ if triton is not None:
             last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
             dots = tl.dot(k_tile, tl.trans(q_tile))
             score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)
-            d_score = _score_gradient(
-                score,
-                target,
-                lse,
-                batch,
-                query,
-                first_query,
-                last_query,
-                key,
-                exists,
-                last_slot,
-                first_slot,
-                S,
-                T,
-                target_stride_b,
-            )
+            rows = (batch, query, first_query, last_query, last_slot, first_slot)
+            d_score = _score_gradient(score, target, lse, rows, key, exists, S, T, target_stride_b)
             upstream = tl.load(grad + batch * S + query, mask=real, other=0.0) / top_grad
             d_score = d_score * (upstream * GRADIENT_SCALE)[None, :]
             active = _active(dots, d_score, k_tile.dtype, BLOCK_N, BLOCK_Q, BLOCK_H)

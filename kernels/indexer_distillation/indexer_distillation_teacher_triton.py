@@ -13,14 +13,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.kernel_launch import launcher
-from ..sparse_mla.sparse_mla_triton import LOG2_E, gpu_target
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LN_2, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
+from ..common.triton_support import tl, triton
 
 # Teacher probabilities of a chunk of queries, fp32.
 TARGET_SCRATCH_BYTES = 256 * 2**20
@@ -43,23 +39,23 @@ class Visibility(NamedTuple):
     key_mask: torch.Tensor | None
 
 
-def lse_tile(target: tuple[str, int | str], width: int) -> DenseTile:
+def lse_tile(target: DeviceTarget, width: int) -> DenseTile:
     """Default tile of the attention's lse."""
     return _latent_tile(target, width)
 
 
-def target_tile(target: tuple[str, int | str], width: int) -> DenseTile:
+def target_tile(target: DeviceTarget, width: int) -> DenseTile:
     """Default tile of the teacher's probabilities."""
     return _latent_tile(target, width)
 
 
-def _latent_tile(target: tuple[str, int | str], width: int) -> DenseTile:
-    backend, arch = target
-    if width <= 320:
+def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+    backend, arch, _ = target
+    if width <= WIDE_LATENT:
         return DenseTile(64, 32, 4, 1) if backend == "hip" else DenseTile(64, 64, 4, 1)
     if backend == "hip":
         return DenseTile(32, 16, 4, 1)
-    if arch in (90, 100, 103):
+    if arch in ASYNCHRONOUS_PRODUCTS:
         return DenseTile(64, 64, 8, 2)
     return DenseTile(64, 32, 4, 1) if arch == 80 else DenseTile(32, 32, 4, 1)
 
@@ -71,23 +67,17 @@ def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visibl
     lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
-    tile = lse_tile(gpu_target(q.device), D)
+    tile = lse_tile(device_target(q.device), D)
+    tensors = (q, kv, lse, *visibility_arguments(visible))
+    sizes = (scale * LOG2_E, S, kv.shape[1])
     launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
-        q,
-        kv,
-        lse,
-        *visibility_arguments(visible),
-        scale * LOG2_E,
-        S,
-        kv.shape[1],
+        *tensors,
+        *sizes,
         *q.stride()[:3],
         *kv.stride()[:2],
         H=H,
         **_latent_blocks(D),
-        BLOCK_Q=tile.block_q,
-        BLOCK_N=tile.block_n,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return lse
 
@@ -111,31 +101,20 @@ def teacher_targets(
         last = min(first + step, queries)
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
-            tile = target_tile(gpu_target(one_q.device), D)
+            tile = target_tile(device_target(one_q.device), D)
+            tensors = (one_q, one_kv, one_lse, buffer, *visibility_arguments(visible))
+            sizes = (attn_scale * LOG2_E, 1.0 / (H * len(layers)), first, last, queries, T)
+            strides = (*one_q.stride()[:3], *one_kv.stride()[:2], buffer.stride(0))
             launcher(
                 _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
             )(
-                one_q,
-                one_kv,
-                one_lse,
-                buffer,
-                *visibility_arguments(visible),
-                attn_scale * LOG2_E,
-                1.0 / (H * len(layers)),
-                first,
-                last,
-                queries,
-                T,
-                *one_q.stride()[:3],
-                *one_kv.stride()[:2],
-                buffer.stride(0),
+                *tensors,
+                *sizes,
+                *strides,
                 H=H,
                 ADD=number > 0,
                 **_latent_blocks(D),
-                BLOCK_Q=tile.block_q,
-                BLOCK_N=tile.block_n,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
+                **tile_options(tile),
             )
         yield first, last, buffer
 
@@ -157,6 +136,7 @@ def _latent_blocks(D: int) -> dict[str, int]:
 
 
 if triton is not None:
+    _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
     @triton.jit
     def last_and_first_slot(query_start, key_start, batch, query, real, S):
@@ -232,7 +212,7 @@ if triton is not None:
             reference = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(s - reference[:, None]), 1)
             top = new_top
-        result = tl.where(total > 0, (top + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        result = tl.where(total > 0, (top + tl.log2(total)) * _LN_2, float("-inf"))
         tl.store(lse + (batch * S + query) * H + head, result, mask=real)
 
     @triton.jit
@@ -299,7 +279,7 @@ if triton is not None:
                     q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
                 s = tl.dot(rest, tl.trans(q_rest), acc=s)
             row_lse = tl.load(lse + (batch * S + query) * H + head, mask=real, other=float("inf"))
-            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
             p += tl.exp2(s * scale_log2 - row_lse[None, :])
         visible = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
         p = tl.where(visible, p * factor, 0.0)

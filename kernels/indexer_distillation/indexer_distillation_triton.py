@@ -15,15 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.kernel_launch import launcher
+from ..common.device_target import DeviceTarget, device_target
+from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
+from ..common.triton_support import tl, triton
 from ..sparse_mla.sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
-from ..sparse_mla.sparse_mla_triton import LOG2_E, gpu_target
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..sparse_mla.sparse_mla_union_triton import count_keys
 
 # Heads of one product in `selected_attention`; more are taken one block after another.
 ATTENTION_HEADS = 64
@@ -39,22 +36,22 @@ class SelectedTile(NamedTuple):
     num_stages: int
 
 
-def index_tile(target: tuple[str, int | str], backward: bool) -> SelectedTile:
+def index_tile(target: DeviceTarget, backward: bool) -> SelectedTile:
     """Default tile of the index scores over selected keys, forward or backward."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return SelectedTile(64, 4, 1)
     if backward:
-        return SelectedTile(64, 4, 3) if arch in (90, 100, 103) else SelectedTile(64, 8, 1)
+        return SelectedTile(64, 4, 3) if arch in ASYNCHRONOUS_PRODUCTS else SelectedTile(64, 8, 1)
     return SelectedTile(64, 4, 3)
 
 
-def attention_tile(target: tuple[str, int | str], width: int) -> SelectedTile:
+def attention_tile(target: DeviceTarget, width: int) -> SelectedTile:
     """Default tile of `selected_attention`: queries and a block or two of latents must fit the shared memory."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return SelectedTile(32, 4, 1)
-    if width > 320 and arch not in (80, 90, 100, 103):
+    if width > WIDE_LATENT and arch not in LARGE_SHARED_MEMORY:
         return SelectedTile(32, 4, 1)
     return SelectedTile(64, 4, 2)
 
@@ -75,15 +72,7 @@ def indexer_kl_triton(q, k, weights, indices, target, scale: float) -> tuple[tor
 
 
 def index_backward_triton(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    target: torch.Tensor | None,
-    stats: torch.Tensor | None,
-    scale: float,
-    deterministic: bool,
+    grad, q, k, weights, indices, target, stats, scale, deterministic
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and weights in their dtypes, from `grad` of the scores `[B, S, K]` or of the KL `[B, S]`."""
     B, S, H, D = q.shape
@@ -128,18 +117,12 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         return probabilities
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
     main = 1 << (D.bit_length() - 1)
-    tile = attention_tile(gpu_target(q.device), D)
+    tile = attention_tile(device_target(q.device), D)
+    tensors = (q, kv, lse, indices, probabilities)
+    sizes = (scale * LOG2_E, 1.0 / H, S, kv.shape[1], K)
     launcher(_selected_attention_kernel, (B * S,), q)(
-        q,
-        kv,
-        lse,
-        indices,
-        probabilities,
-        scale * LOG2_E,
-        1.0 / H,
-        S,
-        kv.shape[1],
-        K,
+        *tensors,
+        *sizes,
         *q.stride()[:3],
         *kv.stride()[:2],
         H=H,
@@ -147,10 +130,8 @@ def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor
         REST=D - main,
         BLOCK_H=heads,
         BLOCK_REST=max(16, triton.next_power_of_2(max(1, D - main))),
-        BLOCK_N=tile.block_n,
         BLOCK_K=triton.next_power_of_2(K),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
     return probabilities
 
@@ -161,22 +142,11 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     if B * S * H * T * K == 0:
         return
     q, k, weights, indices = q.contiguous(), k.contiguous(), weights.contiguous(), indices.contiguous()
-    tile = index_tile(gpu_target(q.device), backward=False)
+    tile = index_tile(device_target(q.device), backward=False)
+    tensors = (q, k, weights, indices, target, result, stats)
+    sizes = (scale, B * S, S, T, K)
     launcher(_index_forward_kernel, (B * S,), q)(
-        q,
-        k,
-        weights,
-        indices,
-        target,
-        result,
-        stats,
-        scale,
-        B * S,
-        S,
-        T,
-        K,
-        KL=target is not None,
-        **_index_blocks(H, D, K, tile),
+        *tensors, *sizes, KL=target is not None, **_index_blocks(H, D, K, tile)
     )
 
 
@@ -184,24 +154,12 @@ def _launch_backward(
     grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
 ) -> None:
     B, S, H, D = q.shape
-    tile = index_tile(gpu_target(q.device), backward=True)
+    tile = index_tile(device_target(q.device), backward=True)
+    tensors = (grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights)
+    sizes = (scale, rows.start, B * S, S, k.shape[1], indices.shape[-1])
     launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
-        grad,
-        q,
-        k,
-        weights,
-        indices,
-        target,
-        stats,
-        grad_q,
-        grad_k,
-        grad_weights,
-        scale,
-        rows.start,
-        B * S,
-        S,
-        k.shape[1],
-        indices.shape[-1],
+        *tensors,
+        *sizes,
         KL=target is not None,
         PER_ENTRY=per_entry,
         GRADIENT_SCALE=GRADIENT_SCALE,
@@ -215,21 +173,13 @@ def _index_blocks(H: int, D: int, K: int, tile: SelectedTile) -> dict[str, int]:
         "D": D,
         "BLOCK_H": max(16, triton.next_power_of_2(H)),
         "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_N": tile.block_n,
         "BLOCK_K": triton.next_power_of_2(K),
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        **tile_options(tile),
     }
 
 
 if triton is not None:
-
-    @triton.jit
-    def _count_keys(keys_row, K, BLOCK_K: tl.constexpr):
-        """Entries of a list up to its last key."""
-        offs = tl.arange(0, BLOCK_K)
-        keys = tl.load(keys_row + offs, mask=offs < K, other=-1)
-        return tl.max(tl.where(keys >= 0, offs + 1, 0), 0)
+    _LOG2_E = tl.constexpr(LOG2_E)
 
     @triton.jit
     def _index_forward_kernel(
@@ -258,7 +208,7 @@ if triton is not None:
         offs_h = tl.arange(0, BLOCK_H)
         offs_d = tl.arange(0, BLOCK_D)
         keys_row = indices + row * K
-        count = _count_keys(keys_row, K, BLOCK_K)
+        count = count_keys(keys_row, K, BLOCK_K)
         # Padded heads have a weight of zero.
         weight = tl.load(weights + row * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32) * scale
         q_ptr = q + (row * H + offs_h[:, None]) * D + offs_d[None, :]
@@ -341,7 +291,7 @@ if triton is not None:
         offs_h = tl.arange(0, BLOCK_H)
         offs_d = tl.arange(0, BLOCK_D)
         keys_row = indices + row * K
-        count = _count_keys(keys_row, K, BLOCK_K)
+        count = count_keys(keys_row, K, BLOCK_K)
         weight = tl.load(weights + row * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32) * scale
         q_offs = (row * H + offs_h[:, None]) * D + offs_d[None, :]
         q_mask = (offs_h < H)[:, None] & (offs_d < D)[None, :]
@@ -430,7 +380,7 @@ if triton is not None:
         offs_r = tl.arange(0, BLOCK_REST)
         keys_row = indices + row * K
         out_row = probabilities + row * K
-        count = _count_keys(keys_row, K, BLOCK_K)
+        count = count_keys(keys_row, K, BLOCK_K)
         kv_batch = kv + batch * kv_stride_b
         for head_block in range(0, H, BLOCK_H):
             head = head_block + tl.arange(0, BLOCK_H)
@@ -442,7 +392,7 @@ if triton is not None:
                     q_rows + MAIN + offs_r[None, :], mask=real[:, None] & (offs_r < REST)[None, :], other=0.0
                 )
             row_lse = tl.load(lse + row * H + head, mask=real, other=float("inf"))
-            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+            row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
             next_key = tl.load(keys_row + offs_n, mask=offs_n < count, other=-1)
             for first in range(0, count, BLOCK_N):
                 key = next_key

@@ -13,10 +13,8 @@ from functools import lru_cache
 import torch
 
 from ..common.argument_checks import check_floats, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from .indexer_quantization_triton import quantization_runs_in_triton, quantize_triton
-
-E4M3_MAX = 448.0
+from ..common.dispatch import Backend, Operation, takes_all
+from .indexer_quantization_triton import E4M3_MAX, quantize_triton, why_not_quantize
 
 
 @lru_cache
@@ -47,9 +45,7 @@ def quantize_for_scoring(x: torch.Tensor, allow_triton: bool = True) -> tuple[to
     check_floats("quantize_for_scoring", x=x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"quantize_for_scoring: x must be [..., D] with a column, got {tuple(x.shape)}")
-    if allow_triton and quantization_runs_in_triton(x):
-        return dispatch("quantize_for_scoring", _BACKENDS, x.device, x)
-    return _quantize_in_pytorch(x)
+    return _QUANTIZE(x.device, x, allow_triton=allow_triton)
 
 
 def _quantize_in_pytorch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +55,12 @@ def _quantize_in_pytorch(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return e4m3_of_rows(x)
 
 
-_BACKENDS = (Backend("Triton", takes_all, quantize_triton), Backend("PyTorch", takes_all, _quantize_in_pytorch))
+_QUANTIZE = Operation(
+    "quantize_for_scoring",
+    Backend("Triton", why_not_quantize, quantize_triton, optional=True),
+    Backend("PyTorch", takes_all, _quantize_in_pytorch),
+    prefill=lambda new: (new(1, 4096, 128),),
+)
 
 
 def e4m3_of_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

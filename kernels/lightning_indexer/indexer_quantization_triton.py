@@ -1,4 +1,7 @@
-"""Rotation, scales and e4m3 values of indexer queries and keys in one Triton kernel, rounded as in PyTorch."""
+"""Rotation, scales and e4m3 values of indexer queries and keys in one Triton kernel, rounded as in PyTorch.
+
+Legend: N rows of D entries.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,23 @@ import torch
 
 from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
+from ..common.triton_support import HALF_PRECISION, tl, triton
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-ROWS = 64
+# Largest finite e4m3 value.
+E4M3_MAX = 448.0
+# Rows of a program, and the widths that it rotates by a product with a square matrix.
+ROWS, WIDTHS = 64, (16, 32, 64, 128, 256)
 
 
-def quantization_runs_in_triton(x: torch.Tensor) -> bool:
-    """Whether `quantize_triton` takes `[..., D]`: bf16 or fp16 on CUDA with e4m3 in hardware, D a power of two."""
-    width = x.shape[-1]
-    return (
-        triton is not None
-        and x.is_cuda
-        and not torch.compiler.is_compiling()
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and width in (16, 32, 64, 128, 256)
-        and has_capability(x.device, 89)
-    )
+def why_not_quantize(x: torch.Tensor) -> str | None:
+    """Why `quantize_triton` does not take `x [..., D]`, or None."""
+    if x.dtype not in HALF_PRECISION or x.shape[-1] not in WIDTHS:
+        return f"it takes bfloat16 or float16 rows of {', '.join(map(str, WIDTHS))} entries"
+    return None if has_capability(x.device, 89) else "e4m3 is in hardware from compute capability 8.9 on"
 
 
 def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `indexer_quantization.quantize_for_scoring`, for what `quantization_runs_in_triton` accepts."""
+    """As `indexer_quantization.quantize_for_scoring`, where `why_not_quantize` is None."""
     x = x.contiguous()
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -42,6 +37,7 @@ def quantize_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if triton is not None:
+    _E4M3_MAX = tl.constexpr(E4M3_MAX)
 
     @triton.jit(do_not_specialize=["N"])
     def quantize_rows_kernel(x, values, scale, N, norm, D: tl.constexpr, ROWS: tl.constexpr):
@@ -61,11 +57,11 @@ if triton is not None:
         turned = (turned * norm).to(tile.dtype).to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(turned), 1), 1e-10)  # [ROWS]
         # The power of two from largest / 448 up: its exponent, one more unless the fraction is zero.
-        bits = (largest * (1.0 / 448.0)).to(tl.int32, bitcast=True)
+        bits = (largest * (1.0 / _E4M3_MAX)).to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         # A NaN stays one: as a bound it would be a key like others.
-        above = tl.maximum(turned * inverse[:, None], -448.0, propagate_nan=tl.PropagateNan.ALL)
-        scaled = tl.minimum(above, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        above = tl.maximum(turned * inverse[:, None], -_E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+        scaled = tl.minimum(above, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(values + place, scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scale + row, (exponent << 23).to(tl.float32, bitcast=True), mask=row < N)

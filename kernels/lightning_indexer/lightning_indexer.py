@@ -17,14 +17,13 @@ from ..common.argument_checks import (
     check_shape,
     check_tensors,
 )
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
+from ..common.custom_op import custom_op
+from ..common.dispatch import Backend, Operation, takes_all
 from .indexer_quantization import quantize_for_scoring, quantized_rows
-from .lightning_indexer_reference import lightning_indexer_reference
+from .lightning_indexer_reference import lightning_indexer_reference, visible_keys
 from .lightning_indexer_triton import lightning_indexer_triton, unsupported_reason
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
+__all__ = ["lightning_indexer", "visible_keys"]
 
 
 def lightning_indexer(
@@ -83,7 +82,7 @@ def lightning_indexer(
     return _lightning_indexer(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::lightning_indexer", mutates_args=())
+@custom_op(lambda q, k, weights, topk, *_: q.new_empty(*q.shape[:2], min(topk, k.shape[1]), dtype=torch.int32))
 def _lightning_indexer(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -96,12 +95,11 @@ def _lightning_indexer(
     fp8: bool,
     allow_triton: bool,
 ) -> torch.Tensor:
-    backends = _BACKENDS if q.is_cuda and allow_triton else _BACKENDS[-1:]
     if fp8:
         q, q_scale = quantize_for_scoring(q, allow_triton)
         weights = weights.float() * q_scale
     arguments = (q, k, weights, topk, scale, query_start, key_mask, key_start)
-    return dispatch("lightning_indexer", backends, q.device, *arguments)
+    return _INDEXER(q.device, *arguments, allow_triton=allow_triton)
 
 
 def _why_not_triton(q, k, weights, topk, scale, query_start, key_mask, key_start) -> str | None:
@@ -112,15 +110,18 @@ def _in_pytorch(q, k, *rest) -> torch.Tensor:
     return lightning_indexer_reference(q if q.dtype in FLOATS else q.to(k.dtype), k, *rest)
 
 
-_BACKENDS = (
+def _example(new, queries: int, keys: int) -> tuple:
+    start = new(1, dtype=torch.int64)
+    return new(1, queries, 32, 128), new(1, keys, 128), new(1, queries, 32), 2048, 1.0, start, None, None
+
+
+_INDEXER = Operation(
+    "lightning_indexer",
     Backend("Triton", _why_not_triton, lightning_indexer_triton),
     Backend("PyTorch", takes_all, _in_pytorch),
+    prefill=lambda new: _example(new, 8192, 8192),
+    token=lambda new: _example(new, 1, 8192),
 )
-
-
-@register_fake(_lightning_indexer)
-def _(q, k, weights, topk, scale, query_start, key_start, key_mask, fp8, allow_triton):
-    return weights.new_empty(q.shape[0], q.shape[1], min(topk, k.shape[1]), dtype=torch.int32)
 
 
 def _check_arguments(q, k, weights, topk, scale, query_start, key_mask, key_start) -> None:

@@ -1,19 +1,67 @@
-"""Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory."""
+"""Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory.
+
+Legend: as `lightning_indexer_hopper_gluon.py`; OWN stages of either score group.
+"""
 
 from __future__ import annotations
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from typing import Any, NamedTuple
 
-    # Renamed after Triton 3.6.
-    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-    load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-except (ImportError, AttributeError):
-    gluon = None
+from ..common.gluon_support import barrier, gl, gluon, load_tile, mbarrier
+from ..common.kernel_constants import GREATEST_INT
+
+# Keys of a tile: rows of a matrix product, 64 a warp group.
+TILE_KEYS = 64
+
+
+class Sizes(NamedTuple):
+    """Of a launch: turns of each program and the first of them, batch, queries, keys, last slot of a key."""
+
+    turns: Any
+    first_turn: Any
+    B: Any
+    S: Any
+    T: Any
+    last_slot: Any
+
+
+class Buffers(NamedTuple):
+    """Shared memory.
+
+    Attributes:
+        queries: of two blocks in turn, `[2, H, BQ, D]`.
+        weights: of their columns, `[2, BQ * H]`.
+        keys: a tile a stage, `[STAGES, 64, D]`.
+        scores: two tiles a slot, `[2 * SLOTS, BQ, 64]`.
+    """
+
+    queries: Any
+    weights: Any
+    keys: Any
+    scores: Any
+
+
+class Bars(NamedTuple):
+    """Barriers.
+
+    Attributes:
+        q_full: a block's queries and weights have arrived, by its parity.
+        k_full: a stage's keys have.
+        slot_full: both score groups have written a pair of tiles.
+        slot_empty: the selector has read it.
+        turns: whose turn it is to multiply, the first or the second score group's.
+    """
+
+    q_full: Any
+    k_full: Any
+    slot_full: Any
+    slot_empty: Any
+    turns: Any
+
 
 if gluon is not None:
+    TILE, PAIR = gl.constexpr(TILE_KEYS), gl.constexpr(2 * TILE_KEYS)
+    _GREATEST = gl.constexpr(GREATEST_INT)
 
     @gluon.jit
     def block_number(turn):
@@ -45,30 +93,18 @@ if gluon is not None:
             start = gl.load(starts + b).to(gl.int32)
             end = gl.minimum(start + gl.minimum(first_query + BQ, S) - 1, last_slot) // STRIDE + 1
             if HAS_FIRST:
-                begin = gl.full((), 2147483647, gl.int32)
+                begin = gl.full((), _GREATEST, gl.int32)
                 for i in gl.static_range(BQ):
                     query = gl.minimum(first_query + i, S - 1)
                     begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
                 begin = first_in_sample(begin, STRIDE)
             # At least a pair of tiles, so that nobody is a whole block ahead of the others.
             begin = gl.minimum(begin, gl.maximum(end - 1, 0))
-            tiles = gl.maximum(end - begin + 127, 128) // 128 * 2
+            tiles = gl.maximum(end - begin + PAIR - 1, PAIR) // PAIR * 2
         return b, first_query, begin, tiles
 
     @gluon.jit
-    def load_queries(
-        q_desc,
-        weights,
-        q_tiles,
-        w_tiles,
-        q_full,
-        turn,
-        b,
-        first_query,
-        S,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-    ):
+    def load_queries(q_desc, weights, buffers, bars, turn, b, first_query, S, H: gl.constexpr, BQ: gl.constexpr):
         """Start to copy a block's queries, heads outermost, and write its weights, into the buffers of the parity."""
         # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
         zero = turn >> 24
@@ -76,22 +112,56 @@ if gluon is not None:
         if first_query >= 0:
             parity = turn & 1
             first_row = b * S + first_query
-            mbarrier.expect(q_full.index(parity), q_desc.block_type.nbytes)
-            load_tile(q_desc, [0, first_row, 0], q_full.index(parity), q_tiles.index(parity))
+            mbarrier.expect(bars.q_full.index(parity), q_desc.block_type.nbytes)
+            load_tile(q_desc, [0, first_row, 0], bars.q_full.index(parity), buffers.queries.index(parity))
             query = column % BQ
             place = (first_row + query).to(gl.int64) * H + column // BQ
             w = gl.load(weights + place, mask=first_query + query < S, other=0.0)
-            w_tiles.index(parity).store(w * 0.5)
+            buffers.weights.index(parity).store(w * 0.5)
             barrier()
-            mbarrier.arrive(q_full.index(parity), count=1)
+            mbarrier.arrive(bars.q_full.index(parity), count=1)
+
+    @gluon.jit
+    def begin_block(
+        turn,
+        q_desc,
+        weights,
+        starts,
+        first_keys,
+        buffers,
+        bars,
+        sizes,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        STRIDE: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+    ):
+        """As `block_of`; the queries of the block after it are on their way, as of the first block when that begins.
+
+        Their buffer is free: all tiles of the block before are scored.
+        """
+        b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        load_queries(q_desc, weights, buffers, bars, turn + 1, b, first_query, sizes.S, H, BQ)
+        return block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+
+    @gluon.jit
+    def is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST: gl.constexpr, HAS_MASK: gl.constexpr):
+        """Which scores `[BQ, 32]` of keys [32] are above their row's bound and visible."""
+        keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
+        if HAS_FIRST:
+            keep = keep & (key[None, :] >= first_slot[:, None])
+        if HAS_MASK:
+            allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
+            keep = keep & (allowed != 0)[None, :]
+        return keep
 
     @gluon.jit
     def load_keys(
         k_desc,
-        k_tiles,
-        k_full,
         starts,
         first_keys,
+        buffers,
+        bars,
         sizes,
         number,
         group: gl.constexpr,
@@ -116,9 +186,10 @@ if gluon is not None:
             row = b * T + begin
         if turn < turns:
             stage = number % OWN * 2 + group
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            load_tile(k_desc, [row + (tile - done) * 64, 0], k_full.index(stage), k_tiles.index(stage))
+            mbarrier.expect(bars.k_full.index(stage), k_desc.block_type.nbytes)
+            load_tile(k_desc, [row + (tile - done) * TILE, 0], bars.k_full.index(stage), buffers.keys.index(stage))
         return turn, done, row, tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    block_number = block_of = first_in_sample = load_keys = load_queries = None
+    begin_block = block_number = block_of = first_in_sample = is_kept = load_keys = load_queries = None
+    TILE = PAIR = None

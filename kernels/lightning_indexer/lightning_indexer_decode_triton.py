@@ -7,23 +7,26 @@ Three launches, each with lengths read on the device:
 2. a guess of each row's k-th best score from a sample, and, by pieces of the row, the keys whose score is above it;
 3. if at least `topk` and at most CAP keys passed, the exact top-k of those; otherwise the row's scores are visited in
    order with a running bound, as the prefill kernel does. Either way the selection is exact.
+
+Legend: as `lightning_indexer_triton.py`; `s` first query of a slab.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
+from ..common.kernel_constants import GREATEST_INT
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Score slab in bytes: little more than L2 holds. 64 rows of 200K keys in one took 1.334 ms, in two of 48 MiB 1.374.
 SLAB_BYTES = 64 * 2**20
+# Keys of a tile, and columns (queries * heads) at most: K is read once for every so many of them.
+TILE_KEYS, TILE_COLUMNS = 64, 256
+# Wider heads leave room for fewer columns.
+TYPICAL_WIDTH = 128
+# Keys of a row that one program filters, those that it samples for its guess, and those between two cuts of a list.
 PIECE_KEYS = 2048
 SAMPLE = 4096
 EPOCH_KEYS = 2048
@@ -36,29 +39,18 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def score_config(S: int, H: int, D: int) -> dict:
+def score_config(S: int, H: int, D: int) -> dict[str, int]:
     """Tile sizes of the score kernel: as many queries share a tile of keys as 256 columns hold."""
     width = max(16, next_power_of_2(D))
     heads = next_power_of_2(H)
-    limit = max(heads, min(256, 256 * 128 // width))
+    limit = max(heads, min(TILE_COLUMNS, TILE_COLUMNS * TYPICAL_WIDTH // width))
     BQ = max(1, min(8, limit // heads, next_power_of_2(S)))
     while BQ * heads < 16:
         heads *= 2
-    return {"BQ": BQ, "HP": heads, "DP": width, "BK": 64, "STAGES": 2 if BQ * heads > 64 else 4, "num_warps": 4}
+    return {"BQ": BQ, "HP": heads, "DP": width, "BK": TILE_KEYS, "STAGES": 2 if BQ * heads > 64 else 4, "num_warps": 4}
 
 
-def indexer_score_slab(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    topk: int,
-    scale: float,
-    starts: torch.Tensor,
-    first_keys: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    out: torch.Tensor,
-    multiprocessors: int,
-) -> None:
+def indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors) -> None:
     """Fill `out` [B, S, min(topk, T)] a slab of rows at a time."""
     B, S, H, D = q.shape
     T = k.shape[1]
@@ -69,6 +61,7 @@ def indexer_score_slab(
     batches = -(-B // -(-B // batches))
     queries = S if rows >= S else max(config["BQ"], rows // config["BQ"] * config["BQ"])
     pieces = -(-T // PIECE_KEYS)
+    most_pieces = max(LEAST_PIECES, next_power_of_2(pieces))
     slab_rows = batches * queries
     cap = next_power_of_2(max(3 * out.shape[2] + 512, 2 * EPOCH_KEYS))
     scores = torch.empty(slab_rows, T, dtype=torch.float32, device=q.device)
@@ -90,72 +83,21 @@ def indexer_score_slab(
             first_part = None if first_keys is None else first_keys[part].contiguous()
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
+            tensors = (q_part, k_part, w_part, starts_part, first_part, mask_part, scores)
+            strides = (*q_part.stride()[:3], *k_part.stride()[:2], *w_part.stride()[:2])
+            sizes = (s, ns, T, scale, tiles_each)
+            given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None}
             launcher(indexer_scores_kernel, grid, q_part)(
-                q_part,
-                k_part,
-                w_part,
-                starts_part,
-                first_part,
-                mask_part,
-                scores,
-                *q_part.stride()[:3],
-                *k_part.stride()[:2],
-                *w_part.stride()[:2],
-                s,
-                ns,
-                T,
-                scale,
-                tiles_each,
-                H=H,
-                HP=config["HP"],
-                D=D,
-                DP=config["DP"],
-                BQ=config["BQ"],
-                BK=config["BK"],
-                HAS_FIRST=first_keys is not None,
-                HAS_MASK=mask is not None,
-                STAGES=config["STAGES"],
-                num_warps=config["num_warps"],
-                num_stages=config["STAGES"],
-                **early_launch(),
+                *tensors, *strides, *sizes, H=H, D=D, **given, **config, num_stages=config["STAGES"], **early_launch()
             )
+            filtered = (scores, starts_part, passed, counts, guesses)
+            sizes = (s, ns, T, pieces, out.shape[2])
             launcher(indexer_filter_kernel, (pieces, ns, nb), scores)(
-                scores,
-                starts_part,
-                passed,
-                counts,
-                guesses,
-                s,
-                ns,
-                T,
-                pieces,
-                out.shape[2],
-                SAMPLE=SAMPLE,
-                PIECE=PIECE_KEYS,
-                CAP=cap,
-                num_warps=4,
-                **early_launch(),
+                *filtered, *sizes, SAMPLE=SAMPLE, PIECE=PIECE_KEYS, CAP=cap, num_warps=4, **early_launch()
             )
+            constants = {"PIECES": most_pieces, "PIECE": PIECE_KEYS, "EPOCH": EPOCH_KEYS, "CAP": cap}
             launcher(indexer_select_kernel, (ns, nb), scores)(
-                scores,
-                starts_part,
-                passed,
-                counts,
-                guesses,
-                lists,
-                out_part,
-                *out_part.stride()[:2],
-                s,
-                ns,
-                T,
-                pieces,
-                out.shape[2],
-                PIECES=max(LEAST_PIECES, next_power_of_2(pieces)),
-                PIECE=PIECE_KEYS,
-                EPOCH=EPOCH_KEYS,
-                CAP=cap,
-                num_warps=8,
-                **early_launch(),
+                *filtered, lists, out_part, *out_part.stride()[:2], *sizes, **constants, num_warps=8, **early_launch()
             )
 
 
@@ -169,6 +111,10 @@ if triton is not None:
         ordered_int,
         pair_of,
     )
+
+    _GREATEST = tl.constexpr(GREATEST_INT)
+    # Entries of a list that a program gathers at once.
+    _GATHERED = tl.constexpr(1024)
 
     @triton.jit(do_not_specialize=["w_stride_b", "s", "S", "T", "tiles_each"])
     def indexer_scores_kernel(
@@ -203,9 +149,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """Scores of `tiles_each` tiles of keys for BQ rows of the slab, minus infinity where a key is not visible."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(2).to(tl.int64)
         first_query = tl.program_id(1) * BQ
         row = tl.arange(0, BQ)
@@ -267,9 +211,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """The keys of a piece of a row above a guess of the row's k-th best, their number, and the guess."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(2).to(tl.int64)
         piece = tl.program_id(0)
         query = tl.program_id(1)
@@ -323,9 +265,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """The exact selection of a row: among the keys that passed if they suffice, else among all."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         b = tl.program_id(1).to(tl.int64)
         query = tl.program_id(0)
         n = tl.minimum(tl.load(starts + b).to(tl.int32) + s + query, T - 1) + 1
@@ -349,16 +289,16 @@ if triton is not None:
         count = total
         if (total <= CAP) & ((total >= TOPK) | (guess == float("-inf"))):
             # Entry e lies in the first piece whose inclusive count exceeds e.
-            for first in tl.range(0, total, 1024, num_stages=1):
-                entry = first + tl.arange(0, 1024)
+            for first in tl.range(0, total, _GATHERED, num_stages=1):
+                entry = first + tl.arange(0, _GATHERED)
                 valid = entry < total
-                home = tl.zeros([1024], tl.int32)
+                home = tl.zeros([_GATHERED], tl.int32)
                 step = tl.full((), PIECES, tl.int32)
                 while step > used:
                     step = step // 2
                 while step > 0:
                     probe = home + step
-                    before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=2147483647)
+                    before = tl.load(counts + probe - 1, mask=valid & (probe <= used), other=_GREATEST)
                     home = tl.where(before <= entry, probe, home)
                     step = step // 2
                 base = tl.load(counts + home - 1, mask=valid & (home > 0), other=0)
@@ -377,9 +317,9 @@ if triton is not None:
                 tl.debug_barrier()
                 held = tl.max(counted)
                 if held > CAP - EPOCH:
-                    kth, held = keep_best(lists, held, TOPK, TOPK // 8, lists, CAP, 2048, False)
+                    kth, held = keep_best(lists, held, TOPK, TOPK // 8, lists, CAP, False)
                     bound = tl.full([1], 0.0, tl.float32) + kth
                     counted = tl.zeros([1], tl.int32) + held
             count = tl.max(counted)
-        keep_best(lists, count, TOPK, 0, out, CAP, 2048, True)
-        fill_rest(out, tl.minimum(count, TOPK), TOPK, 1024)
+        keep_best(lists, count, TOPK, 0, out, CAP, True)
+        fill_rest(out, tl.minimum(count, TOPK), TOPK)

@@ -14,39 +14,25 @@ The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
 that ends with `topk` entries or more holds the exact selection (`lightning_indexer_select_triton.py`), and the rows of
 the others are marked in `redo` for the portable kernel.
+
+Legend: B batch, S queries, T keys, H heads, D width; BQ queries of a block; STRIDE of a sample; a list has CAPACITY
+entries; see `Sizes`, `Buffers` and `Bars` for what travels together.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..common.gluon_support import TensorDescriptor, barrier, gl, gluon, mbarrier
 from ..common.kernel_launch import launcher
-from .lightning_indexer_blocks_gluon import block_number, block_of, load_queries
+from ..common.triton_support import triton
+from .lightning_indexer_blocks_gluon import TILE, TILE_KEYS, Bars, Buffers, Sizes
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_scores_gluon import SLOT_LAYOUT, WEIGHTS_LAYOUT, score_group
-from .lightning_indexer_select_gluon import (
-    bound_of_full_list,
-    copy_best,
-    finish_rows_kernel,
-    float_of_ordered,
-    load_scores,
-    rank_in_warp,
-)
+from .lightning_indexer_select_gluon import LIST_EXTRA, finish_rows_kernel, select_group
 
-try:
-    import triton
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # Renamed after Triton 3.6.
-    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-except (ImportError, AttributeError):
-    gluon = None
-
+# Columns of a score tile, queries times heads: the widest product, and 128 sums of each thread.
 COLUMNS = 256
-TILE_KEYS = 64
 # Pairs of score tiles between the groups and the selector, of 128 keys and BQ queries in fp32: 32 KB at most.
 SCORE_SLOT_QUERIES = 64
 # Tiles between two looks at the lists' lengths.
@@ -64,8 +50,6 @@ SAMPLE_STRIDE = 32
 MULTIPLY_E4M3 = True
 # Lists of fewer than this many keys need no guess.
 LIST_KEYS = 6144
-# Entries behind a list's scores and keys: what is known of it (a multiple of 4 keeps rows aligned).
-LIST_EXTRA = 16
 # Below this top-k a list holds so many times its keys that cuts are rare without a guess.
 LEAST_GUESSED_TOPK = 1024
 
@@ -134,29 +118,14 @@ def lightning_indexer_hopper(
         sample_scale = None if k_scale is None else k_scale[:, ::SAMPLE_STRIDE].contiguous()
         sample_mask = None if mask is None else mask[:, ::SAMPLE_STRIDE].contiguous()
         last = k.shape[1] - 1
-        _launch(
-            q,
-            sample,
-            sample_scale,
-            weights,
-            guess_rank(topk),
-            starts,
-            first_keys,
-            sample_mask,
-            out,
-            redo,
-            guesses,
-            last,
-            programs,
-            True,
-        )
-    _launch(
-        q, k, k_scale, weights, topk, starts, first_keys, mask, out, redo, guesses, k.shape[1] - 1, programs, False
-    )
+        sampled = (q, sample, sample_scale, weights, guess_rank(topk), starts, first_keys, sample_mask)
+        _launch(*sampled, out, redo, guesses, last, programs, True)
+    given = (q, k, k_scale, weights, topk, starts, first_keys, mask)
+    _launch(*given, out, redo, guesses, k.shape[1] - 1, programs, False)
     return None if guesses is None else redo
 
 
-def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict:
+def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict[str, int]:
     """The kernel's constants but for what is given or not (HAS_...); `masked`: a mask or first keys are."""
     BQ = COLUMNS // H
     capacity = sample_list_keys(BQ) if sampling else LIST_KEYS
@@ -203,23 +172,8 @@ def _launch(
     for first_turn in range(0, turns, launch_turns):
         number = min(launch_turns, turns - first_turn)
         launcher(lightning_indexer_hopper_kernel, (programs,), q)(
-            q_desc,
-            k_desc,
-            k_scale,
-            weights,
-            starts,
-            first_keys,
-            mask,
-            guesses,
-            out,
-            lists,
-            B,
-            S,
-            T,
-            last_slot,
-            topk,
-            number,
-            first_turn,
+            *(q_desc, k_desc, k_scale, weights, starts, first_keys, mask, guesses, out, lists),
+            *(B, S, T, last_slot, topk, number, first_turn),
             HAS_FIRST=first_keys is not None,
             HAS_MASK=mask is not None,
             HAS_SCALE=k_scale is not None,
@@ -231,14 +185,7 @@ def _launch(
         )
         if not sampling:
             launcher(finish_rows_kernel, (number * programs * BQ,), lists)(
-                lists,
-                out,
-                redo,
-                B,
-                S,
-                topk,
-                out.shape[2],
-                first_turn * programs,
+                *(lists, out, redo, B, S, topk, out.shape[2], first_turn * programs),
                 BQ=BQ,
                 CAPACITY=capacity,
                 ROW=lists.shape[2],
@@ -248,10 +195,9 @@ def _launch(
 
 
 if gluon is not None:
-    _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
 
     @gluon.jit
-    def _select_group(
+    def _third_group(
         q_desc,
         weights,
         starts,
@@ -267,83 +213,24 @@ if gluon is not None:
         H: gl.constexpr,
         BQ: gl.constexpr,
         CAPACITY: gl.constexpr,
+        STRIDE: gl.constexpr,
         HAS_FIRST: gl.constexpr,
         HAS_MASK: gl.constexpr,
         HAS_GUESS: gl.constexpr,
+        SAMPLING: gl.constexpr,
         SLOTS: gl.constexpr,
         CHECK: gl.constexpr,
     ):
-        turns, first_turn, B, S, T, last_slot = sizes
-        q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
-        # A warp's lanes are 32 neighbouring keys of one query.
-        tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        rows: gl.constexpr = gl.SliceLayout(1, tile)
-        line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        row = gl.arange(0, BQ, layout=rows)
-        lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
-        ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
-        done = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
-        load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
-        for turn in range(turns):
-            # All tiles of the block before are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
-            load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
-            first_row = b.to(gl.int64) * S + first_query
-            place = block_number(first_turn + turn) - first_turn * gl.num_programs(0)
-            block_lists = lists + place.to(gl.int64) * (BQ * ROW)
-            real = (first_query + row < S) & (first_query >= 0)
-            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
-            slot = gl.where(real, slot, -1)  # [BQ]
-            first_slot = gl.zeros([BQ], gl.int32, rows)
-            if HAS_FIRST:
-                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-                first_slot = gl.maximum(first_slot, 0)
-            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
-            if HAS_GUESS:
-                guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
-                bound = gl.where(slot - first_slot >= CAPACITY, guess, bound)
-            row_lists = block_lists + row * ROW  # [BQ]
-            gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
-            count = gl.zeros([BQ, 32], gl.int32, tile)
-            for t in range(0, tiles, 2):
-                pair = (done + t) // 2
-                at = pair % SLOTS
-                mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(slots, at, tile)
-                barrier()
-                mbarrier.arrive(slot_empty.index(at), count=1)
-                for side in gl.static_range(4):
-                    score = scores[side]
-                    key = begin + t * 64 + side * 32 + lane  # [32]
-                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-                    if HAS_FIRST:
-                        keep = keep & (key[None, :] >= first_slot[:, None])
-                    if HAS_MASK:
-                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
-                        keep = keep & (allowed != 0)[None, :]
-                    rank, number = rank_in_warp(keep)
-                    entry = row_lists[:, None] + (count + rank)
-                    gl.store(entry, score.to(gl.int32, bitcast=True), mask=keep)
-                    gl.store(entry + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
-                    count += number
-                if t % CHECK == CHECK - 2:  # noqa: SIM102
-                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
-                        barrier()
-                        counts = gl.max(count, 1)
-                        for i in range(BQ):
-                            n = gl.sum(gl.where(row == i, counts, 0), 0)
-                            if n > topk:
-                                list_i = block_lists + i * ROW
-                                cut, cut_room = bound_of_full_list(list_i, n, topk, topk // 8, line)
-                                kept = copy_best(list_i, n, cut, cut_room, out, True, CAPACITY, line)
-                                bound = gl.where(row == i, float_of_ordered(cut), bound)
-                                counts = gl.where(row == i, kept, counts)
-                        count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
-            gl.store(row_lists + 2 * CAPACITY, gl.max(count, 1))
-            done += tiles
+        if SAMPLING:
+            sample_group(
+                *(q_desc, weights, starts, first_keys, mask, guesses, lists, buffers, bars, sizes, topk),
+                *(H, BQ, CAPACITY, STRIDE, HAS_FIRST, HAS_MASK, SLOTS, CHECK),
+            )
+        else:
+            select_group(
+                *(q_desc, weights, starts, first_keys, mask, guesses, out, lists, buffers, bars, sizes, topk),
+                *(H, BQ, CAPACITY, HAS_FIRST, HAS_MASK, HAS_GUESS, SLOTS, CHECK),
+            )
 
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "turns", "first_turn"])
     def lightning_indexer_hopper_kernel(
@@ -385,9 +272,9 @@ if gluon is not None:
         """
         D: gl.constexpr = k_desc.block_type.shape[1]
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, H, BQ, D], q_desc.layout)
-        k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 64, D], k_desc.layout)
+        k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
         w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
-        slots = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, BQ, 64], SLOT_LAYOUT)
+        slots = gl.allocate_shared_memory(gl.float32, [2 * SLOTS, BQ, TILE], SLOT_LAYOUT)
         q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         # Apart: in one piece of memory, the compiler would put a barrier of its own between a wait and an arrival.
@@ -407,153 +294,81 @@ if gluon is not None:
             mbarrier.init(slot_full.index(i), count=2)
             mbarrier.init(slot_empty.index(i), count=1)
         barrier()
-        sizes = (turns, first_turn, B, S, T, last_slot)
-        buffers = (q_tiles, w_tiles, k_tiles, slots)
-        bars = (q_full, k_full, slot_full, slot_empty, (first_turns, second_turns))
-        if SAMPLING:
-            gl.warp_specialize(
-                [
+        sizes = Sizes(turns, first_turn, B, S, T, last_slot)
+        buffers = Buffers(q_tiles, w_tiles, k_tiles, slots)
+        bars = Bars(q_full, k_full, slot_full, slot_empty, (first_turns, second_turns))
+        gl.warp_specialize(
+            [
+                (
+                    _third_group,
                     (
-                        sample_group,
-                        (
-                            q_desc,
-                            weights,
-                            starts,
-                            first_keys,
-                            mask,
-                            guesses,
-                            lists,
-                            buffers,
-                            bars,
-                            sizes,
-                            topk,
-                            H,
-                            BQ,
-                            CAPACITY,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_MASK,
-                            SLOTS,
-                            CHECK,
-                        ),
+                        q_desc,
+                        weights,
+                        starts,
+                        first_keys,
+                        mask,
+                        guesses,
+                        out,
+                        lists,
+                        buffers,
+                        bars,
+                        sizes,
+                        topk,
+                        H,
+                        BQ,
+                        CAPACITY,
+                        STRIDE,
+                        HAS_FIRST,
+                        HAS_MASK,
+                        HAS_GUESS,
+                        SAMPLING,
+                        SLOTS,
+                        CHECK,
                     ),
+                ),
+                (
+                    score_group,
                     (
-                        score_group,
-                        (
-                            0,
-                            k_desc,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            buffers,
-                            bars,
-                            sizes,
-                            H,
-                            BQ,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_SCALE,
-                            STAGES,
-                            SLOTS,
-                            KEEP_WEIGHTS,
-                        ),
+                        0,
+                        k_desc,
+                        k_scale,
+                        starts,
+                        first_keys,
+                        buffers,
+                        bars,
+                        sizes,
+                        H,
+                        BQ,
+                        STRIDE,
+                        HAS_FIRST,
+                        HAS_SCALE,
+                        STAGES,
+                        SLOTS,
+                        KEEP_WEIGHTS,
                     ),
+                ),
+                (
+                    score_group,
                     (
-                        score_group,
-                        (
-                            1,
-                            k_desc,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            buffers,
-                            bars,
-                            sizes,
-                            H,
-                            BQ,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_SCALE,
-                            STAGES,
-                            SLOTS,
-                            KEEP_WEIGHTS,
-                        ),
+                        1,
+                        k_desc,
+                        k_scale,
+                        starts,
+                        first_keys,
+                        buffers,
+                        bars,
+                        sizes,
+                        H,
+                        BQ,
+                        STRIDE,
+                        HAS_FIRST,
+                        HAS_SCALE,
+                        STAGES,
+                        SLOTS,
+                        KEEP_WEIGHTS,
                     ),
-                ],
-                [4, 4],
-                [REGISTERS, REGISTERS],
-            )
-        else:
-            gl.warp_specialize(
-                [
-                    (
-                        _select_group,
-                        (
-                            q_desc,
-                            weights,
-                            starts,
-                            first_keys,
-                            mask,
-                            guesses,
-                            out,
-                            lists,
-                            buffers,
-                            bars,
-                            sizes,
-                            topk,
-                            H,
-                            BQ,
-                            CAPACITY,
-                            HAS_FIRST,
-                            HAS_MASK,
-                            HAS_GUESS,
-                            SLOTS,
-                            CHECK,
-                        ),
-                    ),
-                    (
-                        score_group,
-                        (
-                            0,
-                            k_desc,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            buffers,
-                            bars,
-                            sizes,
-                            H,
-                            BQ,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_SCALE,
-                            STAGES,
-                            SLOTS,
-                            KEEP_WEIGHTS,
-                        ),
-                    ),
-                    (
-                        score_group,
-                        (
-                            1,
-                            k_desc,
-                            k_scale,
-                            starts,
-                            first_keys,
-                            buffers,
-                            bars,
-                            sizes,
-                            H,
-                            BQ,
-                            STRIDE,
-                            HAS_FIRST,
-                            HAS_SCALE,
-                            STAGES,
-                            SLOTS,
-                            KEEP_WEIGHTS,
-                        ),
-                    ),
-                ],
-                [4, 4],
-                [REGISTERS, REGISTERS],
-            )
+                ),
+            ],
+            [4, 4],  # warps
+            [REGISTERS, REGISTERS],
+        )

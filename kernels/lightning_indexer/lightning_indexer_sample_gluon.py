@@ -3,31 +3,37 @@
 The selector of a sampling pass: it appends scores above a row's bound to the row's list, cuts the lists of a block
 together when one fills, and at the block's end writes for each row a score that about `rank` of the sample reach. A
 warp holds whole rows, so that nothing here waits for another warp but for a full list.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
 """
 
 from __future__ import annotations
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-
-    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-except (ImportError, AttributeError):
-    gluon = None
+from ..common.gluon_support import barrier, gl, gluon, mbarrier
+from ..common.kernel_constants import GREATEST_INT, LEAST_INT
+from .lightning_indexer_blocks_gluon import (
+    TILE,
+    begin_block,
+    block_of,
+    first_in_sample,
+    is_kept,
+    load_queries,
+)
+from .lightning_indexer_select_gluon import (
+    add,
+    float_of_ordered,
+    halfway,
+    load_scores,
+    ordered_int,
+    rank_in_warp,
+)
 
 # Turns of a search: enough for a rank within an eighth unless scores lie far apart, and then the guess is but lower.
 SEARCH_TURNS = 10
 
 if gluon is not None:
-    from .lightning_indexer_blocks_gluon import block_of, first_in_sample, load_queries
-    from .lightning_indexer_select_gluon import float_of_ordered, load_scores, ordered_int, rank_in_warp
-
+    _LEAST, _GREATEST = gl.constexpr(LEAST_INT), gl.constexpr(GREATEST_INT)
     _SEARCH_TURNS = gl.constexpr(SEARCH_TURNS)
-
-    @gluon.jit
-    def _add(a, b):
-        return a + b
 
     @gluon.jit
     def _bounds_of_lists(row_lists, count, rank, CAPACITY: gl.constexpr, layout: gl.constexpr):
@@ -41,8 +47,8 @@ if gluon is not None:
         place = row_lists[:, None] + entry[None, :]
         valid = entry[None, :] < count[:, None]
         bits = gl.load(place, mask=valid, other=0)
-        key = gl.where(valid, ordered_int(bits.to(gl.float32, bitcast=True)), -2147483648)
-        inside = gl.min(gl.where(valid, key, 2147483647), 1)
+        key = gl.where(valid, ordered_int(bits.to(gl.float32, bitcast=True)), _LEAST)
+        inside = gl.min(gl.where(valid, key, _GREATEST), 1)
         beyond = gl.maximum(gl.max(key, 1) + 1, inside + 1)
         # As in `kth_largest_of_list`: the logarithm of how many reach a score falls evenly near the top.
         slack = rank // 8
@@ -55,7 +61,7 @@ if gluon is not None:
             low_score = float_of_ordered(inside)
             step = (float_of_ordered(beyond) - low_score) * (over / gl.maximum(over - under, 1e-6))
             trial = ordered_int(low_score + step)
-            middle = (inside >> 1) + (beyond >> 1) + (inside & beyond & 1)
+            middle = halfway(inside, beyond)
             trial = gl.where(turn % 4 == 3, middle, trial)
             trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
             number = gl.sum((key >= trial[:, None]).to(gl.int32), 1)
@@ -70,7 +76,7 @@ if gluon is not None:
             reach = gl.where(up, number, reach)
             beyond = gl.where(down, trial, beyond)
             moved = gl.where(up, 1, gl.where(down, 2, moved))
-        return key, gl.where(count > rank, inside, -2147483648)
+        return key, gl.where(count > rank, inside, _LEAST)
 
     @gluon.jit
     def _cut_lists(row_lists, count, rank, CAPACITY: gl.constexpr, ROOM: gl.constexpr, layout: gl.constexpr):
@@ -82,7 +88,7 @@ if gluon is not None:
         left, number = rank_in_warp(keep)
         # A warp's row of 32 entries is a register of its lanes: their counts are summed along the registers.
         by_register = gl.reshape(number, [BQ, CAPACITY // 32, 32])
-        before = gl.associative_scan(by_register, 1, _add) - by_register
+        before = gl.associative_scan(by_register, 1, add) - by_register
         place = gl.convert_layout(gl.reshape(before, [BQ, CAPACITY]), layout) + left
         barrier()
         # A list of nothing but ties would stay full: what is dropped can only lower the guess.
@@ -116,8 +122,6 @@ if gluon is not None:
     ):
         """The third warp group of a sampling pass, as the head of this file tells."""
         turns, first_turn, B, S, T, last_slot = sizes
-        q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
         rows: gl.constexpr = gl.SliceLayout(1, tile)
@@ -126,12 +130,11 @@ if gluon is not None:
         row_lists = lists + gl.program_id(0).to(gl.int64) * (BQ * CAPACITY) + row * CAPACITY  # [BQ]
         done = gl.full((), 0, gl.int32)
         b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-        load_queries(q_desc, weights, q_tiles, w_tiles, q_full, 0, b, first_query, S, H, BQ)
+        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, H, BQ)
         for turn in range(turns):
-            # All tiles of the block before are scored: its queries' buffer is free.
-            b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-            load_queries(q_desc, weights, q_tiles, w_tiles, q_full, turn + 1, b, first_query, S, H, BQ)
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = begin_block(
+                turn, q_desc, weights, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST
+            )
             first_row = b.to(gl.int64) * S + first_query
             real = (first_query + row < S) & (first_query >= 0)
             slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
@@ -145,27 +148,22 @@ if gluon is not None:
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
                 at = pair % SLOTS
-                mbarrier.wait(slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(slots, at, tile)
+                mbarrier.wait(bars.slot_full.index(at), (pair // SLOTS) & 1)
+                scores = load_scores(buffers.scores, at, tile)
                 barrier()
-                mbarrier.arrive(slot_empty.index(at), count=1)
+                mbarrier.arrive(bars.slot_empty.index(at), count=1)
                 for side in gl.static_range(4):
                     score = scores[side]
-                    key = begin + t * 64 + side * 32 + lane  # [32]
-                    keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-                    if HAS_FIRST:
-                        keep = keep & (key[None, :] >= first_slot[:, None])
-                    if HAS_MASK:
-                        allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
-                        keep = keep & (allowed != 0)[None, :]
+                    key = begin + t * TILE + side * 32 + lane  # [32]
+                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST, HAS_MASK)
                     left, number = rank_in_warp(keep)
                     gl.store(row_lists[:, None] + (count + left), score.to(gl.int32, bitcast=True), mask=keep)
                     count += number
                 if t % CHECK == CHECK - 2:  # noqa: SIM102
-                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * 64:
+                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * TILE:
                         barrier()
                         bound, kept = _cut_lists(
-                            row_lists, gl.max(count, 1), rank, CAPACITY, CAPACITY - CHECK * 64, tile
+                            row_lists, gl.max(count, 1), rank, CAPACITY, CAPACITY - CHECK * TILE, tile
                         )
                         count = kept[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
             done += tiles

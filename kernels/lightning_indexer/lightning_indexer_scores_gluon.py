@@ -1,20 +1,14 @@
-"""Scores of tiles of keys by blocks of queries: Hopper's tensor cores, then sums over heads, in Gluon."""
+"""Scores of tiles of keys by blocks of queries: Hopper's tensor cores, then sums over heads, in Gluon.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
+"""
 
 from __future__ import annotations
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
-
-    # Renamed after Triton 3.6.
-    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-except (ImportError, AttributeError):
-    gluon = None
+from ..common.gluon_support import barrier, gl, gluon, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from .lightning_indexer_blocks_gluon import TILE, block_of, load_keys
 
 if gluon is not None:
-    from .lightning_indexer_blocks_gluon import block_of, load_keys
-
     # Columns are heads * queries, queries innermost, so that a thread's (pairs, 8 apart) are all heads of two queries,
     # or half of them with 4 queries: sums over heads need no other lane. Their weights stand in fours, those of a
     # quad's lanes side by side.
@@ -32,14 +26,14 @@ if gluon is not None:
     def sum_over_heads(terms, BQ: gl.constexpr, H: gl.constexpr):
         """`[64, H * BQ]` as the tensor cores leave it to `[64, BQ]`: of 8 neighbouring columns a lane holds two."""
         if BQ >= 8:
-            by_head = gl.permute(gl.reshape(terms, [64, H // 8, 4, 2, BQ]), (0, 4, 2, 1, 3))
-            score = _sum_by_halves(gl.sum(gl.reshape(by_head, [64, BQ, 4, H // 4]), 3))
+            by_head = gl.permute(gl.reshape(terms, [TILE, H // 8, 4, 2, BQ]), (0, 4, 2, 1, 3))
+            score = _sum_by_halves(gl.sum(gl.reshape(by_head, [TILE, BQ, 4, H // 4]), 3))
         else:
             # Half of the heads are two lanes away.
             gl.static_assert(BQ == 4)
-            by_head = gl.permute(gl.reshape(terms, [64, H // 8, 4, 2, BQ]), (0, 4, 3, 2, 1))
+            by_head = gl.permute(gl.reshape(terms, [TILE, H // 8, 4, 2, BQ]), (0, 4, 3, 2, 1))
             parts = gl.sum(by_head, 4)  # [64, BQ, 2, 4]
-            score = gl.sum(gl.reshape(_sum_by_halves(gl.reshape(parts, [64, BQ * 2, 4])), [64, BQ, 2]), 2)
+            score = gl.sum(gl.reshape(_sum_by_halves(gl.reshape(parts, [TILE, BQ * 2, 4])), [TILE, BQ, 2]), 2)
         return score
 
     @gluon.jit
@@ -65,10 +59,8 @@ if gluon is not None:
         D: gl.constexpr = k_desc.block_type.shape[1]
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
         acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H * BQ, depth])
-        key = gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))
+        key = gl.arange(0, TILE, layout=gl.SliceLayout(1, acc_layout))
         turns, first_turn, B, S, T, last_slot = sizes
-        q_tiles, w_tiles, k_tiles, slots = buffers
-        q_full, k_full, slot_full, slot_empty, turns_to_multiply = bars
         # Stages of this group, and by its count the next of its tiles to load, with the block that is in.
         OWN: gl.constexpr = STAGES // 2
         ahead = gl.full((), 0, gl.int32)
@@ -76,7 +68,8 @@ if gluon is not None:
         place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
         for _ in gl.static_range(OWN - 1):
             place = load_keys(
-                k_desc, k_tiles, k_full, starts, first_keys, sizes, ahead, group, place, BQ, STRIDE, HAS_FIRST, OWN
+                *(k_desc, starts, first_keys, buffers, bars, sizes, ahead, group, place),
+                *(BQ, STRIDE, HAS_FIRST, OWN),
             )
             ahead += 1
         done = gl.full((), 0, gl.int32)
@@ -85,58 +78,47 @@ if gluon is not None:
             b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
             if first_query >= 0:
                 parity = turn & 1
-                mbarrier.wait(q_full.index(parity), (turn >> 1) & 1)
+                mbarrier.wait(bars.q_full.index(parity), (turn >> 1) & 1)
                 if KEEP_WEIGHTS:
-                    w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
+                    w = buffers.weights.index(parity).load(gl.SliceLayout(0, acc_layout))
                 # Not from done on: Triton 3.6 takes `done` for 0 where it is in a loop's bounds only.
                 for t in range(group, tiles, 2):
                     tile = done + t
                     stage = mine % OWN * 2 + group
                     pair = tile // 2
                     slot = pair % SLOTS
-                    mbarrier.wait(k_full.index(stage), (mine // OWN) & 1)
-                    mbarrier.wait(turns_to_multiply[group], (mine & 1) ^ (1 - group))
-                    acc = gl.zeros([64, H * BQ], gl.float32, acc_layout)
-                    k_tile = k_tiles.index(stage)
-                    q_tile = q_tiles.index(parity).reshape([H * BQ, D]).permute((1, 0))
+                    mbarrier.wait(bars.k_full.index(stage), (mine // OWN) & 1)
+                    mbarrier.wait(bars.turns[group], (mine & 1) ^ (1 - group))
+                    acc = gl.zeros([TILE, H * BQ], gl.float32, acc_layout)
+                    k_tile = buffers.keys.index(stage)
+                    q_tile = buffers.queries.index(parity).reshape([H * BQ, D]).permute((1, 0))
                     acc = warpgroup_mma(k_tile, q_tile, acc, use_acc=False, is_async=True)
                     # No warp may still wait for its turn when the other group can give the next one: it would miss it,
                     # as a wait knows phases by their parity alone.
                     barrier()
-                    mbarrier.arrive(turns_to_multiply[1 - group], count=1)
+                    mbarrier.arrive(bars.turns[1 - group], count=1)
                     mine += 1
                     if HAS_SCALE:
-                        at = b * T + begin + t * 64 + key
+                        at = b * T + begin + t * TILE + key
                         scale = gl.load(k_scale + at, mask=at < B * T, other=0.0)
                     # The stage of this group's tile before is free: its next but one is loaded under the product.
                     place = load_keys(
-                        k_desc,
-                        k_tiles,
-                        k_full,
-                        starts,
-                        first_keys,
-                        sizes,
-                        ahead,
-                        group,
-                        place,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        OWN,
+                        *(k_desc, starts, first_keys, buffers, bars, sizes, ahead, group, place),
+                        *(BQ, STRIDE, HAS_FIRST, OWN),
                     )
                     ahead += 1
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
                     if not KEEP_WEIGHTS:
-                        w = w_tiles.index(parity).load(gl.SliceLayout(0, acc_layout))
+                        w = buffers.weights.index(parity).load(gl.SliceLayout(0, acc_layout))
                     terms = (acc + gl.abs(acc)) * w[None, :]
                     score = sum_over_heads(terms, BQ, H)  # [64, BQ]
                     if HAS_SCALE:
                         score *= gl.convert_layout(scale, gl.SliceLayout(1, score.type.layout))[:, None]
-                    mbarrier.wait(slot_empty.index(slot), ((pair // SLOTS) & 1) ^ 1)
-                    slots.index(tile % (2 * SLOTS)).permute((1, 0)).store(score)
+                    mbarrier.wait(bars.slot_empty.index(slot), ((pair // SLOTS) & 1) ^ 1)
+                    buffers.scores.index(tile % (2 * SLOTS)).permute((1, 0)).store(score)
                     barrier()
-                    mbarrier.arrive(slot_full.index(slot), count=1)
+                    mbarrier.arrive(bars.slot_full.index(slot), count=1)
             done += tiles
 
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.

@@ -2,23 +2,34 @@
 
 A list holds the bits of fp32 scores and, CAPACITY entries further on, their int32 keys in ascending order. As in
 `lightning_indexer_select_triton.py`, keys appended later are larger, so that ties go to the smaller key.
+
+Legend: as `lightning_indexer_hopper_gluon.py`.
 """
 
 from __future__ import annotations
 
-try:
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
+from ..common.gluon_support import barrier, gl, gluon, mbarrier
+from ..common.kernel_constants import GREATEST_INT, LEAST_INT
+from .lightning_indexer_blocks_gluon import TILE, begin_block, block_number, block_of, is_kept, load_queries
 
-    barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-except (ImportError, AttributeError):
-    gluon = None
+# Entries behind a list's scores and keys: what is known of it (a multiple of 4 keeps rows aligned).
+LIST_EXTRA = 16
 
 if gluon is not None:
+    _LEAST, _GREATEST = gl.constexpr(LEAST_INT), gl.constexpr(GREATEST_INT)
+    _LIST_EXTRA = gl.constexpr(LIST_EXTRA)
+    # Entries that a program of 128 threads holds at once where it has many registers, and where it has few.
+    MANY, FEW = gl.constexpr(2048), gl.constexpr(1024)
 
     @gluon.jit
-    def _add(a, b):
+    def add(a, b):
+        """Of a scan."""
         return a + b
+
+    @gluon.jit
+    def halfway(inside, beyond):
+        """The middle of two int32, whose sum may be none."""
+        return (inside >> 1) + (beyond >> 1) + (inside & beyond & 1)
 
     @gluon.jit
     def ordered_int(x):
@@ -33,7 +44,7 @@ if gluon is not None:
         Loads are masked by fours, so that four entries are one load.
         """
         key = ordered_int(gl.load(scores + first + offset, mask=first + offset // 4 * 4 < n, other=0.0))
-        return gl.where(first + offset < n, key, -2147483648)
+        return gl.where(first + offset < n, key, _LEAST)
 
     @gluon.jit
     def _unless(missing, key, instead: gl.constexpr):
@@ -81,19 +92,19 @@ if gluon is not None:
 
         Only ties at it let more reach it. Found by interpolation.
         """
-        gl.static_assert(CAPACITY == 4096 or CAPACITY == 6144)
+        gl.static_assert(CAPACITY == 2 * MANY or CAPACITY == 3 * MANY)
         # n >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops around
         # this search, and spills.
-        offset = gl.arange(0, 2048, layout=layout) + (n >> 24) * 4
+        offset = gl.arange(0, MANY, layout=layout) + (n >> 24) * 4
         key0 = _load_ordered(scores, 0, n, offset)
-        key1 = _load_ordered(scores, 2048, n, offset)
+        key1 = _load_ordered(scores, MANY, n, offset)
         key2 = key1
         high = gl.maximum(key0, key1)
-        low = gl.minimum(_unless(offset >= n, key0, 2147483647), _unless(2048 + offset >= n, key1, 2147483647))
-        if CAPACITY == 6144:
-            key2 = _load_ordered(scores, 4096, n, offset)
+        low = gl.minimum(_unless(offset >= n, key0, _GREATEST), _unless(MANY + offset >= n, key1, _GREATEST))
+        if CAPACITY == 3 * MANY:
+            key2 = _load_ordered(scores, 2 * MANY, n, offset)
             high = gl.maximum(high, key2)
-            low = gl.minimum(low, _unless(4096 + offset >= n, key2, 2147483647))
+            low = gl.minimum(low, _unless(2 * MANY + offset >= n, key2, _GREATEST))
         top = gl.max(high, 0)
         least = gl.min(low, 0)
         # `inside` is reached by at least topk, `beyond` by fewer. Near the top scores thin out exponentially, so the
@@ -106,19 +117,19 @@ if gluon is not None:
             trial = _interpolated(inside, beyond, over, under)
             if turn % 6 == 5:
                 # Ties or gaps may defeat interpolation: draw both ends up to scores there are, and halve.
-                high = _unless(key0 >= beyond, key0, -2147483648)
-                high = gl.maximum(high, _unless(key1 >= beyond, key1, -2147483648))
-                low = _unless(key0 < inside, key0, 2147483647)
-                low = gl.minimum(low, _unless(key1 < inside, key1, 2147483647))
-                if CAPACITY == 6144:
-                    high = gl.maximum(high, _unless(key2 >= beyond, key2, -2147483648))
-                    low = gl.minimum(low, _unless(key2 < inside, key2, 2147483647))
+                high = _unless(key0 >= beyond, key0, _LEAST)
+                high = gl.maximum(high, _unless(key1 >= beyond, key1, _LEAST))
+                low = _unless(key0 < inside, key0, _GREATEST)
+                low = gl.minimum(low, _unless(key1 < inside, key1, _GREATEST))
+                if CAPACITY == 3 * MANY:
+                    high = gl.maximum(high, _unless(key2 >= beyond, key2, _LEAST))
+                    low = gl.minimum(low, _unless(key2 < inside, key2, _GREATEST))
                 inside = gl.min(low, 0)
                 beyond = gl.max(high, 0) + 1
-                trial = (inside >> 1) + (beyond >> 1) + (inside & beyond & 1)
+                trial = halfway(inside, beyond)
             trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
             number = (key0 >= trial).to(gl.int32) + (key1 >= trial).to(gl.int32)
-            if CAPACITY == 6144:
+            if CAPACITY == 3 * MANY:
                 number += (key2 >= trial).to(gl.int32)
             count = gl.sum(number, 0)
             inside, beyond, reach, over, under, moved = _move_end(
@@ -130,9 +141,9 @@ if gluon is not None:
     @gluon.jit
     def _reach(scores, n, trial, layout: gl.constexpr):
         """How many of a list of n reach `trial`."""
-        offset = gl.arange(0, 1024, layout=layout)
-        number = gl.zeros([1024], gl.int32, layout)
-        for first in range(0, n, 1024):
+        offset = gl.arange(0, FEW, layout=layout)
+        number = gl.zeros([FEW], gl.int32, layout)
+        for first in range(0, n, FEW):
             number += (_load_ordered(scores, first, n, offset) >= trial).to(gl.int32)
         return gl.sum(number, 0)
 
@@ -143,13 +154,13 @@ if gluon is not None:
         `slack` more than topk may be kept.
         """
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
-        offset = gl.arange(0, 1024, layout=layout)
-        top = gl.full((), -2147483648, gl.int32)
-        least = gl.full((), 2147483647, gl.int32)
-        for first in range(0, n, 1024):
+        offset = gl.arange(0, FEW, layout=layout)
+        top = gl.full((), _LEAST, gl.int32)
+        least = gl.full((), _GREATEST, gl.int32)
+        for first in range(0, n, FEW):
             key = _load_ordered(scores, first, n, offset)
             top = gl.maximum(top, gl.max(key, 0))
-            least = gl.minimum(least, gl.min(_unless(first + offset >= n, key, 2147483647), 0))
+            least = gl.minimum(least, gl.min(_unless(first + offset >= n, key, _GREATEST), 0))
         inside = least
         beyond = top + 1
         reach = n
@@ -157,7 +168,7 @@ if gluon is not None:
         while (reach > topk + slack) & (inside < beyond - 1):
             trial = _interpolated(inside, beyond, over, under)
             # Ties or gaps may defeat interpolation.
-            trial = gl.where(turn % 4 == 3, (inside >> 1) + (beyond >> 1) + (inside & beyond & 1), trial)
+            trial = gl.where(turn % 4 == 3, halfway(inside, beyond), trial)
             trial = gl.maximum(gl.minimum(trial, beyond - 1), inside + 1)
             count = _reach(scores, n, trial, layout)
             inside, beyond, reach, over, under, moved = _move_end(
@@ -211,15 +222,15 @@ if gluon is not None:
 
         Where all are kept, these are the least int and n.
         """
-        kth = gl.full((), -2147483648, gl.int32)
+        kth = gl.full((), _LEAST, gl.int32)
         room = n
         if n > topk:
             scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
             kth, reach = kth_largest_of_list(scores, n, topk, CAPACITY, layout)
             if reach > topk:
-                offset = gl.arange(0, 1024, layout=layout)
-                above = gl.zeros([1024], gl.int32, layout)
-                for first in range(0, n, 1024):
+                offset = gl.arange(0, FEW, layout=layout)
+                above = gl.zeros([FEW], gl.int32, layout)
+                for first in range(0, n, FEW):
                     above += (_load_ordered(scores, first, n, offset) > kth).to(gl.int32)
                 room = topk - gl.sum(above, 0)
         return kth, room
@@ -231,7 +242,7 @@ if gluon is not None:
         Of those that equal it only the first `room`. Returns how many were copied.
         """
         # In place, beside the scores' groups, with few registers.
-        STEP: gl.constexpr = 1024 if IN_PLACE else 2048
+        STEP: gl.constexpr = FEW if IN_PLACE else MANY
         scores = list_i.to(gl.pointer_type(gl.float32), bitcast=True)
         offset = gl.arange(0, STEP, layout=layout) + (n >> 24) * 4
         written = gl.full((), 0, gl.int32)
@@ -245,10 +256,10 @@ if gluon is not None:
             keep = valid & (key >= kth)
             if room < n:
                 tied = valid & (key == kth)
-                tie_rank = ties + gl.associative_scan(tied.to(gl.int32), 0, _add)
+                tie_rank = ties + gl.associative_scan(tied.to(gl.int32), 0, add)
                 keep = keep & ((key > kth) | (tie_rank <= room))
                 ties += gl.sum(tied.to(gl.int32), 0)
-            place = written + gl.associative_scan(keep.to(gl.int32), 0, _add) - 1
+            place = written + gl.associative_scan(keep.to(gl.int32), 0, add) - 1
             if IN_PLACE:
                 # Everything is read before anything is overwritten.
                 barrier()
@@ -279,10 +290,10 @@ if gluon is not None:
         n = gl.load(list_i + 2 * CAPACITY)
         out += row.to(gl.int64) * width
         written = copy_best(list_i, n, kth, room, out, False, CAPACITY, layout)
-        offset = gl.arange(0, 1024, layout=layout)
-        for first in range(written // 1024 * 1024, width, 1024):
+        offset = gl.arange(0, FEW, layout=layout)
+        for first in range(written // FEW * FEW, width, FEW):
             entry = first + offset
-            gl.store(out + entry, gl.full([1024], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
+            gl.store(out + entry, gl.full([FEW], -1, gl.int32, layout), mask=(entry >= written) & (entry < width))
         if HAS_GUESS and (n < topk) & (gl.load(list_i + 2 * CAPACITY + 1) != 0):
             gl.store(redo + row, 1)
 
@@ -316,5 +327,94 @@ if gluon is not None:
             row = block % B * S + query
             write_row(list_i, kth, room, topk, width, redo, out, row, HAS_GUESS, CAPACITY, line)
 
+    @gluon.jit
+    def select_group(
+        q_desc,
+        weights,
+        starts,
+        first_keys,
+        mask,
+        guesses,
+        out,
+        lists,
+        buffers,
+        bars,
+        sizes,
+        topk,
+        H: gl.constexpr,
+        BQ: gl.constexpr,
+        CAPACITY: gl.constexpr,
+        HAS_FIRST: gl.constexpr,
+        HAS_MASK: gl.constexpr,
+        HAS_GUESS: gl.constexpr,
+        SLOTS: gl.constexpr,
+        CHECK: gl.constexpr,
+    ):
+        """The third warp group: appends what passes to the rows' lists, and cuts a list that is full."""
+        turns, first_turn, B, S, T, last_slot = sizes
+        # A warp's lanes are 32 neighbouring keys of one query.
+        tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        rows: gl.constexpr = gl.SliceLayout(1, tile)
+        line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+        row = gl.arange(0, BQ, layout=rows)
+        lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
+        ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
+        done = gl.full((), 0, gl.int32)
+        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
+        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, H, BQ)
+        for turn in range(turns):
+            b, first_query, begin, tiles = begin_block(
+                turn, q_desc, weights, starts, first_keys, buffers, bars, sizes, H, BQ, 1, HAS_FIRST
+            )
+            first_row = b.to(gl.int64) * S + first_query
+            place = block_number(first_turn + turn) - first_turn * gl.num_programs(0)
+            block_lists = lists + place.to(gl.int64) * (BQ * ROW)
+            real = (first_query + row < S) & (first_query >= 0)
+            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
+            slot = gl.where(real, slot, -1)  # [BQ]
+            first_slot = gl.zeros([BQ], gl.int32, rows)
+            if HAS_FIRST:
+                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+                first_slot = gl.maximum(first_slot, 0)
+            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
+            if HAS_GUESS:
+                guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
+                bound = gl.where(slot - first_slot >= CAPACITY, guess, bound)
+            row_lists = block_lists + row * ROW  # [BQ]
+            gl.store(row_lists + (2 * CAPACITY + 1), (bound > float("-inf")).to(gl.int32))
+            count = gl.zeros([BQ, 32], gl.int32, tile)
+            for t in range(0, tiles, 2):
+                pair = (done + t) // 2
+                at = pair % SLOTS
+                mbarrier.wait(bars.slot_full.index(at), (pair // SLOTS) & 1)
+                scores = load_scores(buffers.scores, at, tile)
+                barrier()
+                mbarrier.arrive(bars.slot_empty.index(at), count=1)
+                for side in gl.static_range(4):
+                    score = scores[side]
+                    key = begin + t * TILE + side * 32 + lane  # [32]
+                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST, HAS_MASK)
+                    rank, number = rank_in_warp(keep)
+                    entry = row_lists[:, None] + (count + rank)
+                    gl.store(entry, score.to(gl.int32, bitcast=True), mask=keep)
+                    gl.store(entry + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
+                    count += number
+                if t % CHECK == CHECK - 2:  # noqa: SIM102
+                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * TILE:
+                        barrier()
+                        counts = gl.max(count, 1)
+                        for i in range(BQ):
+                            n = gl.sum(gl.where(row == i, counts, 0), 0)
+                            if n > topk:
+                                list_i = block_lists + i * ROW
+                                cut, cut_room = bound_of_full_list(list_i, n, topk, topk // 8, line)
+                                kept = copy_best(list_i, n, cut, cut_room, out, True, CAPACITY, line)
+                                bound = gl.where(row == i, float_of_ordered(cut), bound)
+                                counts = gl.where(row == i, kept, counts)
+                        count = counts[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
+            gl.store(row_lists + 2 * CAPACITY, gl.max(count, 1))
+            done += tiles
+
 else:  # Without Gluon the kernel that calls these does not exist either; importing their names must work.
-    bound_of_full_list = copy_best = finish_rows_kernel = float_of_ordered = load_scores = rank_in_warp = None
+    add = finish_rows_kernel = float_of_ordered = halfway = load_scores = ordered_int = rank_in_warp = None
+    select_group = None

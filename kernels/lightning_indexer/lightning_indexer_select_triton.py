@@ -4,17 +4,19 @@ A row's *list* holds (score, key) pairs in ascending key order, a score's bits a
 room for CAP of them. Every key appended later has a larger index, so a later score that only equals the k-th best so
 far can never be selected: `score > bound` loses nothing, and a list cut to its best keeps ties with the smaller index.
 NaN is above no bound, not even minus infinity, and so never in a list.
+
+Legend: BQ rows, CAP entries of a list.
 """
 
 from __future__ import annotations
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.kernel_constants import GREATEST_INT, LEAST_INT
+from ..common.triton_support import tl, triton
 
 if triton is not None:
+    _LEAST, _GREATEST = tl.constexpr(LEAST_INT), tl.constexpr(GREATEST_INT)
+    # Entries that a program of 128 threads copies at once, and that it fills.
+    _COPIED, _FILLED = tl.constexpr(2048), tl.constexpr(1024)
 
     @triton.jit
     def ordered_int(x):
@@ -44,20 +46,20 @@ if triton is not None:
         `slack` is 0. Only ties at it let more reach it. Built bit by bit below the leading bits that all keys share.
         """
         high = tl.max(key)
-        low = tl.min(tl.where(key > -2147483648, key, 2147483647))
+        low = tl.min(tl.where(key > _LEAST, key, _GREATEST))
         differ = high ^ low
         for shift in tl.static_range(5):
             differ |= (differ >> (1 << shift)) & (0x7FFFFFFF >> ((1 << shift) - 1))
-        kth = tl.where(differ < 0, -2147483648, high & ~differ)
+        kth = tl.where(differ < 0, _LEAST, high & ~differ)
         bit = bits_set(differ) - 1
-        reach = tl.sum((key > -2147483648).to(tl.int32))
+        reach = tl.sum((key > _LEAST).to(tl.int32))
         while (bit >= 0) & (reach > topk + slack):
             trial = kth + (tl.full((), 1, tl.int32) << bit)
             count = tl.sum((key >= trial).to(tl.int32))
             kth = tl.where(count >= topk, trial, kth)
             reach = tl.where(count >= topk, count, reach)
             bit -= 1
-        return tl.min(tl.where(key >= tl.maximum(kth, -2147483647), key, 2147483647)), reach
+        return tl.min(tl.where(key >= tl.maximum(kth, _LEAST + 1), key, _GREATEST)), reach
 
     @triton.jit
     def append_above(score, seen, key, bound, count, lists, CAP: tl.constexpr):
@@ -83,13 +85,13 @@ if triton is not None:
         return (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def keep_best(list_pairs, count, topk, slack, out, CAP: tl.constexpr, STEP: tl.constexpr, KEYS_ONLY: tl.constexpr):
+    def keep_best(list_pairs, count, topk, slack, out, CAP: tl.constexpr, KEYS_ONLY: tl.constexpr):
         """Copy the `topk` to `topk + slack` best of a list of `count` pairs in order, as pairs or as int32 keys.
 
         `out` may be the list itself. Returns a score that none of the others exceeds, minus infinity when nothing had
         to be dropped, and the number copied.
         """
-        kth = tl.full((), -2147483648, tl.int32)
+        kth = tl.full((), _LEAST, tl.int32)
         room = count
         if count > topk:
             # count >> 24 is 0, which the compiler does not know: else it keeps what follows from it over the loops
@@ -97,14 +99,14 @@ if triton is not None:
             entry = tl.arange(0, CAP) + (count >> 24)
             valid = entry < count
             key = ordered_int(score_of(tl.load(list_pairs + entry, mask=valid, other=0)))
-            key = tl.where(valid, key, -2147483648)
+            key = tl.where(valid, key, _LEAST)
             kth, reach = kth_largest(key, topk, slack)
             if reach > topk + slack:
                 room = topk - tl.sum((key > kth).to(tl.int32))
         written = tl.full((), 0, tl.int32)
         ties = tl.full((), 0, tl.int32)
-        for first in tl.range(0, count, STEP, num_stages=1):
-            entry = first + tl.arange(0, STEP) + (count >> 24)
+        for first in tl.range(0, count, _COPIED, num_stages=1):
+            entry = first + tl.arange(0, _COPIED) + (count >> 24)
             valid = entry < count
             pair = tl.load(list_pairs + entry, mask=valid, other=0)
             key = ordered_int(score_of(pair))
@@ -126,11 +128,11 @@ if triton is not None:
         return tl.where(count > topk, float_of_ordered(kth), float("-inf")), written
 
     @triton.jit
-    def fill_rest(out, count, width, STEP: tl.constexpr):
+    def fill_rest(out, count, width):
         """Write -1 to `out[count:width]`."""
-        for first in tl.range(0, width, STEP, num_stages=1):
-            entry = first + tl.arange(0, STEP) + (count >> 24)
-            tl.store(out + entry, tl.full([STEP], -1, tl.int32), mask=(entry >= count) & (entry < width))
+        for first in tl.range(0, width, _FILLED, num_stages=1):
+            entry = first + tl.arange(0, _FILLED) + (count >> 24)
+            tl.store(out + entry, tl.full([_FILLED], -1, tl.int32), mask=(entry >= count) & (entry < width))
 
 else:  # Without triton the kernels that call these do not exist either; importing their names must work.
     ordered_int = float_of_ordered = bits_set = kth_largest = append_above = pair_of = score_of = keep_best = None

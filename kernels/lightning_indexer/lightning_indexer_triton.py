@@ -8,6 +8,9 @@ come from genuine scores, so any order of scores is selected exactly, at worst w
 share an SM: one multiplies while the other reduces, appends or cuts.
 
 Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
+
+Legend: B batch, S queries, T keys, H indexer heads, D their width; HP and DP powers of two; BQ queries and BK keys of
+a tile.
 """
 
 from __future__ import annotations
@@ -15,21 +18,28 @@ from __future__ import annotations
 import torch
 
 from ..common.device_target import device_target
-from ..common.dispatch import Backend, dispatch, takes_all
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.kernel_constants import GREATEST_INT
 from ..common.kernel_launch import launcher
+from ..common.triton_support import tl, triton
 from .indexer_quantization import e4m3_of_rows
-from .lightning_indexer_decode_triton import indexer_score_slab, next_power_of_2
+from .lightning_indexer_decode_triton import (
+    TILE_COLUMNS,
+    TILE_KEYS,
+    TYPICAL_WIDTH,
+    indexer_score_slab,
+    next_power_of_2,
+)
 from .lightning_indexer_hopper_gluon import hopper_supports, lightning_indexer_hopper
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-# Columns (queries * heads) of a score tile at most: K is read once for every so many of them.
-TILE_COLUMNS = 256
-MAX_TOPK = 4096
+# Tiles of an epoch: a bit of an int32 for each.
+EPOCH_TILES = 32
+# What the kernels are tested for.
+MAX_TOPK, MAX_HEADS, MIN_WIDTH, MAX_WIDTH = 4096, 64, 16, 256
+# Fewer entries save nothing.
+SHORTEST_LIST = 512
+# One multiplies while the other reduces, appends or cuts.
+PROGRAMS_PER_SM = 2
 
 
 def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: torch.Tensor | None) -> str | None:
@@ -40,8 +50,9 @@ def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: to
     dtype = k.dtype if q.dtype == torch.float8_e4m3fn else q.dtype
     if dtype not in (torch.bfloat16, torch.float16) or k.dtype != dtype:
         return f"q and k must both be bfloat16 or float16 (got {q.dtype} and {k.dtype})"
-    if not 1 <= q.shape[2] <= 64 or not 16 <= q.shape[3] <= 256:
-        return f"1 to 64 heads of width 16 to 256 are supported (got {q.shape[2]} of {q.shape[3]})"
+    if not 1 <= q.shape[2] <= MAX_HEADS or not MIN_WIDTH <= q.shape[3] <= MAX_WIDTH:
+        got = f"(got {q.shape[2]} of {q.shape[3]})"
+        return f"1 to {MAX_HEADS} heads of width {MIN_WIDTH} to {MAX_WIDTH} are supported {got}"
     if topk > MAX_TOPK:
         return f"topk is at most {MAX_TOPK} (got {topk})"
     if key_mask is not None and key_mask.dim() == 3:
@@ -49,16 +60,7 @@ def unsupported_reason(q: torch.Tensor, k: torch.Tensor, topk: int, key_mask: to
     return None
 
 
-def lightning_indexer_triton(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    topk: int,
-    scale: float,
-    query_start: torch.Tensor,
-    key_mask: torch.Tensor | None,
-    key_start: torch.Tensor | None = None,
-) -> torch.Tensor:
+def lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, key_start=None) -> torch.Tensor:
     """Arguments and result as `lightning_indexer`; `unsupported_reason` must be None.
 
     `q` may be e4m3; `k` are rows of `quantized_rows` then.
@@ -72,57 +74,72 @@ def lightning_indexer_triton(
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
-    arguments = (q, k, weights, topk, scale, starts, first_keys, mask, out)
-    dispatch("lightning_indexer's kernels", _KERNELS, q.device, *arguments)
+    _KERNELS(q.device, q, k, weights, topk, scale, starts, first_keys, mask, out)
     return out
 
 
 def why_not_hopper(q: torch.Tensor, k: torch.Tensor, topk: int) -> str | None:
     """Why the Hopper kernel does not run for these tensors; it needs a block of queries for every multiprocessor."""
-    if _architecture(q.device) != 90:
+    _, arch, processors = device_target(q.device)
+    if arch != 90:
         return "it is for compute capability 9.0"
-    if q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS < _multiprocessors(q.device):
+    if q.shape[0] * q.shape[1] * q.shape[2] // TILE_COLUMNS < processors:
         return "there are too few queries"
     return None if hopper_supports(q, k, topk) else "the shapes, dtypes or strides are not what it takes"
 
 
 def _in_hopper(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
-    multiprocessors = _multiprocessors(q.device)
+    _, arch, processors = device_target(q.device)
     scaled = (weights.float() * scale).contiguous()
     keys, scales = e4m3_of_rows(k) if q.dtype == torch.float8_e4m3fn else (k, None)
-    redo = lightning_indexer_hopper(
-        q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, multiprocessors
-    )
+    redo = lightning_indexer_hopper(q, keys, scales, scaled, out.shape[2], starts, first_keys, mask, out, processors)
     if redo is not None:
-        config = prefill_config(q.shape[2], q.shape[3], _architecture(q.device))
-        q = q.to(k.dtype)
-        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, multiprocessors)
+        config = prefill_config(q.shape[2], q.shape[3], arch)
+        _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, redo, out, config, processors)
 
 
-def _in_triton(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
-    B, S, H, D = q.shape
-    q, multiprocessors = q.to(k.dtype), _multiprocessors(q.device)
-    config = prefill_config(H, D, _architecture(q.device))
-    programs = multiprocessors * config["programs_per_sm"]
-    if B * -(-S // config["BQ"]) < programs:
-        indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out, multiprocessors)
-    else:
-        _prefill(q, k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
+def _why_not_split(q, *_) -> str | None:
+    target = device_target(q.device)
+    config = prefill_config(q.shape[2], q.shape[3], target.arch)
+    if q.shape[0] * -(-q.shape[1] // config["BQ"]) < target.processors * PROGRAMS_PER_SM:
+        return None
+    return "there are queries for every multiprocessor"
 
 
-_KERNELS = (
+def _in_split_keys(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    processors = device_target(q.device).processors
+    indexer_score_slab(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, out, processors)
+
+
+def _in_query_blocks(q, k, weights, topk, scale, starts, first_keys, mask, out) -> None:
+    _, arch, processors = device_target(q.device)
+    config = prefill_config(q.shape[2], q.shape[3], arch)
+    programs = processors * PROGRAMS_PER_SM
+    _prefill(q.to(k.dtype), k, weights, topk, scale, starts, first_keys, mask, None, out, config, programs)
+
+
+def _example(new, queries: int) -> tuple:
+    q, k, starts = new(1, queries, 32, 128), new(1, 8192, 128), new(1, dtype=torch.int64)
+    return q, k, new(1, queries, 32), 2048, 1.0, starts, None, None, new(1, queries, 2048, dtype=torch.int32)
+
+
+_KERNELS = Operation(
+    "lightning_indexer: kernels",
     Backend("Gluon for Hopper", lambda q, k, weights, topk, *_: why_not_hopper(q, k, topk), _in_hopper, optional=True),
-    Backend("Triton", takes_all, _in_triton),
+    Backend("Triton, keys split over programs", _why_not_split, _in_split_keys, optional=True),
+    Backend("Triton, blocks of queries", takes_all, _in_query_blocks),
+    prefill=lambda new: _example(new, 8192),
+    token=lambda new: _example(new, 1),
 )
 
 
-def prefill_config(H: int, D: int, architecture: int) -> dict:
-    """Tile sizes of the prefill kernel for an architecture (80, 86, 89, 90, 100, 120; 0 for others)."""
+def prefill_config(H: int, D: int, architecture: int | str) -> dict[str, int]:
+    """Tile sizes of the prefill kernel for an architecture, as in `DeviceTarget`."""
     heads, width = next_power_of_2(H), max(16, next_power_of_2(D))
     # Shared memory holds the queries' tile and the stages of K; two programs fit an SM up to about 100 KB.
     # Only sm100 has room for the products of 256 columns outside the registers; elsewhere they spill.
     columns = TILE_COLUMNS if architecture == 100 else TILE_COLUMNS // 2
-    columns = max(heads, min(columns, columns * 128 // width))
+    columns = max(heads, min(columns, columns * TYPICAL_WIDTH // width))
     BQ = max(1, min(8, columns // heads))
     while BQ * heads < 16:
         BQ *= 2
@@ -130,85 +147,44 @@ def prefill_config(H: int, D: int, architecture: int) -> dict:
         "BQ": BQ,
         "HP": heads,
         "DP": width,
-        "BK": 64,
+        "BK": TILE_KEYS,
         "STAGES": 3,
         "PARTS": 2 if columns == TILE_COLUMNS and BQ > 1 else 1,
         "num_warps": 4,
-        "programs_per_sm": 2,
     }
 
 
 def list_capacity(topk: int, epoch: int) -> int:
     """Entries of a row's list: `topk` and an epoch of keys must fit, with slack so that cuts are rare."""
-    return next_power_of_2(max(topk, 512) * 3 // 2 + epoch)
+    return next_power_of_2(max(topk, SHORTEST_LIST) * 3 // 2 + epoch)
 
 
 def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, config, programs) -> None:
     """All rows, or with `redo` int32 `[B, S]` only the blocks that hold a row marked there."""
     B, S, H, D = q.shape
-    # A bit of an int32 for every tile of an epoch.
-    BQ, EPOCH = config["BQ"], 32 * config["BK"]
+    BQ, EPOCH = config["BQ"], EPOCH_TILES * config["BK"]
     CAP = list_capacity(topk, EPOCH)
     buffer = torch.empty(programs, BQ, EPOCH, dtype=torch.float32, device=q.device)
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
+    tensors = (q, k, weights, starts, first_keys, mask, redo, out, buffer, exchange, lists)
+    strides = (*q.stride()[:3], *k.stride()[:2], *weights.stride()[:2])
+    sizes = (B, S, k.shape[1], out.shape[2], scale)
+    given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None, "HAS_REDO": redo is not None}
     launcher(lightning_indexer_prefill_kernel, (programs,), q)(
-        q,
-        k,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        redo,
-        out,
-        buffer,
-        exchange,
-        lists,
-        *q.stride()[:3],
-        *k.stride()[:2],
-        *weights.stride()[:2],
-        B,
-        S,
-        k.shape[1],
-        out.shape[2],
-        scale,
-        H=H,
-        HP=config["HP"],
-        D=D,
-        DP=config["DP"],
-        BQ=BQ,
-        BK=config["BK"],
-        EPOCH=EPOCH,
-        CAP=CAP,
-        HAS_FIRST=first_keys is not None,
-        HAS_MASK=mask is not None,
-        HAS_REDO=redo is not None,
-        STAGES=config["STAGES"],
-        PARTS=config["PARTS"],
-        num_warps=config["num_warps"],
-        num_stages=config["STAGES"],
+        *tensors, *strides, *sizes, H=H, D=D, EPOCH=EPOCH, CAP=CAP, **given, **config, num_stages=config["STAGES"]
     )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return device_target(device).processors if device.type == "cuda" else 1
-
-
-def _architecture(device: torch.device) -> int:
-    arch = device_target(device).arch if device.type == "cuda" else 0
-    return arch if isinstance(arch, int) else 0
 
 
 if triton is not None:
     from .lightning_indexer_select_triton import bits_set, fill_rest, keep_best, pair_of
 
+    _GREATEST = tl.constexpr(GREATEST_INT)
+
     @triton.jit
     def load_queries(
-        q,
-        weights,
-        q_stride_s,
-        q_stride_h,
-        w_stride_s,
+        rows,
+        strides,
         first_query,
         S,
         scale,
@@ -219,6 +195,8 @@ if triton is not None:
         BQ: tl.constexpr,
     ):
         """Q of BQ queries, `[DP, BQ * HP]`, and their head weights times `scale`, `[BQ * HP]`; zero where padded."""
+        q, weights = rows
+        q_stride_s, q_stride_h, w_stride_s = strides
         # 0, which the compiler does not know: else it keeps what follows over the loop around, and spills.
         zero = first_query >> 30
         column = tl.arange(0, BQ * HP) + zero
@@ -226,8 +204,8 @@ if triton is not None:
         dim = tl.arange(0, DP) + zero
         query = (first_query + column // HP).to(tl.int64)
         real = (query < S) & (head < H)
-        rows = q + query * q_stride_s + head * q_stride_h
-        tile = tl.load(rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
+        q_rows = q + query * q_stride_s + head * q_stride_h
+        tile = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
         w = tl.load(weights + query * w_stride_s + head, mask=real, other=0.0)
         return tl.trans(tile), w.to(tl.float32) * scale
 
@@ -256,9 +234,7 @@ if triton is not None:
         count,
         first_key,
         tiles,
-        buffer,
-        exchange,
-        lists,
+        memory,
         EPOCH: tl.constexpr,
         CAP: tl.constexpr,
         HAS_FIRST: tl.constexpr,
@@ -268,6 +244,7 @@ if triton is not None:
         `passed` [BQ, BK]: bit i of lane l stands for key `first_key + l * tiles + i`, with the score
         `buffer[q, i * BK + l]`.
         """
+        buffer, exchange, lists = memory
         BQ: tl.constexpr = passed.shape[0]
         BK: tl.constexpr = passed.shape[1]
         row = tl.arange(0, BQ)
@@ -375,41 +352,15 @@ if triton is not None:
                 first_slot = tl.zeros([BQ], tl.int32)
                 if HAS_FIRST:
                     real = first_query + row < S
-                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=2147483647)
+                    first_slot = tl.load(first_keys + b * S + first_query + row, mask=real, other=_GREATEST)
                     first_slot = tl.maximum(first_slot, 0)
                 begin = tl.min(first_slot)
 
-                q_tile, w = load_queries(
-                    q + b * q_stride_b,
-                    weights + b * w_stride_b,
-                    q_stride_s,
-                    q_stride_h,
-                    w_stride_s,
-                    first_query,
-                    S,
-                    scale,
-                    H,
-                    HP,
-                    D,
-                    DP,
-                    BQ // PARTS,
-                )
+                rows, strides = (q + b * q_stride_b, weights + b * w_stride_b), (q_stride_s, q_stride_h, w_stride_s)
+                q_tile, w = load_queries(rows, strides, first_query, S, scale, H, HP, D, DP, BQ // PARTS)
                 if PARTS == 2:
-                    q_tile1, w1 = load_queries(
-                        q + b * q_stride_b,
-                        weights + b * w_stride_b,
-                        q_stride_s,
-                        q_stride_h,
-                        w_stride_s,
-                        first_query + BQ // 2,
-                        S,
-                        scale,
-                        H,
-                        HP,
-                        D,
-                        DP,
-                        BQ // PARTS,
-                    )
+                    second = first_query + BQ // 2
+                    q_tile1, w1 = load_queries(rows, strides, second, S, scale, H, HP, D, DP, BQ // PARTS)
 
                 bound = tl.full([BQ], float("-inf"), tl.float32)
                 count = tl.zeros([BQ], tl.int32)
@@ -448,32 +399,21 @@ if triton is not None:
                         words = tl.reshape(both, [BQ, BK])
                     else:
                         words = tl.trans(passed)
-                    count = append_passed(
-                        words & allowed[None, :],
-                        first_slot,
-                        slot,
-                        count,
-                        epoch,
-                        tiles,
-                        buffer,
-                        exchange,
-                        lists,
-                        EPOCH,
-                        CAP,
-                        HAS_FIRST,
-                    )
+                    memory = (buffer, exchange, lists)
+                    words &= allowed[None, :]
+                    count = append_passed(words, first_slot, slot, count, epoch, tiles, memory, EPOCH, CAP, HAS_FIRST)
                     tl.debug_barrier()
                     if tl.max(count) > CAP - EPOCH:
                         for i in tl.range(0, BQ, num_stages=1):
                             n = tl.sum(tl.where(row == i, count, 0))
                             if n > TOPK:
                                 list_i = lists + i * CAP
-                                kth, kept = keep_best(list_i, n, TOPK, TOPK // 8, list_i, CAP, 2048, False)
+                                kth, kept = keep_best(list_i, n, TOPK, TOPK // 8, list_i, CAP, False)
                                 bound = tl.where(row == i, kth, bound)
                                 count = tl.where(row == i, kept, count)
                 for i in tl.range(0, BQ, num_stages=1):
                     if first_query + i < S:
                         n = tl.sum(tl.where(row == i, count, 0))
                         out_i = out + (b * S + first_query + i) * TOPK
-                        keep_best(lists + i * CAP, n, TOPK, 0, out_i, CAP, 2048, True)
-                        fill_rest(out_i, tl.minimum(n, TOPK), TOPK, 1024)
+                        keep_best(lists + i * CAP, n, TOPK, 0, out_i, CAP, True)
+                        fill_rest(out_i, tl.minimum(n, TOPK), TOPK)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import torch
 
 from ..common.argument_checks import check_angles, check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
-from .absorbed_vector_triton import absorb_queries_triton, expand_values_triton, triton
+from ..common.custom_op import custom_op
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
+from .absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from .rotary import rotate
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
 # With more tokens a batched matmul that reuses the weights is faster.
 VECTOR_TOKENS = 2
 
@@ -23,12 +22,11 @@ VECTOR_TOKENS = 2
 def takes_absorbed_vector(q: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether the two functions below run these in Triton and are meant for them: few tokens, no gradient."""
     return (
-        triton is not None
-        and q.is_cuda
+        has_kernels(q.device)
         and 0 < q.shape[:2].numel() <= VECTOR_TOKENS
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and all(w.dtype == q.dtype and w.is_cuda and w.stride(-1) == 1 for w in weights)
-        and not (torch.is_grad_enabled() and (q.requires_grad or any(w.requires_grad for w in weights)))
+        and q.dtype in HALF_PRECISION
+        and all(w.dtype == q.dtype and w.device == q.device and w.stride(-1) == 1 for w in weights)
+        and not needs_gradient(q, *weights)
         and not torch.is_autocast_enabled("cuda")
     )
 
@@ -95,41 +93,33 @@ def absorb_queries_reference(
     return torch.cat((q_latent, rotate(q_rope, cos, sin, interleaved)), dim=-1)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::absorb_queries", mutates_args=())
+@custom_op(lambda q, to_latent, cos, *_: q.new_empty(*q.shape[:3], to_latent.shape[2] + cos.shape[-1]))
 def _absorb_queries(
     q: torch.Tensor, to_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
 ) -> torch.Tensor:
-    backends = _ABSORB if q.is_cuda and triton is not None else _ABSORB[-1:]
-    return dispatch("absorb_queries", backends, q.device, q, to_latent, cos, sin, interleaved)
+    return _ABSORB(q.device, q, to_latent, cos, sin, interleaved)
 
 
-_ABSORB = (
+_ABSORB = Operation(
+    "absorb_queries",
     Backend("Triton", takes_all, absorb_queries_triton),
     Backend("PyTorch", takes_all, absorb_queries_reference),
+    token=lambda new: (new(1, 1, 20, 256), new(20, 192, 512), new(1, 1, 64), new(1, 1, 64), True),
 )
 
 
-@register_fake(_absorb_queries)
-def _(q, to_latent, cos, sin, interleaved):
-    return q.new_empty(*q.shape[:3], to_latent.shape[2] + q.shape[-1] - to_latent.shape[1])
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::expand_values", mutates_args=())
+@custom_op(lambda latent_out, to_value: latent_out.new_empty(*latent_out.shape[:3], to_value.shape[1]))
 def _expand_values(latent_out: torch.Tensor, to_value: torch.Tensor) -> torch.Tensor:
-    backends = _EXPAND if latent_out.is_cuda and triton is not None else _EXPAND[-1:]
-    return dispatch("expand_values", backends, latent_out.device, latent_out, to_value)
+    return _EXPAND(latent_out.device, latent_out, to_value)
 
 
 def _expand_in_pytorch(latent_out: torch.Tensor, to_value: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bshc,hvc->bshv", latent_out, to_value).contiguous()
 
 
-_EXPAND = (
+_EXPAND = Operation(
+    "expand_values",
     Backend("Triton", takes_all, expand_values_triton),
     Backend("PyTorch", takes_all, _expand_in_pytorch),
+    token=lambda new: (new(1, 1, 20, 512), new(20, 256, 512)),
 )
-
-
-@register_fake(_expand_values)
-def _(latent_out, to_value):
-    return latent_out.new_empty(*latent_out.shape[:3], to_value.shape[1])

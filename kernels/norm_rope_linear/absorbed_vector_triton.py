@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Latent entries, and value entries, of a program.
 LATENT_ENTRIES, VALUE_ENTRIES = 32, 16
@@ -29,12 +24,9 @@ def absorb_queries_triton(
     rope = width - nope
     q, cos, sin = q.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, queries, heads, rank + rope, dtype=q.dtype, device=q.device)
+    tensors = (q, to_latent, cos, sin, out)
     launcher(absorb_queries_kernel, (batch * queries * heads, triton.cdiv(rank, LATENT_ENTRIES) + 1), q)(
-        q,
-        to_latent,
-        cos,
-        sin,
-        out,
+        *tensors,
         queries,
         *to_latent.stride()[:2],
         0 if cos.shape[0] == 1 else cos.stride(0),
@@ -113,16 +105,12 @@ if triton is not None:
                 mask=inside,
                 other=0.0,
             )
-            if EARLY:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            wait_for_kernels_ahead(EARLY)
             value = tl.load(q + row, mask=row < N, other=0.0).to(tl.float32)
             total = tl.sum(weight.to(tl.float32) * value[:, None], 0)  # [ENTRIES]
             tl.store(out + column, total.to(dtype), mask=column < C)
         else:
-            if EARLY:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            wait_for_kernels_ahead(EARLY)
             half = tl.arange(0, BLOCK_R)
             real = half < R // 2
             if INTERLEAVED:
@@ -161,9 +149,7 @@ if triton is not None:
             mask=(row < V)[:, None] & (column < C)[None, :],
             other=0.0,
         )
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         value = tl.load(latent_out + pair * C + column, mask=column < C, other=0.0).to(tl.float32)
         total = tl.sum(weight.to(tl.float32) * value[None, :], 1)
         tl.store(out + pair * V + row, total.to(out.dtype.element_ty), mask=row < V)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.triton_support import runs_triton
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import why_not_fused
 from .cache_slot import CacheSlot, check_slot
 from .index_keys_triton import index_key_rows_triton
-from .rotary import check_leading_angles, rotate_leading
+from .rotary import check_leading_angles, rotate_leading, why_not_rotated
 
 
 def index_key_rows(
@@ -53,10 +53,11 @@ def index_key_rows(
     check_shape("index_key_rows", "bias", bias, "[D] of k [B, S, D]", k.shape[-1:])
     check_leading_angles("index_key_rows", k, cos, sin)
     check_slot("index_key_rows", slot, k)
-    turned = cos.shape[-1]
-    if allow_triton and runs_triton(k, weight, bias, cos, sin) and turned & (turned - 1) == 0:
-        return dispatch("index_key_rows", _BACKENDS, k.device, k, weight, bias, eps, cos, sin, interleaved, slot)
-    return _in_pytorch(k, weight, bias, eps, cos, sin, interleaved, slot)
+    return _ROWS(k.device, k, weight, bias, eps, cos, sin, interleaved, slot, allow_triton=allow_triton)
+
+
+def _why_not_triton(k, weight, bias, eps, cos, sin, *_) -> str | None:
+    return why_not_rotated(cos.shape[-1]) or why_not_fused(k, weight, bias, cos, sin)
 
 
 def _in_triton(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
@@ -71,4 +72,9 @@ def _in_pytorch(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | N
     return rows if slot is None else slot.write(rows)
 
 
-_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, _in_pytorch))
+_ROWS = Operation(
+    "index_key_rows",
+    Backend("Triton", _why_not_triton, _in_triton, optional=True),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    token=lambda new: (new(1, 1, 128), new(128), new(128), 1e-6, new(1, 1, 64), new(1, 1, 64), True, None),
+)

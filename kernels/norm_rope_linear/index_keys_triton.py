@@ -1,33 +1,21 @@
-"""LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows."""
+"""LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows.
+
+Legend: D width of a key, R turned entries at its front.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-from .cache_slot import CacheSlot
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Entries that a program holds: rows times their width.
 TILE = 2048
 
 
-def index_key_rows_triton(
-    k: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    slot: CacheSlot | None = None,
-) -> torch.Tensor:
+def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
     """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of turned entries."""
     width, turned = k.shape[-1], cos.shape[-1]
     rows = k.reshape(-1, width)
@@ -37,16 +25,11 @@ def index_key_rows_triton(
     cos, sin = cos.contiguous(), sin.contiguous()
     block = triton.next_power_of_2(width)
     rows_each = max(1, TILE // block)
+    tensors = (rows, out, weight.contiguous(), bias.contiguous(), cos, sin)
+    sizes = (eps, rows.shape[0], k.shape[1])
     launcher(index_key_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
-        rows,
-        out,
-        weight.contiguous(),
-        bias.contiguous(),
-        cos,
-        sin,
-        eps,
-        rows.shape[0],
-        k.shape[1],
+        *tensors,
+        *sizes,
         *rows.stride(),
         0 if cos.shape[0] == 1 else cos.stride(0),
         rows if slot is None else slot.position,
@@ -92,9 +75,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """ROWS rows: D entries normed, then the first R turned."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
         if HAS_SLOT:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 
 from ..common.argument_checks import check_angles, check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.triton_support import runs_triton
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import why_not_fused
 from .cache_slot import CacheSlot, check_slot
 from .rms_norm_triton import latent_rows_triton, rms_norm_triton
-from .rotary import rotate
+from .rotary import rotate, why_not_rotated
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, allow_triton: bool = True) -> torch.Tensor:
@@ -34,9 +34,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, allow_triton: bo
     check_tensors("rms_norm", x=x, weight=weight)
     check_floats("rms_norm", x=x, weight=weight)
     check_shape("rms_norm", "weight", weight, "[D] of x [..., D]", x.shape[-1:])
-    if allow_triton and runs_triton(x, weight):
-        return dispatch("rms_norm", _NORM, x.device, x, weight, eps)
-    return _norm_in_pytorch(x, weight, eps)
+    return _NORM(x.device, x, weight, eps, allow_triton=allow_triton)
 
 
 def _norm_in_pytorch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -45,7 +43,12 @@ def _norm_in_pytorch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch
     return weight * wide.to(x.dtype)
 
 
-_NORM = (Backend("Triton", takes_all, rms_norm_triton), Backend("PyTorch", takes_all, _norm_in_pytorch))
+_NORM = Operation(
+    "rms_norm",
+    Backend("Triton", lambda x, weight, eps: why_not_fused(x, weight), rms_norm_triton, optional=True),
+    Backend("PyTorch", takes_all, _norm_in_pytorch),
+    token=lambda new: (new(1, 1, 2048), new(2048), 1e-6),
+)
 
 
 def latent_rows(
@@ -85,9 +88,11 @@ def latent_rows(
         )
     check_angles("latent_rows", kv, cos, sin, kv.shape[-1] - weight.shape[0])
     check_slot("latent_rows", slot, kv)
-    if allow_triton and runs_triton(kv, weight, cos, sin) and cos.shape[-1] & (cos.shape[-1] - 1) == 0:
-        return dispatch("latent_rows", _ROWS, kv.device, kv, weight, eps, cos, sin, interleaved, slot)
-    return _rows_in_pytorch(kv, weight, eps, cos, sin, interleaved, slot)
+    return _ROWS(kv.device, kv, weight, eps, cos, sin, interleaved, slot, allow_triton=allow_triton)
+
+
+def _why_not_rows(kv, weight, eps, cos, sin, *_) -> str | None:
+    return why_not_rotated(cos.shape[-1]) or why_not_fused(kv, weight, cos, sin)
 
 
 def _rows_in_triton(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
@@ -103,4 +108,9 @@ def _rows_in_pytorch(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | N
     return rows if slot is None else slot.write(rows)
 
 
-_ROWS = (Backend("Triton", takes_all, _rows_in_triton), Backend("PyTorch", takes_all, _rows_in_pytorch))
+_ROWS = Operation(
+    "latent_rows",
+    Backend("Triton", _why_not_rows, _rows_in_triton, optional=True),
+    Backend("PyTorch", takes_all, _rows_in_pytorch),
+    token=lambda new: (new(1, 1, 576), new(512), 1e-6, new(1, 1, 64), new(1, 1, 64), True, None),
+)

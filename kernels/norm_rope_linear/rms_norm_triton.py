@@ -1,18 +1,15 @@
-"""RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows."""
+"""RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows.
+
+Legend: N normed entries, R turned ones behind them.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-from .cache_slot import CacheSlot
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # Entries that a program holds: rows times their width.
 TILE = 4096
@@ -28,15 +25,7 @@ def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.
     return out
 
 
-def latent_rows_triton(
-    kv: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    slot: CacheSlot | None = None,
-) -> torch.Tensor:
+def latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
     """As `kernels.rms_norm.latent_rows`, for one dtype and a power of two of rotated columns."""
     rows = kv.reshape(-1, kv.shape[-1])
     out = torch.empty(kv.shape, dtype=kv.dtype, device=kv.device) if slot is None else slot.rows
@@ -51,18 +40,13 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
     normed = rows.shape[1] - rotated
     block = triton.next_power_of_2(normed)
     rows_each = max(1, TILE // block)
+    tensors = (rows, out, weight.contiguous(), cos, sin)
+    sizes = (eps, rows.shape[0], tokens)
+    strides = (rows.stride(0), rows.stride(1), angle_stride_b)
     launcher(rms_norm_rope_kernel, (triton.cdiv(rows.shape[0], rows_each),), rows)(
-        rows,
-        out,
-        weight.contiguous(),
-        cos,
-        sin,
-        eps,
-        rows.shape[0],
-        tokens,
-        rows.stride(0),
-        rows.stride(1),
-        angle_stride_b,
+        *tensors,
+        *sizes,
+        *strides,
         weight if slot is None else slot.position,
         out.stride(0),
         0 if slot is None else out.shape[1],
@@ -104,9 +88,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """ROWS rows: N entries normed, the R behind them turned."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]
         if HAS_SLOT:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from ..common.argument_checks import check_angles, check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.triton_support import runs_triton
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import why_not_fused
 from .rotary_triton import rotate_into_triton
 
 
@@ -93,14 +93,25 @@ def rotate_into(
     check_shape("rotate_into", "out", out, "that of x, [B, S, H, R]", x.shape)
     check_floats("rotate_into", out=out)
     check_angles("rotate_into", x, cos, sin)
-    if allow_triton and runs_triton(x, out, cos, sin) and x.shape[-1] & (x.shape[-1] - 1) == 0:
-        dispatch("rotate_into", _BACKENDS, x.device, out, x, cos, sin, interleaved)
-    else:
-        _in_pytorch(out, x, cos, sin, interleaved)
+    _INTO(x.device, out, x, cos, sin, interleaved, allow_triton=allow_triton)
+
+
+def why_not_rotated(width: int) -> str | None:
+    """Why the kernels do not turn rows of `width` entries, or None."""
+    return "it turns a power of two of entries" if width & (width - 1) else None
+
+
+def _why_not_triton(out, x, cos, sin, interleaved) -> str | None:
+    return why_not_rotated(x.shape[-1]) or why_not_fused(x, out, cos, sin)
 
 
 def _in_pytorch(out, x, cos, sin, interleaved) -> None:
     out.copy_(rotate(x, cos, sin, interleaved))
 
 
-_BACKENDS = (Backend("Triton", takes_all, rotate_into_triton), Backend("PyTorch", takes_all, _in_pytorch))
+_INTO = Operation(
+    "rotate_into",
+    Backend("Triton", _why_not_triton, rotate_into_triton, optional=True),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    token=lambda new: (new(1, 1, 20, 64), new(1, 1, 20, 64), new(1, 1, 64), new(1, 1, 64), True),
+)

@@ -1,17 +1,15 @@
-"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs."""
+"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs.
+
+Legend: H heads, R turned entries.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 # (token, head) pairs of a program.
 PAIRS = 64
@@ -25,15 +23,12 @@ def rotate_into_triton(
     if x.numel() == 0:
         return
     cos, sin = cos.contiguous(), sin.contiguous()
+    tensors = (x, out, cos, sin)
+    strides = (*x.stride(), *out.stride(), 0 if cos.shape[0] == 1 else cos.stride(0))
     launcher(rotate_kernel, (triton.cdiv(tokens * heads, PAIRS), batch), x)(
-        x,
-        out,
-        cos,
-        sin,
+        *tensors,
         tokens,
-        *x.stride(),
-        *out.stride(),
-        0 if cos.shape[0] == 1 else cos.stride(0),
+        *strides,
         H=heads,
         R=width,
         PAIRS=PAIRS,
@@ -68,9 +63,7 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """The R entries of PAIRS (token, head) pairs turned."""
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         batch = tl.program_id(1).to(tl.int64)
         pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
         token, head = pair // H, pair % H

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_floats, check_shape, check_tensors
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import register_fake
-from ..common.triton_support import runs_kernels
+from ..common.custom_op import custom_op
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from .rms_norm import rms_norm
-from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, triton, vector_linear_triton
+from .vector_linear_triton import MAX_NORMED, MAX_WEIGHTS, vector_linear_triton
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
 # With more tokens a matmul that reuses the weights is faster.
 VECTOR_TOKENS = 2
 
@@ -63,12 +61,11 @@ def vector_linear(
 def takes_vector_linear(x: torch.Tensor, *weights: torch.Tensor) -> bool:
     """Whether `vector_linear` runs these in Triton and is meant for them: `x [T, D]` of few tokens, no gradient."""
     return (
-        triton is not None
-        and x.is_cuda
+        has_kernels(x.device)
         and 0 < x.shape[0] <= VECTOR_TOKENS
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and not (torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights)))
-        and all(w.dtype == x.dtype and w.is_cuda and w.stride(-1) == 1 for w in weights)
+        and x.dtype in HALF_PRECISION
+        and not needs_gradient(x, *weights)
+        and all(w.dtype == x.dtype and w.device == x.device and w.stride(-1) == 1 for w in weights)
         and not torch.is_autocast_enabled("cuda")
     )
 
@@ -85,18 +82,17 @@ def wide_vector_linear(x: torch.Tensor, weight: torch.Tensor, scale: float) -> t
     _check_linears("wide_vector_linear", x, [weight])
     if weight.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"wide_vector_linear: weight must be fp32 or {x.dtype}, as x, got {weight.dtype}")
-    backends = _WIDE if runs_kernels(x) else _WIDE[-1:]
-    return dispatch("wide_vector_linear", backends, x.device, x, weight, scale)
+    return _WIDE(x.device, x, weight, scale)
 
 
 def takes_wide_vector_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `wide_vector_linear` runs these: few tokens on a GPU, no gradient, not inside `torch.compile`."""
     return (
         weight.dtype in (torch.float32, x.dtype)
-        and weight.is_cuda
+        and weight.device == x.device
         and weight.stride(-1) == 1
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and weight.requires_grad)
+        and not needs_gradient(weight)
         and takes_vector_linear(x)
     )
 
@@ -126,7 +122,7 @@ def vector_linear_reference(
     return out if base is None else base + out
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::vector_linear", mutates_args=())
+@custom_op(lambda x, weights, *_: x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights)))
 def _vector_linear(
     x: torch.Tensor,
     weights: list[torch.Tensor],
@@ -134,9 +130,11 @@ def _vector_linear(
     eps: float,
     base: torch.Tensor | None,
 ) -> torch.Tensor:
-    fits = x.is_cuda and triton is not None and len(weights) <= MAX_WEIGHTS
-    backends = _BACKENDS if fits else _BACKENDS[-1:]
-    return dispatch("vector_linear", backends, x.device, x, weights, norm, eps, base)
+    return _LINEARS(x.device, x, weights, norm, eps, base)
+
+
+def _why_not_triton(x, weights, norm, eps, base) -> str | None:
+    return f"it takes at most {MAX_WEIGHTS} weights" if len(weights) > MAX_WEIGHTS else None
 
 
 def _in_triton(x, weights, norm, eps, base) -> torch.Tensor:
@@ -145,13 +143,15 @@ def _in_triton(x, weights, norm, eps, base) -> torch.Tensor:
     return vector_linear_triton(x, weights, norm, eps, base)
 
 
-_BACKENDS = (Backend("Triton", takes_all, _in_triton), Backend("PyTorch", takes_all, vector_linear_reference))
-_WIDE = (
+_LINEARS = Operation(
+    "vector_linear",
+    Backend("Triton", _why_not_triton, _in_triton),
+    Backend("PyTorch", takes_all, vector_linear_reference),
+    token=lambda new: (new(1, 2048), [new(768, 2048), new(576, 2048)], new(2048), 1e-6, None),
+)
+_WIDE = Operation(
+    "wide_vector_linear",
     Backend("Triton", takes_all, lambda x, weight, scale: vector_linear_triton(x, [weight], scale=scale)),
     Backend("PyTorch", takes_all, lambda x, weight, scale: F.linear(x.to(weight.dtype), weight).float() * scale),
+    token=lambda new: (new(1, 2048), new(32, 2048), 1.0),
 )
-
-
-@register_fake(_vector_linear)
-def _(x, weights, norm, eps, base):
-    return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))

@@ -1,17 +1,15 @@
-"""Matrix-vector products in Triton: one program makes a few outputs of one token, of one of several weights."""
+"""Matrix-vector products in Triton: one program makes a few outputs of one token, of one of several weights.
+
+Legend: D width of the input, N0 to N3 outputs of the weights.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..common.early_launch import early_launch
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 MAX_WEIGHTS = 4
 # Widest rows that are normed: a program must hold all of one.
@@ -20,14 +18,7 @@ MAX_NORMED = 2048
 TILE = 4096
 
 
-def vector_linear_triton(
-    x: torch.Tensor,
-    weights: list[torch.Tensor],
-    norm: torch.Tensor | None = None,
-    eps: float = 0.0,
-    base: torch.Tensor | None = None,
-    scale: float | None = None,
-) -> torch.Tensor:
+def vector_linear_triton(x, weights, norm=None, eps=0.0, base=None, scale=None) -> torch.Tensor:
     """As `kernels.vector_linear.vector_linear`, for one dtype and contiguous rows, `MAX_NORMED` wide if normed.
 
     With a `scale` as `wide_vector_linear`: results are fp32, and weights may be.
@@ -137,9 +128,8 @@ if triton is not None:
         for first in tl.static_range(0, D, COLUMNS):
             inside = first + column < D
             weight = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-            if EARLY and first == 0:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+            if first == 0:
+                wait_for_kernels_ahead(EARLY)
             value = tl.load(x + first + column, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
                 # The whole row is here. Rounded where a norm of its own would.

@@ -10,19 +10,26 @@ from __future__ import annotations
 import torch
 
 from ..common.argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
-from ..common.device_target import has_capability
-from ..common.dispatch import Backend, dispatch, say_fallback, takes_all
-from ..common.kernel_launch import register_fake
-from ..common.triton_support import runs_kernels
+from ..common.custom_op import custom_op
+from ..common.device_target import why_too_old
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.triton_support import HALF_PRECISION, has_kernels
 from .merged_selection import MergedSelection, merges_ahead
 from .sparse_mla_backward_triton import sparse_mla_backward_triton
 from .sparse_mla_reference import sparse_mla_reference, sparse_mla_reference_backward
-from .sparse_mla_triton import sparse_mla_merged, sparse_mla_triton, triton
+from .sparse_mla_triton import queries_per_wave, selection_group, sparse_mla_merged, sparse_mla_triton
 
-# A namespace of its own for every copy of this file: the installed one and each revision loaded from the Hub.
-_NAMESPACE = __name__.replace(".", "_")
+# What models use, the launches' arithmetic included.
+__all__ = [
+    "MergedSelection",
+    "merging_group",
+    "queries_per_wave",
+    "selection_group",
+    "sparse_mla",
+    "takes_sparse_mla",
+]
 # Heads, selected keys and latent width that the Triton kernels are tested for.
-_MAX_HEADS, _MAX_TOPK, _MAX_WIDTH = 128, 8192, 576
+_MAX_HEADS, _MAX_TOPK, _MAX_WIDTH, _MAX_VALUES = 128, 8192, 576, 512
 
 
 def sparse_mla(
@@ -67,16 +74,11 @@ def sparse_mla(
     if isinstance(indices, MergedSelection):
         return _attend_by_merged(q, kv, indices, scale, value_dim)
     check_indices("sparse_mla", indices, q, kv.shape[1])
-    if q.is_cuda and allow_triton:
-        reason = _unsupported(q, kv, indices, value_dim)
-        if reason is None:
-            return _sparse_mla(q, kv, indices, scale, value_dim)
-        if not torch.compiler.is_compiling():
-            say_fallback("sparse_mla", "Triton", reason, q.device)
-    if torch.compiler.is_compiling():
-        # Its blocks of queries, unrolled, would be a graph for every length.
-        return _sparse_mla(q, kv, indices, scale, value_dim, False)
-    return sparse_mla_reference(q, kv, indices, scale, value_dim)
+    arguments = (q, kv, indices, scale, value_dim)
+    # PyTorch's blocks of queries, unrolled in a compiled graph, would be one for every length.
+    if torch.compiler.is_compiling() or (allow_triton and _ATTEND.chooses_kernels(q.device, *arguments)):
+        return _sparse_mla(*arguments, allow_triton)
+    return sparse_mla_reference(*arguments)
 
 
 def merging_group(
@@ -100,17 +102,17 @@ def merging_group(
 
 def takes_sparse_mla(kv: torch.Tensor, heads: int, value_dim: int, topk: int) -> bool:
     """Whether the Triton kernels, not PyTorch, would attend to lists of `topk` of the latents `kv [B, T, D]`."""
-    if not kv.is_cuda:
+    if not has_kernels(kv.device):
         return False
     q = kv.new_empty(1, 0, heads, kv.shape[-1])
-    return _unsupported(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), value_dim) is None
+    return _why_not_triton(q, kv, q.new_empty(1, 0, topk, dtype=torch.int32), 1.0, value_dim) is None
 
 
 def _attend_by_merged(
     q: torch.Tensor, kv: torch.Tensor, selection: MergedSelection, scale: float, value_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_tensors("sparse_mla", q=q, keys=selection.keys, counts=selection.counts)
-    if not runs_kernels(q):
+    if not has_kernels(q.device):
         raise ValueError(
             f"merged selections are for the Triton kernels, and q is on {q.device}: give indices [B, S, K]"
         )
@@ -125,7 +127,42 @@ def _attend_by_merged(
     return sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::sparse_mla", mutates_args=())
+def _why_not_triton(q, kv, indices, scale, value_dim) -> str | None:
+    _, _, heads, width = q.shape
+    if q.dtype not in HALF_PRECISION or kv.dtype != q.dtype:
+        return f"the kernels take bfloat16 or float16 for both q and kv, not {q.dtype} and {kv.dtype}"
+    if heads > _MAX_HEADS or indices.shape[-1] > _MAX_TOPK or width > _MAX_WIDTH or value_dim > _MAX_VALUES:
+        return (
+            f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
+            f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, {_MAX_VALUES}"
+        )
+    return why_too_old(q.device)
+
+
+def _in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
+    return out.contiguous(), lse.contiguous()
+
+
+def _example(new, queries: int) -> tuple:
+    return new(1, queries, 20, 576), new(1, 8192, 576), new(1, queries, 2048, dtype=torch.int32), 1.0, 512
+
+
+_ATTEND = Operation(
+    "sparse_mla",
+    Backend("Triton", _why_not_triton, sparse_mla_triton),
+    Backend("PyTorch", takes_all, _in_pytorch),
+    prefill=lambda new: _example(new, 8192),
+    token=lambda new: _example(new, 1),
+)
+
+
+def _shapes(q, kv, indices, scale, value_dim, allow_triton=True):
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@custom_op(_shapes)
 def _sparse_mla(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -134,25 +171,31 @@ def _sparse_mla(
     value_dim: int,
     allow_triton: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backends = _FORWARD if q.is_cuda and allow_triton else _FORWARD[-1:]
-    return dispatch("sparse_mla", backends, q.device, q, kv, indices, scale, value_dim)
+    return _ATTEND(q.device, q, kv, indices, scale, value_dim, allow_triton=allow_triton)
 
 
-def _forward_in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
-    return out.contiguous(), lse.contiguous()
+def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
+    return sparse_mla_reference_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale)
 
 
-_FORWARD = (Backend("Triton", takes_all, sparse_mla_triton), Backend("PyTorch", takes_all, _forward_in_pytorch))
+def _why_not_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic) -> str | None:
+    return _why_not_triton(q, kv, indices, scale, out.shape[-1])
 
 
-@register_fake(_sparse_mla)
-def _(q, kv, indices, scale, value_dim, allow_triton=True):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
+def _backward_example(new) -> tuple:
+    out, lse = new(1, 8192, 20, 512), new(1, 8192, 20, dtype=torch.float32)
+    return out, lse, *_example(new, 8192)[:3], out, lse, 1.0, False
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::sparse_mla_backward", mutates_args=())
+_GRADIENT = Operation(
+    "sparse_mla's gradient",
+    Backend("Triton", _why_not_backward, sparse_mla_backward_triton),
+    Backend("PyTorch", takes_all, _backward_in_pytorch),
+    prefill=_backward_example,
+)
+
+
+@custom_op(lambda grad_out, grad_lse, q, kv, *_: tuple(x.new_empty(x.shape) for x in (q, kv)))
 def _sparse_mla_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,
@@ -166,25 +209,7 @@ def _sparse_mla_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic)
-    backends = _BACKWARD if allow_triton else _BACKWARD[-1:]
-    return dispatch("sparse_mla's gradient", backends, q.device, *arguments)
-
-
-def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
-    return sparse_mla_reference_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale)
-
-
-_BACKWARD = (
-    Backend("Triton", takes_all, sparse_mla_backward_triton),
-    Backend("PyTorch", takes_all, _backward_in_pytorch),
-)
-
-
-@register_fake(_sparse_mla_backward)
-def _(grad_out, grad_lse, q, kv, indices, out, lse, scale, allow_triton=True):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), torch.empty_like(
-        kv, memory_format=torch.contiguous_format
-    )
+    return _GRADIENT(q.device, *arguments, allow_triton=allow_triton)
 
 
 def _keep_for_backward(ctx, inputs, output):
@@ -199,20 +224,3 @@ def _differentiate(ctx, grad_out, grad_lse):
 
 
 _sparse_mla.register_autograd(_differentiate, setup_context=_keep_for_backward)
-
-
-def _unsupported(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, value_dim: int) -> str | None:
-    """Why the Triton kernels cannot take these arguments, or None."""
-    _, _, heads, width = q.shape
-    if triton is None:
-        return "Triton is not installed (pip install triton)"
-    if q.dtype not in (torch.bfloat16, torch.float16) or kv.dtype != q.dtype:
-        return f"the kernels take bfloat16 or float16 for both q and kv, not {q.dtype} and {kv.dtype}"
-    if heads > _MAX_HEADS or indices.shape[-1] > _MAX_TOPK or width > _MAX_WIDTH or value_dim > 512:
-        return (
-            f"{heads} heads, {indices.shape[-1]} selected keys, width {width} or value_dim {value_dim} is above "
-            f"{_MAX_HEADS}, {_MAX_TOPK}, {_MAX_WIDTH}, 512"
-        )
-    if torch.version.hip is None and not has_capability(q.device, 80):
-        return "the kernels need compute capability 8.0 or newer"
-    return None

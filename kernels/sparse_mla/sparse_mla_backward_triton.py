@@ -13,45 +13,44 @@ Legend: as `sparse_mla_triton.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.kernel_launch import launcher
+from ..common.device_target import DeviceTarget, device_target
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
+from ..common.triton_support import tl, triton
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
-from .sparse_mla_triton import GROUPING_ARCHITECTURES, LOG2_E, QUERIES_PER_LAUNCH, Tile, gpu_target
-from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from .sparse_mla_triton import GROUPING_ARCHITECTURES, QUERIES_PER_LAUNCH, Tile
+from .sparse_mla_union_triton import (
+    count_keys,
+    group_size,
+    merge_key_lists,
+    owner_shift,
+    program_place,
+    row_of,
+    slot_of,
+)
 
 # fp32 contributions written out at a time in the deterministic mode.
 DETERMINISTIC_SCRATCH_BYTES = 2**30
 
 
-def sparse_mla_backward_tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
+def sparse_mla_backward_tile(target: DeviceTarget, rows: int, width: int) -> Tile:
     """Default tile for `rows` of latents `width` entries wide; see `sparse_mla_tile` for the bounds."""
-    backend, arch = target
+    backend, arch, _ = target
     if backend == "hip":
         return Tile(16, 16, 4, 1)
-    if arch in (80, 90, 100, 103) and rows > 16:
+    if arch in LARGE_SHARED_MEMORY and rows > 16:
         return Tile(32, 32, 8, 1)
-    return Tile(16, 16 if width > 320 else 32, 4, 1)
+    return Tile(16, 16 if width > WIDE_LATENT else 32, 4, 1)
 
 
 def sparse_mla_backward_triton(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-    deterministic: bool,
+    grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `q` and `kv`, in their dtypes, of `sparse_mla` whose results were `out` and `lse`."""
     B, S, H, D = q.shape
@@ -66,46 +65,54 @@ def sparse_mla_backward_triton(
         return grad_q.zero_(), grad_kv.to(kv.dtype)
     # The lse's own gradient is P, so it joins the term that every score of a row shares.
     delta = _row_dots(grad_out, out) - grad_lse.masked_fill(lse == float("-inf"), 0.0)
-    target = gpu_target(q.device)
     step = max(1, QUERIES_PER_LAUNCH // B)
     for first in range(0, S, step):
         rows = slice(first, first + step)
         parts = (grad_out[:, rows], lse[:, rows], delta[:, rows], grad_q[:, rows])
-        _backward(q[:, rows], kv, indices[:, rows], *parts, grad_kv, scale, deterministic, target)
+        _backward(q[:, rows], kv, indices[:, rows], *parts, grad_kv, scale, deterministic)
     return grad_q, grad_kv.to(kv.dtype)
 
 
-def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic, target) -> None:
+def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic: bool) -> None:
     """One launch's worth of queries."""
-    _, S, H, _ = q.shape
     group, keys, counts = 1, indices, None
-    if target[0] == "cuda" and target[1] in GROUPING_ARCHITECTURES:
-        group = group_size(H, HOPPER_ROWS, S, indices.shape[-1], kv.shape[1])
+    backend, arch, _ = device_target(q.device)
+    if backend == "cuda" and arch in GROUPING_ARCHITECTURES:
+        group = group_size(q.shape[2], HOPPER_ROWS, q.shape[1], indices.shape[-1], kv.shape[1])
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
-    launch = _launch_deterministic if deterministic else _launch
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
-    dispatch("sparse_mla's backward pass", _BACKENDS, q.device, launch, target, *arguments)
+    _KERNELS(q.device, deterministic, *arguments)
 
 
-def _why_not_hopper(launch, target, q, kv, keys, counts, grad_out, *_) -> str | None:
-    if target != ("cuda", 90):
+def _why_not_hopper(deterministic, q, kv, keys, counts, grad_out, *_) -> str | None:
+    if device_target(q.device).arch != 90:
         return "it is for compute capability 9.0"
     return None if hopper_backward_supports(q, kv, grad_out) else "the shapes or strides are not what it takes"
 
 
-def _in_hopper(launch, target, *arguments) -> None:
+def _in_hopper(deterministic, *arguments) -> None:
+    launch: Any = _launch_deterministic if deterministic else _launch
     launch(*arguments, tile=None)
 
 
-def _in_triton(launch, target, q, *arguments) -> None:
-    group = arguments[-1]
-    launch(q, *arguments, tile=sparse_mla_backward_tile(target, group * q.shape[2], q.shape[3]))
+def _in_triton(deterministic, q, *arguments) -> None:
+    tile = sparse_mla_backward_tile(device_target(q.device), arguments[-1] * q.shape[2], q.shape[3])
+    launch: Any = _launch_deterministic if deterministic else _launch
+    launch(q, *arguments, tile=tile)
 
 
-_BACKENDS = (
+def _example(new) -> tuple:
+    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20)
+    q, kv, grad_out = new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 20, 512)
+    return False, q, kv, keys, None, grad_out, rows, rows, q, kv, 1.0, 1
+
+
+_KERNELS = Operation(
+    "sparse_mla's gradient: kernels",
     Backend("Gluon for Hopper", _why_not_hopper, _in_hopper, optional=True),
     Backend("Triton", takes_all, _in_triton),
+    prefill=_example,
 )
 
 
@@ -163,21 +170,7 @@ def add_rows_by_slot(rows: torch.Tensor, slots: torch.Tensor, total: torch.Tenso
     )
 
 
-def _launch(
-    q,
-    kv,
-    keys,
-    counts,
-    grad_out,
-    lse,
-    delta,
-    grad_q,
-    grad_kv,
-    scale,
-    group: int,
-    tile: Tile | None,
-    per_entry: torch.Tensor | None = None,
-) -> None:
+def _launch(q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group, tile, per_entry=None) -> None:
     """Run the Hopper kernel (no tile) or the portable one; add to `grad_kv`, or write `per_entry` instead."""
     B, S, H, D = q.shape
     V = grad_out.shape[-1]
@@ -189,22 +182,9 @@ def _launch(
     head_blocks = triton.cdiv(group * H, tile.block_m)
     lists = triton.cdiv(S, group)
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
-    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
-        q,
-        kv,
-        keys,
-        counts,
-        grad_out,
-        lse,
-        delta,
-        grad_q,
-        written,
-        scale,
-        scale * LOG2_E,
-        S,
-        lists,
-        keys.shape[-1],
-        kv.shape[1],
+    tensors = (q, kv, keys, counts, grad_out, lse, delta, grad_q, written)
+    sizes = (scale, scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
+    strides = (
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -212,11 +192,14 @@ def _launch(
         *lse.stride()[:2],
         *grad_q.stride()[:3],
         grad_kv.stride(0),
+    )
+    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
+        *tensors,
+        *sizes,
+        *strides,
         H=H,
         V=V,
         R=D - V,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         HALF_V=half,
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
         BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
@@ -224,8 +207,7 @@ def _launch(
         OWNER_SHIFT=owner_shift(group),
         HEAD_BLOCKS=head_blocks,
         PER_ENTRY=per_entry is not None,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
     )
 
 
@@ -248,6 +230,7 @@ def _row_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 if triton is not None:
+    _LOG2_E = tl.constexpr(LOG2_E)
 
     @triton.jit
     def _row_dots_kernel(one, other, dots, rows, V: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr):
@@ -324,10 +307,7 @@ if triton is not None:
         HEAD_BLOCKS: tl.constexpr,
         PER_ENTRY: tl.constexpr,
     ):
-        list_id = tl.program_id(0) // HEAD_BLOCKS
-        head_block = tl.program_id(0) % HEAD_BLOCKS
-        batch = (list_id // lists).to(tl.int64)
-        list_id = list_id % lists
+        list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
         offs_m = head_block * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         lo = tl.arange(0, HALF_V)
@@ -335,21 +315,13 @@ if triton is not None:
         lo_mask, hi_mask = lo < V, hi < V
         offs_r = tl.arange(0, BLOCK_R)
         r_mask = offs_r < R
-        if GROUP > 1:
-            member, head = offs_m // H, offs_m % H
-        else:
-            member, head = offs_m * 0, offs_m
-        query = list_id * GROUP + member
-        row_mask = (head < H) & (member < GROUP) & (query < S)  # [BM]
-        query = query.to(tl.int64)
+        query, head, member, row_mask = row_of(offs_m, list_id, S, H, GROUP)
 
         keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
         if GROUP > 1:
             count = tl.load(counts + batch * lists + list_id)
         else:
-            offs_all = tl.arange(0, BLOCK_K)
-            all_keys = tl.load(keys_row + offs_all, mask=offs_all < K, other=-1)
-            count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
+            count = count_keys(keys_row, K, BLOCK_K)
 
         rows = row_mask[:, None]
         q_rows = (q + batch * q_stride_b + query * q_stride_s + head.to(tl.int64) * q_stride_h)[:, None]
@@ -361,7 +333,7 @@ if triton is not None:
         lse_rows = batch * lse_stride_b + query * lse_stride_s + head
         # Rows that do not exist, and queries without keys, get probabilities of zero.
         row_lse = tl.load(lse + lse_rows, mask=row_mask, other=float("inf"))
-        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * 1.4426950408889634
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
         row_delta = tl.load(delta + lse_rows, mask=row_mask, other=0.0)
         kv_batch = kv + batch * kv_stride_b
         if PER_ENTRY:
@@ -377,12 +349,7 @@ if triton is not None:
         for first in range(0, count, BLOCK_N):
             offs_k = first + offs_n
             key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
-            listed = key >= 0
-            slot = key
-            if GROUP > 1:
-                slot = key & ((1 << OWNER_SHIFT) - 1)
-            else:
-                listed = listed & (key < T)
+            slot, listed = slot_of(key, T, GROUP, OWNER_SHIFT)
             kv_rows = (kv_batch + slot.to(tl.int64) * kv_stride_t)[:, None]
             c_lo = tl.load(kv_rows + lo[None, :], mask=listed[:, None] & lo_mask[None, :], other=0.0)
             c_hi = tl.load(kv_rows + hi[None, :], mask=listed[:, None] & hi_mask[None, :], other=0.0)

@@ -13,21 +13,24 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.device_target import device_target
-from ..common.dispatch import Backend, dispatch, takes_all
-from ..common.early_launch import early_launch
-from ..common.kernel_launch import launcher
+from ..common.device_target import DeviceTarget, device_target
+from ..common.dispatch import Backend, Operation, takes_all
+from ..common.early_launch import early_launch, wait_for_kernels_ahead
+from ..common.kernel_constants import LARGE_SHARED_MEMORY, LN_2, LOG2_E, WIDE_LATENT
+from ..common.kernel_launch import launcher, tile_options
+from ..common.triton_support import tl, triton
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
-from .sparse_mla_union_triton import group_size, merge_key_lists, owner_shift
+from .sparse_mla_union_triton import (
+    count_keys,
+    group_size,
+    merge_key_lists,
+    owner_shift,
+    program_place,
+    row_of,
+    slot_of,
+)
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-LOG2_E = 1.4426950408889634
 # Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
@@ -48,16 +51,17 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def sparse_mla_tile(backend: str, arch: int | str, rows: int, width: int) -> Tile:
+def sparse_mla_tile(target: DeviceTarget, rows: int, width: int) -> Tile:
     """Default tile for `rows` (heads, or heads of a group of queries) of latents `width` entries wide.
 
     Bounded by shared memory: the queries and `num_stages` blocks of latents of `2 * width` bytes a row must fit
     99 KB (sm86, sm89, sm120), 163 KB (sm80) or 227 KB (sm90, sm100); gfx942 has 64 KB.
     """
-    wide = width > 320
+    wide = width > WIDE_LATENT
+    backend, arch, _ = target
     if backend == "hip":
         return Tile(16, 16 if wide else 32, 4, 1)
-    if rows <= 16 or arch not in (80, 90, 100, 103):
+    if rows <= 16 or arch not in LARGE_SHARED_MEMORY:
         return Tile(16, 32, 4, 3)
     if rows > 32 and arch in GROUPING_ARCHITECTURES:
         return Tile(64, 32, 8, 3)
@@ -80,9 +84,9 @@ def sparse_mla_triton(
         return out, lse
     if indices.shape[-1] == 0 or kv.shape[1] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    target = gpu_target(q.device)
-    tile = _tile(target, 1, q.shape[-1])
-    splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, q.device)
+    target = device_target(q.device)
+    tile = sparse_mla_tile(target, 1, q.shape[-1])
+    splits = _decode_splits(B * S * triton.cdiv(H, tile.block_m), indices.shape[-1], tile.block_n, target.processors)
     if splits > 1:
         return _decode(q, kv, indices, scale, out, lse, splits, tile)
     group = selection_group(q.device, H, S, indices.shape[-1], kv.shape[1])
@@ -92,31 +96,23 @@ def sparse_mla_triton(
         keys, counts = indices[:, rows], None
         if group > 1:
             keys, counts = merge_key_lists(keys, group, kv.shape[1])
-        _prefill(q[:, rows], kv, keys, counts, group, scale, out[:, rows], lse[:, rows])
+        _PREFILL(q.device, q[:, rows], kv, keys, counts, group, scale, out[:, rows], lse[:, rows])
     return out, lse
 
 
-def sparse_mla_merged(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    keys: torch.Tensor,
-    counts: torch.Tensor,
-    group: int,
-    scale: float,
-    value_dim: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
     """As `sparse_mla_triton`, from lists that `merge_key_lists` made of every `group` queries."""
     B, S, H, _ = q.shape
     out = q.new_empty(B, S, H, value_dim)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
     if out.numel():
-        _prefill(q, kv, keys, counts.contiguous(), group, scale, out, lse)
+        _PREFILL(q.device, q, kv, keys, counts.contiguous(), group, scale, out, lse)
     return out, lse
 
 
 def selection_group(device: torch.device, heads: int, queries: int, topk: int, slots: int) -> int:
     """Adjacent queries whose lists a prefill merges; 1: none."""
-    backend, arch = gpu_target(device)
+    backend, arch, _ = device_target(device)
     if backend != "cuda" or arch not in GROUPING_ARCHITECTURES:
         return 1
     return group_size(heads, HOPPER_ROWS, queries, topk, slots)
@@ -124,7 +120,7 @@ def selection_group(device: torch.device, heads: int, queries: int, topk: int, s
 
 def queries_per_wave(device: torch.device, heads: int, group: int) -> int:
     """Queries for which every multiprocessor runs one program of 64 rows."""
-    return max(1, _processors(device) * group // triton.cdiv(group * heads, HOPPER_ROWS))
+    return max(1, device_target(device).processors * group // triton.cdiv(group * heads, HOPPER_ROWS))
 
 
 def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
@@ -133,12 +129,8 @@ def _queries_per_launch(device: torch.device, heads: int, group: int) -> int:
     return triton.cdiv(QUERIES_PER_LAUNCH, wave) * wave
 
 
-def _prefill(q, kv, keys, counts, group, scale, out, lse) -> None:
-    dispatch("sparse_mla's prefill", _PREFILL, q.device, q, kv, keys, counts, group, scale, out, lse)
-
-
 def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
-    if gpu_target(q.device) != ("cuda", 90):
+    if device_target(q.device).arch != 90:
         return "it is for compute capability 9.0"
     return None if hopper_supports(q, kv, out.shape[-1]) else "the shapes or strides are not what it takes"
 
@@ -148,13 +140,20 @@ def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
 
 
 def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
-    H, D = q.shape[2:]
-    _launch(q, kv, keys, counts, scale, out, lse, _tile(gpu_target(q.device), group * H, D), group, splits=1)
+    tile = sparse_mla_tile(device_target(q.device), group * q.shape[2], q.shape[3])
+    _launch(q, kv, keys, counts, scale, out, lse, tile, group, splits=1)
 
 
-_PREFILL = (
+def _example(new) -> tuple:
+    out, lse = new(1, 8192, 20, 512), new(1, 8192, 20, dtype=torch.float32)
+    return new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 2048, dtype=torch.int32), None, 1, 1.0, out, lse
+
+
+_PREFILL = Operation(
+    "sparse_mla: prefill kernels",
     Backend("Gluon for Hopper", _why_not_hopper, _prefill_in_hopper, optional=True),
     Backend("Triton", takes_all, _prefill_in_triton),
+    prefill=_example,
 )
 
 
@@ -164,18 +163,9 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
     part_lse = torch.empty(splits, B, S, H, dtype=torch.float32, device=q.device)
     _launch(q, kv, indices, None, scale, part_out, part_lse, tile, 1, splits)
     block_v = min(COMBINED_ENTRIES, triton.next_power_of_2(V))
+    tensors = (part_out, part_lse, out, lse)
     launcher(_sparse_mla_combine_kernel, (B * S * H, triton.cdiv(V, block_v)), part_out)(
-        part_out,
-        part_lse,
-        out,
-        lse,
-        B * S * H,
-        splits,
-        V=V,
-        BLOCK_V=block_v,
-        BLOCK_SPLITS=MOST_SPLITS,
-        num_warps=4,
-        **early_launch(),
+        *tensors, B * S * H, splits, V=V, BLOCK_V=block_v, BLOCK_SPLITS=MOST_SPLITS, num_warps=4, **early_launch()
     )
     return out, lse
 
@@ -187,18 +177,9 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
     lists = triton.cdiv(S, group)
     split_stride = out.stride(0) if splits > 1 else 0
     split_lse_stride = lse.stride(0) if splits > 1 else 0
-    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
-        q,
-        kv,
-        keys,
-        counts,
-        out,
-        lse,
-        scale * LOG2_E,
-        S,
-        lists,
-        keys.shape[-1],
-        kv.shape[1],
+    tensors = (q, kv, keys, counts, out, lse)
+    sizes = (scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
+    strides = (
         *q.stride()[:3],
         *kv.stride()[:2],
         *keys.stride()[:2],
@@ -206,11 +187,14 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         *out.stride()[-4:-1],
         split_lse_stride,
         *lse.stride()[-3:-1],
+    )
+    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
+        *tensors,
+        *sizes,
+        *strides,
         H=H,
         V=V,
         R=D - V,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
         BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
@@ -218,36 +202,20 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         OWNER_SHIFT=owner_shift(group),
         HEAD_BLOCKS=head_blocks,
         SPLIT=splits > 1,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile_options(tile),
         **early_launch(),
     )
 
 
-def _decode_splits(programs: int, topk: int, block_n: int, device: torch.device) -> int:
+def _decode_splits(programs: int, topk: int, block_n: int, processors: int) -> int:
     """Splits that occupy every multiprocessor; 1 (no decode) where three quarters of them have a program anyway."""
-    processors = _processors(device)
     if 4 * programs > 3 * processors:
         return 1
     return min(MOST_SPLITS, triton.cdiv(topk, block_n), triton.cdiv(processors, programs))
 
 
-def _tile(target: tuple[str, int | str], rows: int, width: int) -> Tile:
-    return sparse_mla_tile(*target, rows, width)
-
-
-def gpu_target(device: torch.device) -> tuple[str, int | str]:
-    """Backend and compute capability (or GCN name) that tiles are chosen for."""
-    if device.type != "cuda":  # Triton's interpreter
-        return "cuda", 80
-    return device_target(device)[:2]
-
-
-def _processors(device: torch.device) -> int:
-    return device_target(device).processors if device.type == "cuda" else 4
-
-
 if triton is not None:
+    _LN_2 = tl.constexpr(LN_2)
 
     @triton.jit(do_not_specialize=["S", "lists", "T", "lse_stride_split", "lse_stride_b"])
     def _sparse_mla_fwd_kernel(
@@ -290,32 +258,20 @@ if triton is not None:
         SPLIT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
-        list_id = tl.program_id(0) // HEAD_BLOCKS
-        batch = (list_id // lists).to(tl.int64)
-        list_id = list_id % lists
-        offs_m = tl.program_id(0) % HEAD_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+        list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
+        offs_m = head_block * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         offs_v = tl.arange(0, BLOCK_V)
         offs_r = tl.arange(0, BLOCK_R)
-        if GROUP > 1:
-            member, head = offs_m // H, offs_m % H
-        else:
-            member, head = offs_m * 0, offs_m
-        query = list_id * GROUP + member
-        row_mask = (head < H) & (member < GROUP) & (query < S)  # [BM]
-        query = query.to(tl.int64)
+        query, head, member, row_mask = row_of(offs_m, list_id, S, H, GROUP)
 
         keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
         if GROUP > 1:
             count = tl.load(counts + batch * lists + list_id)
         else:
-            offs_all = tl.arange(0, BLOCK_K)
-            all_keys = tl.load(keys_row + offs_all, mask=offs_all < K, other=-1)
-            count = tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
+            count = count_keys(keys_row, K, BLOCK_K)
         blocks = tl.cdiv(count, BLOCK_N)
         first = 0
         if SPLIT:
@@ -342,12 +298,7 @@ if triton is not None:
             key = next_key
             offs_k = (block + 1) * BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
-            listed = key >= 0
-            slot = key
-            if GROUP > 1:
-                slot = key & ((1 << OWNER_SHIFT) - 1)
-            else:
-                listed = listed & (key < T)
+            slot, listed = slot_of(key, T, GROUP, OWNER_SHIFT)
             kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
             if BLOCK_V == V:
                 c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]
@@ -375,7 +326,7 @@ if triton is not None:
             row_max = new_max
 
         acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-        row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * 0.6931471805599453, float("-inf"))
+        row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
         split = tl.program_id(1).to(tl.int64)
         out_rows = out + split * out_stride_split + batch * out_stride_b + query * out_stride_s + head * out_stride_h
         out_ptr = out_rows[:, None] + offs_v[None, :]
@@ -396,9 +347,7 @@ if triton is not None:
         BLOCK_SPLITS: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        if EARLY:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64)
         offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_s = tl.arange(0, BLOCK_SPLITS)

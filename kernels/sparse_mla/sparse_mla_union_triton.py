@@ -3,6 +3,8 @@
 A group of G queries gets one list: the union of its members' keys in ascending order, each entry
 `key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end,
 repeated keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
+
+Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries a list.
 """
 
 from __future__ import annotations
@@ -10,12 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..common.kernel_launch import launcher
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from ..common.triton_support import tl, triton
 
 MAX_GROUP = 8
 # Two programs a multiprocessor: the kernel waits for memory most of the time.
@@ -69,18 +66,13 @@ def merge_key_lists(
     # Per member and entry: the new keys before it, and its place in every other member.
     scratch = torch.empty(B, lists, group, group, K + 1, dtype=torch.int16, device=indices.device)
     block_k = triton.next_power_of_2(K)
+    tensors = (indices, packed, counts, scratch)
+    sizes = (S, lists, slots, 0)
+    strides = (*indices.stride()[:2], *packed.stride()[:2], *counts.stride())
     launcher(_merge_key_lists_kernel, (B * lists,), indices)(
-        indices,
-        packed,
-        counts,
-        scratch,
-        S,
-        lists,
-        slots,
-        0,
-        *indices.stride()[:2],
-        *packed.stride()[:2],
-        *counts.stride(),
+        *tensors,
+        *sizes,
+        *strides,
         K=K,
         GROUP=group,
         OWNER_SHIFT=owner_shift(group),
@@ -201,3 +193,43 @@ if triton is not None:
         inside = wanted if K == BLOCK_K else wanted & (at < K)
         entry = tl.load(row + at, mask=inside, other=-1).to(tl.uint32, bitcast=True)
         return tl.where(entry < key, at + 1, at)
+
+    @triton.jit
+    def program_place(lists, HEAD_BLOCKS: tl.constexpr):
+        """List, block of heads and batch (int64) of this program."""
+        list_id = tl.program_id(0) // HEAD_BLOCKS
+        head_block = tl.program_id(0) % HEAD_BLOCKS
+        batch = (list_id // lists).to(tl.int64)
+        return list_id % lists, head_block, batch
+
+    @triton.jit
+    def row_of(offs_m, list_id, S, H: tl.constexpr, GROUP: tl.constexpr):
+        """Query (int64), head and member of the group of each row, and which rows exist."""
+        if GROUP > 1:
+            member, head = offs_m // H, offs_m % H
+        else:
+            member, head = offs_m * 0, offs_m
+        query = list_id * GROUP + member
+        row_mask = (head < H) & (member < GROUP) & (query < S)
+        return query.to(tl.int64), head, member, row_mask
+
+    @triton.jit
+    def count_keys(keys_row, K, BLOCK_K: tl.constexpr):
+        """Entries of a list up to its last key."""
+        offs_all = tl.arange(0, BLOCK_K)
+        all_keys = tl.load(keys_row + offs_all, mask=offs_all < K, other=-1)
+        return tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
+
+    @triton.jit
+    def slot_of(key, T, GROUP: tl.constexpr, OWNER_SHIFT: tl.constexpr):
+        """The slots of entries, and which are one of T keys; merged lists hold no others."""
+        listed = key >= 0
+        slot = key
+        if GROUP > 1:
+            slot = key & ((1 << OWNER_SHIFT) - 1)
+        else:
+            listed = listed & (key < T)
+        return slot, listed
+
+else:  # Without Triton the kernels that call these do not exist either; importing their names must work.
+    count_keys = program_place = row_of = slot_of = None

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from ...kernels.common.kernel_launch import is_capturing
-from ..layers.block_fp8_modules import is_plain_block_fp8
-from ..layers.few_token_linears import is_plain_linear
+from ..eligibility import is_plain_block_fp8, is_plain_linear
 from ..parallel.layer_placement import is_visiting, onloaded
 from ..parallel.module_hooks import hooks_of
 
@@ -48,6 +47,14 @@ def multiplier(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tenso
             return known[1]  # Its numbers come with the replays.
         _kept[module] = known
     return known[1]
+
+
+def absorbed_weights(attention: Any, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An attention's `kv_b_proj` by head: `W_UK [H, nope, C]` and `W_UV [H, V, C]`, to multiply `like`'s dtype by."""
+    weight = multiplier(attention.kv_b_proj, attention.kv_lora_rank, like)
+    by_head = weight.reshape(-1, attention.nope_dim + attention.v_head_dim, attention.kv_lora_rank)
+    to_latent, to_value = by_head.split([attention.nope_dim, attention.v_head_dim], dim=1)
+    return to_latent, to_value
 
 
 def kept_of(module: nn.Module) -> Made | None:

@@ -9,7 +9,7 @@ import importlib.util
 
 import torch
 
-TRITON_ATTENTION = "triton"
+TRITON_ATTENTION, EAGER_ATTENTION = "triton", "eager"
 # Backends of transformers that take no mask of selected keys.
 UNSUPPORTED_ATTENTION = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 

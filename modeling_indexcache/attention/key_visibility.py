@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
 
-from ...kernels.lightning_indexer.lightning_indexer_reference import visible_keys
+from ...kernels.lightning_indexer.lightning_indexer import visible_keys
 
 # Lists of all keys are at least so wide.
 LEAST_LISTED = 64
@@ -164,13 +164,6 @@ def packed_key_start(
         return None
     slots = torch.arange(num_queries, device=position_ids.device).expand_as(begins)
     return slots.where(begins, 0).cummax(-1).values.to(torch.int32).expand(batch, -1)
-
-
-def selected_mask(topk_indices: torch.Tensor, num_keys: int) -> torch.Tensor:
-    """`[B, S, K]` indices, -1 allowed, to a `[B, S, T]` bool mask."""
-    mask = torch.zeros(*topk_indices.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_indices.device)
-    slots = topk_indices.long()
-    return mask.scatter_(-1, slots.masked_fill(slots < 0, num_keys), True)[..., :num_keys]
 
 
 def mask_at_capacity(attention_mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor | None:

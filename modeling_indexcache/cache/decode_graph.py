@@ -24,9 +24,12 @@ from ...kernels.common.early_launch import early_launches
 from ...kernels.common.kernel_launch import are_recorded
 from ...kernels.norm_rope_linear.cache_slot import CacheSlot
 from ..attention.key_visibility import KeyVisibility
-from ..eligibility import say_slower, why_no_graphs, why_not_plain_step, why_not_recorded
+from ..eligibility import is_fast, why_not_plain_step, why_not_recorded
+from ..forward_arguments import ForwardOptions
+from ..forward_plan import ForwardPlan, angles_of
 from ..model_census import ModelCensus
-from ..parallel.layer_placement import DeviceRange, LayerRange, device_ranges, runs_on_one_device
+from ..parallel.layer_placement import DeviceRange, device_ranges, runs_on_one_device
+from ..selection import EVERY_KEY, Selection
 from .growing_cache import Buffer, buffer_of
 
 # Steps in a row that must have found a cache where it was before it is captured.
@@ -74,15 +77,21 @@ class _BufferCache:
         self.layers = layers
 
 
+class _Handed(NamedTuple):
+    """What layers on one device hand to those on the next besides hidden states."""
+
+    angles: tuple[torch.Tensor, torch.Tensor]
+    selection: Selection
+
+
 class _Segment:
     """Layers recorded together, on one device: all of them with the last norm, or a range without it.
 
     Attributes:
-        rows: keys and indexer keys of every layer of the cache.
         lengths: of a static cache, how many rows each of these layers counts on the device.
-        selection: what the range before them selected, where its first layer shares it; else None.
+        read: of a range, angles and, where its first layer shares it, the selection that replays start from.
+        left: the selection that the last layer used.
         out: the hidden states that a replay makes.
-        part: of a range, what its layers read besides hidden states, and the selection that they leave.
     """
 
     def __init__(self, where: DeviceRange, inputs: StepInputs, capacity: int, in_one: bool) -> None:
@@ -97,9 +106,9 @@ class _Segment:
         if inputs.attention_mask is not None:
             self.key_mask = torch.ones(like.shape[0], capacity, dtype=torch.bool, device=self.device)
         self.lengths: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.part: LayerRange | None = None
-        self.selection: torch.Tensor | None = None
-        self.out: torch.Tensor | None = None
+        self.read: _Handed | None = None
+        self.left = EVERY_KEY
+        self.out = self.hidden_states
         self.replay: Callable[[], None] | None = None
 
     def count_on(self, layers: list[Any]) -> None:
@@ -107,28 +116,29 @@ class _Segment:
         own = layers[self.first : self.last]
         self.lengths = [(length, length.clone()) for layer in own for length in _static_lengths(layer)]
 
-    def read(self, before: LayerRange, shares: bool) -> None:
-        """Let replays start from copies of `before`'s angles, and of its selection if the first layer `shares` it."""
-        cos, sin = (torch.empty_like(angle, device=self.device) for angle in before.position_embeddings)
-        if shares and before.topk_indices is not None:
-            self.selection = torch.empty_like(before.topk_indices, device=self.device)
-        self.part = LayerRange(self.first, self.last, (cos, sin), self.selection)
+    def read_from(self, handed: _Handed, shares: bool) -> None:
+        """Let replays start from copies of what is `handed`: of its selection if the first layer `shares` it."""
+        cos, sin = (torch.empty_like(angle, device=self.device) for angle in handed.angles)
+        listed = handed.selection.listed if shares else None
+        # Of one query nothing is merged.
+        copied = torch.empty_like(listed, device=self.device) if isinstance(listed, torch.Tensor) else None
+        self.read = _Handed((cos, sin), Selection(copied))
 
-    def load(self, inputs: StepInputs, length: int, before: LayerRange | None = None) -> None:
-        """Write a step's inputs where a replay reads them; `before` is what a range reads besides hidden states."""
+    def load(self, inputs: StepInputs, length: int, handed: _Handed | None = None) -> None:
+        """Write a step's inputs where a replay reads them; `handed` is what a range reads besides hidden states."""
         self.hidden_states.copy_(inputs.hidden_states)
         self.position.fill_(length)
         if self.position_ids is not None and inputs.position_ids is not None:
             self.position_ids.copy_(inputs.position_ids)
         if self.key_mask is not None and inputs.attention_mask is not None:
             self.key_mask[:, : inputs.attention_mask.shape[1]].copy_(inputs.attention_mask)
-        if self.part is not None and before is not None:
-            for angle, new in zip(self.part.position_embeddings, before.position_embeddings):
+        if self.read is not None and handed is not None:
+            for angle, new in zip(self.read.angles, handed.angles):
                 angle.copy_(new)
-            if self.selection is not None:
-                self.selection.copy_(before.topk_indices)
+            if self.read.selection.listed is not None:
+                self.read.selection.indices().copy_(handed.selection.indices())
 
-    def capture(self, run_layers: Any, rows: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    def capture(self, model: Any, rows: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """Run the layers once as they are and once to record them; both write what a replay writes."""
         cache = _BufferCache([_BufferLayer(*pair, self.position) for pair in rows])
         # A static cache counts its rows on the device, each layer for itself and all alike.
@@ -140,11 +150,15 @@ class _Segment:
             if lengths:
                 self.position.copy_(lengths[0])
             visibility = KeyVisibility(self.position.squeeze(0), self.key_mask)
-            if self.part is None:
-                out = run_layers(self.hidden_states, self.position_ids, visibility, cache)
-            else:
-                self.part.topk_indices = self.selection
-                out = run_layers(self.hidden_states, None, visibility, cache, part=self.part)
+            in_one = self.read is None
+            angles, selection = self.read or (
+                angles_of(model, self.hidden_states, self.position_ids, visibility),
+                EVERY_KEY,
+            )
+            plan = ForwardPlan.recorded(model, visibility, angles, cache)
+            out, self.left, _ = plan.run(model, self.hidden_states, selection, self.first, self.last)
+            if in_one:
+                out = model.norm(out)
             if lengths:
                 torch._foreach_add_(lengths, 1)
             return out
@@ -213,29 +227,27 @@ class DecodeGraph:
             and all(now is then for now, then in zip(_tensors(cache), self.tensors, strict=True))
         )
 
-    def capture(self, model: Any, run_layers: Any, inputs: StepInputs) -> None:
+    def capture(self, model: Any, inputs: StepInputs) -> None:
         """Record every segment."""
         rows: list[tuple[torch.Tensor, torch.Tensor | None]]
         if self.is_static:
             found: Any = self.cache()
             rows = [(layer.keys, layer.indexer_keys) for layer in found.layers]
+            if not self.in_one and len({int(segment.lengths[0][0]) for segment in self.segments}) > 1:
+                raise RuntimeError("layers of the static cache hold different numbers of rows")
         else:
             rows = [(own["keys"].rows, own["indexer_keys"].rows if len(own) > 1 else None) for own in self.buffers]
-        if self.in_one:
-            (segment,) = self.segments
-            segment.load(inputs, self.length)
-            segment.capture(run_layers, rows)
-            return
-        if self.is_static and len({int(segment.lengths[0][0]) for segment in self.segments}) > 1:
-            raise RuntimeError("layers of the static cache hold different numbers of rows")
-        before = LayerRange(0, 0, self._angles(model, inputs))
+        handed = self._first_handed(model, inputs)
         for segment in self.segments:
-            segment.read(before, shares=not model._running_pattern.is_full(segment.first))
-            segment.load(inputs, self.length, before)
-            segment.capture(run_layers, rows)
-            # The next segment is recorded on real numbers: selected keys of no meaning could lie anywhere.
-            inputs, before = self._run(segment, inputs, before)
-        self.rewind()
+            if handed is not None:
+                segment.read_from(handed, shares=not model._running_pattern.is_full(segment.first))
+            segment.load(inputs, self.length, handed)
+            segment.capture(model, rows)
+            if handed is not None:
+                # The next segment is recorded on real numbers: selected keys of no meaning could lie anywhere.
+                inputs, handed = _replayed(segment, inputs, handed)
+        if not self.in_one:
+            self.rewind()
 
     def rewind(self) -> None:
         """Take back all steps since this object was made."""
@@ -245,45 +257,42 @@ class DecodeGraph:
     def step(self, model: Any, inputs: StepInputs) -> torch.Tensor | None:
         """Replay the step; a dynamic cache's layers then show the row more that they hold.
 
-        None when the model is found changed: then the cache is as before, and nothing may be replayed any more.
+        None when the model is found changed: then the cache is as before, and nothing may be replayed any more. After
+        an error, such as no memory for the result, the cache is as before, and the next step may be replayed.
         """
-        if self.in_one:
-            (segment,) = self.segments
-            segment.load(inputs, self.length)
-            inputs, _ = self._run(segment, inputs, None)
-        else:
-            before = LayerRange(0, 0, self._angles(model, inputs))
+        replayed: list[_Segment] = []
+        out = None
+        try:
+            handed = self._first_handed(model, inputs)
             for segment in self.segments:
-                segment.load(inputs, self.length, before)
-                inputs, before = self._run(segment, inputs, before)
-        # Asked while the device is busy with the replay.
-        census = self.census()
-        if census is None or not census.unchanged():
-            for segment in self.segments:
-                segment.step_back()
-            vars(model).pop(_CENSUS, None)
-            return None
-        if not self.is_static:
+                segment.load(inputs, self.length, handed)
+                inputs, handed = _replayed(segment, inputs, handed)
+                replayed.append(segment)
+            # Asked while the device is busy with the replay.
+            census = self.census()
+            if census is not None and census.unchanged():
+                out = inputs.hidden_states.clone()
+                out = out if self.in_one else model.norm(out)
+            else:
+                vars(model).pop(_CENSUS, None)
+        finally:
+            if out is None:
+                for segment in replayed:
+                    segment.step_back()
+        if out is not None and not self.is_static:
             self._show_row()
-        return inputs.hidden_states.clone() if self.in_one else model.norm(inputs.hidden_states.clone())
+        return out
 
-    def _run(self, segment: _Segment, inputs: StepInputs, before: Any) -> tuple[StepInputs, Any]:
-        """Replay a segment: its hidden states as the next one's inputs, and what the next one reads besides."""
-        assert segment.replay is not None
-        assert segment.out is not None
-        segment.replay()
-        if segment.part is not None:
-            before = LayerRange(segment.last, segment.last, before.position_embeddings, segment.part.topk_indices)
-        return inputs._replace(hidden_states=segment.out), before
-
-    def _angles(self, model: Any, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the step's position, made outside of the recordings."""
+    def _first_handed(self, model: Any, inputs: StepInputs) -> _Handed | None:
+        """Where ranges are recorded: the step's angles, made outside of the recordings, and no selection yet."""
+        if self.in_one:
+            return None
         position_ids, device = inputs.position_ids, inputs.hidden_states.device
         if position_ids is None:
             lengths = self.segments[0].lengths
             slot = lengths[0][0] if lengths else torch.full((1,), self.length, dtype=torch.int64, device=device)
             position_ids = slot.reshape(1, 1).to(device)
-        return model.rotary_emb(inputs.hidden_states, position_ids)
+        return _Handed(model.rotary_emb(inputs.hidden_states, position_ids), EVERY_KEY)
 
     def _show_row(self) -> None:
         cache: Any = self.cache()
@@ -297,6 +306,15 @@ class DecodeGraph:
                 tensors.append(view)
             layer.values = layer.keys[..., :0]
         self.tensors = tensors
+
+
+def _replayed(segment: _Segment, inputs: StepInputs, handed: Any) -> tuple[StepInputs, Any]:
+    """Replay a segment: its hidden states as the next one's inputs, and what the next one reads besides."""
+    assert segment.replay is not None
+    segment.replay()
+    if segment.read is not None:
+        handed = _Handed(handed.angles, segment.left)
+    return inputs._replace(hidden_states=segment.out), handed
 
 
 def record(
@@ -328,25 +346,26 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 def decode_graph(
     model: Any,
-    run_layers: Any,
     hidden_states: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     cache: Cache | None,
-    kwargs: dict[str, Any],
+    options: ForwardOptions,
 ) -> torch.Tensor | None:
     """The step's last hidden states `[B, 1, hidden_size]` from a graph, or None: run it step by step.
 
     Args:
         model: the decoder.
-        run_layers: `(hidden_states, position_ids, visibility, cache) -> hidden states`, what is captured.
         hidden_states: embedded tokens.
         attention_mask: as `forward` was given it.
         position_ids: as `forward` was given it.
         cache: as `forward` was given it.
-        kwargs: of `forward`.
+        options: of `forward`.
+
+    Raises:
+        torch.OutOfMemoryError: in a recording or a replay. The cache is as before, and the next call tries the same.
     """
-    if why_not_plain_step(model, hidden_states, attention_mask, cache, kwargs) is not None:
+    if why_not_plain_step(model, hidden_states, attention_mask, cache, options) is not None:
         return None
     assert cache is not None
     inputs = StepInputs(hidden_states, position_ids, attention_mask)
@@ -366,14 +385,19 @@ def decode_graph(
     if memory is None or steps < STEPS_BEFORE_CAPTURE or (steps - STEPS_BEFORE_CAPTURE) % STEPS_UNTIL_ASKED_AGAIN:
         return None
     reason = why_not_recorded(model, hidden_states)
-    if reason is not None:
-        say_slower(model, hidden_states, "decoding steps are not recorded", reason)
+    if not is_fast("decoding steps are not recorded", reason, model, hidden_states):
         return None
-    graph = DecodeGraph(model, cache, inputs)
+    graph = None
     try:
-        graph.capture(model, run_layers, inputs)
+        graph = DecodeGraph(model, cache, inputs)
+        graph.capture(model, inputs)
     except RuntimeError as error:
-        graph.rewind()
+        if graph is not None:
+            graph.rewind()
+        if no_memory := _out_of_memory(error):
+            # As if this step had never been asked for.
+            setattr(cache, _ATTRIBUTE, known)
+            raise no_memory from error
         setattr(cache, _ATTRIBUTE, False)
         warnings.warn(f"decoding runs step by step, a CUDA graph could not be made: {error}", stacklevel=2)
         return None
@@ -381,9 +405,11 @@ def decode_graph(
     return graph.step(model, inputs)
 
 
-def graphs_serve(model: Any) -> bool:
-    """Whether decoding steps of this decoder can come from graphs, as it stands now."""
-    return why_no_graphs(model) is None
+def _out_of_memory(error: BaseException | None) -> torch.OutOfMemoryError | None:
+    """The lack of memory behind an error: where it breaks a recording, the end of the recording fails after it."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error
 
 
 def _census_of(model: Any, in_one: bool) -> ModelCensus:

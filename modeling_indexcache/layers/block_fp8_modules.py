@@ -14,16 +14,9 @@ from transformers.activations import ACT2FN
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts
-from ...kernels.block_fp8.block_fp8_linear import (
-    block_fp8_linear,
-    block_fp8_vector_linear,
-    takes_block_fp8_vector_linear,
-    why_no_kernels,
-)
+from ...kernels.block_fp8.block_fp8_linear import block_fp8_linear
 from ...kernels.block_fp8.block_fp8_reference import E4M3, dequantise, scale_grid
-from ...kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ..attention.attention_backends import TRITON_ATTENTION
-from ..parallel.module_hooks import runs_as_written
 
 BlockSize = tuple[int, int]
 
@@ -213,53 +206,6 @@ def block_size_of(config: Any) -> BlockSize:
     quantization = config.quantization_config
     size = quantization["weight_block_size"] if isinstance(quantization, dict) else quantization.weight_block_size
     return int(size[0]), int(size[1])
-
-
-def block_fp8_linears(
-    x: torch.Tensor,
-    modules: Sequence[nn.Module],
-    gain: torch.Tensor | None,
-    eps: float,
-    base: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """The outputs of block fp8 layers for one or two rows `x [T, D]`, `[T, N]` in one launch; None if they take none.
-
-    `gain` and `eps` are those of an RMSNorm that `x` has yet to pass; `base [T, N]` is added.
-    """
-    if not all(map(is_plain_block_fp8, modules)) or any(module.bias is not None for module in modules):
-        return None
-    layers: Any = modules
-    weights = [layer.weight for layer in layers]
-    kinds = {(layer.block_size, layer.weight_scale_inv.dtype) for layer in layers}
-    if len(kinds) > 1 or not takes_block_fp8_vector_linear(x, weights, layers[0].block_size):
-        return None
-    return block_fp8_vector_linear(x, weights, [layer.weight_scale_inv for layer in layers], gain, eps, base)
-
-
-def is_plain_block_fp8(module: nn.Module) -> bool:
-    """Whether weight and scales, as they stand, are the whole of what a block fp8 layer computes, but for a bias."""
-    return (
-        type(module) is BlockFp8Linear
-        and type(module.weight) in PLAIN_WEIGHTS
-        and type(module.weight_scale_inv) in PLAIN_WEIGHTS
-        and runs_as_written(module)
-    )
-
-
-def why_not_block_fp8_experts(experts: BlockFp8Experts, shared: Sequence[nn.Module], x: torch.Tensor) -> str | None:
-    """Why the block fp8 kernels do not serve these experts and the shared one's three layers, with their tokens."""
-    for name, module in zip(("gate_proj", "up_proj", "down_proj"), shared):
-        if not is_plain_block_fp8(module) or module.bias is not None:
-            return f"shared_experts.{name} is no plain block fp8 layer, as the routed experts are"
-    layers: Any = shared
-    scales = experts.down_proj_scale_inv.dtype
-    if any(layer.block_size != experts.block_size or layer.weight_scale_inv.dtype != scales for layer in layers):
-        return "shared and routed experts have other blocks or scales"
-    if not x.is_cuda:
-        return "the kernels need a CUDA device"
-    if torch.is_grad_enabled() and x.requires_grad:
-        return "the kernels have no gradient"
-    return why_no_kernels(x, experts.block_size, *experts.parameters())
 
 
 def run_block_fp8_experts(

@@ -13,8 +13,7 @@ from torch import nn
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.experts.expert_topk import expert_topk, normed_expert_topk, takes_normed_expert_topk
 from ..attention.attention_backends import TRITON_ATTENTION
-from ..parallel.module_hooks import is_offloaded, is_watched, is_wrapped
-from .few_token_linears import is_plain_norm
+from ..eligibility import why_not_router_kernel
 
 # What loading leaves in fp32. Of the weight transformers' own classes did so from 5.24 on.
 ROUTER_IN_FP32 = ["e_score_correction_bias"]
@@ -62,15 +61,8 @@ class IndexCacheTopkRouter(nn.Module):
 
     def takes_norm(self, norm: Any, rows: torch.Tensor) -> bool:
         """Whether `normed` serves these few `rows [tokens, hidden_size]`, and nobody watches."""
-        config = self.config
-        return (
-            config._attn_implementation == TRITON_ATTENTION
-            and config.n_group in (None, 1)
-            and is_plain_norm(norm)
-            and not is_watched(self)
-            and not is_wrapped(self)
-            and not is_offloaded(self)
-            and takes_normed_expert_topk(rows, norm.weight, self.weight, self.e_score_correction_bias)
+        return why_not_router_kernel(self, norm) is None and takes_normed_expert_topk(
+            rows, norm.weight, self.weight, self.e_score_correction_bias
         )
 
     def normed(self, norm: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,8 +11,7 @@ from transformers.activations import ACT2FN
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.experts.routed_experts import block_tokens, routed_experts
-from ..eligibility import say_slower, why_not_expert_kernels
-from ..parallel.module_hooks import is_own, is_watched, is_wrapped
+from ..eligibility import is_fast, why_not_expert_kernels, why_noticed, why_watched
 from .block_fp8_modules import BlockFp8Experts, run_block_fp8_experts
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
@@ -43,7 +42,7 @@ class IndexCacheMLP(nn.Module):
 def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """`hidden_states += mlp(norm(hidden_states))`, `[..., hidden_size]`, in place and block by block of tokens."""
     named = [part for name, part in mlp.named_children() if name in _PARTS]
-    if any(map(is_watched, mlp.modules())) or not all(is_own(part) and not is_wrapped(part) for part in named):
+    if any(map(why_noticed, named)) or any(map(why_watched, mlp.modules())):
         # Whoever watches or stands in for a part of it sees what that part makes, whole and of all tokens.
         return hidden_states.add_(mlp(norm(hidden_states)))
     rows = hidden_states.view(-1, hidden_states.shape[-1])
@@ -79,10 +78,7 @@ def _rows_at_once(x: torch.Tensor, wide: nn.Module) -> int:
 
 def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
     """Whether `kernels.routed_experts` serves this mixture of experts; see `why_not_expert_kernels`."""
-    reason = why_not_expert_kernels(module, tokens)
-    if reason is not None:
-        say_slower(module, tokens, "experts run in PyTorch", reason)
-    return reason is None
+    return is_fast("experts run in PyTorch", why_not_expert_kernels(module, tokens), module, tokens)
 
 
 def run_expert_kernels(

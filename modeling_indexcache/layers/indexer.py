@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.utils import is_torch_greater_or_equal
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
@@ -19,8 +18,9 @@ from ...kernels.sparse_mla.merged_selection import MergedSelection
 from ..attention.attention_backends import TRITON_ATTENTION
 from ..attention.key_visibility import KeyVisibility
 from ..cache.latent_cache import append_index_keys, index_key_slot
-from ..parallel.module_hooks import is_offloaded, is_watched, is_wrapped
-from .few_token_linears import is_plain_linear, linears
+from ..eligibility import is_plain_linear, why_not_as_written
+from ..forward_plan import ForwardPlan
+from .few_token_linears import linears
 
 # Largest block of indexer queries in bytes. Queries are taken in blocks that fit, large ones: every block has a tail.
 QUERY_BLOCK_BYTES = 512 * 2**20
@@ -49,57 +49,41 @@ class IndexCacheIndexer(nn.Module):
         self.weights_proj = nn.Linear(config.hidden_size, self.n_heads, bias=False)
 
     @torch.no_grad()
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        visibility: KeyVisibility,
-        past_key_values: Cache | None = None,
-        return_all: bool = False,
-    ) -> torch.Tensor | None:
+    def forward(self, hidden_states: torch.Tensor, q_resid: torch.Tensor, plan: ForwardPlan) -> torch.Tensor | None:
         """Select keys, and cache the new tokens' index keys.
 
         Args:
             hidden_states: `[B, S, hidden_size]`, normed.
             q_resid: the query latent `[B, S, q_lora_rank]`.
-            position_embeddings: `(cos, sin)`, each `[B, S, R]`.
-            visibility: which keys each query may see.
-            past_key_values: the cache, updated in place.
-            return_all: list the selection even when it is everything.
+            plan: of the forward.
 
         Returns:
-            int32 `[B, S, min(index_topk, T)]`, or None when no query can have more than `index_topk` keys: dense
-            attention is exact then.
+            int32 `[B, S, min(index_topk, T)]`, or None when no query can have more than `index_topk` keys, unless the
+            plan lists selections: dense attention is exact then.
         """
-        keys = self.append_keys(hidden_states, position_embeddings, past_key_values)
+        keys = self.append_keys(hidden_states, plan)
         if self.selects_all(keys):
-            return visibility.every_index(q_resid.shape[1], keys.shape[1], keys.shape[0]) if return_all else None
-        chosen = self.choose(q_resid, self.head_weights(hidden_states), keys, position_embeddings, visibility)
+            every_index = plan.visibility.every_index
+            return every_index(q_resid.shape[1], keys.shape[1], keys.shape[0]) if plan.lists_selection else None
+        chosen = self.choose(q_resid, self.head_weights(hidden_states), keys, plan)
         assert isinstance(chosen, torch.Tensor)
         return chosen
 
-    def append_keys(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None,
-    ) -> torch.Tensor:
+    def append_keys(self, hidden_states: torch.Tensor, plan: ForwardPlan) -> torch.Tensor:
         """Cache the new tokens' index keys; those of all slots, `[B, T, D_I]`."""
-        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
-        (k,) = linears(hidden_states, (self.wk,), allow_triton)
+        (k,) = linears(hidden_states, (self.wk,), plan.allow_triton)
         norm = self.k_norm
-        slot = None if self.config.indexer_fp8 else index_key_slot(past_key_values, self.layer_idx)
-        if type(norm) is nn.LayerNorm and not (is_wrapped(norm) or is_offloaded(norm) or is_watched(norm)):
-            turns = (*position_embeddings, self.interleaved)
-            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, allow_triton, slot)
+        slot = None if self.config.indexer_fp8 else index_key_slot(plan.cache, self.layer_idx)
+        if type(norm) is nn.LayerNorm and why_not_as_written(norm) is None:
+            turns = (*plan.angles, self.interleaved)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, plan.allow_triton, slot)
             if slot is not None:
                 return k
         else:
-            k = self._turn(norm(k), position_embeddings)
+            k = self._turn(norm(k), plan.angles)
         if self.config.indexer_fp8:
-            k = quantized_rows(k, allow_triton)
-        return append_index_keys(past_key_values, k, self.layer_idx)
+            k = quantized_rows(k, plan.allow_triton)
+        return append_index_keys(plan.cache, k, self.layer_idx)
 
     def selects_all(self, keys: torch.Tensor) -> bool:
         """Whether no query can have more than `index_topk` of `keys [B, T, D_I]`."""
@@ -110,8 +94,7 @@ class IndexCacheIndexer(nn.Module):
         q_resid: torch.Tensor,
         weights: torch.Tensor,
         keys: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        visibility: KeyVisibility,
+        plan: ForwardPlan,
         group: int = 1,
     ) -> torch.Tensor | MergedSelection:
         """The selection of queries `[B, S, q_lora_rank]` with head weights `[B, S, H]` among keys `[B, T, D_I]`.
@@ -122,7 +105,7 @@ class IndexCacheIndexer(nn.Module):
         row_bytes = batch * self.n_heads * self.head_dim * q_resid.element_size()
         step = num_queries if torch.compiler.is_compiling() else max(1, QUERY_BLOCK_BYTES // row_bytes)
         if step >= num_queries and group == 1:
-            return self._select(q_resid, weights, keys, position_embeddings, visibility)
+            return self._select(q_resid, weights, keys, plan)
         # Blocks of equal size, and of whole groups.
         blocks = -(-num_queries // step)
         step = -(-num_queries // (blocks * group * QUERY_MULTIPLE)) * group * QUERY_MULTIPLE
@@ -134,9 +117,7 @@ class IndexCacheIndexer(nn.Module):
             chosen = torch.empty(batch, num_queries, self.index_topk, dtype=torch.int32, device=device)
         for first in range(0, num_queries, step):
             rows = slice(first, first + step)
-            angles = (position_embeddings[0][:, rows], position_embeddings[1][:, rows])
-            seen = visibility.of_queries(first, first + step)
-            selected = self._select(q_resid[:, rows], weights[:, rows], keys, angles, seen)
+            selected = self._select(q_resid[:, rows], weights[:, rows], keys, plan.of_queries(first, first + step))
             if merged is not None:
                 merged.fill(first, selected, keys.shape[1])
             else:
@@ -144,20 +125,14 @@ class IndexCacheIndexer(nn.Module):
         return chosen if merged is None else merged
 
     def _select(
-        self,
-        q_resid: torch.Tensor,
-        weights: torch.Tensor,
-        keys: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        visibility: KeyVisibility,
+        self, q_resid: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, plan: ForwardPlan
     ) -> torch.Tensor:
         """The selection of some queries among `keys [B, T, D_I]`."""
-        allow_triton = self.config._attn_implementation == TRITON_ATTENTION
-        (q,) = linears(q_resid, (self.wq_b,), allow_triton)
+        (q,) = linears(q_resid, (self.wq_b,), plan.allow_triton)
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
         turned = q[..., : self.rope_dim]
-        rotate_into(turned, turned, *position_embeddings, self.interleaved, allow_triton)
-        return self.select(q, keys, weights, visibility, quantized_keys=True)
+        rotate_into(turned, turned, *plan.angles, self.interleaved, plan.allow_triton)
+        return self.select(q, keys, weights, plan.visibility, quantized_keys=True)
 
     @torch.no_grad()
     def select(
@@ -187,16 +162,13 @@ class IndexCacheIndexer(nn.Module):
         )
 
     def project(
-        self,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        self, hidden_states: torch.Tensor, q_resid: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For training: queries `[B, S, H, D]`, keys `[B, S, D]` and head weights `[B, S, H]`, differentiable."""
         batch, num_queries = hidden_states.shape[:2]
         q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
-        q = self._turn(q, position_embeddings)
-        k = self._turn(self.k_norm(self.wk(hidden_states)), position_embeddings).to(q.dtype)
+        q = self._turn(q, angles)
+        k = self._turn(self.k_norm(self.wk(hidden_states)), angles).to(q.dtype)
         weights = self.weights_proj(hidden_states.to(_dtype(self.weights_proj, hidden_states)))
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
@@ -231,8 +203,8 @@ class IndexCacheIndexer(nn.Module):
             and takes_wide_vector_linear(rows, module.weight)
         )
 
-    def _turn(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return rotate_leading(x, *position_embeddings, self.interleaved)
+    def _turn(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return rotate_leading(x, *angles, self.interleaved)
 
 
 def _dtype(module: nn.Module, like: torch.Tensor) -> torch.dtype:

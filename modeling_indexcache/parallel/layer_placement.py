@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,21 +18,6 @@ from torch import nn
 from .module_hooks import hooks_of, is_offloaded, placement_of
 
 _VISITING = "_indexcache_visiting"
-
-
-@dataclass
-class LayerRange:
-    """Layers `first` to `last` of a decoder, to be run by themselves.
-
-    Attributes:
-        position_embeddings: `(cos, sin)`, each `[B or 1, S, R]`.
-        topk_indices: the selection that the layer before them used, or None; after they ran, the last one's.
-    """
-
-    first: int
-    last: int
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    topk_indices: Any = None
 
 
 def moved_to(value: Any, device: torch.device) -> Any:

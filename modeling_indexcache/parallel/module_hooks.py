@@ -1,4 +1,4 @@
-"""Who watches, wraps or places a module: hooks, forwards of its own, accelerate. Fast paths run where nobody notices.
+"""What stands on a module: hooks, forwards of its own, accelerate's placement. `eligibility.py` asks what that means.
 
 accelerate replaces `forward` of every module of a model spread over devices. What its hook does is known: it moves
 inputs, and may fetch weights that lie elsewhere between calls. Such a module is *placed*, and no stranger.
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules import module as _modules
 from transformers.utils import output_capturing
 
+# In the package this file is in a folder of its own, beside a checkpoint all files are in one.
 _PACKAGE = __name__.removesuffix(".module_hooks").removesuffix(".parallel") + "."
 
 
@@ -55,11 +56,6 @@ def placement_of(module: nn.Module) -> Placement | None:
     return Placement(devices.pop(), any(h.offload for h in hooks), any(h.io_same_device for h in hooks))
 
 
-def is_wrapped(module: nn.Module) -> bool:
-    """Whether somebody gave `module` a forward of its own that does more than to place it."""
-    return "forward" in vars(module) and placement_of(module) is None
-
-
 def is_offloaded(module: nn.Module) -> bool:
     """Whether the module's own weights are elsewhere until it is called."""
     placement = placement_of(module)
@@ -79,22 +75,6 @@ def hooks_of(module: nn.Module) -> list[Any]:
         *_modules._global_forward_pre_hooks.values(),
         *_modules._global_forward_hooks.values(),
     ]
-
-
-def runs_as_written(module: nn.Module) -> bool:
-    """Whether a call of `module` is its class's forward alone, on weights that are there: no hook of anyone's."""
-    return not hooks_of(module) and ("forward" not in vars(module) or _stays(module))
-
-
-def _stays(module: nn.Module) -> bool:
-    placement = placement_of(module)
-    return placement is not None and not placement.offloads
-
-
-def is_watched(module: nn.Module) -> bool:
-    """Whether a module has hooks, but for the recorders that transformers leaves behind, when they record nothing."""
-    hooks = hooks_of(module)
-    return bool(hooks) and (recording() or any(map(is_foreign, hooks)))
 
 
 def is_foreign(hook: Any) -> bool:

@@ -12,8 +12,7 @@ Legend: B batch, S queries, T keys, H attention heads, K selected keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,78 +23,21 @@ from ...kernels.indexer_distillation.indexer_distillation import (
     selected_attention,
 )
 from ...kernels.sparse_mla.sparse_mla import sparse_mla
-from ..attention.attention_backends import TRITON_ATTENTION
+from ..attention.absorbed_weights import absorbed_weights
 from ..attention.key_visibility import KeyVisibility
+from ..forward_arguments import IndexerTraining
+from ..forward_plan import ForwardPlan, LayerReport
+from ..selection import IndexerTrace
 
-STAGES = ("dense", "sparse")
 # Largest block of absorbed queries, or of attention on all keys, in bytes.
 BLOCK_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class IndexerTraining:
-    """What to compute.
-
-    Args:
-        stage: `dense`: attention sees every key and the divergence is over all of them (warm-up); `sparse`: over the
-            selected keys, both distributions renormalised.
-        cross_layer: compare the layers that a full layer serves with its indexer too; without, only itself.
-        recall_queries: measure, for so many last queries, which share of attention's mass the selection holds.
-
-    Raises:
-        ValueError: unknown stage.
-    """
-
-    stage: str
-    cross_layer: bool = True
-    recall_queries: int = 0
-
-    def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise ValueError(f"indexer_training must be {' or '.join(map(repr, STAGES))} (got {self.stage!r})")
-
-    @classmethod
-    def of(cls, value: str | IndexerTraining | None, config: Any, cache: Any) -> IndexerTraining | None:
-        """What `forward` was given, a stage's name or all of it, checked against the model and its cache.
-
-        Raises:
-            ValueError: unknown stage, a model without indexers, or a cache.
-        """
-        if value is None:
-            return None
-        if config.index_topk is None:
-            raise ValueError("indexer_training needs indexers, and index_topk=None makes every layer dense")
-        if cache is not None:
-            raise ValueError("indexer_training runs whole sequences: drop past_key_values")
-        return cls(value) if isinstance(value, str) else value
-
-
-class IndexerTrace(NamedTuple):
-    """What a full layer hands to the layers that it serves, and what each layer adds.
-
-    Attributes:
-        q: the indexer's queries `[B, S, H_I, D_I]`, differentiable in the indexer's weights alone, as are
-        k: its keys `[B, T, D_I]`, and
-        weights: its head weights `[B, S, H_I]`.
-        indices: the selection, int32 `[B, S, K]`; in the dense stage of the last `recall_queries` queries, or None.
-        kl: of the layer that returned this: mean KL over real tokens, fp32 `[]`; None where none was asked for.
-        recall: of the layer that returned this: share of attention's mass, fp32 `[]`, or None.
-    """
-
-    q: torch.Tensor
-    k: torch.Tensor
-    weights: torch.Tensor
-    indices: torch.Tensor | None
-    kl: torch.Tensor | None = None
-    recall: torch.Tensor | None = None
 
 
 def trace_indexer(
     indexer: Any,
     hidden_states: torch.Tensor,
     q_resid: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    visibility: KeyVisibility,
+    plan: ForwardPlan,
     training: IndexerTraining,
 ) -> IndexerTrace:
     """Run a full layer's indexer with gradients to its weights, and select.
@@ -104,17 +46,16 @@ def trace_indexer(
         indexer: an `IndexCacheIndexer`.
         hidden_states: `[B, S, hidden_size]`, normed; detached here, as is
         q_resid: the query latent `[B, S, q_lora_rank]`.
-        position_embeddings: `(cos, sin)`, each `[B, S, R]`.
-        visibility: which keys each query may see.
+        plan: of the forward.
         training: what to compute.
     """
-    q, k, weights = indexer.project(hidden_states.detach(), q_resid.detach(), position_embeddings)
+    q, k, weights = indexer.project(hidden_states.detach(), q_resid.detach(), plan.angles)
     num_queries = q.shape[1]
     wanted = num_queries if training.stage == "sparse" else min(training.recall_queries, num_queries)
     first = num_queries - wanted
     indices = None
     if wanted:
-        seen, num_keys = visibility.of_queries(first, num_queries), k.shape[1]
+        seen, num_keys = plan.visibility.of_queries(first, num_queries), k.shape[1]
         if num_keys <= indexer.index_topk:
             indices = seen.for_keys(num_keys).every_index(wanted, num_keys, k.shape[0])
         else:
@@ -126,40 +67,36 @@ def trace_indexer(
 def compare_attention(
     attention: Any,
     trace: IndexerTrace,
-    q_nope: torch.Tensor,
-    q_rope: torch.Tensor,
+    q: tuple[torch.Tensor, torch.Tensor],
     latents: torch.Tensor,
-    visibility: KeyVisibility,
+    plan: ForwardPlan,
     training: IndexerTraining,
-    *,
-    is_full: bool,
     lse: torch.Tensor | None = None,
-) -> IndexerTrace:
-    """`trace` with the divergence of one layer's attention from the indexer that serves it.
+) -> LayerReport:
+    """The divergence of one layer's attention from the indexer that serves it.
 
     Args:
         attention: the layer's `IndexCacheAttention`.
         trace: what its full layer handed on.
-        q_nope: `[B, S, H, nope]`.
-        q_rope: `[B, S, H, R]`.
+        q: `[B, S, H, nope]` and `[B, S, H, R]`, turned.
         latents: `[B, S, C + R]`.
-        visibility: which keys each query may see.
+        plan: of the forward.
         training: what to compute.
-        is_full: whether the layer is the full one itself.
         lse: log-sum-exp of attention's scores over the selected keys, fp32 `[B, S, H]`; computed here when None.
 
     Raises:
         ValueError: where each process has some of the heads, whose mean would be none of all.
     """
+    q_nope, q_rope = q
     batch, num_queries, heads, _ = q_nope.shape
     if heads != attention.config.num_attention_heads:
         raise ValueError(
             f"indexer_training compares with the mean over {attention.config.num_attention_heads} heads, and tensor "
             f"parallelism left {heads} of them here: train with FSDP2 or DDP instead"
         )
-    learns = training.cross_layer or is_full
+    learns = training.cross_layer or plan.is_full(attention.layer_idx)
     step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
-    visibility, latents = visibility.for_keys(latents.shape[1]), latents.detach()
+    visibility, latents = plan.visibility.for_keys(latents.shape[1]), latents.detach()
     parts, recall = [], None
     # What the ops compute in fp32 stays fp32 under autocast.
     with torch.autocast(latents.device.type, enabled=False):
@@ -167,21 +104,21 @@ def compare_attention(
             rows = slice(first, min(first + step, num_queries))
             queries = _absorb(attention, q_nope[:, rows], q_rope[:, rows])
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                parts.append(_token_kl(attention, trace, queries, latents, visibility, training, rows, lse))
+                kl = _token_kl(attention, trace, queries, latents, visibility, training.stage, rows, lse, plan)
+                parts.append(kl)
         if training.recall_queries:
             first = max(0, num_queries - training.recall_queries)
             queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
             assert trace.indices is not None
-            recall = _selected_mass(
-                attention, queries, latents, trace.indices, visibility.of_queries(first, num_queries)
-            )
-    return trace._replace(kl=_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall=recall)
+            seen = visibility.of_queries(first, num_queries)
+            recall = _selected_mass(attention.scaling, queries, latents, trace.indices, seen, plan.allow_triton)
+    return LayerReport(_mean_over_tokens(torch.cat(parts, dim=1), visibility), recall)
 
 
 @torch.no_grad()
 def _absorb(attention: Any, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
     """Queries in the latent space, `[B, S, H, C + R]`."""
-    to_latent, _ = attention._absorbed_weights(q_nope)
+    to_latent, _ = absorbed_weights(attention, q_nope)
     return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
 
 
@@ -191,14 +128,15 @@ def _token_kl(
     queries: torch.Tensor,
     latents: torch.Tensor,
     visibility: KeyVisibility,
-    training: IndexerTraining,
+    stage: str,
     rows: slice,
     lse: torch.Tensor | None,
+    plan: ForwardPlan,
 ) -> torch.Tensor:
     """fp32 `[B, rows]`: KL of the head-averaged attention of some queries to the indexer's softmax."""
-    allow_triton = attention.config._attn_implementation == TRITON_ATTENTION
+    allow_triton = plan.allow_triton
     index_q, index_weights = trace.q[:, rows], trace.weights[:, rows]
-    if training.stage == "dense":
+    if stage == "dense":
         seen = visibility.of_queries(rows.start, rows.stop)
         return dense_indexer_kl(
             index_q,
@@ -243,20 +181,18 @@ def _mean_over_tokens(kl: torch.Tensor, visibility: KeyVisibility) -> torch.Tens
 
 @torch.no_grad()
 def _selected_mass(
-    attention: Any,
+    scale: float,
     queries: torch.Tensor,
     latents: torch.Tensor,
     indices: torch.Tensor,
     visibility: KeyVisibility,
+    allow_triton: bool,
 ) -> torch.Tensor:
     """The share of attention's mass on all visible keys that falls on the selected ones, `[]`.
 
     `queries [B, Q, H, C + R]` are the last of the sequence, and `indices [B, >= Q, K]` end with theirs.
     """
-    options: dict[str, Any] = {
-        "scale": attention.scaling,
-        "allow_triton": attention.config._attn_implementation == TRITON_ATTENTION,
-    }
+    options: dict[str, Any] = {"scale": scale, "allow_triton": allow_triton}
     lse = attention_lse(
         queries,
         latents,
@@ -271,14 +207,11 @@ def _selected_mass(
     return (mass * real).sum() / real.sum().clamp(min=1)
 
 
-def training_outputs(traces: list[IndexerTrace]) -> dict[str, Any]:
+def training_outputs(reports: list[LayerReport]) -> dict[str, Any]:
     """What the layers measured, for the model's output: `indexer_kl [layers]`, and `attention_recall [layers]`."""
-    if not traces:
-        return {}
-    found = {"indexer_kl": [trace.kl for trace in traces], "attention_recall": [trace.recall for trace in traces]}
-    # Layers may stand on several devices.
-    return {
-        name: torch.stack([value.to(values[0].device) for value in values if value is not None])
-        for name, values in found.items()
-        if values[0] is not None
-    }
+    outputs = {}
+    for name, values in zip(("indexer_kl", "attention_recall"), zip(*reports)):
+        if values[0] is not None:
+            # Layers may stand on several devices.
+            outputs[name] = torch.stack([value.to(values[0].device) for value in values])
+    return outputs

@@ -15,7 +15,7 @@ import torch
 
 from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ...runs.journal import Journal
+from ...runs.journal import ScoreJournal
 from ...runs.processes import Processes
 from ...runs.windows.windows import Windows
 from .far_context import far_context_weights
@@ -117,7 +117,7 @@ class Evaluator:
         round_size: int | None = None,
         cache: PrefixCache | None = None,
         reference_bytes: int = 2**30,
-        journal: Journal | None = None,
+        journal: ScoreJournal | None = None,
         processes: Processes | None = None,
         on_evaluation: Callable[[int], None] = lambda layer_forwards: None,
     ) -> None:
@@ -128,7 +128,7 @@ class Evaluator:
         self.name, self.windows, self.objective = name, windows, objective
         self.reference = model.config.share_pattern
         self.batches = [windows.select(slice(i, i + batch_size)) for i in range(0, len(windows), batch_size)]
-        self.journal = journal or Journal(None, {})
+        self.journal = journal or ScoreJournal(None, {})
         self.processes = processes or Processes()
         self.engine = LayerEngine(
             model,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
-from ...configuration.share_pattern import FULL, SHARED
-from ...modeling_indexcache.attention.key_visibility import KeyVisibility
+from ...configuration.share_pattern import SHARED
+from ...modeling_indexcache.forward_plan import ForwardPlan
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ...modeling_indexcache.selection import Selection
 from .prefix_cache import LayerState, PrefixCache
 
 
@@ -105,20 +107,11 @@ class LayerEngine:
 
     def _run(self, state: LayerState, letters: str, first: int) -> Iterator[LayerState]:
         """The states behind layers `first` and up."""
-        decoder, device = self.model.model, state.hidden.device
-        num_tokens = state.hidden.shape[1]
-        visibility = KeyVisibility.of(None, None, num_tokens, device)
-        position_embeddings = decoder.rotary_emb(state.hidden, torch.arange(num_tokens, device=device).unsqueeze(0))
+        decoder, selection = self.model.model, Selection(state.topk_indices)
+        plan = replace(ForwardPlan.of(decoder, state.hidden, keeps_states=True), letters=letters)
         for layer in range(first, self.num_layers):
-            hidden, topk_indices = decoder.layers[layer](
-                state.hidden,
-                position_embeddings=position_embeddings,
-                visibility=visibility,
-                past_key_values=None,
-                topk_indices=state.topk_indices,
-                run_indexer=letters[layer] == FULL,
-            )
-            state = LayerState(hidden, topk_indices)
+            hidden, selection, _ = plan.run(decoder, state.hidden, selection, layer, layer + 1)
+            state = LayerState(hidden, None if selection.listed is None else selection.indices())
             yield state
 
     @property

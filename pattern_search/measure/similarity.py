@@ -6,6 +6,7 @@ the sum of that, by dynamic programming. Local likeness does not see how a few m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...configuration.share_pattern import FULL, SHARED
+from ...modeling_indexcache.selection import Selection
 from .evaluator import Evaluator
 from .layer_engine import LayerEngine
 
@@ -44,17 +46,17 @@ def output_similarity(evaluator: Evaluator) -> torch.Tensor:
 @torch.inference_mode()
 def _of_batch(engine: LayerEngine, batch: int) -> torch.Tensor:
     similarity = torch.eye(engine.num_layers, dtype=torch.float64)
-    selections: list[torch.Tensor | None] = []
+    selections: list[Selection] = []
 
     def compare(attention: Any, args: tuple, kwargs: dict[str, Any], output: tuple) -> None:
         for source, selection in enumerate(selections):
-            others: dict[str, Any] = {**kwargs, "topk_indices": selection, "run_indexer": False}
-            other = attention.forward(*args, **others)[0]
+            shared = replace(kwargs["plan"], letters=SHARED * engine.num_layers)
+            other = attention.forward(*args, selection=selection, plan=shared)[0]
             alike = F.cosine_similarity(output[0].float(), other.float(), dim=-1).double().mean()
             similarity[attention.layer_idx, source] = float(alike)
         selections.append(output[2])
 
-    attentions: list[nn.Module] = [layer.self_attn for layer in engine.model.model.layers]  # type: ignore[misc]
+    attentions: list[nn.Module] = [layer.self_attn for layer in engine.model.model.layers]
     hooks = [attention.register_forward_hook(compare, with_kwargs=True) for attention in attentions]
     try:
         engine.last_hidden_of(engine.batches[batch])

@@ -48,7 +48,7 @@ def draw_loss_by_position(document: dict[str, Any], labels: list[str], path: Pat
         points = [(part["until"], part["loss"]) for part in entry["by_position"]]
         axis.plot(*zip(*points), label=labels[entry["model"]], **_line(number))
     axis.set_xlabel("tokens into the window (end of each part)")
-    axis.set_ylabel("loss (nats a token)")
+    axis.set_ylabel("loss (nats per token)")
     _legend(axis, len(document["perplexity"]))
     plain(axis)
     save(figure, path)

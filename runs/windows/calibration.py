@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..errors import RunError
 from .tokenizer import Tokenizer
 from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from .windows import Windows
-from ...pattern_search.errors import PatternSearchError
 
 # Below so many times top-k tokens a window, selection is nearly everything and patterns score alike.
 SHORT_WINDOW = 4
@@ -29,8 +29,7 @@ def load_windows(
         held_out: data for the held-out windows; by default a fourth as many as for calibration are split off.
 
     Raises:
-        EvaluationError: unreadable or empty data, data shorter than one window.
-        PatternSearchError: data shorter than two windows, tokens outside the vocabulary.
+        RunError: unreadable or empty data, data shorter than two windows, tokens outside the vocabulary.
     """
     seqlen = sampling.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     samples = sampling.nsamples or DEFAULT_SAMPLES
@@ -40,7 +39,7 @@ def load_windows(
         checks = read_windows(held_out, tokenizer, replace(sampling, nsamples=None), kept.seqlen, 4 * samples)
     else:
         if len(kept) < 2:
-            raise PatternSearchError(
+            raise RunError(
                 f"{data} gives one window of {kept.seqlen + 1:,} tokens, and a second is needed for held-out "
                 "checks: give more data, --held-out, or a shorter --seqlen"
             )
@@ -49,13 +48,13 @@ def load_windows(
         kept, checks = kept.select(slice(0, len(kept) - spare)), kept.select(slice(len(kept) - spare, len(kept)))
     both = {row.numpy().tobytes() for row in kept.ids} & {row.numpy().tobytes() for row in checks.ids}
     if both:
-        raise PatternSearchError(
+        raise RunError(
             f"{len(both)} held-out windows are calibration windows too: give --held-out other data than --data"
         )
     for part in (kept, checks):
         low, high = int(part.ids.min()), int(part.ids.max())
         if low < 0 or high >= config.vocab_size:
-            raise PatternSearchError(
+            raise RunError(
                 f"{part.origin} holds tokens {low} .. {high}, the model knows 0 .. {config.vocab_size - 1}: the "
                 "windows were made with another tokenizer"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import EvaluationError
+from ..errors import RunError
 from .tokenizer import Tokenizer
 
 DEFAULT_FIELD, CHAT_FIELD = "text", "messages"
@@ -71,7 +71,7 @@ class TextFile:
         """See `Document`.
 
         Raises:
-            EvaluationError: the file cannot be read, is empty, or is no UTF-8 text.
+            RunError: the file cannot be read, is empty, or is no UTF-8 text.
         """
         try:
             with self.path.open("rb") as file:
@@ -89,9 +89,9 @@ class TextFile:
                     found = found or bool(text.strip())
                     yield text.replace("\r\n", "\n").replace("\r", "\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"{self.path} is no readable UTF-8 text: {error}") from error
+            raise RunError(f"{self.path} is no readable UTF-8 text: {error}") from error
         if not found:
-            raise EvaluationError(f"{self.path} is empty")
+            raise RunError(f"{self.path} is empty")
 
 
 def documents_of(
@@ -103,17 +103,17 @@ def documents_of(
         data: a path, or a dataset's name (`org/name` or `org/name:config`).
         tokenizer: that will read them; its chat template makes text of records of chat messages.
         split: of a dataset.
-        field: of records: a text, or a list of chat messages. Records without the default `text` may have `messages`
-            instead; a null is no text and is left out.
+        field: of records. The default `text` holds a text, and records without it may have chat messages in
+            `messages`; any other field holds either. A null is no text and is left out.
 
     Raises:
-        EvaluationError: at once for what is no text, or when no tokenizer can read it; later for what is damaged.
+        RunError: at once for what is no text, or when no tokenizer can read it; later for what is damaged.
     """
     path = Path(data)
+    if not data.strip():
+        raise RunError(f"{data!r} names no data: give a text file, .jsonl, .safetensors or a dataset's name")
     if tokenizer is None:
-        raise EvaluationError(
-            f"{data} is text, and the source has no tokenizer that can be loaded: give windows in .safetensors"
-        )
+        raise RunError(f"{data} is text, and the source has no tokenizer: give windows in .safetensors")
     if path.is_dir():
         return _texts(_folder(path, split), field, tokenizer)
     if path.is_file() and path.suffix in _JSONL:
@@ -126,7 +126,7 @@ def documents_of(
     name, _, config = data.partition(":")
     if data.count("/") <= 1 and not path.suffix:
         return _texts(_dataset(name, name, split, name=config or None), field, tokenizer)
-    raise EvaluationError(f"{data} is no file here and no dataset's name: check the path")
+    raise RunError(f"{data} is no file here and no dataset's name: check the path")
 
 
 # ---- parts --------------------------------------------------------------------------------------------------------
@@ -141,12 +141,15 @@ def _spans(
     last = len(numbers) - 1
     if order is not None:
         order.shuffle(numbers)
-    begin = lambda number: number * size + look(number * size) if number else 0
+
+    def begin(number: int) -> int:
+        return number * size + look(number * size) if number else 0
+
     for number in numbers:
         yield begin(number), length if number == last else begin(number + 1)
 
 
-def _cut(behind: Any, cuts: list[re.Pattern]) -> int:
+def _cut(behind: Any, cuts: list[re.Pattern[Any]]) -> int:
     """How far into what follows a position the text is cut."""
     found = next(filter(None, (cut.search(behind) for cut in cuts)), None)
     return found.start(1) if found else 0
@@ -167,11 +170,11 @@ def _texts(records: Iterator[tuple[str, Any]], field: str, tokenizer: Tokenizer)
 
 def _text_of(record: Any, field: str, tokenizer: Tokenizer, where: str) -> str | None:
     if not isinstance(record, dict):
-        raise EvaluationError(f"{where}: a JSON object belongs there, with a field {field!r} (got {_kind(record)})")
+        raise RunError(f"{where}: a JSON object belongs there, with a field {field!r} (got {_kind(record)})")
     if field not in record and field == DEFAULT_FIELD and CHAT_FIELD in record:
         field = CHAT_FIELD
     if field not in record:
-        raise EvaluationError(
+        raise RunError(
             f"{where}: the record has no field {field!r} (it has {', '.join(map(str, record)) or 'none'}): choose "
             "with --text-field"
         )
@@ -179,30 +182,36 @@ def _text_of(record: Any, field: str, tokenizer: Tokenizer, where: str) -> str |
     if value is None:
         return None
     if isinstance(value, list) and value and all(isinstance(part, dict) and "role" in part for part in value):
+        if field == DEFAULT_FIELD:
+            raise RunError(
+                f"{where}: field {field!r} holds chat messages where a text belongs: call it {CHAT_FIELD!r}, or give "
+                "it another name and that to --text-field"
+            )
         value = _chat_text(value, tokenizer, where)
     if not isinstance(value, str):
-        raise EvaluationError(
-            f"{where}: field {field!r} holds {_kind(value)} where a text or a list of chat messages (role, content) "
-            "belongs: choose with --text-field"
+        raise RunError(
+            f"{where}: field {field!r} holds {_kind(value)} where a text"
+            f"{'' if field == DEFAULT_FIELD else ' or a list of chat messages (role, content)'} belongs: choose with "
+            "--text-field"
         )
     if lone := _SURROGATE.search(value):
-        raise EvaluationError(
+        raise RunError(
             f"{where}: the text holds {lone[0]!r} at character {lone.start()}, half of a surrogate pair, which is no "
-            "character: mend what wrote it"
+            "character: fix what wrote it"
         )
     return value
 
 
 def _chat_text(messages: list[Any], tokenizer: Any, where: str) -> Any:
     if not getattr(tokenizer, "chat_template", None):
-        raise EvaluationError(
+        raise RunError(
             f"{where} holds chat messages, and the source's tokenizer has no chat template: give records with a text "
             "(--text-field)"
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # a template raises what it likes
-        raise EvaluationError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
+        raise RunError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
 
 
 def _kind(value: Any) -> str:
@@ -224,15 +233,15 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     record = json.loads(line.decode("utf-8"))
                 except (ValueError, RecursionError) as error:
-                    raise EvaluationError(f"{where}: no JSON ({error}): mend the line") from error
+                    raise RunError(f"{where}: no JSON ({error}): fix the line") from error
                 # A line of gigabytes is held once, as the record.
                 line = b""
                 yield where, record
                 record = None
     except OSError as error:
-        raise EvaluationError(f"{path} cannot be read: {error}") from error
+        raise RunError(f"{path} cannot be read: {error}") from error
     if not records:
-        raise EvaluationError(f"{path} is empty")
+        raise RunError(f"{path} is empty")
 
 
 def _folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
@@ -245,7 +254,7 @@ def _folder(path: Path, split: str) -> Iterator[tuple[str, Any]]:
         found = datasets.load_from_disk(str(path))
         if isinstance(found, dict):
             if split not in found:
-                raise EvaluationError(f"{path} has no split {split!r} (it has {', '.join(found)}): --data-split")
+                raise RunError(f"{path} has no split {split!r} (it has {', '.join(found)}): --data-split")
             found = found[split]
         yield from found
 
@@ -264,7 +273,7 @@ def _datasets(what: str) -> Any:
     except ImportError as error:
         is_here = Path(what).exists()
         needed = f"reading {what}" if is_here else f"{what} is no file here; taking it as a dataset's name"
-        raise EvaluationError(f"{needed} needs datasets ({error}): pip install datasets") from error
+        raise RunError(f"{needed} needs datasets ({error}): pip install datasets") from error
     return datasets
 
 
@@ -272,8 +281,8 @@ def _guarded(what: str, load: Callable[[], Iterable[Any]]) -> Iterator[tuple[str
     try:
         for number, record in enumerate(load(), start=1):
             yield f"{what}, record {number}", record
-    except EvaluationError:
+    except RunError:
         raise
     except Exception as error:  # what datasets raises depends on the format and the connection
         known = "cannot be read" if Path(what).exists() else "is no file here, and no dataset that can be read"
-        raise EvaluationError(f"{what} {known}: {error}") from error
+        raise RunError(f"{what} {known}: {error}") from error

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..errors import EvaluationError
+from ..errors import RunError
 from .text_sources import DEFAULT_FIELD, Document, documents_of
 from .tokenizer import Tokenizer
 from .windows import INTEGERS, Windows
@@ -55,7 +55,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value in (("seqlen", self.seqlen), ("nsamples", self.nsamples)):
             if value is not None and value < 1:
-                raise EvaluationError(f"--{name} must be at least 1 (got {value})")
+                raise RunError(f"--{name} must be at least 1 (got {value})")
 
 
 def default_seqlen(max_position_embeddings: int, topk: int | None) -> int:
@@ -67,7 +67,7 @@ def read_windows(data: str, tokenizer: Tokenizer | None, sampling: Sampling, seq
     """`count` windows of one source of data, chosen at random; all windows of a file unless `nsamples` is given.
 
     Raises:
-        EvaluationError: unreadable or empty data, or data shorter than one window.
+        RunError: unreadable or empty data, or data shorter than one window.
     """
     if named := windows_named(data):
         return windows_of_file(*named, sampling, count if sampling.nsamples else None)
@@ -94,7 +94,7 @@ def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise EvaluationError(f"{path} does not exist, or is no file: check the path")
+        raise RunError(f"{path} does not exist, or is no file: check the path")
     try:
         with safe_open(path, "pt") as tensors:
             key, name = _chosen_key(path, name, list(tensors.keys()))
@@ -102,13 +102,13 @@ def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None
             ids = tensors.get_tensor(key)
             recall = tensors.get_tensor(recall_key) if recall_key in tensors.keys() else None  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise EvaluationError(f"{path} is no readable safetensors file: {error}") from error
+        raise RunError(f"{path} is no readable safetensors file: {error}") from error
     if recall is not None and (recall.is_floating_point() or recall.is_complex()):
-        raise EvaluationError(f"{path}: {recall_key} must be booleans or integers (got {recall.dtype})")
+        raise RunError(f"{path}: {recall_key} must be booleans or integers (got {recall.dtype})")
     ids = ids.long() if ids.dtype in INTEGERS else ids
     windows = Windows(ids, None if recall is None else recall.bool(), f"{path.name}:{name}" if name else path.name)
     if sampling.seqlen is not None and sampling.seqlen > windows.seqlen:
-        raise EvaluationError(
+        raise RunError(
             f"{path}:{name} holds windows of {windows.seqlen:,} tokens, shorter than --seqlen {sampling.seqlen:,}"
         )
     if sampling.seqlen is not None:
@@ -126,13 +126,11 @@ def _chosen_key(path: Path, name: str, keys: list[str]) -> tuple[str, str]:
     """The tensor of token ids that `name` chooses among a file's, and its name."""
     named = {key.removesuffix("ids").removesuffix("_"): key for key in keys if key == "ids" or key.endswith("_ids")}
     if not named:
-        raise EvaluationError(f"{path} holds no NAME_ids tensor (it has {', '.join(keys) or 'none'})")
+        raise RunError(f"{path} holds no NAME_ids tensor (it has {', '.join(keys) or 'none'})")
     if not name and name not in named:
         name = next(iter(named)) if len(named) == 1 else "calibration"
     if name not in named:
-        raise EvaluationError(
-            f"{path} holds no {name}_ids (it has {', '.join(named.values())}): choose with {path}:NAME"
-        )
+        raise RunError(f"{path} holds no {name}_ids (it has {', '.join(named.values())}): choose with {path}:NAME")
     return named[name], name
 
 
@@ -141,7 +139,7 @@ def _windows_of(
 ) -> Windows:
     """`count` windows, or as many as there are: from single long documents while they last, else from packed ones."""
     size = seqlen + 1
-    long: list[array] = []
+    long: list[array[int]] = []
     packed = array("i")
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     total = 0
@@ -162,7 +160,7 @@ def _windows_of(
         rest = [packed[first : first + size] for first in range(0, len(packed) - size + 1, size)]
         chosen += random_.sample(rest, min(count - len(chosen), len(rest)))
     if not chosen:
-        raise EvaluationError(
+        raise RunError(
             f"{data} gives {total:,} tokens, less than one window of {size:,} (--seqlen {seqlen:,} and the token "
             "after it): give more text or a shorter --seqlen"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import EvaluationError
+from ..errors import RunError
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -29,12 +29,12 @@ class Windows:
     def __post_init__(self) -> None:
         integers = self.ids.dtype in INTEGERS
         if self.ids.dim() != 2 or self.ids.shape[0] < 1 or self.ids.shape[1] < 2 or not integers:
-            raise EvaluationError(
+            raise RunError(
                 f"{self.origin or 'windows'}: ids must be integers of shape [windows, tokens + 1] with at least one "
                 f"window of two tokens (got {self.ids.dtype} {tuple(self.ids.shape)})"
             )
         if self.recall is not None and self.recall.shape != self.ids.shape:
-            raise EvaluationError(
+            raise RunError(
                 f"{self.origin or 'windows'}: the recall mask must have the shape of ids, {tuple(self.ids.shape)} "
                 f"(got {tuple(self.recall.shape)})"
             )

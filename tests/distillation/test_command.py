@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from indexcache.cli import app
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
-SHORT = ("--keep", "1/3", "--seqlen", "96", "--dense-steps", "2", "--sparse-steps", "2", "--log-every", "1")
+SHORT = ("--keep", "1/3", "--seqlen", "96", "--dense-steps", "2", "--sparse-steps", "2", "--logging-steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_search_result_and_a_terminal_are_served(data, tmp_path):
         (("--keep", "1/3", "--index-topk", "9"), 2, "for dense sources"),
         (("--keep", "1/3", "--private"), 2, "--private belongs to"),
         (("--keep", "1/3", "--learning-rate", "-1"), 2, "--learning-rate must be positive"),
-        (("--keep", "1/3", "--learning-rate", "inf"), 2, "inf is no finite number"),
+        (("--keep", "1/3", "--learning-rate", "inf"), 2, "inf is not a finite number"),
         (("--keep", "1/3", "--kl-weight", "0"), 2, "leaves the warm-up nothing to learn from"),
         (("--keep", "1/3", "--seed", "4294967296"), 2, "--seed must lie in 0 .. 4294967295"),
         (("--keep", "1/3", "--seqlen", "100000"), 2, "less than one window"),

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from indexcache.distillation.data import IGNORED, load_training_data, pack_documents
-from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.recipe import Recipe
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.windows.text_sources import TextInMemory
 from indexcache.runs.windows.window_sources import Sampling
 
@@ -77,25 +76,25 @@ def test_jsonl_and_windows_are_read(tmp_path):
 def test_bad_data_is_refused_with_what_and_why(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc")
-    with pytest.raises(DistillationError, match="4 tokens, less than one window of 5"):
+    with pytest.raises(RunError, match="4 tokens, less than one window of 5"):
         load(text)
     text.write_text("abcdefghijklmnopqrstuvwxyz" * 4)
-    with pytest.raises(DistillationError, match="fewer than the 40 of one micro-batch"):
+    with pytest.raises(RunError, match="fewer than the 40 of one micro-batch"):
         load(text, batch_size=40)
-    with pytest.raises(EvaluationError, match="no tokenizer"):
+    with pytest.raises(RunError, match="no tokenizer"):
         load_training_data(str(text), None, Config, None, recipe(), Sampling())
-    with pytest.raises(DistillationError, match="held-out windows are trained on too"):
+    with pytest.raises(RunError, match="held-out windows are trained on too"):
         load(text, held_out=text)
     save_file({"train_ids": torch.full((6, 9), 99)}, tmp_path / "w.safetensors")
-    with pytest.raises(DistillationError, match=r"tokens 99 \.\. 99, the model knows 0 \.\. 26"):
+    with pytest.raises(RunError, match=r"tokens 99 \.\. 99, the model knows 0 \.\. 26"):
         load(tmp_path / "w.safetensors")
     # A cast to 32 bits would make token 3 of the last one.
     save_file({"train_ids": torch.tensor([[1, 2, 3, 4, 2**32 + 3]]).repeat(6, 1)}, tmp_path / "w.safetensors")
-    with pytest.raises(DistillationError, match=r"tokens 1 \.\. 4294967299, the model knows 0 \.\. 26"):
+    with pytest.raises(RunError, match=r"tokens 1 \.\. 4294967299, the model knows 0 \.\. 26"):
         load(tmp_path / "w.safetensors")
-    with pytest.raises(DistillationError, match="does not say where documents begin"):
+    with pytest.raises(RunError, match="does not say where documents begin"):
         load(tmp_path / "w.safetensors", isolate_documents=True)
-    with pytest.raises(EvaluationError, match="no file here"):
+    with pytest.raises(RunError, match="no file here"):
         load(tmp_path / "absent.txt")
 
 
@@ -113,11 +112,11 @@ def test_bad_data_is_refused_with_what_and_why(tmp_path):
         ({"weight_decay": float("inf")}, "--weight-decay must be finite"),
         ({"adam_beta2": 1.0}, "adam_beta2 must lie in 0 .. 1"),
         ({"seed": -1}, "--seed must lie in 0 .."),
-        ({"rise": float("nan")}, "--rise must lie in 0 .. 1"),
-        ({"rise": 1.5}, "--rise must lie in 0 .. 1"),
-        ({"schedule": "wsd"}, "--schedule must be one of"),
+        ({"rise": float("nan")}, "--warmup-ratio must lie in 0 .. 1"),
+        ({"rise": 1.5}, "--warmup-ratio must lie in 0 .. 1"),
+        ({"schedule": "wsd"}, "--lr-scheduler-type must be one of"),
     ],
 )
 def test_impossible_recipes_are_refused(changes, message):
-    with pytest.raises(DistillationError, match=message):
+    with pytest.raises(RunError, match=message):
         recipe(**changes)

@@ -3,19 +3,23 @@
 import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from testing import small_run
 from testing.small_run import run, run_processes, write_source
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.check.verify import verify
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_complete
-from indexcache.distillation.errors import DistillationDiverged, DistillationError
+from indexcache.distillation.errors import DistillationDiverged
+from indexcache.runs.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +93,7 @@ def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     output = folder / "killed"
     assert run_processes(folder, output, kill_at=3, check=False).returncode == -signal.SIGKILL
     assert (output / "training/dense/checkpoint-2").exists() and not (output / "config.json").exists()
-    with pytest.raises(ConversionError, match="interrupted run: finish it with --resume"):
+    with pytest.raises(ConversionError, match="interrupted distillation: finish it with --resume"):
         run(folder, output)
     with pytest.raises(ConversionError, match="another conversion that was interrupted"):
         run(folder, output, resume=True, learning_rate=2e-3)
@@ -169,7 +173,7 @@ def test_outputs_that_are_taken_and_stages_that_lack_are_refused(finished, folde
 
 def test_a_missing_package_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(DistillationError, match=r"indexcache\[train\]"):
+    with pytest.raises(RunError, match=r"indexcache\[train\]"):
         run(folder, tmp_path / "out")
 
 
@@ -180,8 +184,40 @@ def test_no_memory_names_the_knobs(folder, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(DistillationTrainer, "train", out_of_memory)
-    with pytest.raises(DistillationError, match=r"--batch-size 2 with --accumulation 4.*--seqlen below 40.*FSDP"):
+    with pytest.raises(
+        RunError, match=r"--batch-size 2 with --gradient-accumulation-steps 4.*--seqlen below 40.*FSDP"
+    ):
         run(folder, tmp_path / "out", batch_size=4)
+
+
+@pytest.mark.parametrize("bytes_", [2_000, 250_000])
+def test_a_limit_of_a_file_s_size_is_a_message_and_what_is_there_goes_on(finished, folder, tmp_path, bytes_):
+    """As a full disk or a quota: the weights' writers report it in words of their own."""
+    _, undisturbed = finished
+    output = tmp_path / "out"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(small_run.__file__).parent)!r})\n"
+        "import small_run, typer\n"
+        "from indexcache.cli import _errors_as_messages\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_}, {bytes_}))\n"
+        "try:\n"
+        "    with _errors_as_messages():\n"
+        "        small_run.run(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except typer.Exit as left:\n"
+        "    sys.exit(left.exit_code)\n"
+    )
+    stopped = run_processes(folder, output, script=script, check=False)
+    assert stopped.returncode == 1 and "Traceback" not in stopped.stdout + stopped.stderr, stopped.stderr
+    told = " ".join(stopped.stderr.split())
+    assert f"error: {output}" in told and ("File too large" in told or "cannot be written" in told), told
+    assert not (output / "config.json").exists()
+    run(folder, output, resume=(output / ".indexcache_convert.json").exists())
+    assert {name: value.tolist() for name, value in weights(output).items()} == {
+        name: value.tolist() for name, value in weights(undisturbed).items()
+    }
 
 
 def test_adapters_train_all_but_the_base_weights_and_are_merged(finished, folder, tmp_path):

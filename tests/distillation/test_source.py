@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from testing.tiny_models import SIZES, tiny_model
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from indexcache.conversion.io.checkpoint import ConversionError
-from indexcache.distillation.errors import DistillationError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.distillation.source import IndexerShape, open_distillation_source
+from indexcache.runs.errors import RunError
 
 DENSE = {
     "glm4_moe_lite": (Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM, "glm_moe_dsa", True),
@@ -81,9 +81,9 @@ def test_lost_indexers_are_made_anew_and_other_lost_weights_refused(tmp_path):
 
 def test_unfit_sources_are_refused(tmp_path):
     dense(tmp_path, "glm4_moe_lite")
-    with pytest.raises(DistillationError, match="give --pattern"):
+    with pytest.raises(RunError, match="give --pattern"):
         open_distillation_source(str(tmp_path))
-    with pytest.raises(DistillationError, match="must start with 'F'"):
+    with pytest.raises(RunError, match="must start with 'F'"):
         open_distillation_source(str(tmp_path), pattern="SFFF")
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
@@ -94,8 +94,8 @@ def test_unfit_sources_are_refused(tmp_path):
         with pytest.raises(ConversionError, match=message):
             open_distillation_source(str(tmp_path), pattern="FSFS")
     (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(DistillationError, match="--dtype bfloat16"):
+    with pytest.raises(RunError, match="--dtype bfloat16"):
         open_distillation_source(str(tmp_path), pattern="FSFS")
     tiny_model(index_share_pattern="FFFF").save_pretrained(tmp_path / "dsa")
-    with pytest.raises(DistillationError, match="for dense sources"):
+    with pytest.raises(RunError, match="for dense sources"):
         open_distillation_source(str(tmp_path / "dsa"), pattern="FSFS", indexer=SHAPE)

@@ -1,5 +1,9 @@
 """Losses on windows equal the plain definition, whatever the batch and block sizes."""
 
+import copy
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
@@ -30,6 +34,22 @@ def model():
         initializer_range=0.5,
     )
     return DeepseekV32ForCausalLM(config)
+
+
+def test_a_loss_beyond_fp64_s_exponent_is_an_infinite_perplexity():
+    scores = perplexity.WindowScores(709.0, 709.0, None, None, 1, 0)
+    assert scores.perplexity < math.inf and replace(scores, loss=710.0).perplexity == math.inf
+
+
+def test_the_weight_that_stands_out_is_named(model):
+    assert perplexity.largest_weight(model).startswith("its largest weight, in ")
+    spoilt = copy.deepcopy(model)
+    with torch.no_grad():
+        spoilt.model.layers[1].mlp.up_proj.weight[0, 0] = 1e30
+        name = "model.layers.1.mlp.up_proj.weight"
+        assert perplexity.largest_weight(spoilt) == f"its largest weight, in {name}, is 1e+30"
+        spoilt.model.norm.weight[0] = math.nan
+    assert perplexity.largest_weight(spoilt) == "model.norm.weight holds values that are not finite"
 
 
 @pytest.fixture

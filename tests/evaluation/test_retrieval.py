@@ -5,7 +5,7 @@ import torch
 from testing.tiny_models import tiny_model
 
 from indexcache.evaluation.retrieval import Prompt, PromptMaker, recalled
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 
 
 class Characters:
@@ -67,11 +67,11 @@ def test_one_depth_is_the_middle():
 
 
 def test_prompts_that_cannot_be_are_refused():
-    with pytest.raises(EvaluationError, match=r"give a --length at least \d+ tokens longer, or fewer --depths"):
+    with pytest.raises(RunError, match=r"give a --length at least \d+ tokens longer, or fewer --depths"):
         PromptMaker(Characters()).make(150, 0)
-    with pytest.raises(EvaluationError, match="prompts are records or passkey"):
+    with pytest.raises(RunError, match="prompts are records or passkey"):
         PromptMaker(Characters(), "needles")
-    with pytest.raises(EvaluationError, match="--depths must be at least 1"):
+    with pytest.raises(RunError, match="--depths must be at least 1"):
         PromptMaker(Characters(), depths=0)
 
 

@@ -12,12 +12,11 @@ from typer.testing import CliRunner
 
 from indexcache import IndexCacheForCausalLM
 from indexcache.cli import app
-from indexcache.conversion.io.checkpoint import ConversionError
 from indexcache.conversion.io.load_source import load_source, refuse_filled_weights
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
-from indexcache.distillation.errors import DistillationError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.distillation.source import load_with_new_indexers
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.loading import Placement
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
@@ -99,15 +98,34 @@ def test_what_transformers_would_fill_in_is_refused_behind_it_too(source):
         load_source(opened)
 
 
-@pytest.mark.parametrize("file", [INDEX, "generation_config.json"])
-def test_what_transformers_stumbles_over_is_a_message(source, file):
-    if file == INDEX:
-        index = json.loads((source / file).read_text())
-        (source / file).write_text(json.dumps({"weight_map": index["weight_map"]}))
-    else:
-        (source / file).write_text("null")
+def test_what_transformers_stumbles_over_is_a_message(source):
+    index = json.loads((source / INDEX).read_text())
+    (source / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
     with pytest.raises(ConversionError, match=r"cannot be loaded(.|\n)*generation_config\.json"):
         load_source(source)
+
+
+@pytest.mark.parametrize("text", ["null", '{"eos_token_id": ' + "[" * 100_000 + "]" * 100_000 + "}", "{"])
+def test_generation_settings_that_are_none_are_refused_before_the_weights(source, text):
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(ConversionError, match=r"generation_config\.json (is not valid JSON|holds a NoneType)"):
+        load_source(source)
+
+
+@pytest.mark.parametrize("value", [3e38, float("nan")])
+def test_damage_that_only_numbers_show_is_no_result(source, tmp_path, value):
+    """A whole file, of which some bits were flipped: no perplexity is made of its loss, and no search."""
+    shard = next(path for path in sorted(source.glob("*.safetensors")))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if "kv_b_proj" in name)
+    tensors[name][:8] = value
+    save_file(tensors, shard, {"format": "pt"})
+    for verb in ("eval", "search"):
+        finished = CliRunner().invoke(app, [verb, *map(str, verbs(source, tmp_path)[verb])])
+        assert finished.exit_code == 1 and isinstance(finished.exception, SystemExit), (verb, finished.exception)
+        said = " ".join(finished.stderr.split())
+        assert "source" in said and ("no loss of a sound model" in said or "finite" in said), said
+        assert not list(tmp_path.rglob("evaluation.json")) and not list(tmp_path.rglob("patterns.json"))
 
 
 def test_what_this_machine_cannot_load_is_a_message(tmp_path):
@@ -145,7 +163,7 @@ def test_a_training_checkpoint_that_is_not_whole_is_not_gone_on_with(tmp_path):
     save_file({**tensors, "model.norm.weight": norm}, path, metadata={"format": "pt"})
     assert load_with_new_indexers(tmp_path / "checkpoint-2", dtype=torch.float32)[1] == []
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(DistillationError, match="cannot be read"):
+    with pytest.raises(RunError, match="cannot be read"):
         load_with_new_indexers(tmp_path / "checkpoint-2", dtype=torch.float32)
 
 
@@ -156,9 +174,8 @@ def test_generate_runs_a_checkpoint_of_its_source_family_as_ours(source):
         finished = CliRunner().invoke(app, ["generate", str(source), "import", "--pattern", pattern])
         assert finished.exit_code == code and message in finished.stderr, finished.output
     (source / "tokenizer.json").write_text("{")
-    with pytest.warns(UserWarning, match="tokenizer of .* cannot be loaded"):
-        finished = CliRunner().invoke(app, ["generate", str(source), "import"])
-    assert finished.exit_code == 1 and "no tokenizer that can be loaded" in finished.stderr
+    finished = CliRunner().invoke(app, ["generate", str(source), "import"])
+    assert finished.exit_code == 1 and f"the tokenizer of {source} cannot be loaded" in finished.stderr
     assert isinstance(load_source(source), IndexCacheForCausalLM)
 
 
@@ -172,5 +189,5 @@ def test_generate_runs_a_checkpoint_of_its_source_family_as_ours(source):
     ],
 )
 def test_devices_that_are_none_are_refused_at_once(given, message):
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(RunError, match=message):
         Placement(**given)

@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import cycle
 from pathlib import Path
@@ -42,7 +44,9 @@ KINDS: dict[str, Maker] = {
 }
 # So many inputs for one kill.
 INPUTS_A_KILL = 10
-SECONDS_A_TRY = 600.0
+# After which a verb counts as hung: the longest takes a few seconds where nothing else runs. And a whole try, which
+# may run several, with what it prepares and judges.
+SECONDS_A_VERB, SECONDS_A_TRY = 45.0, 300
 _ALL = (*KINDS, *dict.fromkeys(kills.KINDS))
 
 
@@ -51,6 +55,22 @@ def one(shop: Workshop, kind: str, seed: int, number: int) -> Verdict:
     if kind in kills.KINDS:
         return kills.stop(shop, kind, seed, number)
     return carry_out(shop, kind, KINDS[kind], seed, number)
+
+
+@contextmanager
+def at_most(seconds: int, what: str) -> Iterator[None]:
+    """TimeoutError where the block takes longer: what judges a try must not hang on what the try has left."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"{what} takes more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def schedule(process: int, processes: int, only: str | None) -> Iterator[tuple[str, int]]:
@@ -72,11 +92,14 @@ def signature(finding: str) -> str:
 
 def _work(process: int, processes: int, seed: int, only: str | None, until: float, folder: str, found) -> None:
     try:
-        with Workshop(Path(folder) / str(process), SECONDS_A_TRY) as shop:
+        with Workshop(Path(folder) / str(process), SECONDS_A_VERB) as shop:
             for kind, number in schedule(process, processes, only):
                 if time.time() > until:
                     break
-                found.put(one(shop, kind, seed, number))
+                begun = time.time()
+                with at_most(SECONDS_A_TRY, f"{kind}:{number}"):
+                    verdict = one(shop, kind, seed, number)
+                found.put((verdict, time.time() - begun))
     except BaseException as error:
         found.put(f"process {process} died: {type(error).__name__}: {error}")
         raise
@@ -98,7 +121,7 @@ def main() -> int:
     folder = tempfile.mkdtemp(prefix="hostile_")
     try:
         if number:
-            with Workshop(Path(folder), SECONDS_A_TRY) as shop:
+            with Workshop(Path(folder), SECONDS_A_VERB) as shop:
                 verdict = one(shop, kind, options.seed, int(number))
             print(verdict)
             return 1 if verdict.findings else 0
@@ -122,6 +145,7 @@ def _campaign(options: argparse.Namespace, only: str | None, folder: str) -> int
     codes: Counter[str] = Counter()
     verdicts: list[Verdict] = []
     deaths: list[str] = []
+    slowest: dict[str, tuple[float, int]] = {}
     running, told = len(workers), time.time()
     while running:
         try:
@@ -137,6 +161,8 @@ def _campaign(options: argparse.Namespace, only: str | None, folder: str) -> int
             deaths.append(verdict)
             print(verdict, flush=True)
         else:
+            verdict, seconds = verdict
+            slowest[verdict.kind] = max(slowest.get(verdict.kind, (0.0, 0)), (seconds, verdict.number))
             done[verdict.kind] += 1
             codes[f"{verdict.kind} {verdict.code}"] += 1
             if verdict.findings:
@@ -147,7 +173,7 @@ def _campaign(options: argparse.Namespace, only: str | None, folder: str) -> int
             print(f"... {told - begun:,.0f} s: {_counted(done)}, {len(verdicts)} with findings", flush=True)
     for worker in workers:
         worker.join()
-    _report(options, begun, done, codes, verdicts, deaths)
+    _report(options, begun, done, codes, verdicts, deaths, slowest)
     return 1 if verdicts or deaths else 0
 
 
@@ -156,11 +182,20 @@ def _counted(done: Counter[str]) -> str:
     return f"{inputs:,} inputs, {sum(done.values()) - inputs:,} kills"
 
 
-def _report(options, begun: float, done: Counter, codes: Counter, verdicts: list[Verdict], deaths: list[str]) -> None:
-    print("\nkind                    tries  exit codes")
+def _report(
+    options,
+    begun: float,
+    done: Counter,
+    codes: Counter,
+    verdicts: list[Verdict],
+    deaths: list[str],
+    slowest: dict[str, tuple[float, int]],
+) -> None:
+    print("\nkind                    tries  longest  exit codes")
     for kind in _ALL:
         mine = {code.split()[1]: count for code, count in sorted(codes.items()) if code.split()[0] == kind}
-        print(f"{kind:22} {done[kind]:6,}  {', '.join(f'{code}: {count}' for code, count in mine.items())}")
+        ends = ", ".join(f"{code}: {count}" for code, count in mine.items())
+        print(f"{kind:22} {done[kind]:6,} {slowest.get(kind, (0.0, 0))[0]:6.1f} s  {ends}")
     seconds = time.time() - begun
     print(f"\nseed {options.seed}: {_counted(done)}, {len(verdicts)} with findings, {seconds:,.0f} s")
     kinds = Counter(signature(finding) for verdict in verdicts for finding in verdict.findings)
@@ -177,6 +212,7 @@ def _report(options, begun: float, done: Counter, codes: Counter, verdicts: list
         "kills": sum(done.values()) - sum(done[kind] for kind in KINDS),
         "tries": dict(done),
         "exit_codes": dict(codes),
+        "longest_tries": {kind: [round(seconds, 1), number] for kind, (seconds, number) in slowest.items()},
         "with_findings": len(verdicts),
         "deaths": deaths,
         "findings": [{**asdict(verdict), "again": verdict.command} for verdict in verdicts],

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from json_mutations import Spoilt, spoil
-from safetensors_mutations import spoil_shard
+from safetensors_mutations import FLIPPED, spoil_shard
 from tries import Try, words
 from workshop import Run, Workshop
 
@@ -279,7 +279,8 @@ def _verb(chance: random.Random, weights: dict[str, int], box: Path) -> str:
 
 def _reading(box: Path, verb: str, file: str, spoilt: Spoilt, fatal: bool | None) -> Try:
     # Distilling refuses fp8 weights before it looks at them.
-    names = (*spoilt.names, file, "quantised")
+    # A file that is valid, of weights that are not, cannot be told from the others: the checkpoint is named.
+    names = (*spoilt.names, file, "quantised", *(["source"] if spoilt.what == FLIPPED else []))
     # Damage of an indexer that the pattern drops, or of what a verb does not look at, may pass.
     must = True if fatal and verb != "inspect" else None
     return Try(f"{file}: {spoilt.what}; {verb}", box, words(verb), must, names)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from faulty_hub import HTML, WrongAnswer
-from tries import Try, words
+from tries import Try, same_result, words
 from workshop import Run, Workshop
 
 SOURCE, PUSHED = "maker/source", "tester/pushed"
@@ -24,7 +25,8 @@ def _flip(data: bytes, chance: random.Random) -> bytes:
 
 def reading(shop: Workshop, chance: random.Random) -> Try:
     """A checkpoint on a Hub: every byte is the commit's, or the verb says no."""
-    box = shop.box(chance.choice(["deepseek", "deepseek", "glm"]), "try")
+    template = chance.choice(["deepseek", "deepseek", "glm"])
+    box = shop.box(template, "try")
     shop.hub.put(SOURCE, box / "source")
     verb = chance.choice(
         ["convert", "convert", "convert cast", "convert copy", "inspect", "eval", "verify", "dry run"]
@@ -43,17 +45,20 @@ def reading(shop: Workshop, chance: random.Random) -> Try:
         ]
     )
     what, wrong, must = _wrong_answer(chance, _FILE + ".*" + file if file != ".*" else _FILE)
+    check = _right_bytes if argv[0] == "convert" and "--dry-run" not in argv else None
+    if verb == "eval":
+        check = same_result(shop, box, argv, f"undisturbed eval of {template} on the Hub")
+    # What an earlier try has fetched would be taken from the client's cache.
+    shutil.rmtree(shop.folder / "hf_home" / "hub", ignore_errors=True)
     shop.hub.wrong.append(wrong)
-    # eval reads through transformers, whose client and cache are not this package's.
-    foreign = verb in ("eval", "verify")
-    names = (SOURCE, "Hub", "127.0.0.1", "maker--source")
+    names = (SOURCE, "Hub", "127.0.0.1")
     return Try(
         f"{what} for {file} ({wrong.times} times after {wrong.skip}); {verb}",
         box,
         argv,
-        None if foreign else must,
+        must,
         names,
-        check=_right_bytes if argv[0] == "convert" and "--dry-run" not in argv else None,
+        check=check,
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 from json_mutations import VALUES, Spoilt
 
 Header = dict[str, Any]
+# What is done where the file stays valid and its numbers do not.
+FLIPPED = "some bits are flipped"
 
 
 def spoil_shard(data: bytes, chance: random.Random) -> Spoilt:
@@ -146,7 +148,7 @@ def _spoil_data(data: bytes, chance: random.Random) -> Spoilt:
     changed = bytearray(data)
     for _ in range(64):
         changed[chance.randrange(8 + length, len(data))] ^= 1 << chance.randrange(8)
-    return Spoilt(bytes(changed), "some bits are flipped", (), None)
+    return Spoilt(bytes(changed), FLIPPED, (), None)
 
 
 def _without(header: Header, body: bytes, name: str) -> bytes:

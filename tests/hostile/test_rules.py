@@ -2,14 +2,17 @@
 
 import errno
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
 import rules
+from campaign import at_most
 from json_mutations import spoil
 from line_mutations import spoil_lines
 from safetensors_mutations import read, spoil_shard, write
-from tries import chance_of, differences
+from tries import chance_of, differences, result
 from workshop import HUB_TOKEN, SECRET, Run
 
 GOOD = Run(1, None, False, False, 0, 0.1, 0.1, "", "error: config.json: hidden_size 'x' is no number: mend it\n")
@@ -125,3 +128,18 @@ def test_hangs_and_greed_are_stopped(shop, monkeypatch):
     monkeypatch.setattr(shop, "seconds", 600.0)
     monkeypatch.setattr(shop, "memory", -(2**40))
     assert shop.run(box, ["inspect", "source"]).greedy
+
+
+def test_what_a_try_leaves_does_not_hang_its_judge(tmp_path):
+    """An output with a pipe among its results: reading it would wait for a writer for ever."""
+    (tmp_path / "output").mkdir()
+    os.mkfifo(tmp_path / "output" / "left.json")
+    (tmp_path / "output" / "evaluation.json").write_text("{")
+    with at_most(20, "judging"):
+        found = result(None, tmp_path, ["eval", "source", "--output", "output"], replace(GOOD, code=0))
+    assert len(found) == 1 and "evaluation.json is no JSON" in found[0]
+
+
+def test_a_try_that_hangs_ends():
+    with pytest.raises(TimeoutError, match="kind:7 takes more than 1 s"), at_most(1, "kind:7"):
+        time.sleep(20)

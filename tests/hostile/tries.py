@@ -31,7 +31,7 @@ VERBS: dict[str, str] = {
     "generate": "generate source w1 --max-new-tokens 2 --device cpu",
     "distill": (
         "distill source output --data work/windows.safetensors --seqlen 16 --keep 2 --dense-steps 1 --sparse-steps 1 "
-        "--precision fp32 --device cpu --no-tensorboard --save-every 1"
+        "--precision fp32 --device cpu --no-tensorboard --save-steps 1"
     ),
     "push": "push converted tester/pushed",
     "export": "export converted output --to vllm",
@@ -159,6 +159,8 @@ def result(shop: Workshop, box: Path, argv: list[str], run: Run) -> list[str]:
         found += shop.call("checks:finite", str(box / argv[2]))
     if "--output" in argv:
         for path in (box / argv[argv.index("--output") + 1]).glob("*.json"):
+            if not path.is_file():  # a pipe that a try has put there
+                continue
             try:
                 strict_json(path.read_text(encoding="utf-8"))
             except ValueError as error:

@@ -11,7 +11,7 @@ from transformers import FineGrainedFP8Config
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import FolderSource
+from indexcache.conversion.io.sources import FolderSource
 from indexcache.kernels.block_fp8.block_fp8_reference import E4M3
 from indexcache.kernels.common.device_target import DeviceTarget
 from indexcache.modeling_indexcache import block_fp8_loading, compile_ahead
@@ -242,7 +242,8 @@ def pretended(pattern, lengths, target, **fields):
             dtypes[name + "_scale_inv"] = torch.float32
     small = compile_ahead.small_model(IndexCacheModel, config, pattern, dtypes)
     assert any(isinstance(module, BlockFp8Experts) for module in small.modules())
-    found = [variant for fresh in compile_ahead.variants_of(small, target, lengths) for variant in fresh]
+    begun_with = compile_ahead.prefills(lengths)
+    found = [variant for fresh in compile_ahead.variants_of(small, target, begun_with) for variant in fresh]
     return {variant.name: variant for variant in found}
 
 

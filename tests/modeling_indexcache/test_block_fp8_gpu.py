@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     pytest.importorskip("triton")
     from indexcache.configuration.share_pattern import SharePattern
     from indexcache.conversion.convert.convert import ConvertOptions, convert
-    from indexcache.conversion.io.checkpoint import FolderSource
+    from indexcache.conversion.io.sources import FolderSource
 
     place = tmp_path_factory.mktemp("fp8")
     config = tiny_config(fp8=True, **WIDTHS)

@@ -17,6 +17,7 @@ from indexcache.kernels.common.pretended_tensors import PretendedTensor, pretend
 triton = pytest.importorskip("triton")
 
 from indexcache.kernels.common import kernel_variants  # noqa: E402
+from indexcache.kernels.common.compile_process import CLOSED, NotCompiledThere  # noqa: E402
 from indexcache.kernels.common.kernel_variants import Compilations, Variant, VariantList, variant_key  # noqa: E402
 from indexcache.modeling_indexcache import compile_ahead  # noqa: E402
 from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  # noqa: E402
@@ -24,12 +25,13 @@ from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  
 HOPPER = DeviceTarget("cuda", 90, 132)
 
 
-def variants(lengths, pattern="FS", **fields):
+def variants(lengths, pattern="FS", first=None, **fields):
     shape = {"num_hidden_layers": len(pattern), "n_group": 1, "index_topk": 32} | fields
     config = tiny_config(index_share_pattern=pattern, **shape)
     kept = compile_ahead.kinds_of_layers(config, pattern)
     model = compile_ahead.pretended_decoder(IndexCacheModel, config, kept, pattern, torch.bfloat16)
-    return [variant for fresh in compile_ahead.variants_of(model, HOPPER, lengths) for variant in fresh]
+    begun_with = compile_ahead.prefills(lengths, first)
+    return [variant for fresh in compile_ahead.variants_of(model, HOPPER, begun_with) for variant in fresh]
 
 
 def test_prefill_and_decoding_are_known_without_a_gpu():
@@ -124,6 +126,92 @@ def test_what_does_not_compile_is_left_to_its_launch():
     assert set(compilations.finish().values()) <= {"ValueError: no such layout"}
 
 
+class Side:
+    """A side process that compiles nothing, gets ready and goes when it is told."""
+
+    def __init__(self, jobs=3, compiles=True):
+        self.jobs, self.compiles = jobs, compiles
+        self.is_ready = self.is_gone = False
+        self.asked, self.closed, self.call = [], [], lambda: None
+
+    def on_change(self, call):
+        self.call = call
+
+    def turn(self, **flags):
+        self.__dict__.update(flags)
+        self.call()
+
+    def compile(self, kernel, grid, arguments, options):
+        self.asked.append(kernel)
+        if not self.compiles:
+            raise NotCompiledThere("gone")
+        return "key"
+
+    def close(self, reason=CLOSED):
+        self.closed.append(reason)
+        self.turn(is_gone=True, is_ready=False)
+
+
+def other_kernels(number, **arguments):
+    kernels = []
+    for i in range(number):
+        kernel = Kernel(**arguments)
+        kernel.fn = type(f"Other{i}", (), {})
+        kernels.append(kernel)
+    return kernels
+
+
+def test_threads_compile_until_the_side_process_is_ready():
+    side, gate = Side(), threading.Event()
+    compilations = Compilations(torch.device("cpu"), 1, side)
+    kernels = other_kernels(5, gate=gate)
+    compilations.add(map(variant_of, kernels))
+    first = compilations._pending[variant_of(kernels[0]).key]
+    while not first.running():
+        pass
+    assert side.asked == []
+    side.turn(is_ready=True)
+    gate.set()
+    assert compilations.finish() == dict.fromkeys(variant_of(kernel).key for kernel in kernels)
+    assert {id(kernel) for kernel in side.asked} == {id(kernel) for kernel in kernels[1:]}
+    # Each was loaded here, too.
+    assert all(kernel.events == ["compiled"] for kernel in kernels) and side.closed == [CLOSED]
+
+
+@pytest.mark.parametrize("flags", [{"is_gone": True}, {"is_ready": True}])
+def test_without_the_side_process_threads_compile_all(flags):
+    side = Side(compiles=False)
+    compilations, kernels = Compilations(torch.device("cpu"), 1, side), other_kernels(4)
+    side.turn(**flags)
+    compilations.add(map(variant_of, kernels))
+    assert set(compilations.finish().values()) == {None} and all(kernel.events == ["compiled"] for kernel in kernels)
+
+
+def test_a_side_process_whose_kernels_are_not_found_is_given_up():
+    class Compiled:
+        hash = "another"
+
+    side, kernels = Side(jobs=1), other_kernels(3)
+    for kernel in kernels:
+        kernel.warmup = lambda *arguments, grid, **options: Compiled
+    compilations = Compilations(torch.device("cpu"), 1, side)
+    side.turn(is_ready=True)
+    compilations.add(map(variant_of, kernels))
+    assert set(compilations.finish().values()) == {None}
+    assert side.asked == kernels[:1] and "does not find" in side.closed[0]
+
+
+def test_padded_batches_have_variants_of_their_own_and_come_first():
+    plain = [v.key for v in variants((40,))]
+    masked = [v.key for v in variants((40,), first=compile_ahead.Prefill(2, 30, True))]
+    assert set(plain) < set(masked)
+    own = [dict(key[1:]).get("HAS_MASK") for key in masked if key not in set(plain)]
+    assert "True" in own and len(masked) == len(set(masked))
+    begun_with = compile_ahead.prefills((16, 1000), compile_ahead.Prefill(3, 300, True))
+    assert begun_with[0] == (3, 300, True) and (1, 1000, False) in begun_with and (3, 16, True) in begun_with
+    assert (3, 1000, True) not in begun_with and len(begun_with) == 4
+
+
 def test_a_variant_is_compiled_once():
     compilations, kernel = Compilations(torch.device("cpu"), 3), Kernel()
     for _ in range(5):
@@ -168,12 +256,12 @@ def test_a_kind_of_model_is_compiled_once_on_each_device(monkeypatch):
 
 PROGRAM = """
 import json, sys, torch
-from indexcache.conversion.publish.warm_up import _NoDriver, _find_variants, _fields, TARGETS
+from indexcache.conversion.publish.warm_up import no_driver, _find_variants, _fields, TARGETS
 from triton.runtime.driver import driver
 import triton
 hits = []
 triton.knobs.compilation.listener = lambda src, cache_hit, **rest: hits.append(cache_hit)
-driver.set_active(_NoDriver(TARGETS["sm_90"]))
+driver.set_active(no_driver(TARGETS["sm_90"]))
 source = sys.argv[1]
 variants = _find_variants(_fields(source, None, None), source, "bfloat16", TARGETS["sm_90"], (40,))
 small = sorted(variants, key=lambda variant: len(variant.kernel.src))[:4]

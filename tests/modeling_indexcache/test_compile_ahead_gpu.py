@@ -39,8 +39,9 @@ print(json.dumps({"misses": found, "names": misses[found[0]:], "all": len(misses
 """
 
 
-def run(cache, ahead, *arguments):
+def run(cache, ahead, *arguments, processes="0"):
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "INDEXCACHE_COMPILE_AHEAD": ahead}
+    environment["INDEXCACHE_COMPILE_PROCESSES"] = processes
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,6 +54,15 @@ def test_what_comes_after_the_first_prompt_is_compiled_already(tmp_path):
     alone = run(tmp_path / "alone", "0", "nothing")
     assert alone["misses"][1] > alone["misses"][0] and alone["ids"] == ahead["ids"]
     assert run(tmp_path / "ahead", "16", "nothing")["all"] == 0
+
+
+def test_what_processes_compile_is_found_here(tmp_path):
+    threads = run(tmp_path / "threads", "3", "nothing")
+    processes = run(tmp_path / "processes", "3", "nothing", processes="8")
+    # Threads begin before processes are there, and compile fewer.
+    assert processes["misses"][0] < threads["misses"][0] and processes["names"] == []
+    assert processes["ids"] == threads["ids"]
+    assert run(tmp_path / "processes", "3", "nothing", processes="8")["all"] == 0
 
 
 @pytest.mark.parametrize("how", [[], ["--target", "sm_{}{}"]])

@@ -11,10 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from indexcache.modeling_indexcache import eligibility
-from indexcache.modeling_indexcache.attention import inference_attention
-from indexcache.modeling_indexcache.cache import decode_graph
-from indexcache.modeling_indexcache.eligibility import Path, explain_paths
-from indexcache.modeling_indexcache.layers import feed_forward
+from indexcache.modeling_indexcache.explain_paths import Path, explain_paths
 
 
 @pytest.fixture
@@ -154,7 +151,6 @@ def test_a_slower_path_on_a_gpu_is_said_once_with_its_reason(model, monkeypatch,
 def test_prefill_and_decoding_say_what_keeps_them_slow(model, on_cuda, monkeypatch):
     heard = []
     monkeypatch.setattr(eligibility, "say_slower", lambda *args: heard.append(args[2:]))
-    monkeypatch.setattr(decode_graph, "say_slower", lambda *args: heard.append(args[2:]))
     with torch.no_grad():
         model(ids())
     assert heard == []
@@ -166,8 +162,7 @@ def test_prefill_and_decoding_say_what_keeps_them_slow(model, on_cuda, monkeypat
 
 def test_attention_and_experts_say_what_keeps_them_slow(model, on_cuda, monkeypatch):
     heard = []
-    for file in (inference_attention, feed_forward):
-        monkeypatch.setattr(file, "say_slower", lambda *args: heard.append(args[2:]))
+    monkeypatch.setattr(eligibility, "say_slower", lambda *args: heard.append(args[2:]))
     monkeypatch.setattr(model.model.layers[1].mlp.config, "hidden_act", "gelu")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         model(ids())
@@ -180,4 +175,4 @@ def test_a_wrapped_embedding_does_not_stop_a_static_cache(model):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids(), past_key_values=cache)
-    assert not decode_graph.graphs_serve(model.model)
+    assert eligibility.why_no_graphs(model.model) is not None

@@ -6,7 +6,7 @@ from testing.tiny_models import tiny_model
 from transformers import DynamicCache
 
 from indexcache.kernels.lightning_indexer.indexer_quantization import e4m3_of_rows
-from indexcache.modeling_indexcache.attention import inference_attention
+from indexcache.modeling_indexcache.attention import query_chunks
 
 PATTERN = "FSFS"
 
@@ -101,7 +101,7 @@ def test_eager_returns_weights_that_are_zero_where_not_selected(model, ids):
 
 @pytest.mark.parametrize("first", [0, 5, 31], ids=["prefill", "chunk", "few queries"])
 def test_eager_weights_and_hidden_states_are_on_the_way_to_the_loss(ids, monkeypatch, first):
-    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**10)
+    monkeypatch.setattr(query_chunks, "ATTENTION_BLOCK_BYTES", 2**10)
     model = tiny_model(index_share_pattern=PATTERN)
     model.set_attn_implementation("eager")
     prefix = model(ids[:, :first], use_cache=True).past_key_values if first else None

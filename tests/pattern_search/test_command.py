@@ -14,7 +14,7 @@ from indexcache.cli import app
 from indexcache.conversion.convert.pattern_file import choose_pattern
 from indexcache.pattern_search import result
 from indexcache.pattern_search.command import _share
-from indexcache.pattern_search.errors import PatternSearchError
+from indexcache.runs.errors import RunError
 
 DEMO = Path(__file__).parents[2] / "demo" / "dsa_demo"
 SMALL = ("--seqlen", "80", "--nsamples", "2")
@@ -201,7 +201,7 @@ def test_a_source_that_is_no_dsa_model(text, tmp_path):
 
 def test_shares():
     assert _share("0.5%") == pytest.approx(0.005) == _share("0.005") and _share(None) is None
-    with pytest.raises(PatternSearchError):
+    with pytest.raises(RunError):
         _share("-1%")
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from indexcache.cli import app
 from indexcache.pattern_search import result
 from indexcache.pattern_search.drawing import draw_result, draw_summary
-from indexcache.pattern_search.errors import PatternSearchError
+from indexcache.runs.errors import RunError
 
 SCORES = {"loss": 2.5, "recall": 0.5}
 DOCUMENT = {
@@ -66,7 +66,7 @@ def test_whatever_is_changed_is_drawn_or_refused(tmp_path, path):
         (tmp_path / "patterns.json").write_text(json.dumps(changed(path, new)))
         try:
             document = result.read_result(tmp_path / "patterns.json")
-        except PatternSearchError as error:
+        except RunError as error:
             assert "is damaged: " in str(error) or "its format is not" in str(error)
             refused += 1
         else:

@@ -10,8 +10,8 @@ from testing.search_models import model, windows
 from indexcache.pattern_search.measure.layer_engine import LayerEngine
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity
-from indexcache.runs.errors import EvaluationError
-from indexcache.runs.journal import Journal
+from indexcache.runs.errors import RunError
+from indexcache.runs.journal import ScoreJournal
 
 OPTIONS = SearchOptions(keep=("1/2", "1/4"), tolerance=0.01, baselines=("uniform", "similarity"))
 
@@ -28,7 +28,7 @@ def tiny():
 def run(tiny, path, options=OPTIONS, resume=False, data=None, cache_bytes=2**31):
     calibration, held_out = windows(6) if data is None else data, windows(3, seed=9)
     identity = search_identity(tiny, calibration, held_out, options)
-    journal = Journal(path, identity, resume)
+    journal = ScoreJournal(path, identity, resume)
     try:
         outcome = search(tiny, calibration, held_out, options, journal=journal, cache_bytes=cache_bytes)
     finally:
@@ -152,7 +152,7 @@ def test_a_line_that_was_changed_is_run_again_and_said(tiny, tmp_path, harm):
     path.write_bytes(b"".join(lines))
     harmed = path.read_bytes()
     identity = search_identity(tiny, windows(6), windows(3, seed=9), OPTIONS)
-    journal = Journal(path, identity, resume=True)
+    journal = ScoreJournal(path, identity, resume=True)
     journal.close()
     damaged = path.with_name("journal.jsonl.damaged")
     assert "1 of " in journal.damage and "run again" in journal.damage and str(damaged) in journal.damage
@@ -160,7 +160,7 @@ def test_a_line_that_was_changed_is_run_again_and_said(tiny, tmp_path, harm):
     found, _ = run(tiny, path, resume=True)
     assert found == expected
     assert len(keys(path)) == len(set(keys(path)))
-    whole = Journal(path, identity, resume=True)
+    whole = ScoreJournal(path, identity, resume=True)
     whole.close()
     assert whole.damage is None, "it was mended"
 
@@ -178,10 +178,10 @@ def test_stopped_within_the_first_line_it_begins_anew(tiny, tmp_path):
 
 def test_scores_survive_the_file_bit_by_bit(tmp_path):
     scores = torch.rand(3, 4, dtype=torch.float64) * 1e3
-    journal = Journal(tmp_path / "journal.jsonl", {"a": 1})
+    journal = ScoreJournal(tmp_path / "journal.jsonl", {"a": 1})
     journal.add("calibration", "FS", 0, scores, 7)
     journal.close()
-    again = Journal(tmp_path / "journal.jsonl", {"a": 1}, resume=True)
+    again = ScoreJournal(tmp_path / "journal.jsonl", {"a": 1}, resume=True)
     assert torch.equal(again.get("calibration", "FS", 0), scores)
     assert again.layer_forwards("calibration") == 7 and again.resumed == 1
     assert again.get("held_out", "FS", 0) is None
@@ -190,17 +190,17 @@ def test_scores_survive_the_file_bit_by_bit(tmp_path):
 def test_journals_of_other_searches_are_refused(tiny, tmp_path):
     path = tmp_path / "journal.jsonl"
     run(tiny, path)
-    with pytest.raises(EvaluationError, match="holds an earlier search: go on with --resume"):
+    with pytest.raises(RunError, match="holds an earlier search: go on with --resume"):
         run(tiny, path)
     for other, options, data, named in (
         (model(5, seed=5), OPTIONS, None, "model_sha256"),
         (tiny, OPTIONS, windows(6, seed=1), "calibration_sha256"),
         (tiny, SearchOptions(objective="lm"), None, "objective: kl there, lm now"),
     ):
-        with pytest.raises(EvaluationError, match=f"belongs to another search .*{named}"):
+        with pytest.raises(RunError, match=f"belongs to another search .*{named}"):
             run(other, path, options, resume=True, data=data)
     path.write_text("no journal\n")
-    with pytest.raises(EvaluationError, match="is damaged"):
+    with pytest.raises(RunError, match="is damaged"):
         run(tiny, path, resume=True)
 
 

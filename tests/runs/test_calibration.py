@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.windows.calibration import load_windows, short_window_warning
 from indexcache.runs.windows.window_sources import Sampling
 from indexcache.runs.windows.windows import Windows
@@ -118,7 +118,7 @@ def test_a_dataset_by_name(monkeypatch, text):
     calibration, _ = load("org/name:small", seqlen=32, nsamples=4, split="validation")
     assert len(calibration) == 4
     assert asked == {"path": "org/name", "name": "small", "split": "validation", "streaming": True}
-    with pytest.raises(EvaluationError, match=r"no field 'body' .it has text."):
+    with pytest.raises(RunError, match=r"no field 'body' .it has text."):
         load("org/name", text_field="body")
 
 
@@ -136,7 +136,7 @@ def test_a_dataset_by_name(monkeypatch, text):
 def test_bad_text(tmp_path, content, arguments, message):
     path = tmp_path / "text.txt"
     path.write_text(content)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(RunError, match=message):
         load(path, **arguments)
 
 
@@ -157,20 +157,20 @@ def test_bad_files(tmp_path, tensors, text):
         (tmp_path / "broken.jsonl", "line 2: the record has no field 'text'"),
         (f"{tensors}:train", "holds no train_ids"),
     ):
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(RunError, match=message):
             load(data, seqlen=8)
-    with pytest.raises(EvaluationError, match="shorter than --seqlen 64"):
+    with pytest.raises(RunError, match="shorter than --seqlen 64"):
         load(tensors, seqlen=64)
-    with pytest.raises(EvaluationError, match="made with another tokenizer"):
+    with pytest.raises(RunError, match="made with another tokenizer"):
         load(tensors, config=SimpleNamespace(**{**vars(CONFIG), "vocab_size": 16}))
-    with pytest.raises(EvaluationError, match="10 held-out windows are calibration windows too"):
+    with pytest.raises(RunError, match="10 held-out windows are calibration windows too"):
         load(tensors, held_out=tensors)
-    with pytest.raises(EvaluationError, match="has no tokenizer"):
+    with pytest.raises(RunError, match="has no tokenizer"):
         load(text, tokenizer=None)
 
 
 def test_marks_must_fit():
-    with pytest.raises(EvaluationError, match="recall mask must have the shape of ids"):
+    with pytest.raises(RunError, match="recall mask must have the shape of ids"):
         Windows(torch.zeros(2, 9, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bool))
 
 

@@ -4,20 +4,22 @@ import errno
 import json
 import os
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from indexcache.benchmarks.bench.speed_plan import Row
 from indexcache.benchmarks.bench.speed_run import RowJournal
-from indexcache.runs.errors import EvaluationError
-from indexcache.runs.journal import Journal
+from indexcache.runs.errors import RunError
+from indexcache.runs.journal import ScoreJournal
 
 IDENTITY = {"model": "a", "seed": 1}
 
 
 def write(path, count=6):
-    journal = Journal(path, IDENTITY)
+    journal = ScoreJournal(path, IDENTITY)
     for number in range(count):
         journal.add("windows", "FS" * (number + 1), number, torch.full((2, 4), number + 0.1).double(), 3)
     journal.close()
@@ -39,8 +41,8 @@ def test_any_changed_byte_is_noticed(tmp_path):
         path.write_bytes(content[:at] + bytes([random_.randrange(256)]) + content[at + 1 :])
         changed = path.read_bytes() != content
         try:
-            journal = Journal(path, IDENTITY, resume=True)
-        except EvaluationError as error:
+            journal = ScoreJournal(path, IDENTITY, resume=True)
+        except RunError as error:
             assert changed and ("first line" in str(error) or "another search" in str(error))
             continue
         found = scores(journal)
@@ -58,7 +60,7 @@ def test_lines_taken_out_are_noticed_but_at_the_end_where_a_crash_leaves_none(tm
     lines = write(path).splitlines(keepends=True)
     for gone in range(1, len(lines)):
         path.write_bytes(b"".join(lines[:gone] + lines[gone + 1 :]))
-        journal = Journal(path, IDENTITY, resume=True)
+        journal = ScoreJournal(path, IDENTITY, resume=True)
         journal.close()
         assert (journal.damage is None) == (gone == len(lines) - 1)
         assert journal.resumed == len(lines) - 2
@@ -73,21 +75,21 @@ def test_a_first_line_that_says_nothing_is_refused(tmp_path):
     for first in (b"{}\n", b"[" * 100_000 + b"\n", json.dumps({"identity": IDENTITY}).encode() + b"\n", b"\xff\n"):
         path.write_bytes(b"".join([first, *lines[1:]]))
         before = path.read_bytes()
-        with pytest.raises(EvaluationError, match=r"damaged in its first line.*start again with --overwrite"):
-            Journal(path, IDENTITY, resume=True)
+        with pytest.raises(RunError, match=r"damaged in its first line.*start again with --overwrite"):
+            ScoreJournal(path, IDENTITY, resume=True)
         assert path.read_bytes() == before
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
     pytest.importorskip("fcntl")
     path = tmp_path / "journal.jsonl"
-    first = Journal(path, IDENTITY)
+    first = ScoreJournal(path, IDENTITY)
     for way in ({"resume": True}, {"overwrite": True}):
-        with pytest.raises(EvaluationError, match="is being written by another process"):
-            Journal(path, IDENTITY, **way)
+        with pytest.raises(RunError, match="is being written by another process"):
+            ScoreJournal(path, IDENTITY, **way)
     first.add("windows", "FS", 0, torch.zeros(1, 4), 1)
     first.close()
-    second = Journal(path, IDENTITY, resume=True)
+    second = ScoreJournal(path, IDENTITY, resume=True)
     second.close()
     assert second.resumed == 1 and second.damage is None
 
@@ -95,10 +97,10 @@ def test_two_processes_do_not_write_one_file(tmp_path):
 def test_overwriting_forgets_all(tmp_path):
     path = tmp_path / "journal.jsonl"
     write(path)
-    journal = Journal(path, {"other": 1}, overwrite=True)
+    journal = ScoreJournal(path, {"other": 1}, overwrite=True)
     journal.close()
     assert journal.resumed == 0 and len(path.read_bytes().splitlines()) == 1
-    Journal(path, {"other": 1}, resume=True).close()
+    ScoreJournal(path, {"other": 1}, resume=True).close()
 
 
 def test_rows_of_a_benchmark_are_checked_likewise(tmp_path):
@@ -115,7 +117,7 @@ def test_rows_of_a_benchmark_are_checked_likewise(tmp_path):
 
 
 def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "journal.jsonl", IDENTITY)
+    journal = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY)
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -125,4 +127,31 @@ def test_a_full_disk_names_the_journal_and_how_to_go_on(tmp_path, monkeypatch):
         journal.add("windows", "FS", 0, torch.zeros(2, 4), 3)
     monkeypatch.undo()
     journal.close()
-    assert Journal(tmp_path / "journal.jsonl", IDENTITY, resume=True).resumed <= 1
+    again = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    again.add("windows", "FS", 0, torch.ones(2, 4), 3)
+    again.close()
+    third = ScoreJournal(tmp_path / "journal.jsonl", IDENTITY, resume=True)
+    third.close()
+    assert third.damage is None and torch.equal(third.get("windows", "FS", 0), torch.ones(2, 4).double())
+
+
+def test_journals_of_the_previous_release_go_on(tmp_path):
+    """Files that 0.2.0 wrote, before scores and rows had journals of their own kinds."""
+    written = Path(__file__).parent / "written_by_0_2"
+    shutil.copytree(written, tmp_path / "old")
+    search = ScoreJournal(
+        tmp_path / "old" / "search.jsonl", {"model_sha256": "a" * 64, "algorithm": "lazy"}, resume=True
+    )
+    assert (search.resumed, search.damage) == (3, None)
+    found = search.get("calibration", "FSFF", 0)
+    assert found.tolist() == [[0.75, 2.375, 0.1, 0.0], [0.3, 2.5, 0.2, 1.0]]
+    assert search.layer_forwards("calibration") == 7
+    search.add("held_out", "FFFF", 0, torch.zeros(1, 4), 4)
+    search.close()
+    lines = (tmp_path / "old" / "search.jsonl").read_bytes()
+    assert lines.startswith((written / "search.jsonl").read_bytes()) and lines.count(b"\n") == 5
+    bench = RowJournal(tmp_path / "old" / "bench.jsonl", {"shape": "tiny", "device": "x86_64"}, True, False)
+    bench.close()
+    assert (bench.resumed, bench.damage) == (2, None)
+    assert bench.rows[Row("generate", "indexcache", 16, "own", "static")] == {"ttft_ms": 1.5, "took_seconds": 0.2}
+    assert bench.rows[Row("full cache", "indexcache", 32, "FSFS", "", 4)]["out_of_memory"] == "not one sequence fits"

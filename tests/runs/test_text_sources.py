@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from indexcache.runs.errors import EvaluationError
+from indexcache.runs.errors import RunError
 from indexcache.runs.windows.text_sources import TextFile, TextInMemory, documents_of
 from indexcache.runs.windows.window_sources import PART_SIZE, Sampling, part_size, read_windows
 
@@ -66,7 +66,7 @@ def test_a_null_is_no_text_and_other_values_are_not_made_one(tmp_path):
         ([], "a list"),
     ):
         data = write_lines(tmp_path / "data.jsonl", {"text": "good"}, {"text": value})
-        with pytest.raises(EvaluationError, match=rf"data.jsonl, line 2: field 'text' holds {kind}.*--text-field"):
+        with pytest.raises(RunError, match=rf"data.jsonl, line 2: field 'text' holds {kind}.*--text-field"):
             texts(data)
 
 
@@ -75,10 +75,22 @@ def test_chats_become_text_by_the_tokenizers_template(tmp_path):
     data = write_lines(tmp_path / "chat.jsonl", {"messages": chat, "id": 1})
     assert texts(data, Chats()) == ["<user>hi<assistant>yes"]
     assert texts(write_lines(tmp_path / "other.jsonl", {"talk": chat}), Chats(), field="talk") == texts(data, Chats())
-    with pytest.raises(EvaluationError, match=r"line 1 holds chat messages, and .* no chat template"):
+    with pytest.raises(RunError, match=r"line 1 holds chat messages, and .* no chat template"):
         texts(data)
-    with pytest.raises(EvaluationError, match=r"line 1: the tokenizer's chat template refuses .* unknown role"):
+    with pytest.raises(RunError, match=r"line 1: the tokenizer's chat template refuses .* unknown role"):
         texts(write_lines(data, {"messages": [{"role": "robot", "content": "?"}]}), Chats())
+
+
+def test_chats_where_a_text_is_meant_are_no_text(tmp_path):
+    data = write_lines(tmp_path / "chat.jsonl", {"text": [{"role": "user", "content": "hi"}]})
+    with pytest.raises(RunError, match=r"chat.jsonl, line 1: field 'text' holds chat messages where a text"):
+        texts(data, Chats())
+
+
+@pytest.mark.parametrize("data", ["", " "])
+def test_no_name_names_no_data(data):
+    with pytest.raises(RunError, match=rf"'{data}' names no data"):
+        documents_of(data, Letters())
 
 
 @pytest.mark.parametrize(
@@ -95,7 +107,7 @@ def test_chats_become_text_by_the_tokenizers_template(tmp_path):
 def test_a_line_that_is_none_is_named(tmp_path, line, message):
     data = tmp_path / "data.jsonl"
     data.write_bytes(b'{"text": "good"}\n' + line + b"\n")
-    with pytest.raises(EvaluationError, match=rf"data.jsonl, line 2: .*{message}"):
+    with pytest.raises(RunError, match=rf"data.jsonl, line 2: .*{message}"):
         texts(data)
 
 
@@ -124,10 +136,10 @@ def test_what_datasets_reads(tmp_path):
     assert texts(tmp_path / "rows.json") == ["first", "second"], "not the brackets and quotes of the file"
     (tmp_path / "rows.csv").write_text("text,n\nhere,1\n")
     assert texts(tmp_path / "rows.csv") == ["here"]
-    with pytest.raises(EvaluationError, match=r"rows.parquet, record 1: field 'n' holds a int"):
+    with pytest.raises(RunError, match=r"rows.parquet, record 1: field 'n' holds a int"):
         texts(tmp_path / "rows.parquet", field="n")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing")
-    with pytest.raises(EvaluationError, match=r"broken.parquet cannot be read"):
+    with pytest.raises(RunError, match=r"broken.parquet cannot be read"):
         texts(tmp_path / "broken.parquet")
 
 
@@ -143,10 +155,10 @@ def test_folders_of_data_and_saved_datasets(tmp_path):
     datasets.DatasetDict({"validation": table}).save_to_disk(tmp_path / "several")
     assert texts(tmp_path / "one") == ["saved"]
     assert texts(tmp_path / "several", split="validation") == ["saved"]
-    with pytest.raises(EvaluationError, match=r"no split 'train' .it has validation"):
+    with pytest.raises(RunError, match=r"no split 'train' .it has validation"):
         texts(tmp_path / "several")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EvaluationError, match="empty cannot be read"):
+    with pytest.raises(RunError, match="empty cannot be read"):
         texts(tmp_path / "empty")
 
 
@@ -154,7 +166,7 @@ def test_a_missing_package_is_said_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     for data in (tmp_path / "rows.parquet", tmp_path, "org/name"):
-        with pytest.raises(EvaluationError, match="pip install datasets"):
+        with pytest.raises(RunError, match="pip install datasets"):
             documents_of(str(data), Letters())
 
 

@@ -9,7 +9,7 @@ from testing.search_models import model, windows
 
 from indexcache.pattern_search.result import result_document
 from indexcache.pattern_search.search import SearchOptions, search, search_identity
-from indexcache.runs.journal import Journal
+from indexcache.runs.journal import ScoreJournal
 from indexcache.runs.processes import Processes
 
 
@@ -18,7 +18,7 @@ def main(output, algorithm):
     tiny, calibration, held_out = model(5, seed=4), windows(7), windows(3, seed=9)
     options = SearchOptions(keep=("1/2", "1/4"), algorithm=algorithm, tolerance=0.01, baselines=("similarity",))
     identity = search_identity(tiny, calibration, held_out, options)
-    journal = Journal(Path(output).with_suffix(".jsonl") if processes.is_first else None, identity)
+    journal = ScoreJournal(Path(output).with_suffix(".jsonl") if processes.is_first else None, identity)
     outcome = search(tiny, calibration, held_out, options, journal=journal, processes=processes)
     document = result_document(outcome, options, calibration, held_out, source="tiny", identity=identity)
     document["cost"].pop("seconds")

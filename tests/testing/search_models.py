@@ -11,7 +11,7 @@ from testing.tiny_models import tiny_model
 from indexcache import SharePattern
 from indexcache.pattern_search.measure.evaluator import Evaluation, Evaluator
 from indexcache.pattern_search.measure.prefix_cache import PrefixCache
-from indexcache.runs.journal import Journal
+from indexcache.runs.journal import ScoreJournal
 from indexcache.runs.windows.windows import Windows
 
 SEQLEN = 40
@@ -52,7 +52,7 @@ class TableEvaluator:
         self.reference = SharePattern.all_full(num_layers)
         self.num_layers, self.cost, self.num_windows = num_layers, cost, num_windows
         self.rounds = [range(1), range(1, 2), range(2, 4), range(4, num_windows)]
-        self.journal = Journal(None, {})
+        self.journal = ScoreJournal(None, {})
         self.layer_forwards = 0
         self.processes = SimpleNamespace(count=1)
         self._first_changed = {}

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from testing.time_limits import PROCESS_SECONDS
 
-from indexcache.distillation.monitor import TrainingMonitor
 from indexcache.distillation.recipe import Recipe
-from indexcache.distillation.run import RunOptions, run_distillation
+from indexcache.distillation.run import run_distillation
+from indexcache.distillation.run_options import DistillationRun
 from indexcache.distillation.source import open_distillation_source
+from indexcache.runs.monitor import Monitor
 from indexcache.runs.windows.window_sources import Sampling
 
 RECIPE = dict(
@@ -49,7 +50,7 @@ def run(folder, output, monitor=None, pattern="FSFS", **changes):
         name: changes.pop(name) for name in ("resume", "overwrite", "dtype", "keep_checkpoints") if name in changes
     }
     source = open_distillation_source(str(folder / "source"), pattern=pattern)
-    run_options = RunOptions(
+    run_options = DistillationRun(
         str(folder / "train.safetensors"),
         output,
         str(folder / "held.safetensors"),
@@ -58,7 +59,7 @@ def run(folder, output, monitor=None, pattern="FSFS", **changes):
         tensorboard=False,
         **options,
     )
-    return run_distillation(source, Recipe(**{**RECIPE, **changes}), run_options, monitor or TrainingMonitor())
+    return run_distillation(source, Recipe(**{**RECIPE, **changes}), run_options, monitor or Monitor())
 
 
 def run_processes(folder, output, kill_at=0, count=1, check=True, script=__file__, **changes):
@@ -82,13 +83,13 @@ def run_processes(folder, output, kill_at=0, count=1, check=True, script=__file_
     return process
 
 
-class Killer(TrainingMonitor):
+class Killer(Monitor):
     """Kills the process at a step."""
 
     def __init__(self, at):
         self.left = at
 
-    def step(self, text):
+    def step(self, text=""):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)

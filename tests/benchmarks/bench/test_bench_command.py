@@ -23,7 +23,7 @@ def bench(*arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench")
-    ways = ("--cache", "static", "--cache", "dynamic", "--batch-size", 2, "--peer", "--pattern", "all full")
+    ways = ("--cache", "static", "--cache", "dynamic", "--batch-size", 2, "--baseline", "--pattern", "all full")
     command = (*SMALL, *ways, "--pattern", "FSSS", "--output", output, "--json")
     finished = bench(*command)
     assert finished.exit_code == 0, finished.output
@@ -194,7 +194,7 @@ def test_the_plan_of_the_published_figures_can_be_read():
 
 
 def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):
-    finished = bench(DEMO, "--length", 80, "--decode-steps", 4, "--repeats", 1, "--no-parts", "--output", tmp_path)
+    finished = bench(DEMO, "--length", 80, "--decode-steps", 4, "--repeats", 1, "--no-breakdown", "--output", tmp_path)
     assert finished.exit_code == 0, finished.output
     assert "Prefill, seconds to the first token" in finished.output
     assert json.loads((tmp_path / "bench.json").read_text())["patterns"] == {"own": "F" * 12}
@@ -207,7 +207,7 @@ def test_a_checkpoint_runs_its_own_pattern_and_prints_tables(tmp_path):
         (("--shape", "tiny", "--length", 64, "--pattern", "SFFFFFFF"), "'SFFFFFFF'"),
         (("--shape", "tiny", "--cache", "quick"), "--cache must be static or dynamic (got quick)"),
         ((DEMO, "--shape", "tiny"), "leave out the checkpoint"),
-        ((DEMO, "--length", 64, "--peer"), "--peer runs transformers' glm_moe_dsa, and"),
+        ((DEMO, "--length", 64, "--baseline"), "--baseline runs transformers' glm_moe_dsa, and"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, arguments, message):

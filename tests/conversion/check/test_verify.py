@@ -18,7 +18,8 @@ from indexcache.conversion.check.drawing import draw_cells, draw_verification, h
 from indexcache.conversion.check.logits_comparison import compare_logits
 from indexcache.conversion.check.verify import verify
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 
 def converted(source, output, pattern="FSFS", **options):

@@ -17,7 +17,8 @@ from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert import convert as convert_module
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io import shard_writer
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 
 def run(source, output, pattern="FSFS", **options):

@@ -16,8 +16,8 @@ from indexcache.conversion.convert import convert as convert_module
 from indexcache.conversion.convert.convert import ConvertOptions, convert, plan_conversion
 from indexcache.conversion.convert.journal import sole_writer
 from indexcache.conversion.io import shard_writer
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
 from indexcache.conversion.io.shard_writer import hash_file, hash_files
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 
 def run(source, output, pattern="FSFS", **options):

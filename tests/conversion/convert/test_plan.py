@@ -14,7 +14,8 @@ from indexcache.conversion.check.drawing import draw_plan, human_bytes
 from indexcache.conversion.convert.families import convert_config, load_config, source_pattern
 from indexcache.conversion.convert.pattern_file import choose_pattern, read_pattern_file
 from indexcache.conversion.convert.plan import build_plan
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 
 def plan_of(folder, pattern=None, **options):

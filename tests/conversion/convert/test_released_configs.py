@@ -9,7 +9,7 @@ from testing.released_configs import GLM_SHARED_PATTERN, RELEASED, shrunk
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.check.verify import verify
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import FolderSource
+from indexcache.conversion.io.sources import FolderSource
 
 REPLACED = {"model_type", "architectures", "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern",
             "indexer_types"}  # fmt: skip

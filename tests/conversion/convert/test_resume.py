@@ -13,7 +13,7 @@ from testing.checkpoints import build, edit_json, edit_shard, hashes
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 JOURNAL = ".indexcache_convert.json"
 
@@ -23,7 +23,7 @@ _CONVERTER = """
 import os, signal, sys, time
 from pathlib import Path
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 import indexcache.conversion.publish.card, transformers.models.auto.modeling_auto
 from transformers.models.deepseek_v32.configuration_deepseek_v32 import DeepseekV32Config

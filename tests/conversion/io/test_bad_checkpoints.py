@@ -12,7 +12,8 @@ from testing.checkpoints import build, edit_json, edit_shard, tiny_config, tiny_
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.plan import build_plan
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, read_checkpoint, read_header
+from indexcache.conversion.io.checkpoint import read_checkpoint, read_header
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.io.strict_json import parse_json
 
 INDEX = "model.safetensors.index.json"
@@ -311,6 +312,15 @@ def test_unreadable_config(tmp_path):
     ({"index_head_dim": 4}, r"index_head_dim \(4\) must be at least qk_rope_head_dim \(8\)"),
     ({"q_lora_rank": None}, "q_lora_rank"),
     ({"n_group": 3}, r"n_group \(3\) must divide"),
+    ({"rope_theta": [0] * 20_000}, r"config\.json cannot be used: rope_theta=\[0, 0.{,300}\.\.\. is no number"),
+    ({"rope_theta": None}, "rope_theta=None is no number"),
+    ({"rope_theta": True}, "rope_theta=True is no number"),
+    ({"rope_theta": "10000"}, "rope_theta='10000' is no number"),
+    ({"rope_theta": -1}, "give angles that are not finite"),
+    ({"rope_theta": 0}, "give angles that are not finite"),
+    ({"rope_scaling": {"type": "of my own", "factor": 2.0}}, "rope_parameters=.*of my own.* cannot be used"),
+    ({"rope_scaling": {"type": "yarn", "factor": "x"}}, "rope_parameters=.*'factor': 'x'.* cannot be used"),
+    ({"hidden_act": "no"}, "hidden_act='no' is no activation"),
 ])  # fmt: skip
 def test_config_that_does_not_validate(tmp_path, fields, message):
     folder = build(tmp_path / "s")

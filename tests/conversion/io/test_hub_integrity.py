@@ -1,6 +1,7 @@
 """What comes from a Hub is compared with what its commit says, before it is used; busy servers are asked again."""
 
 import json
+import os
 import re
 import tracemalloc
 
@@ -9,15 +10,22 @@ from faulty_hub import FaultyHub, WrongAnswer
 from huggingface_hub import constants
 from testing.checkpoints import build, hashes
 from testing.hub_double import File
+from testing.tiny_models import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io import hub_requests
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, open_source, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
 from indexcache.conversion.io.hub_integrity import git_blob_id, is_commit_id
 from indexcache.conversion.io.hub_source import HubSource
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 PAGE = b"<!doctype html><html><body>Please sign in to the guest network.</body></html>"
 SHARDS = [f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3)]
@@ -294,3 +302,115 @@ def test_an_error_whose_body_is_no_text(tmp_path, monkeypatch, waits, status, pa
         else:
             with pytest.raises(ConversionError, match=r"maker/base.*401"):
                 read_checkpoint(source)
+
+
+# ---- eval, search, distill and generate -----------------------------------------------------------------------------
+
+
+TEXT = " ".join(f"w{(n * n // 7 + 3 * n) % 60}" for n in range(2000))
+
+
+@pytest.fixture
+def model_on_hub(hub_here, tmp_path, monkeypatch):
+    """A model with tokenizer on the Hub, the folder that it came from, and an empty Hub's cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("indexcache.conversion.io.hub_source.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    tiny_model(index_share_pattern="FFFF", vocab_size=64, eos_token_id=None).save_pretrained(
+        folder, max_shard_size="200KB"
+    )
+    words = {f"w{n}": n for n in range(60)} | {"<unk>": 60}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    hub_here.put(folder)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return folder
+
+
+def verbs_on_hub(folder):
+    small = ["--data", folder / "text.txt", "--seqlen", 24, "--nsamples", 2, "--device", "cpu", "--no-pictures"]
+    return {
+        "eval": [*small, "--task", "perplexity", "--output", folder / "eval"],
+        "search": [*small, "--keep", 2, "--no-curve", "--output", folder / "search"],
+        "generate": ["w1 w2", "--max-new-tokens", 2, "--device", "cpu"],
+        "distill": [
+            *[folder / "distilled", "--data", folder / "text.txt", "--seqlen", 24, "--keep", 2, "--dense-steps", 1],
+            *["--sparse-steps", 1, "--precision", "fp32", "--device", "cpu", "--no-tensorboard"],
+        ],
+    }
+
+
+def run_on_hub(verb, folder):
+    return CliRunner().invoke(app, [verb, "tester/base", *map(str, verbs_on_hub(folder)[verb])])
+
+
+def test_every_verb_runs_on_a_hub_id_and_names_no_place_of_this_machine(model_on_hub, tmp_path):
+    for verb in verbs_on_hub(tmp_path):
+        finished = run_on_hub(verb, tmp_path)
+        assert finished.exit_code == 0, (verb, finished.output, finished.exception)
+    for path in (tmp_path / "distilled").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+    assert json.loads((tmp_path / "eval/evaluation.json").read_text())["models"][0]["name"] == "tester/base"
+
+
+@pytest.mark.parametrize("file", ["model-00002-of-", "tokenizer.json", "generation_config.json", "config.json"])
+@pytest.mark.parametrize("verb", ["eval", "search", "generate", "distill"])
+def test_no_verb_uses_a_file_that_arrives_otherwise(model_on_hub, hub_here, tmp_path, verb, file):
+    name = next(path.name for path in sorted(model_on_hub.iterdir()) if path.name.startswith(file))
+    # Of the right length, and valid: only its hash tells.
+    hub_here.served[name] = flip_last_bit if "model-" in name else lambda data: data.replace(b"\n", b" ", 1)
+    finished = run_on_hub(verb, tmp_path)
+    assert finished.exit_code == 1, (finished.output, finished.exception)
+    assert f"Hub repository tester/base: {name} did not arrive as commit" in finished.stderr
+    assert not list((tmp_path / "cache").rglob(f"snapshots/*/{name}")), "what did not hold up is kept"
+    for output in ("eval", "search", "distilled"):
+        assert not (tmp_path / output).exists() or not list((tmp_path / output).rglob("*config.json"))
+
+    hub_here.served.clear()
+    source = HubSource("tester/base")
+    assert (source.fetch([name]) / name).read_bytes() == (model_on_hub / name).read_bytes()
+
+
+def test_what_was_spoilt_in_the_cache_is_fetched_again(model_on_hub, hub_here):
+    name = next(path.name for path in model_on_hub.glob("model-00001-of-*"))
+    whole = (model_on_hub / name).read_bytes()
+    there = HubSource("tester/base").fetch([name, "config.json"]) / name
+    there.resolve().write_bytes(flip_last_bit(whole))
+    requests = len(hub_here.requests)
+    again = HubSource("tester/base").fetch(["config.json", name])
+    assert again == there.parent and there.read_bytes() == whole
+    assert any(name in request for request in hub_here.requests[requests:])
+    there.resolve().write_bytes(flip_last_bit(whole))
+    hub_here.served[name] = flip_last_bit
+    with pytest.raises(ConversionError, match=rf"{name} did not arrive"):
+        HubSource("tester/base").fetch([name])
+    assert not there.exists() and not os.path.lexists(there)
+
+
+def test_further_processes_of_a_machine_leave_the_contents_to_its_first(model_on_hub, monkeypatch):
+    name = next(path.name for path in model_on_hub.glob("model-00001-of-*"))
+    there = HubSource("tester/base").fetch([name]) / name
+    spoilt = flip_last_bit(there.read_bytes())
+    there.resolve().write_bytes(spoilt)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (HubSource("tester/base").fetch([name]) / name).read_bytes() == spoilt
+    there.resolve().write_bytes(spoilt[:-1])
+    assert (HubSource("tester/base").fetch([name]) / name).stat().st_size == len(spoilt)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert (HubSource("tester/base").fetch([name]) / name).read_bytes() != spoilt
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_tokenizer_that_does_not_come_is_named_with_its_request(model_on_hub, hub_here, tmp_path, waits, status):
+    hub_here.fail("HEAD", "/resolve/.*tokenizer.json", status=status, times=99)
+    finished = run_on_hub("eval", tmp_path)
+    assert finished.exit_code == 1 and str(status) in finished.stderr, finished.output
+    assert "Hub repository tester/base: tokenizer.json cannot be downloaded" in finished.stderr
+
+
+def test_a_server_that_asks_for_a_day_is_not_waited_for(base, hub_here, waits):
+    hub_here.answer("GET", "/resolve/", status=429, body=b"", times=99, Retry_After="86400")
+    with pytest.raises(ConversionError, match=r"config\.json cannot be read.*429"):
+        HubSource("tester/base").read_range("config.json", 0, 9)
+    assert waits == []

@@ -9,7 +9,7 @@ CONVERT = """
 import json
 from pathlib import Path
 from indexcache.configuration.share_pattern import SharePattern
-from indexcache.conversion.io.checkpoint import open_source
+from indexcache.conversion.io.open_checkpoint import open_source
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 
 options = json.loads(sys.argv[3])

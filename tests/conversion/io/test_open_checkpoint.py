@@ -10,8 +10,8 @@ from testing.checkpoints import build, edit_json, tiny_config, tiny_tensors, wri
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 
 DEMO = Path(__file__).parents[3] / "demo" / "dsa_demo"
 

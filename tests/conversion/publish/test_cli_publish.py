@@ -12,7 +12,7 @@ import indexcache
 from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import open_source
+from indexcache.conversion.io.open_checkpoint import open_source
 
 DEMO = Path(indexcache.__file__).parent / "demo" / "dsa_demo"
 PROMPT = "The :class:`dict` type"

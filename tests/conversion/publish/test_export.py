@@ -9,7 +9,7 @@ from testing.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
 from indexcache import IndexCacheForCausalLM, SharePattern
-from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.conversion.publish.export import ENGINES, export, export_pattern
 
 # So many indexer heads that no two keys score exactly zero: which of them is selected would be a matter of taste.

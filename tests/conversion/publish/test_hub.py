@@ -12,7 +12,7 @@ from testing.tiny_models import tiny_model
 
 import indexcache
 from indexcache import SharePattern
-from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.conversion.publish.card import write_card
 from indexcache.conversion.publish.hub import check_complete, push_folder
 
@@ -181,7 +181,7 @@ class TestRefusals:
 
     def test_card_that_the_hub_refuses(self, checkpoint, push, hub):
         hub.answer("POST", "/api/validate-yaml", status=400, body={"errors": [{"message": '"license" is wrong'}]})
-        with pytest.raises(ConversionError, match=r'README\.md: mend the metadata(.|\n)*"license" is wrong'):
+        with pytest.raises(ConversionError, match=r'README\.md: fix the metadata(.|\n)*"license" is wrong'):
             push(checkpoint, "tester/small")
         assert "config.json" not in tree(hub)
 

@@ -1,5 +1,6 @@
 """What of a checkpoint's folder goes to the Hub, and that nothing else does."""
 
+import json
 import os
 import pickle
 import shutil
@@ -10,7 +11,9 @@ from testing.checkpoints import build
 from testing.tiny_models import tiny_model
 
 from indexcache.conversion.convert.convert import ConvertOptions, convert
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource, open_source, read_checkpoint
+from indexcache.conversion.io.checkpoint import read_checkpoint
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.hub import check_contents, push_folder
 from indexcache.conversion.publish.hub_contents import hub_contents
 
@@ -147,6 +150,22 @@ def test_the_tokenizer_s_own_code_goes_along(folder):
     (folder / "tokenization_own.py").write_text("from .own_words import words\n")
     (folder / "own_words.py").write_text("words = []\n")
     assert {"tokenization_own.py", "own_words.py"} <= contents_of(folder).files.keys()
+
+
+def test_code_that_is_named_and_lacks_is_said_with_who_names_it(folder):
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "auto_map": ["a.b"]}))
+    with pytest.raises(ConversionError, match=r"a\.py, for 'a\.b' in the auto_map of tokenizer_config\.json"):
+        check_contents(folder)
+
+
+@pytest.mark.parametrize("model_type", [2**31, "\x1b[2J", None, ["deepseek_v32"], "llama"])
+def test_what_is_no_checkpoint_of_ours_is_not_sent(folder, hub_here, model_type):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    with pytest.raises(ConversionError, match=r"config\.json has model_type=.*accepted: deepseek_v32"):
+        push_folder(folder, "tester/pushed")
+    assert not hub_here.requests
 
 
 @pytest.mark.parametrize("name", ["README.md", "indexcache_recipe.json", "tokenizer_config.json", "share_pattern.py"])

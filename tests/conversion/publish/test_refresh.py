@@ -6,16 +6,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-from testing.checkpoints import hashes
+from testing.checkpoints import build, hashes
 from testing.hub_double import File
 from testing.tiny_models import tiny_model
 from typer.testing import CliRunner
 
 import indexcache
+from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.configuration import hub_code
-from indexcache.conversion.io.checkpoint import ConversionError, FolderSource
+from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io.hub_source import HubSource
+from indexcache.conversion.io.open_checkpoint import open_source
+from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish import refresh as refresh_module
 from indexcache.conversion.publish.refresh import _with_field, plan_refresh, refresh
 
@@ -317,3 +320,40 @@ def test_an_older_checkpoint_s_code_says_once_that_a_newer_release_is_installed(
 def test_the_package_itself_says_nothing_of_releases():
     assert hub_code.newer_release_installed() is None
     assert hub_code.code_version() == indexcache.__version__
+
+
+@pytest.fixture
+def converted_by_an_older_release(tmp_path, monkeypatch):
+    """A conversion whose code, config and recipe say the older release; the source beside it."""
+    monkeypatch.setattr(refresh_module, "checked_hub_code", lambda: dict(CODE))
+    source, output = build(tmp_path / "source"), tmp_path / "output"
+    convert(open_source(source), output, ConvertOptions(SharePattern("FSFS")))
+    for path in output.glob("*.py"):
+        path.write_text(path.read_text().replace(HEADER, HEADER.replace(indexcache.__version__, OLD)))
+    (output / "share_pattern.py").rename(output / "old_pattern.py")
+    for name in ("config.json", "README.md", "indexcache_recipe.json"):
+        text = (output / name).read_text()
+        assert f'"{indexcache.__version__}"' in text
+        text = text.replace(f'"{indexcache.__version__}"', f'"{OLD}"').replace("share_pattern.py", "old_pattern.py")
+        (output / name).write_text(text)
+    return source, output
+
+
+def test_a_refreshed_conversion_is_finished_for_resume(converted_by_an_older_release):
+    source, output = converted_by_an_older_release
+    again = ["convert", str(source), str(output), "--pattern", "FSFS", "--resume"]
+    before = CliRunner().invoke(app, again)
+    assert before.exit_code == 1 and f"indexcache refresh {output}" in before.stderr and OLD in before.stderr
+    do(FolderSource(output))
+    kept = hashes(output)
+    after = CliRunner().invoke(app, again)
+    assert after.exit_code == 0, after.stderr
+    assert hashes(output) == kept
+
+    # Damage is still found, and another conversion is another one.
+    (output / "tokenizer.json").write_text("{} ")
+    damaged = CliRunner().invoke(app, again)
+    assert damaged.exit_code == 1 and "- tokenizer.json" in damaged.stderr
+    assert "indexcache refresh" not in damaged.stderr
+    other = CliRunner().invoke(app, [*again[:4], "FFSS", "--resume"])
+    assert other.exit_code == 1 and "another finished conversion" in other.stderr

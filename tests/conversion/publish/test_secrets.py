@@ -11,8 +11,8 @@ from indexcache import SharePattern
 from indexcache.cli import app
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io import hub_requests
-from indexcache.conversion.io.checkpoint import open_source
 from indexcache.conversion.io.hub_requests import redact
+from indexcache.conversion.io.open_checkpoint import open_source
 
 TOKEN = "hf_" + "Zq9Xw7Rt" * 4
 PLAIN = "api_org_0123456789abcdef"

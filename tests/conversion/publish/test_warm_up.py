@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 pytest.importorskip("triton")
 
 from indexcache.cli import app
-from indexcache.conversion.io.checkpoint import ConversionError
+from indexcache.conversion.io.sources import ConversionError
 from indexcache.conversion.publish import warm_up as verb
 from indexcache.kernels.common.kernel_variants import Variant
 

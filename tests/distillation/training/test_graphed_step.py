@@ -10,9 +10,9 @@ import pytest
 import torch
 from testing.small_run import run, write_source
 
-from indexcache.distillation.errors import DistillationError
 from indexcache.distillation.recipe import Recipe
 from indexcache.distillation.training.graphed_step import STEPS_BEFORE_CAPTURE, GraphedSteps
+from indexcache.runs.errors import RunError
 
 PLAIN = dict(dense_steps=6, sparse_steps=6, accumulation=1, gradient_checkpointing=False, log_every=2)
 
@@ -51,7 +51,7 @@ def pretend(monkeypatch):
         "indexcache.distillation.training.trainer.GraphedSteps",
         lambda run, parameters: GraphedSteps(run, parameters, PretendRecorder(parameters())),
     )
-    for module in ("run", "trainer"):
+    for module in ("run", "training.trainer"):
         monkeypatch.setattr(f"indexcache.distillation.{module}.refuse_where_no_graphs_run", lambda *_: None)
     return PretendRecorder
 
@@ -131,17 +131,17 @@ def test_where_capturing_fails_steps_go_on_as_they_are():
     ("given", "mend"),
     [
         ({"gradient_checkpointing": True}, "--no-gradient-checkpointing"),
-        ({"accumulation": 2}, "--accumulation 1"),
+        ({"accumulation": 2}, "--gradient-accumulation-steps 1"),
         ({"isolate_documents": True}, "leave it out"),
     ],
 )
 def test_recipes_that_no_graph_can_hold_are_refused(given, mend):
-    with pytest.raises(DistillationError, match=mend):
+    with pytest.raises(RunError, match=mend):
         Recipe(**{"gradient_checkpointing": False, "cuda_graph": True, **given})
 
 
 def test_a_machine_without_gpu_refuses_before_it_reads_anything(tmp_path):
     write_source(tmp_path)
-    with pytest.raises(DistillationError, match="--cuda-graph needs a CUDA GPU"):
+    with pytest.raises(RunError, match="--cuda-graph needs a CUDA GPU"):
         run(tmp_path, tmp_path / "out", cuda_graph=True, **PLAIN)
     assert not (tmp_path / "out").exists()

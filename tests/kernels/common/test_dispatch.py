@@ -1,29 +1,28 @@
 """One policy for all operations: what is raised, what is set aside for its device, what is said, what is forbidden."""
 
-import importlib
 import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 
 from indexcache.kernels.common import dispatch as policy
+from indexcache.kernels.common.backend_listing import operations
 from indexcache.kernels.common.dispatch import (
     Backend,
     FallbackError,
-    dispatch,
+    Operation,
     forget_failures,
     no_fallback,
     takes_all,
     why_set_aside,
 )
-from indexcache.kernels.indexer_distillation import indexer_distillation
+from indexcache.kernels.indexer_distillation import indexer_distillation, indexer_distillation_ops
 from indexcache.kernels.sparse_mla import sparse_mla
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU, FIRST, SECOND = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +37,8 @@ class Calls:
 
     def __init__(self, error=None, why_not=takes_all, optional=False):
         self.ran, self.error = [], error
-        self.backends = Backend("fast", why_not, self.fast, optional), Backend("slow", takes_all, self.slow)
+        fast, slow = Backend("fast", why_not, self.fast, optional), Backend("slow", takes_all, self.slow)
+        self.operation = Operation("an operation", fast, slow)
 
     def fast(self, *arguments):
         self.ran.append("fast")
@@ -50,8 +50,8 @@ class Calls:
         self.ran.append("slow")
         return "slow"
 
-    def __call__(self, device=CPU):
-        return dispatch("an operation", self.backends, device, 1, 2)
+    def __call__(self, device=FIRST, **options):
+        return self.operation(device, 1, 2, **options)
 
 
 def caught(call, *arguments):
@@ -81,14 +81,14 @@ def test_a_backend_that_does_not_compile_is_set_aside_once_with_its_reason():
         result, said = caught(call)
         assert result == "slow" and len(said) == 1 and type(error).__name__ in said[0]
         assert caught(call) == ("slow", []) and call.ran == ["fast", "slow", "slow"]
-        assert list(why_set_aside()) == ["an operation: fast on cpu"]
+        assert list(why_set_aside()) == ["an operation: fast on cuda:0"]
 
 
 def test_for_another_device_it_is_tried_again():
     call = Calls(RuntimeError("PassManager::run failed"))
-    caught(call, CPU)
+    caught(call, FIRST)
     call.error = None
-    assert caught(call, META) == ("fast", []) and caught(call, CPU) == ("slow", [])
+    assert caught(call, SECOND) == ("fast", []) and caught(call, FIRST) == ("slow", [])
 
 
 def device_errors():
@@ -128,7 +128,7 @@ def test_what_is_not_about_compiling_is_raised(error):
 def test_arguments_that_a_backend_does_not_take_fall_to_the_next_and_that_is_said_once():
     call = Calls(why_not=lambda a, b: f"it takes no {a}")
     result, said = caught(call)
-    assert result == "slow" and said == ["an operation does not run in fast, but slower, on cpu: it takes no 1"]
+    assert result == "slow" and said == ["an operation does not run in fast, but slower, on cuda:0: it takes no 1"]
     assert caught(call) == ("slow", []) and not why_set_aside()
 
 
@@ -165,36 +165,52 @@ def test_the_environment_forbids_for_a_whole_process(value, forbidden):
     assert done.stdout.split()[-1] == str(forbidden)
 
 
-def operations():
-    """Every tuple of backends of a file in kernels/."""
-    folder = Path(policy.__file__).parents[1]
-    for path in sorted(folder.glob("*/*.py")):
-        loaded = importlib.import_module(f"indexcache.kernels.{path.parent.name}.{path.stem}")
-        for name, value in vars(loaded).items():
-            if isinstance(value, tuple) and value and all(isinstance(x, Backend) for x in value):
-                yield f"{path.stem}.{name}", value
+def test_without_kernels_the_last_runs_and_nothing_is_said():
+    call = Calls()
+    assert caught(call, CPU) == ("slow", []) and caught(lambda: call(allow_triton=False)) == ("slow", [])
+    with no_fallback():
+        assert caught(call, CPU) == ("slow", [])
+
+
+def test_what_ran_under_the_strict_switch_is_listed():
+    call = Calls()
+    with no_fallback() as ran:
+        call(), call(CPU)
+    call()
+    assert ran == [("an operation", "fast"), ("an operation", "slow")]
+
+
+def test_explaining_runs_nothing():
+    call = Calls(why_not=lambda a, b: f"it takes no {a}")
+    assert call.operation.explain(FIRST, 1, 2) == ("slow", {"fast": "it takes no 1"})
+    assert call.operation.explain(CPU, 1, 2) == ("slow", {"fast": "kernels need a GPU, not cpu"})
+    assert not call.operation.chooses_kernels(CPU, 1, 2) and Calls().operation.chooses_kernels(FIRST, 1, 2)
+    assert not call.ran
+
+
+OPERATIONS = {operation.name: operation for _, operation in operations()}
 
 
 def test_every_operation_ends_with_a_backend_that_takes_all():
-    found = dict(operations())
-    assert len(found) >= 18
-    for name, backends in found.items():
-        assert backends[-1].why_not is takes_all and not backends[-1].optional, name
-        assert len({backend.name for backend in backends}) == len(backends) > 1, name
+    assert len(OPERATIONS) == len(list(operations())) >= 22
+    for name, operation in OPERATIONS.items():
+        names = [backend.name for backend in operation.backends]
+        assert operation.backends[-1].why_not is takes_all and not operation.backends[-1].optional, name
+        assert len(set(names)) == len(names) > 1 and operation.examples, name
 
 
-@pytest.mark.parametrize("name", dict(operations()))
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_out_of_memory_in_any_operation_leaves_its_backends_in_use(name):
-    backends = dict(operations())[name]
-    error = torch.OutOfMemoryError("CUDA out of memory")
+    for position in range(len(OPERATIONS[name].backends) - 1):
+        backends = list(OPERATIONS[name].backends[position:])
 
-    def fail(*_):
-        raise error
+        def fail(*_):
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
 
-    failing = (backends[0]._replace(run=fail, why_not=takes_all), *backends[1:])
-    with pytest.raises(torch.OutOfMemoryError):
-        dispatch(name, failing, CPU)
-    assert not why_set_aside()
+        backends[0] = backends[0]._replace(run=fail, why_not=takes_all)
+        with pytest.raises(torch.OutOfMemoryError):
+            Operation(name, *backends)(FIRST)
+        assert not why_set_aside()
 
 
 def sparse_inputs():
@@ -211,7 +227,7 @@ def test_gradients_of_sparse_mla_where_no_kernel_compiles():
     grad_out, grad_lse = torch.randn_like(out), torch.randn_like(lse)
     some = grad_lse.masked_fill(lse == float("-inf"), 0.0)
     want = torch.autograd.grad((out * grad_out).sum() + (lse.masked_fill(lse.isinf(), 0.0) * some).sum(), (q, kv))
-    backward = sparse_mla._BACKWARD[-1].run
+    backward = sparse_mla._GRADIENT.backends[-1].run
     got = backward(grad_out, grad_lse, *(x.detach() for x in (q, kv)), indices, out.detach(), lse.detach(), 0.3, False)
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other)
@@ -231,7 +247,7 @@ def test_gradients_of_the_indexer_where_no_kernel_compiles(with_target):
     grad = torch.randn(result.shape, generator=draw, dtype=torch.float64)
     kept = torch.where(result.isinf(), 0.0, result * grad)
     want = torch.autograd.grad(kept.sum(), inputs)
-    backward = indexer_distillation._INDEX_BACKWARD[-1].run
+    backward = indexer_distillation_ops._INDEX_GRADIENT.backends[-1].run
     got = backward(grad, *(x.detach() for x in inputs), indices, target, stats, 0.3, False)
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other)
@@ -246,7 +262,7 @@ def test_gradients_of_the_dense_loss_where_no_kernel_compiles():
     result = indexer_distillation.dense_indexer_kl(*inputs, q_attn, kv, scale=0.3, attn_scale=0.2, attn_lse=lse)
     grad = torch.randn(result.shape, generator=draw, dtype=torch.float64)
     want = torch.autograd.grad(result, inputs, grad)
-    backward = indexer_distillation._DENSE_BACKWARD[-1].run
+    backward = indexer_distillation_ops._DENSE_GRADIENT.backends[-1].run
     visible = torch.full((2,), 6, dtype=torch.int64), None, None
     plain = [x.detach() for x in inputs]
     got = backward(grad, *plain, [q_attn], [kv], [lse], None, 0.3, 0.2, visible)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from indexcache.kernels.indexer_distillation import indexer_distillation as op
+from indexcache.kernels.indexer_distillation import indexer_distillation_ops as ops
 from indexcache.kernels.indexer_distillation import indexer_distillation_reference as reference
 from indexcache.kernels.indexer_distillation.indexer_distillation import (
     attention_lse,
@@ -223,9 +223,9 @@ def test_arguments_that_do_not_fit_are_refused(call, words):
 
 def test_what_the_kernels_do_not_take_is_said_in_words():
     pytest.importorskip("triton")
-    (q, k, _), indices = indexer(), selection()
+    q, k, _ = indexer()
     half = q.half(), k.half()
-    assert "bfloat16 or float16" in op._why_not_triton(q, k, 256, indices)
-    assert "width 6 is above" in op._why_not_triton(*half, 5, indices)
-    assert "9000 selected keys" in op._why_not_triton(*half, 256, torch.zeros(2, 6, 9000))
-    assert op._why_not_triton(*half, 256, indices) is None
+    assert "bfloat16 or float16" in ops._why_not(q, k, 256, 5)
+    assert "width 6 is above" in ops._why_not(*half, 5, 5)
+    assert "9000 selected keys" in ops._why_not(*half, 256, 9000)
+    assert ops._why_not(*half, 256, 5) is None

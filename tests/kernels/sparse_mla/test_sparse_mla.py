@@ -72,7 +72,7 @@ def test_the_custom_op_traces_with_its_fake_kernel():
 def test_what_the_kernels_do_not_take_is_said_in_words(change, words):
     pytest.importorskip("triton")
     q, kv, indices = problem(**change)
-    assert words in op._unsupported(q, kv, indices, 8)
+    assert words in op._why_not_triton(q, kv, indices, 1.0, 8)
 
 
 @pytest.mark.parametrize(

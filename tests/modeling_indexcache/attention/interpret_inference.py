@@ -11,7 +11,6 @@ from testing.tiny_models import tiny_model
 from transformers import DynamicCache, StaticCache
 
 from indexcache.kernels.experts import expert_topk, routed_experts
-from indexcache.kernels.experts.expert_topk_triton import expert_topk_triton
 from indexcache.kernels.norm_rope_linear import index_keys, rms_norm, rotary
 from indexcache.kernels.norm_rope_linear.absorbed_vector_triton import absorb_queries_triton, expand_values_triton
 from indexcache.kernels.norm_rope_linear.vector_linear_triton import vector_linear_triton
@@ -43,18 +42,13 @@ def calls(monkeypatch):
     """Let every fused kernel take CPU tensors; the names of those that ran."""
     ran = set()
     for module, name, value in (
-        (rms_norm, "runs_triton", lambda *t: True),
-        (rotary, "runs_triton", lambda *t: True),
-        (index_keys, "runs_triton", lambda *t: True),
-        (index_keys, "_BACKENDS", first_spied(ran, "index keys", index_keys._BACKENDS)),
-        (rms_norm, "_NORM", first_spied(ran, "norm", rms_norm._NORM)),
-        (rms_norm, "_ROWS", first_spied(ran, "latents", rms_norm._ROWS)),
-        (rotary, "_BACKENDS", first_spied(ran, "rotate", rotary._BACKENDS)),
-        (expert_topk, "_fits", lambda *t: True),
-        (expert_topk, "_NORMED", first_spied(ran, "route normed", expert_topk._NORMED)),
-        (expert_topk, "_expert_topk", spied(ran, "route", expert_topk_triton)),
+        (index_keys._ROWS, "backends", first_spied(ran, "index keys", index_keys._ROWS.backends)),
+        (rms_norm._NORM, "backends", first_spied(ran, "norm", rms_norm._NORM.backends)),
+        (rms_norm._ROWS, "backends", first_spied(ran, "latents", rms_norm._ROWS.backends)),
+        (rotary._INTO, "backends", first_spied(ran, "rotate", rotary._INTO.backends)),
+        (expert_topk._NORMED, "backends", first_spied(ran, "route normed", expert_topk._NORMED.backends)),
+        (expert_topk._TOPK, "backends", first_spied(ran, "route", expert_topk._TOPK.backends)),
         (eligibility, "unsupported_experts_reason", lambda *t: None),
-        (routed_experts, "_on_triton", lambda x: True),
         (routed_experts, "_grouped_mm", lambda: grouped_mm),
         (routed_experts, "experts_vector", spied(ran, "experts of few", routed_experts.experts_vector)),
         (routed_experts, "combine", spied(ran, "experts of many", routed_experts.combine)),

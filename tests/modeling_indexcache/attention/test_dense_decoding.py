@@ -8,8 +8,7 @@ from testing.tiny_models import SIZES, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from indexcache.modeling_indexcache import modeling_indexcache
-from indexcache.modeling_indexcache.attention import inference_attention, key_visibility
+from indexcache.modeling_indexcache.attention import dense_attention, inference_attention, key_visibility
 
 WIDE = dict(index_share_pattern="FS", num_hidden_layers=2, kv_lora_rank=48, v_head_dim=32, qk_nope_head_dim=32)
 TOPK = 64
@@ -37,7 +36,7 @@ def expanded(monkeypatch):
     """Call to let every forward from now on expand latents, as all did once."""
 
     def switch():
-        for module in (modeling_indexcache, inference_attention):
+        for module in (dense_attention, inference_attention):
             monkeypatch.setattr(module, "absorbed_is_cheaper", lambda *a: False)
 
     return switch
@@ -165,7 +164,7 @@ def test_lists_of_all_keys_are_made_once_for_all_layers_and_of_few_widths(monkey
         key_visibility.KeyVisibility, "every_index", lambda self, *a: (made.append(a), every(self, *a))[1]
     )
     monkeypatch.setattr(
-        inference_attention, "_attend_to_selected", lambda *a: (widths.add(a[3].shape[-1]), attend(*a))[1]
+        inference_attention, "_attend_to_selected", lambda *a: (widths.add(a[3].indices().shape[-1]), attend(*a))[1]
     )
     ids = torch.arange(2, 92).unsqueeze(0)
     cache = DynamicCache(config=model.config)

@@ -10,12 +10,13 @@ from transformers import DynamicCache
 
 from indexcache.kernels.experts import routed_experts
 from indexcache.kernels.sparse_mla.merged_selection import MergedSelection
-from indexcache.modeling_indexcache.attention import inference_attention
+from indexcache.modeling_indexcache.attention import inference_attention, query_chunks
 from indexcache.modeling_indexcache.attention.absorbed_attention import attend_absorbed
 from indexcache.modeling_indexcache.cache import growing_cache
-from indexcache.modeling_indexcache.eligibility import works_in_place
+from indexcache.modeling_indexcache.eligibility import is_plain_linear, is_plain_norm, why_not_in_place
+from indexcache.modeling_indexcache.forward_plan import ForwardPlan
 from indexcache.modeling_indexcache.layers import feed_forward, indexer
-from indexcache.modeling_indexcache.layers.few_token_linears import is_plain_linear, is_plain_norm
+from indexcache.modeling_indexcache.selection import Selection
 
 PATTERN = "FSFS"
 
@@ -39,7 +40,7 @@ def ids():
 
 @pytest.mark.parametrize("mask_kind", ["none", "padding", "each query's own"])
 def test_blocks_of_a_few_tokens_equal_one_forward_with_gradient(any_model, ids, monkeypatch, mask_kind):
-    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(query_chunks, "ATTENTION_BLOCK_BYTES", 2**15)
     monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**14)
     monkeypatch.setattr(indexer, "WIDENED_TOKENS", 3)
     monkeypatch.setattr(feed_forward, "FEED_FORWARD_BLOCK_BYTES", 2**12)
@@ -93,7 +94,7 @@ def seen_by(register, part, model, ids):
 @pytest.mark.parametrize("everywhere", [False, True], ids=["own hook", "global hook"])
 @pytest.mark.parametrize("path", ["self_attn.q_a_layernorm", "self_attn.kv_a_layernorm", "mlp.shared_experts"])
 def test_a_watched_part_makes_what_it_makes_with_gradient(model, ids, monkeypatch, path, everywhere):
-    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(query_chunks, "ATTENTION_BLOCK_BYTES", 2**15)
     part = model.model.layers[3].get_submodule(path)
     register = register_module_forward_hook if everywhere else part.register_forward_hook
     (expected,) = seen_by(register, part, model, ids)
@@ -118,8 +119,9 @@ def test_a_merged_selection_is_refused_where_gradients_flow(model, ids):
     attention = model.model.layers[1].self_attn
     q = torch.zeros(3, 40, attention.config.num_attention_heads, attention.nope_dim)
     merged = MergedSelection.empty(3, 40, 8, 2, ids.device)
-    with pytest.raises(TypeError, match="not MergedSelection: pass merge_selection=False"):
-        attend_absorbed(attention, q, q[..., : attention.rope_dim], torch.zeros(3, 40, 1), merged)
+    plan = ForwardPlan.of(model.model, torch.zeros(3, 40, 48))
+    with pytest.raises(TypeError, match=r"not MergedSelection: .* a plan without merge_selections"):
+        attend_absorbed(attention, (q, q[..., : attention.rope_dim]), torch.zeros(3, 40, 1), Selection(merged), plan)
 
 
 def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, ids):
@@ -136,7 +138,7 @@ def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, 
         seen = []
         handle = model.model.layers[1].register_forward_hook(lambda *a: seen.append((a[2][0], a[2][0].clone())))
         try:
-            assert not works_in_place(model.model.layers[1], embedded)
+            assert why_not_in_place(model.model.layers[1], embedded.device) == "a hook watches it"
             model(ids)
         finally:
             handle.remove()
@@ -145,10 +147,13 @@ def test_given_embeddings_and_recorded_hidden_states_are_not_overwritten(model, 
 
 def test_recorders_that_transformers_leaves_behind_change_nothing_when_idle(ids, monkeypatch):
     model, overwritten = tiny_model(index_share_pattern=PATTERN), []
-    project = inference_attention._attend_to_selected
-    monkeypatch.setattr(
-        inference_attention, "_attend_to_selected", lambda *args: overwritten.append(args[-1]) or project(*args)
-    )
+    attend = inference_attention._attend_to_selected
+
+    def spied(module, queries, latents, selection, plan, residual):
+        overwritten.append(plan.overwrites(module.layer_idx))
+        return attend(module, queries, latents, selection, plan, residual)
+
+    monkeypatch.setattr(inference_attention, "_attend_to_selected", spied)
     with torch.no_grad():
         model(ids)
         model(ids, output_hidden_states=True, output_topk_indices=True)

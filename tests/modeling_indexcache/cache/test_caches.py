@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticIndexedLayer
 
 from indexcache.modeling_indexcache.cache.latent_cache import append_latents
+from indexcache.modeling_indexcache.forward_plan import ForwardPlan
 
 PATTERN = "FSSF"
 
@@ -124,9 +125,8 @@ def test_a_cache_of_too_few_layers_is_refused(model, ids):
     with pytest.raises(
         ValueError, match=r"layer 3 of this DynamicCache of 2 layers .* make the cache with the model's"
     ):
-        tiny_model(index_share_pattern="FFFF").model.layers[3].self_attn.indexer.append_keys(
-            torch.zeros(1, 1, 48), (torch.ones(1, 1, 8), torch.zeros(1, 1, 8)), short
-        )
+        full, token = tiny_model(index_share_pattern="FFFF").model, torch.zeros(1, 1, 48)
+        full.layers[3].self_attn.indexer.append_keys(token, ForwardPlan.of(full, token, cache=short))
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -267,6 +267,67 @@ def test_a_failed_recording_is_said_once_and_decoding_goes_on(model, ids, monkey
     assert torch.equal(tokens, without_graphs(model, ids))
 
 
+def ends_without_memory(error):
+    """As a broken recording: the lack of memory, and after it what ending the recording fails with."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    finally:
+        if error != "alone":
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("error", ["alone", "ending the recording fails after it"])
+def test_no_memory_in_a_recording_is_raised_and_the_next_call_records(model, replays, ids, monkeypatch, kind, error):
+    cache = DynamicCache(config=model.config)
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=32)
+    record = decode_graph.record
+
+    def fails(run, rewind, device):
+        run()
+        ends_without_memory(error)
+
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :15], past_key_values=cache)
+        monkeypatch.setattr(decode_graph, "record", fails)
+        made = 15
+        with pytest.raises(torch.OutOfMemoryError):
+            while made < 30:
+                steps(model, cache, ids[:, made : made + 1])
+                made += 1
+        assert made in (17, 18) and int(cache.get_seq_length()) == made
+        monkeypatch.setattr(decode_graph, "record", record)
+        got = steps(model, cache, ids[:, made:])
+    assert len(replays) == 1 and replays[0][0] == 30 - made
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, made:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_no_memory_in_a_replay_is_raised_and_the_next_call_replays(model, replays, ids, monkeypatch, kind):
+    cache = DynamicCache(config=model.config)
+    if kind == "static":
+        cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :15], past_key_values=cache)
+        steps(model, cache, ids[:, 15:22])
+        before, clone = replays[0][0], torch.Tensor.clone
+
+        def no_memory(tensor, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(torch.Tensor, "clone", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            steps(model, cache, ids[:, 22:23])
+        monkeypatch.setattr(torch.Tensor, "clone", clone)
+        assert int(cache.get_seq_length()) == 22 and is_recorded(cache)
+        got = steps(model, cache, ids[:, 22:])
+    assert len(replays) == 1 and replays[0][0] == before + 1 + 8
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 22:], atol=1e-5, rtol=1e-5)
+
+
 def test_static_layers_of_unequal_length_are_not_recorded(model, replays, ids):
     cache = StaticCache(model.config, max_cache_len=40)
     with torch.no_grad():
@@ -300,12 +361,11 @@ def test_hooks_that_only_move_tensors_are_recorded_with_the_rest(model, replays,
 def test_offloaded_layers_are_not_recorded_and_it_is_said_why(model, replays, ids, monkeypatch):
     accelerate = pytest.importorskip("accelerate")
     said = []
-    monkeypatch.setattr(decode_graph, "say_slower", lambda *args: said.append(args[2:]))
+    monkeypatch.setattr(eligibility, "say_slower", lambda *args: said.append(args[2:]))
     away = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
     assert torch.equal(greedy(away, ids), without_graphs(model, ids))
     assert replays == []
-    what, reason = said[0]
-    assert what == "decoding steps are not recorded"
+    (reason,) = {reason for what, reason in said if what == "decoding steps are not recorded"}
     assert reason.startswith("layers.0.self_attn.q_a_proj: accelerate keeps its weights elsewhere")
 
 

@@ -14,11 +14,12 @@ from transformers import DynamicCache, StaticCache
 
 from indexcache.kernels.experts import routed_experts
 from indexcache.kernels.sparse_mla.merged_selection import MergedSelection
-from indexcache.modeling_indexcache.attention import inference_attention
+from indexcache.modeling_indexcache.attention import query_chunks
+from indexcache.modeling_indexcache.eligibility import is_plain_linear, why_not_as_written
 from indexcache.modeling_indexcache.layers import feed_forward, indexer
-from indexcache.modeling_indexcache.layers.few_token_linears import is_plain_linear
-from indexcache.modeling_indexcache.parallel.layer_placement import device_ranges, moved_to, onloaded
-from indexcache.modeling_indexcache.parallel.module_hooks import is_wrapped, placement_of, runs_as_written
+from indexcache.modeling_indexcache.parallel.layer_placement import device_ranges, onloaded
+from indexcache.modeling_indexcache.parallel.module_hooks import placement_of
+from indexcache.modeling_indexcache.selection import IndexerTrace, Selection
 
 accelerate = pytest.importorskip("accelerate")
 hooks = pytest.importorskip("accelerate.hooks")
@@ -41,7 +42,7 @@ def ids():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(inference_attention, "ATTENTION_BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(query_chunks, "ATTENTION_BLOCK_BYTES", 2**14)
     monkeypatch.setattr(indexer, "QUERY_BLOCK_BYTES", 2**13)
     monkeypatch.setattr(feed_forward, "FEED_FORWARD_BLOCK_BYTES", 2**11)
     monkeypatch.setattr(routed_experts, "BLOCK_BYTES", 2**12)
@@ -220,10 +221,10 @@ class Sneaky(hooks.AlignDevicesHook):
 def test_only_what_accelerate_itself_does_is_recognised():
     linear = hooks.add_hook_to_module(nn.Linear(3, 3), hooks.AlignDevicesHook("cpu"))
     assert placement_of(linear) == (CPU, False, False)
-    assert runs_as_written(linear) and is_plain_linear(linear) and not is_wrapped(linear)
+    assert why_not_as_written(linear) is None and is_plain_linear(linear)
     away = hooks.add_hook_to_module(nn.Linear(3, 3), hooks.AlignDevicesHook("cpu", offload=True, io_same_device=True))
     assert placement_of(away) == (CPU, True, True)
-    assert not runs_as_written(away) and not is_wrapped(away)
+    assert why_not_as_written(away) == "accelerate keeps its weights elsewhere between calls"
     strange = [hooks.add_hook_to_module(nn.Linear(3, 3), hook) for hook in (Noise(), Sneaky("cpu"))]
     both = hooks.SequentialHook(hooks.AlignDevicesHook("cpu"), Noise())
     strange.append(hooks.add_hook_to_module(nn.Linear(3, 3), both))
@@ -238,7 +239,7 @@ def test_only_what_accelerate_itself_does_is_recognised():
     strange.append(wrapped)
     for module in strange:
         assert placement_of(module) is None
-        assert is_wrapped(module) and not is_plain_linear(module)
+        assert why_not_as_written(module) == "its forward was replaced" and not is_plain_linear(module)
 
 
 @pytest.mark.parametrize("hook", [Noise, lambda: Sneaky("cpu")])
@@ -263,7 +264,7 @@ class Recorder(nn.Module):
 
     def forward(self, hidden_states, **kwargs):
         self.seen.append((hidden_states, kwargs))
-        return hidden_states, kwargs["topk_indices"]
+        return hidden_states, kwargs["selection"], None
 
 
 class Wrapper(nn.Module):
@@ -276,9 +277,10 @@ class Wrapper(nn.Module):
 
 
 def places_of(hidden_states, kwargs):
-    visibility = kwargs["visibility"]
-    tensors = [hidden_states, *kwargs["position_embeddings"], kwargs["topk_indices"]]
-    return {t.device.type for t in (*tensors, visibility.query_start, visibility.key_mask)}
+    plan, selection = kwargs["plan"], kwargs["selection"]
+    seen = plan.visibility
+    tensors = (hidden_states, *plan.angles, selection.indices(), seen.query_start, seen.key_mask)
+    return {t.device.type for t in tensors}
 
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, Wrapper], ids=["placed", "inside a wrapper"])
@@ -303,8 +305,7 @@ def test_everything_a_layer_reads_is_on_its_device(model, ids, wrap):
     if wrap is not Wrapper:
         # Moved once, where the device changes.
         first, second = recorders[0].seen[0][1], recorders[1].seen[0][1]
-        assert first["position_embeddings"][0] is second["position_embeddings"][0]
-        assert first["visibility"] is second["visibility"]
+        assert first["plan"] is second["plan"]
         assert device_ranges(apart.model.layers, CPU) == [(0, 1, CPU), (1, 4, torch.device("meta"))]
 
 
@@ -319,13 +320,13 @@ def test_angles_made_on_another_device_come_to_the_layers(model, ids):
         apart(ids)  # the numbers are lost; that they were sent for is what counts
 
 
-def test_merged_selections_move_whole():
-    merged = MergedSelection.empty(1, 8, 4, 2, CPU)
-    moved, angles = moved_to((merged, (torch.zeros(1), None)), torch.device("meta"))
-    assert type(moved) is MergedSelection
-    assert moved.keys.device.type == moved.counts.device.type == "meta"
-    assert (moved.group, moved.queries) == (2, 8)
-    assert angles[0].device.type == "meta" and angles[1] is None
+def test_selections_move_whole():
+    trace = IndexerTrace(torch.zeros(1), torch.zeros(1), torch.zeros(1), None)
+    moved = Selection(MergedSelection.empty(1, 8, 4, 2, CPU), trace).to(torch.device("meta"))
+    assert type(moved) is Selection and type(moved.listed) is MergedSelection and type(moved.trace) is IndexerTrace
+    assert moved.listed.keys.device.type == moved.listed.counts.device.type == "meta"
+    assert (moved.listed.group, moved.listed.queries) == (2, 8)
+    assert moved.trace.q.device.type == moved.trace.weights.device.type == "meta" and moved.trace.indices is None
 
 
 WRAPPED = ["mlp", "mlp.gate", "mlp.experts", "mlp.shared_experts", "self_attn", "self_attn.indexer", "input_layernorm"]
@@ -401,7 +402,7 @@ def test_a_recorder_in_place_of_the_first_layer_gets_its_inputs(model, ids, grad
         caught(ids, use_cache=False)
     hidden_states, kwargs = catcher.caught
     assert torch.equal(hidden_states, caught.model.embed_tokens(ids))
-    assert {"position_embeddings", "visibility", "run_indexer"} <= kwargs.keys()
+    assert kwargs.keys() == {"selection", "plan"}
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states[1]
         kept = hidden_states.clone()

@@ -48,7 +48,7 @@ def expected_kl(net, stage, ids=IDS, mask=None):
             hidden = args[0]
             attention, indexer = layer.self_attn, layer.self_attn.indexer
             q, k, w = indexer.project(
-                hidden, attention.q_a_layernorm(attention.q_a_proj(hidden)), kwargs["position_embeddings"]
+                hidden, attention.q_a_layernorm(attention.q_a_proj(hidden)), kwargs["plan"].angles
             )
             dots = torch.einsum("bshd,btd->bhst", q, k) * indexer.head_dim**-0.5
             scores = torch.einsum("bhst,bsh->bst", dots.relu(), w)

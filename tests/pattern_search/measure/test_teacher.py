@@ -9,7 +9,7 @@ from indexcache.pattern_search.measure.evaluator import Evaluator
 from indexcache.pattern_search.measure.layer_engine import LayerEngine
 from indexcache.pattern_search.measure.objective import KL
 from indexcache.pattern_search.search import SearchOptions, search
-from indexcache.runs.journal import Journal
+from indexcache.runs.journal import ScoreJournal
 
 
 def dense_model(tiny):
@@ -85,12 +85,12 @@ def test_loss_needs_no_teacher():
 
 def test_the_choice_is_journaled(tmp_path, monkeypatch):
     tiny = model(4)
-    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal = ScoreJournal(tmp_path / "journal.jsonl", {})
     first = evaluator(model=tiny, teacher="auto", journal=journal)
     first.evaluate("FSFS")
     journal.close()
     monkeypatch.setattr(LayerEngine, "dense_hidden", lambda *_: pytest.fail("dense attention was run again"))
-    again = evaluator(model=tiny, teacher="auto", journal=Journal(tmp_path / "journal.jsonl", {}, resume=True))
+    again = evaluator(model=tiny, teacher="auto", journal=ScoreJournal(tmp_path / "journal.jsonl", {}, resume=True))
     again.evaluate("FSFS")
     assert again.teacher == first.teacher and again.layer_forwards == first.layer_forwards
 

@@ -1,0 +1,35 @@
+"""Operations that `torch.compile` keeps as one and does not look into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+# Functions of this package's operations, by what a call of one looks like to a mode of PyTorch.
+_functions: dict[Any, Callable[..., Any]] = {}
+
+
+def custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function of tensors, whose schema is its annotations, a custom operation that changes no argument.
+
+    Its namespace is its file's: the installed one and each revision loaded from the Hub have one of their own.
+
+    Args:
+        shapes: called with the same arguments, gives tensors like the results: contiguous, of their shapes and dtypes.
+    """
+
+    def register(function: Callable[..., Any]) -> Any:
+        name = f"{function.__module__.replace('.', '_')}::{function.__name__.lstrip('_')}"
+        operation = torch.library.custom_op(name, function, mutates_args=())
+        operation.register_fake(shapes)
+        _functions[operation._opoverload] = function
+        return operation
+
+    return register
+
+
+def function_of(operation: Any) -> Callable[..., Any] | None:
+    """The Python function of one of this package's custom operations, or None."""
+    return _functions.get(operation)

@@ -1,0 +1,44 @@
+"""What the verbs of the command line print: results, and errors for the person who can mend them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from ..conversion.io.terminal_text import printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# A value of a damaged file may be megabytes long: a message shows its beginning and its end.
+_LONGEST_MESSAGE = 4000
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Print an error for a person, without a traceback, and leave."""
+    from rich.text import Text
+
+    from ..conversion.io.hub_requests import redact
+    from .pages.terminal import terminal
+
+    shown = printable(redact(message))
+    if len(shown) > _LONGEST_MESSAGE:
+        end, left_out = _LONGEST_MESSAGE // 8, len(shown) - _LONGEST_MESSAGE
+        shown = f"{shown[: _LONGEST_MESSAGE - end]} ... ({left_out:,} characters) ... {shown[-end:]}"
+    terminal(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), shown))
+    raise typer.Exit(code)
+
+
+def print_json(value: Any) -> None:
+    """Print a document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def show(drawing: RenderableType) -> None:
+    """Print what rich draws."""
+    from .pages.terminal import terminal
+
+    terminal().print(drawing)
