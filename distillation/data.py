@@ -98,8 +98,7 @@ def load_training_data(
         on_tokens: called with the tokens read so far.
 
     Raises:
-        RunError: too little data, tokens outside the vocabulary, held-out windows that are trained on.
-        RunError: unreadable data.
+        RunError: unreadable or too little data, tokens outside the vocabulary, held-out windows that are trained on.
     """
     seqlen = recipe.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     wanted = (recipe.dense_steps + recipe.sparse_steps) * recipe.accumulation * recipe.batch_size * processes

@@ -24,11 +24,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from ..kernels.block_fp8.block_fp8_reference import E4M3
-from ..kernels.common.compile_process import CLOSED, CompileProcess, processes_wanted
 from ..kernels.common.device_target import DeviceTarget, device_target
 from ..kernels.common.kernel_launch import are_recorded, launcher
-from ..kernels.common.kernel_variants import Compilations, Variant, VariantList
 from ..kernels.common.pretended_tensors import PretendedTensor, pretended, pretended_launches
+from ..kernels.compilation.compile_process import CLOSED, CompileProcess, processes_wanted
+from ..kernels.compilation.kernel_variants import Compilations, Variant, VariantList
 from .attention.attention_backends import TRITON_ATTENTION
 from .layers.block_fp8_modules import block_size_of, put_block_fp8, scales_name
 

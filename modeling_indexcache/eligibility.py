@@ -184,22 +184,20 @@ def why_not_fused(hidden_states: torch.Tensor) -> str | None:
 
 def why_not_streamed(model: Any, hidden_states: torch.Tensor) -> str | None:
     """Why attention makes queries and outputs of all tokens of this forward at once."""
-    config = model.config
-    if torch.is_grad_enabled():
-        return "gradients are wanted"
-    if torch.compiler.is_compiling() and not _runs_vectors(model, hidden_states):
-        return "torch.compile traces more than one or two tokens"
-    if _autocasts(hidden_states.device):
-        return "autocast is on"
-    if config._attn_implementation == EAGER_ATTENTION:
+    reason = why_not_fused(hidden_states)
+    if reason == "torch.compile traces it" and not _autocasts(hidden_states.device):
+        reason = None if _runs_vectors(model, hidden_states) else "torch.compile traces more than one or two tokens"
+    if reason is None and model.config._attn_implementation == EAGER_ATTENTION:
         return 'attn_implementation is "eager"'
-    if model.training and config.attention_dropout:
+    if reason is None and model.training and model.config.attention_dropout:
         return "attention has dropout"
-    return None
+    return reason
 
 
 def _autocasts(device: torch.device) -> bool:
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for a device or for those that other layers may be on."""
+    kinds = ("cpu", "cuda") if device.type in ("cpu", "cuda", "meta") else ("cpu", "cuda", device.type)
+    return any(map(torch.is_autocast_enabled, kinds))
 
 
 def _runs_vectors(model: Any, hidden_states: torch.Tensor) -> bool:

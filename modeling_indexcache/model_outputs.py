@@ -11,11 +11,12 @@ from .transformers_compat import CacheUnderBothNames
 
 
 @dataclass
-class IndexCacheModelOutput(CacheUnderBothNames, MoeModelOutputWithPast):
-    """`MoeModelOutputWithPast`, and with `output_topk_indices=True` the selection of each full layer.
+class IndexerOutputs(CacheUnderBothNames):
+    """What both models return besides transformers' own.
 
     Attributes:
-        topk_indices: one int32 `[B, S, K]` a full layer, key slots ascending, -1 where a query sees fewer keys.
+        topk_indices: with `output_topk_indices=True` one int32 `[B, S, K]` a full layer, key slots ascending, -1 where
+            a query sees fewer keys.
         indexer_kl: with `indexer_training`: fp32 `[layers]`, KL of each layer's attention to the indexer that serves
             it, mean over real tokens, in nats.
         attention_recall: with `IndexerTraining(recall_queries=...)`: fp32 `[layers]`, the share of each layer's
@@ -28,17 +29,10 @@ class IndexCacheModelOutput(CacheUnderBothNames, MoeModelOutputWithPast):
 
 
 @dataclass
-class IndexCacheCausalLMOutput(CacheUnderBothNames, MoeCausalLMOutputWithPast):
-    """`MoeCausalLMOutputWithPast`, and with `output_topk_indices=True` the selection of each full layer.
+class IndexCacheModelOutput(IndexerOutputs, MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast` and `IndexerOutputs`."""
 
-    Attributes:
-        topk_indices: one int32 `[B, S, K]` a full layer, key slots ascending, -1 where a query sees fewer keys.
-        indexer_kl: with `indexer_training`: fp32 `[layers]`, KL of each layer's attention to the indexer that serves
-            it, mean over real tokens, in nats.
-        attention_recall: with `IndexerTraining(recall_queries=...)`: fp32 `[layers]`, the share of each layer's
-            attention that the selection holds.
-    """
 
-    topk_indices: tuple[torch.Tensor, ...] | None = None
-    indexer_kl: torch.Tensor | None = None
-    attention_recall: torch.Tensor | None = None
+@dataclass
+class IndexCacheCausalLMOutput(IndexerOutputs, MoeCausalLMOutputWithPast):
+    """`MoeCausalLMOutputWithPast` and `IndexerOutputs`."""

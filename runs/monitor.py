@@ -82,7 +82,8 @@ class TerminalMonitor(Monitor):
         """See `Monitor`."""
         self._done += 1
         if self._live:
-            self._bar.update(self._task, completed=self._done)
+            # By one, not to a number: shards are finished by several threads.
+            self._bar.advance(self._task)
             if text:
                 self._bar.update(self._task, description=f"{self._phase}: {text}")
         elif text:

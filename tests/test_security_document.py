@@ -42,7 +42,7 @@ def test_nothing_is_unpickled_but_what_a_process_sends_its_own_child():
         if re.fullmatch(r"(torch|pickle|joblib|dill|cloudpickle|marshal)\.loads?", ast.unparse(call.func))
     ]
     # The process that compiles kernels reads what to compile from a pipe of the process that started it.
-    assert unpickling == ["kernels/common/compile_process.py"]
+    assert unpickling == ["kernels/compilation/compile_process.py"]
 
 
 @pytest.mark.skipif(not DOCUMENT.is_file(), reason="documents are not installed")

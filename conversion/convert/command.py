@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from ...runs.arguments import AsJson, Revision, Token
 from ...runs.command_line import fail, print_json, show
+from ...runs.monitor import Monitor, TerminalMonitor
 from ..io.terminal_text import tell
 from ..publish.command import announcer
 
@@ -83,9 +82,10 @@ def convert(
     if dry_run:
         print_json(plan_summary(plan)) if as_json else show(draw_plan(plan))
         return
-    with _progress(not as_json, plan.nbytes) as advance:
+    with TerminalMonitor() if not as_json and sys.stderr.isatty() else Monitor() as monitor:
+        monitor.begin("shards", len(plan.shards))
         done = run_conversion(
-            opened, output, options, plan=plan, on_shard=lambda shard, how: advance(shard.file, shard.nbytes)
+            opened, output, options, plan=plan, on_shard=lambda shard, how: monitor.step(f"{shard.file} {how}")
         )
     url = None
     if push_to_hub:
@@ -117,20 +117,3 @@ def _file_size(size: str | None) -> int | None:
     if found < 1:
         raise ConversionError(f"--max-shard-size must be positive (got {size!r})")
     return found
-
-
-@contextmanager
-def _progress(wanted: bool, total: int) -> Iterator[Any]:
-    """Yields a function that notes a finished shard; draws a bar on stderr when that is a terminal."""
-    if not wanted or not sys.stderr.isatty():
-        with nullcontext():
-            yield lambda file, nbytes: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from ...runs.pages.terminal import terminal
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal(stderr=True)) as bar:
-        task = bar.add_task("shards", total=total)
-        yield lambda file, nbytes: bar.update(task, advance=nbytes, description=file)

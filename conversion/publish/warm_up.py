@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels.common.compile_process import NoDriver, build_launcher
 from ...kernels.common.device_target import TARGETS, DeviceTarget, device_target
-from ...kernels.common.kernel_variants import Variant
+from ...kernels.compilation.compile_process import NoDriver, build_launcher
+from ...kernels.compilation.kernel_variants import Variant
 from ...modeling_indexcache.compile_ahead import (
     LENGTHS,
     Prefill,

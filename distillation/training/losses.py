@@ -10,7 +10,6 @@ Legend: B batch, S queries, K keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -51,11 +50,6 @@ def _weights_like(pattern: SharePattern, cross_layer: bool, device: torch.device
     """`layer_weights` on a device, copied there once: a copy waits for what the device is doing."""
     with torch.inference_mode(False):
         return layer_weights(pattern, cross_layer).to(device, dtype)
-
-
-def averaged_target(attention: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The target of L_avg: the mean of the served layers' head-averaged attention, each `[B, S, K]`."""
-    return torch.stack(list(attention)).mean(0)
 
 
 def group_means(kl: torch.Tensor, pattern: SharePattern) -> dict[int, torch.Tensor]:

@@ -14,15 +14,11 @@ from ...kernels.sparse_mla.sparse_mla import sparse_mla
 from ..forward_plan import ForwardPlan
 from ..selection import Selection
 from .absorbed_weights import absorbed_weights
-from .query_chunks import chunks, joined
+from .query_chunks import Queries, chunks, joined
 
 
 def attend_absorbed(
-    module: Any,
-    q: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
+    module: Any, q: Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to what is listed; cost S x K. Called as the forms of `dense_attention.py`.
 

@@ -21,18 +21,14 @@ from .absorbed_attention import share_latent_gradients
 from .absorbed_weights import absorbed_weights
 from .attention_backends import EAGER_ATTENTION, TRITON_ATTENTION
 from .eager_attention import eager_attention_forward
-from .query_chunks import chunks, joined
+from .query_chunks import Queries, chunks, joined
 
 # Attention functions that may be replaced by one on latents; any other was registered by the user.
 _OWN = (EAGER_ATTENTION, "sdpa", TRITON_ATTENTION)
 
 
 def attend_densely(
-    module: Any,
-    q: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
+    module: Any, q: Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Masked attention: `[B, S, H, V]`, and the weights `[B, H, S, T]` where the plan returns them, or None."""
     absorbed = absorbed_is_cheaper(module, q[0].shape[1], latents.shape[1])
@@ -58,11 +54,7 @@ def absorbed_is_cheaper(module: Any, num_queries: int, num_keys: int) -> bool:
 
 
 def attend_expanded(
-    module: Any,
-    q: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
+    module: Any, q: Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """On expanded heads, by the attention function of the backend."""
     batch, num_queries, heads, _ = q[0].shape
@@ -88,11 +80,7 @@ def attend_expanded(
 
 
 def attend_absorbed_masked(
-    module: Any,
-    q: tuple[torch.Tensor, torch.Tensor],
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
+    module: Any, q: Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """On latents, for few queries; scores and probabilities are fp32, or fp64 for fp64 inputs.
 

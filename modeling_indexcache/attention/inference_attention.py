@@ -81,9 +81,9 @@ def attend_streamed(
         latents = append_latents(plan.cache, latents, module.layer_idx)
     if choose is not None:
         selection = Selection(choose())
-    queries = _Queries(queries_from, q_norm, q_proj)
+    queries = _Queries(queries_from, q_norm, q_proj, residual)
     attend = _attend_to_all if selection.listed is None else _attend_to_selected
-    return attend(module, queries, latents, selection, plan, residual), selection
+    return attend(module, queries, latents, selection, plan), selection
 
 
 def _merging_group(module: Any, like: torch.Tensor, slots: int) -> int:
@@ -105,11 +105,12 @@ def _latents(module: Any, kv: torch.Tensor, plan: ForwardPlan, slot: CacheSlot |
 
 
 class _Queries(NamedTuple):
-    """What queries are made of: `proj(norm(x))` of `x [B, S, width]`."""
+    """What queries are made of, `proj(norm(x))` of `x [B, S, width]`, and what their outputs are added to."""
 
     x: torch.Tensor
     norm: nn.Module | None
     proj: nn.Module
+    residual: torch.Tensor | None
 
     def projected(self, first: int, last: int) -> torch.Tensor:
         """Queries `first` to `last`, before they are turned, `[B, last - first, H head_dim]`."""
@@ -118,25 +119,20 @@ class _Queries(NamedTuple):
 
 
 def _attend_to_all(
-    module: Any,
-    queries: _Queries,
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
-    residual: torch.Tensor | None,
+    module: Any, queries: _Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> torch.Tensor:
     """Dense attention, for sequences no longer than the selection: of few queries as to a selection of all keys."""
     batch, num_queries = queries.x.shape[:2]
     num_keys = latents.shape[1]
     if plan.allow_triton and _lists_every_key(module, latents, num_queries):
         listed = Selection(plan.visibility.every_listed_index(num_queries, num_keys, batch))
-        return _attend_to_selected(module, queries, latents, listed, plan, residual)
+        return _attend_to_selected(module, queries, latents, listed, plan)
     q = queries.projected(0, num_queries).view(batch, num_queries, -1, module.head_dim)
     q_rope = q[..., module.nope_dim :]
     rotate_into(q_rope, q_rope, *plan.angles, module.config.rope_interleave, plan.allow_triton)
     attended, _ = attend_densely(module, (q[..., : module.nope_dim], q_rope), latents, selection, plan)
     out = module.o_proj(attended.flatten(2))
-    if residual is None:
+    if (residual := queries.residual) is None:
         return out
     return residual.add_(out) if plan.overwrites(module.layer_idx) else residual + out
 
@@ -150,14 +146,9 @@ def _lists_every_key(module: Any, latents: torch.Tensor, num_queries: int) -> bo
 
 
 def _attend_to_selected(
-    module: Any,
-    queries: _Queries,
-    latents: torch.Tensor,
-    selection: Selection,
-    plan: ForwardPlan,
-    residual: torch.Tensor | None,
+    module: Any, queries: _Queries, latents: torch.Tensor, selection: Selection, plan: ForwardPlan
 ) -> torch.Tensor:
-    """Absorbed form on the selected latents, chunk by chunk of queries, added to `residual` if given."""
+    """Absorbed form on the selected latents, chunk by chunk of queries, added to the residual if there is one."""
     to_latent, to_value = absorbed_weights(module, latents)
     allow_triton = plan.allow_triton
     batch, num_queries = queries.x.shape[:2]
@@ -168,8 +159,8 @@ def _attend_to_selected(
         absorbed = absorb_queries(q, to_latent, *plan.angles, module.config.rope_interleave)
         few_out, _ = sparse_mla(absorbed, latents, selection.listed, scale=module.scaling, value_dim=rank)
         values = expand_values(few_out, to_value).flatten(2)
-        return linears(values, (module.o_proj,), allow_triton, base=residual)[0]
-    out = residual
+        return linears(values, (module.o_proj,), allow_triton, base=queries.residual)[0]
+    out = queries.residual
     if out is None:
         out = queries.x.new_empty(batch, num_queries, module.config.hidden_size)
     elif not plan.overwrites(module.layer_idx):
@@ -199,7 +190,7 @@ def _attend_to_selected(
         values = latent_out.new_empty(rows, heads, module.v_head_dim)
         latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)
         torch.bmm(latent_out, to_value.transpose(1, 2), out=values.transpose(0, 1))
-        _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], residual is not None)
+        _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], queries.residual is not None)
     return out
 
 
@@ -218,11 +209,7 @@ def _project(o_proj: nn.Module, values: torch.Tensor, out: torch.Tensor, add: bo
 
 
 def _sparse_chunks(
-    heads: int,
-    num_queries: int,
-    latents: torch.Tensor,
-    listed: Any,
-    allow_triton: bool,
+    heads: int, num_queries: int, latents: torch.Tensor, listed: Any, allow_triton: bool
 ) -> list[tuple[int, int]]:
     """Ranges of queries whose absorbed form stays bounded; with the sparse kernels whole waves of their programs."""
     batch, slots, width = latents.shape

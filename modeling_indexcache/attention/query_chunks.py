@@ -1,8 +1,11 @@
-"""Ranges of queries, whose temporaries in attention stay bounded."""
+"""Queries as forms of attention take them, and ranges of them whose temporaries stay bounded."""
 
 from __future__ import annotations
 
 import torch
+
+#: `[B, S, H, nope]` and `[B, S, H, R]`, turned.
+Queries = tuple[torch.Tensor, torch.Tensor]
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.
 ATTENTION_BLOCK_BYTES = 128 * 2**20

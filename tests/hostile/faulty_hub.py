@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from testing.hub_double import File, Hub, Repo, _Handler
+from testing.hub_contents import File, Repo
+from testing.hub_double import Hub, _Handler
 
 Body = Callable[[bytes], bytes]
 HTML = b"<!doctype html><html><body><h1>Sign in to the network</h1></body></html>"

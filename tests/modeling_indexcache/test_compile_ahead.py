@@ -16,9 +16,9 @@ from indexcache.kernels.common.pretended_tensors import PretendedTensor, pretend
 
 triton = pytest.importorskip("triton")
 
-from indexcache.kernels.common import kernel_variants  # noqa: E402
-from indexcache.kernels.common.compile_process import CLOSED, NotCompiledThere  # noqa: E402
-from indexcache.kernels.common.kernel_variants import Compilations, Variant, VariantList, variant_key  # noqa: E402
+from indexcache.kernels.compilation import kernel_variants  # noqa: E402
+from indexcache.kernels.compilation.compile_process import CLOSED, NotCompiledThere  # noqa: E402
+from indexcache.kernels.compilation.kernel_variants import Compilations, Variant, VariantList, variant_key  # noqa: E402
 from indexcache.modeling_indexcache import compile_ahead  # noqa: E402
 from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  # noqa: E402
 

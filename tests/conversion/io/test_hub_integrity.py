@@ -9,7 +9,7 @@ import pytest
 from faulty_hub import FaultyHub, WrongAnswer
 from huggingface_hub import constants
 from testing.checkpoints import build, hashes
-from testing.hub_double import File
+from testing.hub_contents import File
 from testing.tiny_models import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from testing.checkpoints import build, hashes
-from testing.hub_double import File
+from testing.hub_contents import File
 from testing.tiny_models import tiny_model
 from typer.testing import CliRunner
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from indexcache.cli import app
 from indexcache.conversion.io.sources import ConversionError
 from indexcache.conversion.publish import warm_up as verb
-from indexcache.kernels.common.kernel_variants import Variant
+from indexcache.kernels.compilation.kernel_variants import Variant
 
 
 class Pool:

@@ -149,9 +149,9 @@ def test_recorders_that_transformers_leaves_behind_change_nothing_when_idle(ids,
     model, overwritten = tiny_model(index_share_pattern=PATTERN), []
     attend = inference_attention._attend_to_selected
 
-    def spied(module, queries, latents, selection, plan, residual):
+    def spied(module, queries, latents, selection, plan):
         overwritten.append(plan.overwrites(module.layer_idx))
-        return attend(module, queries, latents, selection, plan, residual)
+        return attend(module, queries, latents, selection, plan)
 
     monkeypatch.setattr(inference_attention, "_attend_to_selected", spied)
     with torch.no_grad():

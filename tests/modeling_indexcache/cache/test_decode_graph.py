@@ -525,6 +525,28 @@ def test_settings_of_adapters_are_noticed_and_steps_recorded_again(model, replay
     torch.testing.assert_close(got, steps(model, cache, ids[:, 20:]), atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_that_are_merged_within_a_caches_life_are_noticed(model, replays, ids):
+    peft = pytest.importorskip("peft")
+    targets = ["q_b_proj", "o_proj"]
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = peft.inject_adapter_in_model(config, model).eval()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        adapted(ids[:, :15], past_key_values=cache)
+        steps(adapted, cache, ids[:, 15:20])
+        assert is_recorded(cache)
+        for module in adapted.modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                module.merge()
+        got = steps(adapted, cache, ids[:, 20:21])
+        # A replay would have added what is merged a second time.
+        assert not is_recorded(cache)
+        got += steps(adapted, cache, ids[:, 21:])
+    assert len(replays) == 2
+    torch.testing.assert_close(torch.cat(got, dim=1), expected[:, 20:], atol=1e-4, rtol=1e-4)
+
+
 def test_weights_changed_in_place_are_replayed(model, replays, ids):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..common.kernel_launch import WaitBeforeLaunches
 from .compile_process import CompileProcess, NotCompiledThere
-from .kernel_launch import WaitBeforeLaunches
 
 Key = tuple[Any, ...]
 

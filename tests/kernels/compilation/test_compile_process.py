@@ -17,14 +17,14 @@ from testing.tiny_models import tiny_config, tiny_model
 
 triton = pytest.importorskip("triton")
 
-from indexcache.kernels.common import compile_process  # noqa: E402
-from indexcache.kernels.common.compile_process import (  # noqa: E402
+from indexcache.kernels.common.device_target import DeviceTarget  # noqa: E402
+from indexcache.kernels.compilation import compile_process  # noqa: E402
+from indexcache.kernels.compilation.compile_process import (  # noqa: E402
     CompilationFailed,
     CompileProcess,
     NotCompiledThere,
     processes_wanted,
 )
-from indexcache.kernels.common.device_target import DeviceTarget  # noqa: E402
 from indexcache.modeling_indexcache import compile_ahead  # noqa: E402
 from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheModel  # noqa: E402
 
@@ -99,8 +99,8 @@ EXITS = """
 import sys, threading
 import torch
 from test_compile_process import small_variants
-from indexcache.kernels.common import compile_process
-from indexcache.kernels.common.kernel_variants import Compilations
+from indexcache.kernels.compilation import compile_process
+from indexcache.kernels.compilation.kernel_variants import Compilations
 from triton.runtime.driver import driver
 driver.set_active(compile_process.NoDriver("cuda", 90, 32))
 side, ready = compile_process.CompileProcess(1, ("cuda", 90, 32)), threading.Event()
@@ -124,7 +124,7 @@ def test_an_interpreter_that_ends_does_not_compile_what_is_left(tmp_path):
 
 PARENT = """
 import os, sys, time, threading
-from indexcache.kernels.common.compile_process import CompileProcess
+from indexcache.kernels.compilation.compile_process import CompileProcess
 side, ready = CompileProcess(2, ("cuda", 90, 32)), threading.Event()
 side.on_change(ready.set)
 ready.wait()
