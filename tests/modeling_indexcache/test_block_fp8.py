@@ -84,6 +84,31 @@ def test_the_checkpoint_comes_back_as_it_was(converted, tmp_path):
         assert torch.equal(again(ids).logits, IndexCacheForCausalLM.from_pretrained(converted)(ids).logits)
 
 
+ALONE = """
+sys.modules["accelerate"] = sys.modules["kernels"] = None
+import torch
+from transformers import AutoModelForCausalLM
+source, target = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+experts = model.model.layers[1].mlp.experts
+assert type(experts).__name__ == "BlockFp8Experts" and type(experts).__module__.startswith("transformers_modules.")
+tokens = model.generate(torch.arange(20)[None], max_new_tokens=5, do_sample=False)
+model.save_pretrained(target)
+again = AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
+assert torch.equal(again.generate(torch.arange(20)[None], max_new_tokens=5, do_sample=False), tokens)
+print(tokens[0].tolist())
+"""
+
+
+def test_it_runs_offline_where_neither_this_package_nor_accelerate_is(converted, tmp_path, run_python):
+    process = run_python(ALONE, converted, tmp_path / "again")
+    model = IndexCacheForCausalLM.from_pretrained(converted)
+    tokens = model.generate(torch.arange(20)[None], max_new_tokens=5, do_sample=False)
+    assert process.stdout.splitlines()[-1] == str(tokens[0].tolist())
+    old, new = read_all(converted), read_all(tmp_path / "again")
+    assert all(as_bytes(new[name]) == as_bytes(old[name]) for name in new if "k_norm" not in name)
+
+
 def test_power_of_two_scales_stay_bytes(converted, tmp_path):
     folder = copy_of(converted, tmp_path / "ue8m0")
 
