@@ -75,7 +75,7 @@ def grouped_experts(
     hidden_factors = torch.empty(groups, pairs, dtype=torch.float32, device=device) if quantises else None
     tiles, most = tile_map(ends, pairs, first_tiles.rows)
     common: dict[str, Any] = {"E": count, "GROUP": GROUP, "QUANTISED": quantises, "POWERS": powers}
-    launcher(block_fp8_experts_up_kernel, (triton.cdiv(inner, first_tiles.columns), most), x)(
+    launcher(block_fp8_experts_up_kernel, (triton.cdiv(inner, first_tiles.columns) * most,), x)(
         rows,
         rows if factors is None else factors,
         source,
@@ -98,7 +98,7 @@ def grouped_experts(
         num_stages=first_tiles.stages,
         **common,
     )
-    launcher(block_fp8_experts_down_kernel, (triton.cdiv(width, second_tiles.columns), most), x)(
+    launcher(block_fp8_experts_down_kernel, (triton.cdiv(width, second_tiles.columns) * most,), x)(
         hidden,
         hidden if hidden_factors is None else hidden_factors,
         tiles,
@@ -192,13 +192,14 @@ if triton is not None:
         ROUND: tl.constexpr,
     ):
         """`silu(gate x) * (up x)` of ROWS pairs of one expert, COLUMNS of inner; quantised by GROUP of them."""
-        tile, most = tl.program_id(1), tl.num_programs(1)
+        column_tiles = tl.cdiv(inner, COLUMNS)
+        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+        most = tl.num_programs(0) // column_tiles
         expert = tl.load(tiles + tile)
         if expert >= E:
             return
         row = tl.load(tiles + most + tile) + tl.arange(0, ROWS)
         end = tl.load(tiles + 2 * most + tile)
-        column_tile = tl.program_id(0)
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         token = tl.load(source + tl.minimum(row, end - 1)).to(tl.int64)
         from_column = tl.minimum(column, inner - 1).to(tl.int64)
@@ -268,13 +269,14 @@ if triton is not None:
         WHOLE: tl.constexpr,
     ):
         """Rows of `hidden [P, inner]` times their expert's `down`, COLUMNS of D."""
-        tile, most = tl.program_id(1), tl.num_programs(1)
+        column_tiles = tl.cdiv(D, COLUMNS)
+        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
+        most = tl.num_programs(0) // column_tiles
         expert = tl.load(tiles + tile)
         if expert >= E:
             return
         row = tl.load(tiles + most + tile) + tl.arange(0, ROWS)
         end = tl.load(tiles + 2 * most + tile)
-        column_tile = tl.program_id(0)
         column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         from_row = tl.minimum(row, end - 1).to(tl.int64)
         from_column = tl.minimum(column, D - 1).to(tl.int64)

@@ -46,6 +46,9 @@ class BlockFp8Linear(nn.Linear):
         self.weight = _frozen(out_features, in_features, dtype=E4M3)
         self.weight_scale_inv = _frozen(*scale_grid(out_features, in_features, block_size), dtype=scale_dtype)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else _as_stored(fn, tensor), recurse)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         x = _as_autocast_has_it(input)
@@ -104,6 +107,9 @@ class BlockFp8Experts(nn.Module):
         self.gate_up_proj_scale_inv = _frozen(count, 2 * down, across, dtype=scale_dtype)
         self.down_proj = _frozen(count, width, inner, dtype=E4M3)
         self.down_proj_scale_inv = _frozen(count, *scale_grid(width, inner, block_size), dtype=scale_dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return super()._apply(lambda tensor: _as_stored(fn, tensor), recurse)
 
     @property
     def gate_up(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,6 +239,12 @@ def run_block_fp8_experts(
 
 def _frozen(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def _as_stored(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """What `model.half()` and the like make of weights and scales: other dtypes would take them apart."""
+    made = fn(tensor)
+    return made if made.dtype == tensor.dtype else tensor.to(made.device)
 
 
 def _allows_triton(module: Any) -> bool:

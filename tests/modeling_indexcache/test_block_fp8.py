@@ -235,6 +235,19 @@ def test_gradients_reach_what_lies_before_frozen_weights(converted):
 
 
 @torch.no_grad()
+def test_a_change_of_dtype_leaves_weights_and_scales_alone(converted):
+    """They mean something together alone."""
+    model, plain = IndexCacheForCausalLM.from_pretrained(converted), dequantised(converted, dtype=torch.float32)
+    before = {name: as_bytes(p) for name, p in model.named_parameters() if p.dtype == E4M3 or "scale_inv" in name}
+    model.to(torch.float32)
+    after = dict(model.named_parameters())
+    assert before and all(as_bytes(after[name]) == held for name, held in before.items())
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
+    ids = ids_of()
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_absorbed_weights_are_made_once(converted, monkeypatch):
     model = IndexCacheForCausalLM.from_pretrained(converted)
     made = []
