@@ -27,6 +27,7 @@ METHOD = "fp8"
 SCALES = "_scale_inv"
 # Dtypes as safetensors spells them.
 E4M3_NAME, SCALE_NAMES = "F8_E4M3", ("F32", "F8_E8M0")
+_HALF_NAMES, _FLOAT_NAMES = ("bf16", "f16", "torch.bfloat16", "torch.float16"), ("f32", "torch.float32")
 # Longest list of names in a message.
 SHOWN = 3
 # A header of a shard is some MB at most.
@@ -104,11 +105,12 @@ class BlockFp8Quantizer(FineGrainedFP8HfQuantizer):
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Of what is stored wider and not quantised, as norms, the model's also where fp8 is dequantised beside it."""
+        """The model's also of what is not quantised, where fp8 is dequantised beside it."""
         shape = param.get_shape() if hasattr(param, "get_shape") else param.shape
-        kept = super().get_new_dtype(converter, param, dtype)
-        name = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
-        return dtype if len(shape) == 1 and name.lower() in ("f32", "torch.float32") else kept
+        stored = (param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)).lower()
+        # Scales are fp32, or bytes, and a matrix.
+        is_plain = stored in _HALF_NAMES or (len(shape) == 1 and stored in _FLOAT_NAMES)
+        return dtype if is_plain else super().get_new_dtype(converter, param, dtype)
 
     def get_load_operations(self) -> dict[str, Any]:
         """What dequantises while loading."""
