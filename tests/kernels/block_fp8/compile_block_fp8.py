@@ -90,8 +90,9 @@ def test_grouped_products_fit(arch, pairs, quantised):
         if name == "up":
             constants["ROUND"] = tl.bfloat16
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-        # Two sums of 128 x 128 and the product on its way: what does not fit is kept aside, at the end.
-        stack = 256 if (name, tiles.rows) == ("up", 128) else 0
+        # Two sums of 128 x 128 and the product on its way: what does not fit is kept aside, at the end. Where weights
+        # are widened without Hopper's products a register or two are.
+        stack = 256 if (name, tiles.rows) == ("up", 128) else 32 if arch == 120 else 0
         check(compile_kernel(kernel, arch, constants, types(arch, quantised), **options), arch, stack)
 
 
