@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..kernels.block_fp8.block_fp8_reference import dequantise, scale_grid
+from ..kernels.block_fp8.block_fp8_format import dequantise, scale_grid
 from .layers.block_fp8_modules import BlockFp8Experts, BlockFp8Linear, put_block_fp8
 
 METHOD = "fp8"

@@ -23,7 +23,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from ..kernels.block_fp8.block_fp8_reference import E4M3
+from ..kernels.block_fp8.block_fp8_format import E4M3
 from ..kernels.common.device_target import DeviceTarget, device_target
 from ..kernels.common.kernel_launch import are_recorded, launcher
 from ..kernels.common.pretended_tensors import PretendedTensor, pretended, pretended_launches

@@ -20,15 +20,10 @@ import torch.nn.functional as F
 
 from ...kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
 from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts
+from ...kernels.block_fp8.block_fp8_format import E4M3, dequantise, scale_grid
 from ...kernels.block_fp8.block_fp8_linear import WIDENED_TOKENS, block_fp8_linear, block_fp8_vector_linear
 from ...kernels.block_fp8.block_fp8_linear_triton import multiply
-from ...kernels.block_fp8.block_fp8_reference import (
-    E4M3,
-    dequantise,
-    linear_reference,
-    quantise_activations,
-    scale_grid,
-)
+from ...kernels.block_fp8.block_fp8_reference import linear_reference, quantise_activations
 from ...kernels.common.dispatch import no_fallback
 from ...kernels.experts.routed_experts import routed_experts
 from ...kernels.norm_rope_linear.vector_linear import vector_linear

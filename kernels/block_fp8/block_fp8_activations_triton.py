@@ -7,7 +7,8 @@ import torch
 from ..common.device_target import has_capability
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
-from .block_fp8_reference import E4M3, GROUP, is_ue8m0
+from .block_fp8_format import E4M3, is_ue8m0
+from .block_fp8_reference import GROUP
 
 
 def reads_e4m3(tensor: torch.Tensor) -> bool:

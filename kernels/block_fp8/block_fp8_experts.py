@@ -17,9 +17,10 @@ from ..common.dispatch import Backend, Operation, takes_all
 from ..experts.routed_experts import MAX_COUNTED, VECTOR_TOKENS, group_by_expert
 from ..experts.routed_experts_triton import combine, gated
 from .block_fp8_experts_triton import grouped_experts
+from .block_fp8_format import E4M3, check_weight, scale_grid
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
 from .block_fp8_linear_triton import activations_of, multiply
-from .block_fp8_reference import E4M3, check_weight, linear_reference, scale_grid
+from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import block_fp8_experts_vector
 
 # Temporaries of a block of tokens, in bytes: large ones, every product has a tail an expert.

@@ -16,8 +16,9 @@ import torch
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
+from .block_fp8_format import E4M3, is_ue8m0
 from .block_fp8_linear_triton import Tiles, is_roomy
-from .block_fp8_reference import E4M3, GROUP, is_ue8m0
+from .block_fp8_reference import GROUP
 
 # Tiles that one program finds the experts of.
 TILES = 32

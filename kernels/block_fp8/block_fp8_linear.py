@@ -16,8 +16,9 @@ from ..common.device_target import has_capability
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from ..norm_rope_linear.rms_norm import rms_norm
+from .block_fp8_format import E4M3, check_weight, scale_grid
 from .block_fp8_linear_triton import block_fp8_linear_triton
-from .block_fp8_reference import E4M3, check_weight, linear_reference, scale_grid
+from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import MAX_WEIGHTS, block_fp8_vector_linear_triton
 
 # Blocks that the kernels take.

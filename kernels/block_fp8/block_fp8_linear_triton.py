@@ -16,7 +16,8 @@ from ..common.kernel_constants import LARGE_SHARED_MEMORY
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read, quantise_activations_triton
-from .block_fp8_reference import GROUP, is_ue8m0
+from .block_fp8_format import is_ue8m0
+from .block_fp8_reference import GROUP
 
 # Tiles of so many rows of weights share what they read of the activations in L2.
 SWIZZLE = 8

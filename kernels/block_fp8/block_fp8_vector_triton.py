@@ -16,7 +16,8 @@ from ..common.early_launch import early_launch
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
-from .block_fp8_reference import GROUP, is_ue8m0
+from .block_fp8_format import is_ue8m0
+from .block_fp8_reference import GROUP
 
 MAX_WEIGHTS = 4
 # Output rows of a program.

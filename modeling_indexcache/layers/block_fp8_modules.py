@@ -14,8 +14,8 @@ from transformers.activations import ACT2FN
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts
+from ...kernels.block_fp8.block_fp8_format import E4M3, dequantise, scale_grid
 from ...kernels.block_fp8.block_fp8_linear import block_fp8_linear
-from ...kernels.block_fp8.block_fp8_reference import E4M3, dequantise, scale_grid
 from ..attention.attention_backends import TRITON_ATTENTION
 
 BlockSize = tuple[int, int]

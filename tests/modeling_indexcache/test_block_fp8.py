@@ -12,7 +12,7 @@ from transformers import FineGrainedFP8Config
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.convert import ConvertOptions, convert
 from indexcache.conversion.io.sources import FolderSource
-from indexcache.kernels.block_fp8.block_fp8_reference import E4M3
+from indexcache.kernels.block_fp8.block_fp8_format import E4M3
 from indexcache.kernels.common.device_target import DeviceTarget
 from indexcache.modeling_indexcache import block_fp8_loading, compile_ahead
 from indexcache.modeling_indexcache.attention import absorbed_weights

@@ -15,12 +15,11 @@ from indexcache.kernels.block_fp8 import block_fp8_experts as experts_module
 from indexcache.kernels.block_fp8 import block_fp8_linear as linear_module
 from indexcache.kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
 from indexcache.kernels.block_fp8.block_fp8_experts_triton import tile_map
+from indexcache.kernels.block_fp8.block_fp8_format import dequantise, quantise_weight
 from indexcache.kernels.block_fp8.block_fp8_linear_triton import block_fp8_linear_triton
 from indexcache.kernels.block_fp8.block_fp8_reference import (
-    dequantise,
     linear_reference,
     quantise_activations,
-    quantise_weight,
     quantised_linear_reference,
 )
 from indexcache.kernels.block_fp8.block_fp8_vector_triton import (

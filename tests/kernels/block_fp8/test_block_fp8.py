@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from indexcache.kernels.block_fp8 import block_fp8_format as fp8
 from indexcache.kernels.block_fp8 import block_fp8_reference as reference
 from indexcache.kernels.block_fp8.block_fp8_experts import block_fp8_experts
 from indexcache.kernels.block_fp8.block_fp8_linear import block_fp8_linear, block_fp8_vector_linear
@@ -18,7 +19,7 @@ def _seed():
 
 
 def weight_of(rows, columns, block=(128, 128), ue8m0=False):
-    return reference.quantise_weight(torch.randn(rows, columns), block, ue8m0)
+    return fp8.quantise_weight(torch.randn(rows, columns), block, ue8m0)
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -27,38 +28,38 @@ def test_dequantises_as_transformers_does_and_ragged_blocks_too(rows, columns, b
     from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
     weight, scales = weight_of(rows, columns, block, ue8m0)
-    got = reference.dequantise(weight, scales, block, torch.float32)
+    got = fp8.dequantise(weight, scales, block, torch.float32)
     assert torch.equal(got, _dequantize_fp8_weight(weight, scales.float(), list(block), torch.float32))
-    assert torch.equal(reference.dequantise(weight, scales, block), got.bfloat16())
-    stacked = reference.dequantise(weight.expand(2, 1, -1, -1), scales.expand(2, 1, -1, -1), block, torch.float32)
+    assert torch.equal(fp8.dequantise(weight, scales, block), got.bfloat16())
+    stacked = fp8.dequantise(weight.expand(2, 1, -1, -1), scales.expand(2, 1, -1, -1), block, torch.float32)
     assert torch.equal(stacked, got.expand(2, 1, -1, -1))
 
 
 def test_slabs_join_without_a_seam(monkeypatch):
     weight, scales = weight_of(576, 256)
     x = torch.randn(3, 256)
-    whole = reference.dequantise(weight, scales, dtype=torch.float32)
-    monkeypatch.setattr(reference, "SLAB", 200 * 256)
-    assert len(reference.slabs(576, 256, 128)) == 5
-    assert torch.equal(reference.dequantise(weight, scales, dtype=torch.float32), whole)
+    whole = fp8.dequantise(weight, scales, dtype=torch.float32)
+    monkeypatch.setattr(fp8, "SLAB", 200 * 256)
+    assert len(fp8.slabs(576, 256, 128)) == 5
+    assert torch.equal(fp8.dequantise(weight, scales, dtype=torch.float32), whole)
     torch.testing.assert_close(reference.linear_reference(x, weight, scales), F.linear(x, whole))
 
 
 @pytest.mark.parametrize(("rows", "columns", "block"), SHAPES)
 def test_quantised_weights_are_as_near_as_e4m3_can_be(rows, columns, block):
     wide = torch.randn(rows, columns)
-    weight, scales = reference.quantise_weight(wide, block)
-    back = reference.dequantise(weight, scales, block, torch.float32)
+    weight, scales = fp8.quantise_weight(wide, block)
+    back = fp8.dequantise(weight, scales, block, torch.float32)
     # Half a step of three bits; below the smallest normal number half a step of 2^-9.
     by_row = scales.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     assert ((back - wide).abs() <= torch.maximum(wide.abs() / 16, by_row * 2**-10) * (1 + 1e-5)).all()
-    again, same = reference.quantise_weight(back, block)
+    again, same = fp8.quantise_weight(back, block)
     assert torch.equal(again.float() * 1, weight.float()) and torch.allclose(same, scales)
 
 
 def test_zero_weights_and_activations_stay_zero():
-    weight, scales = reference.quantise_weight(torch.zeros(130, 140), ue8m0=True)
-    assert not reference.dequantise(weight, scales).any()
+    weight, scales = fp8.quantise_weight(torch.zeros(130, 140), ue8m0=True)
+    assert not fp8.dequantise(weight, scales).any()
     values, factors = reference.quantise_activations(torch.zeros(2, 140))
     assert not values.float().any() and (factors == 1).all() and factors.shape == (2, 2)
 
@@ -82,7 +83,7 @@ def test_quantised_products_are_those_of_what_was_quantised():
     weight, scales = weight_of(300, 400)
     x = torch.randn(7, 400, dtype=torch.float64)
     values, factors = reference.quantise_activations(x)
-    exact = (values.double() * factors.double().repeat_interleave(128, 1)[:, :400]) @ reference.dequantise(
+    exact = (values.double() * factors.double().repeat_interleave(128, 1)[:, :400]) @ fp8.dequantise(
         weight, scales, dtype=torch.float64
     ).t()
     torch.testing.assert_close(reference.quantised_linear_reference(x, weight, scales), exact)
@@ -95,7 +96,7 @@ def test_quantised_products_are_those_of_what_was_quantised():
 def test_linear_on_a_cpu_is_that_of_the_dequantised_weight(dtype):
     weight, scales = weight_of(576, 200)
     x, base = torch.randn(5, 200, dtype=dtype), torch.randn(576, dtype=dtype).expand(5, -1)
-    expected = F.linear(x, reference.dequantise(weight, scales, dtype=dtype)) + base
+    expected = F.linear(x, fp8.dequantise(weight, scales, dtype=dtype)) + base
     assert torch.equal(block_fp8_linear(x, weight, scales, base=base), expected)
     out = torch.empty(5, 576, dtype=dtype)
     assert block_fp8_linear(x, weight, scales, base=base, out=out) is out and torch.equal(out, expected)
@@ -126,9 +127,9 @@ def test_experts_on_a_cpu_are_those_of_the_dequantised_weights(block):
     x = torch.randn(6, 40)
     experts = torch.stack([torch.randperm(4)[:2] for _ in range(6)])
     weights = torch.rand(6, 2)
-    wide = [reference.dequantise(*matrix, block, torch.float32) for matrix in (down, *shared)]
+    wide = [fp8.dequantise(*matrix, block, torch.float32) for matrix in (down, *shared)]
     halves = zip(gate_up[0].chunk(2, 1), gate_up[1].chunk(2, 1))
-    both = torch.cat([reference.dequantise(*half, block, torch.float32) for half in halves], 1)
+    both = torch.cat([fp8.dequantise(*half, block, torch.float32) for half in halves], 1)
     expected = routed_experts_reference(x, experts, weights, both, wide[0], tuple(wide[1:]))
     got = block_fp8_experts(x, experts, weights, gate_up, down, shared=shared, block_size=block)
     torch.testing.assert_close(got, expected)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from indexcache.kernels.block_fp8.block_fp8_experts import block_fp8_experts, block_fp8_experts_reference
+from indexcache.kernels.block_fp8.block_fp8_format import E4M3, scale_grid
 from indexcache.kernels.block_fp8.block_fp8_linear import (
     WIDENED_TOKENS,
     block_fp8_linear,
     block_fp8_vector_linear,
     multiplies_e4m3,
 )
-from indexcache.kernels.block_fp8.block_fp8_reference import E4M3, linear_reference, quantise_activations, scale_grid
+from indexcache.kernels.block_fp8.block_fp8_reference import linear_reference, quantise_activations
 from indexcache.kernels.common.dispatch import no_fallback
 
 pytestmark = [
