@@ -23,12 +23,14 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
+from ..kernels.block_fp8.block_fp8_format import E4M3
 from ..kernels.common.device_target import DeviceTarget, device_target
 from ..kernels.common.kernel_launch import are_recorded, launcher
-from ..kernels.common.pretended_tensors import pretended, pretended_launches
+from ..kernels.common.pretended_tensors import PretendedTensor, pretended, pretended_launches
 from ..kernels.compilation.compile_process import CLOSED, CompileProcess, processes_wanted
 from ..kernels.compilation.kernel_variants import Compilations, Variant, VariantList
 from .attention.attention_backends import TRITON_ATTENTION
+from .layers.block_fp8_modules import block_size_of, put_block_fp8, scales_name
 
 logger = logging.get_logger(__name__)
 
@@ -96,14 +98,21 @@ def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dty
     """
     kept = kinds_of_layers(config, pattern)
     small = pretended_decoder(cls, config, kept, pattern)
+
+    def kind_of(name: str) -> torch.dtype | None:
+        place = name.split(".")
+        if place[0] == "layers":
+            place[1] = str(kept[int(place[1])])
+        return dtypes.get(".".join(place))
+
+    if E4M3 in dtypes.values():
+        put_block_fp8(small, block_size_of(config), lambda name, experts: kind_of(scales_name(name, experts)))
     for module_name, module in small.named_modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
-                place = f"{module_name}.{name}".lstrip(".").split(".")
-                if place[0] == "layers":
-                    place[1] = str(kept[int(place[1])])
-                dtype = dtypes.get(".".join(place))
-                if tensor is not None and dtype is not None and dtype != tensor.dtype:
+                dtype = kind_of(f"{module_name}.{name}".lstrip("."))
+                is_done = isinstance(tensor, PretendedTensor) and tensor.dtype == dtype
+                if tensor is not None and dtype is not None and not is_done:
                     held[name] = pretended(torch.empty(tensor.shape, dtype=dtype, device="meta"))
     return small
 

@@ -13,11 +13,13 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
+from ..kernels.block_fp8.block_fp8_linear import why_no_kernels
 from ..kernels.common.kernel_launch import is_capturing
 from ..kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.experts.routed_experts import unsupported_experts_reason
 from ..kernels.norm_rope_linear.absorbed_vector import takes_absorbed_vector
 from .attention.attention_backends import EAGER_ATTENTION, TRITON_ATTENTION
+from .layers.block_fp8_modules import BlockFp8Experts, BlockFp8Linear
 from .layers.normalization import IndexCacheRMSNorm
 from .parallel.layer_placement import device_of_inputs
 from .parallel.module_hooks import hooks_of, is_foreign, is_own, placement_of, recording
@@ -70,6 +72,11 @@ def why_not_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> str | None:
 def is_plain_linear(module: Any) -> bool:
     """Whether a linear layer's weight is all that it computes by, but for a bias; see `why_not_plain`."""
     return why_not_plain(module) is None
+
+
+def is_plain_block_fp8(module: Any) -> bool:
+    """Whether weight and scales of a block fp8 layer are all that it computes by, but for a bias."""
+    return why_not_plain(module, BlockFp8Linear) is None and type(module.weight_scale_inv) in PLAIN_WEIGHTS
 
 
 def is_plain_norm(module: Any) -> bool:
@@ -137,12 +144,30 @@ def why_not_expert_kernels(module: Any, tokens: torch.Tensor) -> str | None:
     weights = experts.gate_up_proj, experts.down_proj
     if not all(type(weight) in PLAIN_WEIGHTS for weight in weights):
         return f"experts are kept as {type(weights[0]).__name__}"
+    if weights[0].device != tokens.device:
+        return f"experts are on {weights[0].device}, their tokens on {tokens.device}"
+    if isinstance(experts, BlockFp8Experts):
+        return _why_not_block_fp8_kernels(experts, shared, tokens)
     for name in ("gate_proj", "up_proj", "down_proj"):
         if reason := why_not_plain(getattr(shared, name)):
             return f"shared_experts.{name}: {reason}"
-    if weights[0].device != tokens.device:
-        return f"experts are on {weights[0].device}, their tokens on {tokens.device}"
     return unsupported_experts_reason(tokens, *weights)
+
+
+def _why_not_block_fp8_kernels(experts: BlockFp8Experts, shared: Any, tokens: torch.Tensor) -> str | None:
+    """Why the block fp8 kernels do not serve these experts and the shared one, with their tokens."""
+    scales = experts.down_proj_scale_inv.dtype
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer = getattr(shared, name)
+        if not is_plain_block_fp8(layer) or layer.bias is not None:
+            return f"shared_experts.{name} is no plain block fp8 layer, as the routed experts are"
+        if layer.block_size != experts.block_size or layer.weight_scale_inv.dtype != scales:
+            return f"shared_experts.{name} has other blocks or scales than the routed experts"
+    if not tokens.is_cuda:
+        return "the kernels need a CUDA device"
+    if torch.is_grad_enabled() and tokens.requires_grad:
+        return "the kernels have no gradient"
+    return why_no_kernels(tokens, experts.block_size, *experts.parameters())
 
 
 # ---- forwards -----------------------------------------------------------------------------------------------------

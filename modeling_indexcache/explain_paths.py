@@ -10,6 +10,7 @@ import torch
 
 from .attention.attention_backends import TRITON_ATTENTION
 from .eligibility import (
+    is_plain_block_fp8,
     one_token,
     why_layers_keep_inputs,
     why_no_graphs,
@@ -92,7 +93,7 @@ def _slower_parts(layer: Any, device: torch.device, by_kernels: bool) -> Iterato
     linear = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     for name in (*linear, "indexer.wq_b", "indexer.wk", "indexer.weights_proj"):
         part = _at(layer, f"self_attn.{name}")
-        if part is not None and (reason := why_not_plain(part)):
+        if part is not None and not is_plain_block_fp8(part) and (reason := why_not_plain(part)):
             yield f"self_attn.{name}", reason
     for name in ("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm", "self_attn.indexer", "mlp"):
         part = _at(layer, name)

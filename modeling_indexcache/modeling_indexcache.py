@@ -27,7 +27,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..kernels.experts.routed_experts import routed_experts
 from ..kernels.norm_rope_linear.rotary import rotate
 from .attention.absorbed_attention import attend_absorbed
 from .attention.attention_backends import EAGER_ATTENTION, TRITON_ATTENTION, resolve_attention_backend
@@ -35,6 +34,7 @@ from .attention.dense_attention import attend_densely
 from .attention.eager_attention import eager_attention_forward
 from .attention.inference_attention import attend_streamed
 from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start
+from .block_fp8_loading import loading_block_fp8, refuse_missing_scales
 from .cache.decode_graph import decode_graph
 from .cache.latent_cache import append_latents
 from .compile_ahead import compile_ahead
@@ -42,9 +42,8 @@ from .eligibility import why_no_graphs, why_not_in_place
 from .explain_paths import Paths, explain_paths
 from .forward_arguments import ForwardOptions, refuse_lost_history, refuse_pipeline, refuse_unknown_options
 from .forward_plan import ForwardPlan, LayerReport
-from .fp8_guard import refuse_ragged_dequantisation
 from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
-from .layers.feed_forward import IndexCacheMLP, add_feed_forward, runs_expert_kernels, shared_linears
+from .layers.feed_forward import IndexCacheMLP, add_feed_forward, run_expert_kernels, runs_expert_kernels
 from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
 from .layers.normalization import IndexCacheRMSNorm
@@ -187,15 +186,7 @@ class IndexCacheMoE(nn.Module):
         _, weights, experts = self.gate(tokens)
         if runs_expert_kernels(self, tokens):
             target = None if accumulate is None else accumulate.view_as(tokens)
-            return routed_experts(
-                tokens,
-                experts,
-                weights,
-                self.experts.gate_up_proj,
-                self.experts.down_proj,
-                shared=tuple(linear.weight for linear in shared_linears(self)),
-                accumulate=target,
-            ).view_as(x)
+            return run_expert_kernels(self, tokens, experts, weights, target).view_as(x)
         out = self.experts(tokens, experts, weights).view_as(x)
         if accumulate is None:
             return out + self.shared_experts(x)
@@ -267,16 +258,19 @@ class IndexCachePreTrainedModel(PreTrainedModel):
         With `new_indexers=True` full layers without indexer weights get random ones, to be trained.
 
         Raises:
-            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline.
+            ValueError: when a full layer of the pattern has no indexer weights in the checkpoint; for a pipeline; for
+                fp8 weights without their scales.
         """
         want_info, new_indexers = kwargs.pop("output_loading_info", False), kwargs.pop("new_indexers", False)
         kwargs["output_loading_info"], source = True, pretrained_model_name_or_path
         refuse_pipeline(**kwargs)
-        loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
+        with loading_block_fp8():
+            loaded: Any = super().from_pretrained(source, *model_args, **kwargs)
         model, info = loaded
         for module in model.modules():
             if isinstance(module, IndexCacheTopkRouter):
                 module.store_exactly(model.get_input_embeddings().weight.dtype)
+        refuse_missing_scales(info["missing_keys"], source)
         # Without a source all weights are new, or given.
         if not new_indexers and source is not None:
             refuse_missing_indexers(model.config, info["missing_keys"], source)
@@ -315,7 +309,6 @@ class IndexCacheModel(IndexCachePreTrainedModel):
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
-        refuse_ragged_dequantisation(config)
         num_layers = config.num_hidden_layers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(IndexCacheDecoderLayer(config, layer) for layer in range(num_layers))

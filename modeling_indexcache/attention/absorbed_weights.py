@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..eligibility import is_plain_linear
+from ...kernels.common.kernel_launch import is_capturing
+from ..eligibility import is_plain_block_fp8, is_plain_linear
 from ..parallel.layer_placement import is_visiting, onloaded
 from ..parallel.module_hooks import hooks_of
 
@@ -42,7 +43,7 @@ def multiplier(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tenso
     known = _kept.get(module)
     if known is None or known[0] != state:
         known = state, _made(module, width, like)
-        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(like):
             return known[1]  # Its numbers come with the replays.
         _kept[module] = known
     return known[1]
@@ -76,6 +77,8 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 def _made(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tensor:
+    if is_plain_block_fp8(module):
+        return module.dequantised(like.dtype)  # type: ignore[operator]
     return module(torch.eye(width, dtype=like.dtype, device=like.device)).transpose(0, 1)
 
 

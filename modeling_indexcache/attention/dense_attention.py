@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..eligibility import is_plain_linear
+from ..eligibility import is_plain_block_fp8, is_plain_linear
 from ..forward_plan import ForwardPlan
 from ..selection import Selection
 from .absorbed_attention import share_latent_gradients
@@ -48,7 +48,7 @@ def absorbed_is_cheaper(module: Any, num_queries: int, num_keys: int) -> bool:
     rank, rope, of_head = module.kv_lora_rank, module.rope_dim, module.nope_dim + module.v_head_dim
     expanded = num_keys * rank * of_head + num_queries * num_keys * (of_head + rope)
     absorbed = num_queries * rank * of_head + num_queries * num_keys * (2 * rank + rope)
-    if not is_plain_linear(module.kv_b_proj):
+    if not (is_plain_linear(module.kv_b_proj) or is_plain_block_fp8(module.kv_b_proj)):
         absorbed += rank * rank * of_head  # its weight is what it makes of a unit matrix
     return absorbed < expanded
 

@@ -26,7 +26,7 @@ from ...kernels.sparse_mla.sparse_mla import (
     takes_sparse_mla,
 )
 from ..cache.latent_cache import append_latents, latent_slot
-from ..eligibility import is_plain_linear, is_plain_norm, why_noticed
+from ..eligibility import is_plain_block_fp8, is_plain_linear, is_plain_norm, why_noticed
 from ..forward_plan import ForwardPlan
 from ..layers.few_token_linears import linears
 from ..selection import EVERY_KEY, Selection
@@ -200,6 +200,8 @@ def _project(o_proj: nn.Module, values: torch.Tensor, out: torch.Tensor, add: bo
     if weight is not None and out.shape[0] == 1 and out.dtype == weight.dtype:
         rows, into = values[0], out[0]
         torch.addmm(into, rows, weight.t(), beta=int(add), out=into)
+    elif is_plain_block_fp8(o_proj) and o_proj.bias is None and out.shape[0] == 1 and out.dtype == values.dtype:
+        o_proj.multiply_into(values[0], out[0], add)
     elif add:
         out += o_proj(values)
     else:

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.experts.routed_experts import block_tokens, routed_experts
 from ..eligibility import is_fast, why_not_expert_kernels, why_noticed, why_watched
+from .block_fp8_modules import BlockFp8Experts, run_block_fp8_experts
 
 # Largest temporary of a dense feed-forward in bytes. Tokens are taken in blocks that fit.
 FEED_FORWARD_BLOCK_BYTES = 256 * 2**20
@@ -48,9 +49,7 @@ def add_feed_forward(mlp: Any, norm: nn.Module, hidden_states: torch.Tensor) -> 
     router = getattr(mlp, "gate", None)
     if router is not None and router.takes_norm(norm, rows) and runs_expert_kernels(mlp, rows):
         normed, weights, experts = router.normed(norm, rows)
-        routed = mlp.experts.gate_up_proj, mlp.experts.down_proj
-        shared: Any = tuple(linear.weight for linear in shared_linears(mlp))
-        routed_experts(normed, experts, weights, *routed, shared=shared, accumulate=rows)
+        run_expert_kernels(mlp, normed, experts, weights, rows)
         return hidden_states
     blocks = -(-rows.shape[0] // _tokens_at_once(mlp, rows))
     if blocks <= 1:
@@ -80,6 +79,25 @@ def _rows_at_once(x: torch.Tensor, wide: nn.Module) -> int:
 def runs_expert_kernels(module: Any, tokens: torch.Tensor) -> bool:
     """Whether `kernels.routed_experts` serves this mixture of experts; see `why_not_expert_kernels`."""
     return is_fast("experts run in PyTorch", why_not_expert_kernels(module, tokens), module, tokens)
+
+
+def run_expert_kernels(
+    module: Any,
+    tokens: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    accumulate: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A mixture of experts that `runs_expert_kernels`, of `tokens [T, D]` that know their experts `[T, K]`.
+
+    `[T, D]`: routed and shared experts, added in place to `accumulate` if given.
+    """
+    shared = shared_linears(module)
+    if isinstance(module.experts, BlockFp8Experts):
+        return run_block_fp8_experts(module.experts, shared, tokens, experts, weights, accumulate)
+    routed = module.experts.gate_up_proj, module.experts.down_proj
+    of_shared: Any = tuple(linear.weight for linear in shared)
+    return routed_experts(tokens, experts, weights, *routed, shared=of_shared, accumulate=accumulate)
 
 
 def shared_linears(module: Any) -> tuple[nn.Module, nn.Module, nn.Module]:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...kernels.block_fp8.block_fp8_linear import block_fp8_vector_linear, takes_block_fp8_vector_linear
 from ...kernels.norm_rope_linear.vector_linear import takes_vector_linear, vector_linear
-from ..eligibility import is_plain_linear, is_plain_norm
+from ..eligibility import is_plain_block_fp8, is_plain_linear, is_plain_norm
 
 
 def linears(
@@ -42,7 +43,31 @@ def linears(
             added = None if base is None else base.reshape(rows.shape[0], -1)
             out = vector_linear(rows, weights, gain, eps, added).view(*x.shape[:-1], -1)
             return out.split([weight.shape[0] for weight in weights], dim=-1)
+    if allow_triton and x.shape[:-1].numel() <= 2 and all(map(is_plain_block_fp8, modules)):
+        made = _block_fp8_vectors(x, modules, norm, base)
+        if made is not None:
+            return made
     if norm is not None:
         x = norm(x)
     outs = [module(x) for module in modules]
     return outs if base is None else [base + outs[0]]
+
+
+def _block_fp8_vectors(
+    x: torch.Tensor, modules: Sequence[nn.Module], norm: Any, base: torch.Tensor | None
+) -> Sequence[torch.Tensor] | None:
+    """As `linears`, of plain block fp8 layers; None where the kernel does not take them."""
+    layers: Any = modules
+    weights, scales = [layer.weight for layer in layers], [layer.weight_scale_inv for layer in layers]
+    fuses = norm is not None and is_plain_norm(norm) and norm.weight.dtype == x.dtype
+    rows = (x if norm is None or fuses else norm(x)).reshape(-1, x.shape[-1])
+    gain, eps = (norm.weight, norm.variance_epsilon) if fuses else (None, 0.0)
+    if len({(layer.block_size, grid.dtype) for layer, grid in zip(layers, scales)}) > 1:
+        return None
+    if any(layer.bias is not None for layer in layers):
+        return None
+    if not takes_block_fp8_vector_linear(rows, weights, layers[0].block_size):
+        return None
+    added = None if base is None else base.reshape(rows.shape[0], -1)
+    out = block_fp8_vector_linear(rows, weights, scales, gain, eps, added)
+    return out.view(*x.shape[:-1], -1).split([weight.shape[0] for weight in weights], dim=-1)

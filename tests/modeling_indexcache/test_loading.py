@@ -105,18 +105,6 @@ def test_parallel_plans_name_modules_that_exist(saved):
         assert plan and {f"model.{pattern}" for pattern in plan} - known == set()
 
 
-def test_fp8_with_ragged_blocks_is_refused_with_the_mend():
-    """576 rows in blocks of 128: transformers would take 115 rows for a block."""
-    from transformers import FineGrainedFP8Config
-
-    config = tiny_model(kv_lora_rank=32).config
-    config.quantization_config = FineGrainedFP8Config(weight_block_size=(16, 16), dequantize=True)
-    with pytest.raises(ValueError, match=r"kv_a_proj_with_mqa rows = 40.*convert SOURCE OUTPUT --dtype bfloat16"):
-        IndexCacheForCausalLM._from_config(config)
-    config.quantization_config = FineGrainedFP8Config(weight_block_size=(4, 4), dequantize=True)
-    IndexCacheForCausalLM._from_config(config)
-
-
 @pytest.mark.parametrize(("backend", "allowed"), [("sdpa", False), ("eager", False), ("triton", True)])
 def test_only_the_triton_backend_lets_the_kernels_use_triton(ids, monkeypatch, backend, allowed):
     from indexcache.kernels.lightning_indexer.lightning_indexer import lightning_indexer
