@@ -84,8 +84,22 @@ def test_what_is_touched_and_left(tmp_path):
 
 
 def test_results_are_compared_without_where_they_were_made(tmp_path):
-    here = {"cpu": "16 cores, x86_64", "threads": 1, "device": "cpu", "date": "2026-01-01", "commit": "a", "torch": "2"}
-    there = {"cpu": "1 cores, x86_64", "threads": 8, "device": "H200", "date": "2026-01-02", "commit": "b", "torch": "2"}
+    here = {
+        "cpu": "16 cores, x86_64",
+        "threads": 1,
+        "device": "cpu",
+        "date": "2026-01-01",
+        "commit": "a",
+        "torch": "2",
+    }
+    there = {
+        "cpu": "1 cores, x86_64",
+        "threads": 8,
+        "device": "H200",
+        "date": "2026-01-02",
+        "commit": "b",
+        "torch": "2",
+    }
 
     def written(versions, **more):
         (tmp_path / "evaluation.json").write_text(json.dumps({"loss": 1.0, "cpu": "x", "versions": versions, **more}))
