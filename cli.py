@@ -144,6 +144,7 @@ def generate(
 
     from .configuration.share_pattern import SharePattern
     from .conversion.io.load_source import load_source
+    from .runs.generation_settings import check_generation_settings
     from .runs.loading import Placement, open_model
     from .runs.pages.terminal import text_streamer
     from .runs.windows.tokenizer import load_tokenizer
@@ -157,13 +158,15 @@ def generate(
     tokenizer: Any = load_tokenizer(opened.source)
     if tokenizer is None:
         fail(f"{path} has no tokenizer: generate needs one")
+    check_generation_settings(opened, sample, tokenizer)
     encoded = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     model: Any = load_source(opened, dtype="auto")
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     inputs = encoded.to(model.device)
     set_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if sample else {"do_sample": False}
-    model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=text_streamer(tokenizer), **sampling)
+    streamer = text_streamer(tokenizer)
+    model.generate(**inputs, max_new_tokens=max_new_tokens, tokenizer=tokenizer, streamer=streamer, **sampling)
 
 
 def _prompt(prompt: str) -> str:

@@ -22,6 +22,8 @@ TRANSFORMERS_OPTIONS = frozenset(TransformersKwargs.__optional_keys__) | {
     "debug_io_dir",
     "prune_layers",
     "return_dict",
+    # `generate` passes the one that it looks for stop strings with.
+    "tokenizer",
 }
 
 

@@ -137,7 +137,7 @@ def test_packages_that_are_missing_are_missed_at_the_start(no_model, text, tmp_p
     assert "--lora-rank needs peft" in refused("distill", *arguments)
     assert not (tmp_path / "out").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.endswith("evaluation.figures")]:
+    for name in [name for name in sys.modules if name.endswith("pages.figures")]:
         monkeypatch.delitem(sys.modules, name)
     picture = ["--overlap", text, "--overlap-picture", tmp_path / "picture.png"]
     assert "--overlap-picture needs matplotlib" in refused("inspect", DEMO, *picture)

@@ -68,7 +68,7 @@ DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMIL
 _WIDEST_ROPE = 2**16
 
 # What transformers' configs raise at values of a wrong kind.
-_CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
+CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
 
 _REFUSED = {
     **dict.fromkeys(
@@ -123,7 +123,7 @@ def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
         config: IndexCacheConfig = IndexCacheConfig.from_dict(copy.deepcopy(fields))
         _check_parts(config)
         return config
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         reason = str(error.__cause__ or error).strip()
         raise ConversionError(f"{location}: config.json cannot be used: {reason}") from error
 
@@ -153,7 +153,7 @@ def _check_parts(config: IndexCacheConfig) -> None:
             angles = IndexCacheRotaryEmbedding(config).inv_freq
         factor = yarn_softmax_factor(rope)
         is_finite = bool(angles.isfinite().all()) and math.isfinite(factor)
-    except (*_CONFIG_FAULTS, RuntimeError) as error:
+    except (*CONFIG_FAULTS, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"rope_parameters={_shortened(rope)} cannot be used ({reason})") from None
     if not is_finite:
@@ -265,7 +265,7 @@ def convert_dense_config(
         )
     try:
         native = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(source)).to_dict()
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {model_type} config: {error}") from error
     if native.get("q_lora_rank") is None:
         raise ConversionError(
@@ -287,7 +287,7 @@ def _family_defaults(
         native = CONFIG_MAPPING[family.model_type].from_dict(
             copy.deepcopy({name: value for name, value in source.items() if name not in PATTERN_FIELDS})
         )
-    except _CONFIG_FAULTS as error:
+    except CONFIG_FAULTS as error:
         raise ConversionError(f"{location}: config.json is no valid {family.model_type} config: {error}") from error
     names = {entry.name for entry in dataclasses.fields(config)} - _DERIVED_FIELDS
     return {

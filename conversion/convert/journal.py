@@ -13,7 +13,7 @@ from typing import Any
 
 from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
 from ..io.shard_writer import PARTIAL_SUFFIX, WrittenFile, hash_files, path_inside, write_json
-from ..io.sources import ConversionError, is_unicode
+from ..io.sources import ConversionError, is_unicode, refuse_pipes
 from ..io.strict_json import parse_json
 
 try:
@@ -107,13 +107,18 @@ def check_apart(source: Path, output: Path) -> None:
 
 
 def output_state(output: Path) -> str:
-    """`empty` (or absent), `interrupted`, `finished` (a converted checkpoint), or `foreign`."""
+    """`empty` (or absent), `interrupted`, `finished` (a converted checkpoint), or `foreign`.
+
+    Raises:
+        ConversionError: no folder, a name that is no UTF-8, or pipes or devices in it, which nothing may open.
+    """
     if not is_unicode(str(output)):
         raise ConversionError(f"the output {str(output)!r} is no name in UTF-8: give another name")
     if not output.exists():
         return "empty"
     if not output.is_dir():
         raise ConversionError(f"the output {output} is no folder: give another name")
+    refuse_pipes(output)
     names = {path.name for path in output.iterdir()} - {JOURNAL_FILE + PARTIAL_SUFFIX}
     if not names:
         return "empty"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
+from transformers.generation.configuration_utils import GenerationConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
-from ..convert.families import load_config
+from ..convert.families import CONFIG_FAULTS, load_config
 from .checkpoint import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, read_json
 from .hub_source import HubSource
 from .open_checkpoint import OpenedCheckpoint, open_checkpoint
@@ -49,6 +52,7 @@ def load_source(
         opened = open_checkpoint(source, wanted, revision=revision, token=kwargs.get("token"))
     place = where_to_load(opened.source)
     config = load_config(opened.fields, opened.source.location)
+    _check_quantisation(opened.fields, opened.source.location)
     kwargs.pop("token", None)
     try:
         loaded: Any = IndexCacheForCausalLM.from_pretrained(
@@ -69,16 +73,39 @@ def load_source(
     return model
 
 
+def _check_quantisation(fields: dict[str, Any], location: str) -> None:
+    """Let transformers check how weights are quantised, where its message can be given the file and the field."""
+    given = fields.get("quantization_config")
+    if given is None:
+        return
+    try:
+        AutoQuantizationConfig.from_dict(copy.deepcopy(given))
+    except CONFIG_FAULTS as error:
+        raise ConversionError(
+            f"{location}: config.json has a quantization_config that transformers cannot use: {error}"
+        ) from error
+
+
+def _check_generation(settings: dict[str, Any], location: str) -> None:
+    """As `_check_quantisation`, for generation_config.json, which `from_pretrained` reads."""
+    try:
+        GenerationConfig.from_dict(copy.deepcopy(settings))
+    except CONFIG_FAULTS as error:
+        raise ConversionError(
+            f"{location}: {GENERATION_FILE} cannot be used ({type(error).__name__}: {error}): fix it"
+        ) from error
+
+
 def where_to_load(source: Source) -> Path:
     """The folder for `from_pretrained`: a checkpoint's own, or the Hub's cache with config and weights, each checked.
 
     Raises:
         ConversionError: a file of a Hub repository is not what its commit holds, or settings that transformers reads
-            beside the weights are no JSON object.
+            beside the weights are no JSON object or refused by it.
     """
     files = source.list_files()
     if GENERATION_FILE in files:
-        read_json(source, GENERATION_FILE)
+        _check_generation(read_json(source, GENERATION_FILE), source.location)
     if isinstance(source, FolderSource):
         return source.folder
     assert isinstance(source, HubSource)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -144,6 +145,44 @@ def check_file_name(file: object, location: str) -> str:
     if path.is_absolute() or ".." in path.parts:
         raise ConversionError(f"{location}: {file!r} points outside the checkpoint: name a file inside it")
     return file
+
+
+def pipes_in(folder: Path, *, below: bool) -> list[str]:
+    """Pipes and devices in a folder, behind links too, as sorted POSIX paths: opening one may wait for ever.
+
+    Args:
+        folder: an output that is there.
+        below: look into its folders, too; links to folders are not followed.
+
+    Raises:
+        OSError: a folder that cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    found = []
+    for at, folders, names in os.walk(folder, onerror=unreadable):
+        if not below:
+            folders.clear()
+        for name in names:
+            path = Path(at) / name
+            try:
+                mode = path.stat().st_mode
+            except OSError:  # a link to nothing, or in a circle
+                continue
+            if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+                found.append(path.relative_to(folder).as_posix())
+    return sorted(found)
+
+
+def refuse_pipes(folder: Path) -> None:
+    """ConversionError where an output holds pipes or devices, however deep."""
+    if pipes := pipes_in(folder, below=True):
+        raise ConversionError.collect(
+            f"the output {folder} holds pipes or devices where files belong: remove them, or give another folder",
+            pipes,
+        )
 
 
 def is_unicode(name: str) -> bool:

@@ -22,8 +22,9 @@ from ..convert.families import INDEXCACHE, ROUTER, check_router, family_of, load
 from ..convert.journal import check_apart
 from ..convert.pattern_file import read_pattern_file
 from ..io.checkpoint import CONFIG_FILE, INDEX_FILE, read_checkpoint, read_json
+from ..io.open_checkpoint import check_layer_count, check_weights
 from ..io.shard_writer import DiskFullError, pass_whole, sync_folder, write_json
-from ..io.sources import ConversionError, FolderSource, check_file_name
+from ..io.sources import ConversionError, FolderSource, check_file_name, refuse_pipes
 from .card import write_export_card
 
 STAGING_FOLDER = ".indexcache_export"
@@ -69,8 +70,8 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
         The output folder.
 
     Raises:
-        ConversionError: unknown engine, a pattern or switch that it cannot run, a damaged source, or an output that
-            is taken.
+        ConversionError: unknown engine, a pattern or switch that it cannot run, a source that is damaged or lacks
+            weights, or an output that is taken.
     """
     output = Path(output)
     if to not in ENGINES:
@@ -79,7 +80,10 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     check_apart(source.folder, output)
     checkpoint = read_checkpoint(source)
     fields = _native_fields(checkpoint.config, str(path))
-    pattern = load_config(checkpoint.config, str(path)).share_pattern
+    ours = load_config(checkpoint.config, str(path))
+    check_layer_count(checkpoint)
+    check_weights(checkpoint, ours)
+    pattern = ours.share_pattern
     config = {**fields, **ENGINES[to](fields["model_type"], pattern)}
     card = None
     if "README.md" in checkpoint.files:
@@ -104,6 +108,8 @@ def _staged(output: Path) -> Iterator[Path]:
     stage = output / STAGING_FOLDER
     created = not output.exists()
     if not created:
+        if output.is_dir():
+            refuse_pipes(output)
         _undo_killed_export(output)
         if not output.is_dir() or any(output.iterdir()):
             raise ConversionError(f"the output {output} exists and is not empty: give another folder")

@@ -209,10 +209,11 @@ def _pictures_of_card(folder: Path, files: list[str]) -> Iterator[str]:
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / TOKENIZER_SETTINGS
+    if not path.is_file():  # what is no regular file is not sent either
         return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{folder / TOKENIZER_SETTINGS} is not valid JSON ({error})") from error
     return settings if isinstance(settings, dict) else {}

@@ -12,7 +12,7 @@ from campaign import at_most
 from json_mutations import spoil
 from line_mutations import spoil_lines
 from safetensors_mutations import read, spoil_shard, write
-from tries import chance_of, differences, result
+from tries import chance_of, contents, differences, result
 from workshop import HUB_TOKEN, SECRET, Run
 
 GOOD = Run(1, None, False, False, 0, 0.1, 0.1, "", "error: config.json: hidden_size 'x' is no number: mend it\n")
@@ -81,6 +81,34 @@ def test_what_is_touched_and_left(tmp_path):
         "c is too much in the result",
         "b differs from the undisturbed result",
     ]
+
+
+def test_results_are_compared_without_where_they_were_made(tmp_path):
+    here = {
+        "cpu": "16 cores, x86_64",
+        "threads": 1,
+        "device": "cpu",
+        "date": "2026-01-01",
+        "commit": "a",
+        "torch": "2",
+    }
+    there = {
+        "cpu": "1 cores, x86_64",
+        "threads": 8,
+        "device": "H200",
+        "date": "2026-01-02",
+        "commit": "b",
+        "torch": "2",
+    }
+
+    def written(versions, **more):
+        (tmp_path / "evaluation.json").write_text(json.dumps({"loss": 1.0, "cpu": "x", "versions": versions, **more}))
+        return contents(tmp_path)
+
+    expected = written(here)
+    assert differences(expected, written(there)) == []
+    for differing in (written({**here, "torch": "3"}), written(here, loss=2.0), written(here, cpu="y")):
+        assert len(differences(expected, differing)) == 1
 
 
 def test_tries_repeat_and_differ():

@@ -204,6 +204,8 @@ _VARYING = (
     "device",
     "warnings",
 )
+# Of `versions`, what says where and when a run was made: `faults.py` gives a child one core to be told of.
+_VARYING_VERSIONS = ("device", "cpu", "threads", "date", "commit")
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -222,9 +224,13 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def _without_varying(value):
+def _without_varying(value, omitted: tuple[str, ...] = _VARYING):
     if isinstance(value, dict):
-        return {key: _without_varying(part) for key, part in value.items() if key not in _VARYING}
+        return {
+            key: _without_varying(part, _VARYING_VERSIONS if key == "versions" else _VARYING)
+            for key, part in value.items()
+            if key not in omitted
+        }
     return [_without_varying(part) for part in value] if isinstance(value, list) else value
 
 

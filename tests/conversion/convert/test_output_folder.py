@@ -154,6 +154,18 @@ def test_nothing_is_written_through_a_linked_folder(tmp_path, name):
     assert not list((tmp_path / "outside").iterdir()) and hashes(tmp_path / "o") == before
 
 
+@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize("name", [".indexcache_convert.json", "indexcache_recipe.json", "config.json", "encoding/x"])
+def test_pipes_in_the_output_are_refused_before_they_are_opened(tmp_path, name, options):
+    source = build(tmp_path / "s")
+    run(source, tmp_path / "o")
+    (tmp_path / "o" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "o" / name)
+    assert f"holds pipes or devices where files belong: remove them, or give another folder\n  - {name}" in refused(
+        source, tmp_path / "o", **options
+    )
+
+
 # ---- permissions ----------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from testing.checkpoints import build, edit_json, tiny_config, tiny_tensors, wri
 
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.convert import ConvertOptions, convert
+from indexcache.conversion.io.load_source import load_source
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
 from indexcache.conversion.io.sources import ConversionError, FolderSource
 
@@ -99,3 +100,12 @@ def test_weights_quantised_otherwise_are_compared_by_module(tmp_path):
     del tensors[f"{name}_packed"], tensors[f"{name}_scale"]
     message = refused(write_checkpoint(tmp_path / "t", config, tensors))
     assert "model.layers.1.mlp.experts.0.up_proj is missing" in message
+
+
+@pytest.mark.parametrize("fields", [{"activation_scheme": "[2Jred"}, {"scale_fmt": "x"}, {"activation_scheme": 7}])
+def test_what_transformers_says_of_a_quantisation_names_the_file(tmp_path, fields):
+    source = build(tmp_path / "s", fp8=True)
+    config = json.loads((source / "config.json").read_text())
+    edit_json(source / "config.json", quantization_config={**config["quantization_config"], **fields})
+    with pytest.raises(ConversionError, match=r"config\.json has a quantization_config that transformers cannot use"):
+        load_source(source, device_map="cpu")

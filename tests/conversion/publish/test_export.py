@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from testing.tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
@@ -296,6 +297,32 @@ def test_undoing_touches_no_file_of_others(checkpoint, tmp_path):
     with pytest.raises(ConversionError, match="exists and is not empty"):
         export(source, out, "vllm")
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_a_pipe_among_what_a_killed_export_left_is_not_opened(checkpoint, tmp_path):
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    (out / ".indexcache_export").mkdir(parents=True)
+    os.mkfifo(out / ".indexcache_export/placed.json")
+    with pytest.raises(ConversionError, match=r"pipes or devices where files belong.*\n.*placed\.json"):
+        export(source, out, "vllm")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.experts.3.gate_proj.weight",
+        "model.norm.weight",
+        "model.layers.0.self_attn.indexer.wk.weight",
+    ],
+)
+def test_a_checkpoint_that_lacks_a_weight_is_refused(checkpoint, tmp_path, name):
+    source = checkpoint("FSFS", **GLM)
+    weights = load_file(source / "model.safetensors")
+    del weights[name]
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=f"does not hold what its config.json describes.*\n.*{name} is missing"):
+        export(source, tmp_path / "out", "vllm")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
