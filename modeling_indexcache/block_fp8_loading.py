@@ -132,9 +132,9 @@ _theirs = AUTO_QUANTIZER_MAPPING[METHOD]
 class _ByModel(FineGrainedFP8HfQuantizer):
     """Stands for fp8 in transformers' table: makes this package's quantiser for its models, and theirs for others."""
 
-    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
-        ours = _thread.loading and kwargs.get("pre_quantized", True)
-        return (BlockFp8Quantizer if ours else _theirs)(quantization_config, **kwargs)
+    def __new__(cls, quantization_config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> Any:
+        quantiser = BlockFp8Quantizer if _thread.loading and pre_quantized else _theirs
+        return quantiser(quantization_config, pre_quantized=pre_quantized, **kwargs)
 
 
 AUTO_QUANTIZER_MAPPING[METHOD] = _ByModel
