@@ -60,7 +60,7 @@ def load_source(
         )
     except SafetensorError as error:
         raise ConversionError(f"{opened.source.location}: its weights cannot be read ({error})") from error
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         # What this machine or these versions cannot load, in the loader's own words.
         raise ConversionError(f"{opened.source.location} cannot be loaded: {error}") from error
     except (KeyError, TypeError) as error:

@@ -131,9 +131,13 @@ def test_damage_that_only_numbers_show_is_no_result(source, tmp_path, value):
 def test_what_this_machine_cannot_load_is_a_message(tmp_path):
     from testing.checkpoints import build
 
-    ragged = build(tmp_path / "ragged", fp8=True)
-    with pytest.raises(ConversionError, match=r"ragged cannot be loaded: .*indexcache convert"):
-        load_source(ragged)
+    other = build(tmp_path / "other", fp8=True)
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match=r"other cannot be loaded: "):
+        load_source(other)
+    assert load_source(build(tmp_path / "ragged", fp8=True)).config.num_hidden_layers == 4
     whole = build(tmp_path / "whole", fp8=True, mtp=1, qk_rope_head_dim=16, moe_intermediate_size=32)
     assert load_source(whole).config.num_hidden_layers == 4, "scales and MTP layers are no missing weights"
 
