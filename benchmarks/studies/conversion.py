@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.convert.families import convert_config, expected_indexer, expected_tensors, load_config
 from indexcache.conversion.io.checkpoint import read_checkpoint
-from indexcache.conversion.io.fp8 import SCALE_SUFFIX, scale_grid
+from indexcache.conversion.io.fp8 import SCALE_SUFFIX
 from indexcache.conversion.io.sources import FolderSource
+from indexcache.kernels.block_fp8.block_fp8_format import scale_grid
 from indexcache.runs.versions import stamp
 
 LAYERS, KEEP, SHARDS = 12, "1/4", 36
@@ -145,7 +146,7 @@ def _tensors(
         raw[1::2] &= 0xBF  # keep bf16 finite
         return {name: raw.view(torch.bfloat16).reshape(shape)}
     raw[(raw & 0x7F) == 0x7F] = 0
-    grid = scale_grid((shape[0], shape[1]), (128, 128))
+    grid = scale_grid(shape[0], shape[1], (128, 128))
     return {name: raw.view(torch.float8_e4m3fn).reshape(shape), name + SCALE_SUFFIX: torch.rand(grid) + 0.5}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.block_fp8.block_fp8_format import scale_grid
 from .sources import ConversionError
 
 FP8 = "F8_E4M3"
@@ -49,12 +50,6 @@ def fp8_block_size(config: dict[str, Any], location: str) -> tuple[int, int] | N
     return size[0], size[1]
 
 
-def scale_grid(shape: tuple[int, ...], block_size: tuple[int, int]) -> tuple[int, int]:
-    """The shape of the scales of a `[rows, columns]` weight; the last block of each side may be ragged."""
-    rows, columns = shape
-    return -(-rows // block_size[0]), -(-columns // block_size[1])
-
-
 def dequantise_block(
     weight: torch.Tensor,
     scale_inv: torch.Tensor,
@@ -79,7 +74,7 @@ def dequantise_block(
     Raises:
         ValueError: a grid of scales that does not fit the weight.
     """
-    if weight.dim() != 2 or tuple(scale_inv.shape) != scale_grid(tuple(weight.shape), block_size):
+    if weight.dim() != 2 or tuple(scale_inv.shape) != scale_grid(weight.shape[0], weight.shape[1], block_size):
         raise ValueError(
             f"scales of shape {tuple(scale_inv.shape)} do not fit a weight of shape {tuple(weight.shape)} "
             f"in blocks of {block_size[0]} x {block_size[1]}"

@@ -16,6 +16,7 @@ from typing import Any
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...configuration.hub_code import AUTO_MAP
 from ...configuration.share_pattern import SharePattern
+from ...kernels.block_fp8.block_fp8_format import scale_grid
 from ..convert.families import (
     DENSE_FAMILIES,
     MTP_MARK,
@@ -29,7 +30,7 @@ from ..convert.families import (
     load_config,
 )
 from .checkpoint import FLOAT_DTYPES, Checkpoint, TensorInfo, read_checkpoint
-from .fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, fp8_block_size, is_fp8, scale_grid
+from .fp8 import FP8, SCALE_DTYPES, SCALE_SUFFIX, fp8_block_size, is_fp8
 from .sources import ConversionError, FolderSource, Source
 
 # Of new indexers in a dense model, when only the rest of its weights is checked.
@@ -270,7 +271,7 @@ def _scale_problems(info: TensorInfo, weight: TensorInfo | None, block_size: tup
             f"{info.name} in {info.file} scales an fp8 matrix, and {info.name.removesuffix(SCALE_SUFFIX)} is {state}"
         ]
     problems = []
-    if block_size is not None and info.shape != (grid := scale_grid(weight.shape, block_size)):
+    if block_size is not None and info.shape != (grid := scale_grid(*weight.shape, block_size)):
         problems.append(
             f"{info.name} in {info.file} has shape {list(info.shape)}, and a weight of shape {list(weight.shape)} in "
             f"blocks of {block_size[0]} x {block_size[1]} needs {list(grid)}"
