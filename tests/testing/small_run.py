@@ -45,7 +45,7 @@ def write_source(folder, **changes):
         save_file({f"{name}_ids": ids, f"{name}_recall": (ids > 80).to(torch.uint8)}, folder / f"{name}.safetensors")
 
 
-def run(folder, output, monitor=None, pattern="FSFS", **changes):
+def run(folder, output, monitor=None, pattern="FSFS", device="cpu", **changes):
     options = {
         name: changes.pop(name) for name in ("resume", "overwrite", "dtype", "keep_checkpoints") if name in changes
     }
@@ -55,26 +55,18 @@ def run(folder, output, monitor=None, pattern="FSFS", **changes):
         output,
         str(folder / "held.safetensors"),
         Sampling(),
-        device="cpu",
+        device=device,
         tensorboard=False,
         **options,
     )
     return run_distillation(source, Recipe(**{**RECIPE, **changes}), run_options, monitor or Monitor())
 
 
-def run_processes(folder, output, kill_at=0, count=1, check=True, script=__file__, **changes):
+def run_processes(folder, output, kill_at=0, count=1, check=True, script=__file__, launcher=(), **changes):
     """The same in processes of their own; returns the finished process."""
-    command = [sys.executable]
     if count > 1:
-        command += [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(count),
-            "--master_port",
-            "0",
-            "--standalone",
-        ]
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone")
+    command = [sys.executable, *launcher]
     command += [str(script), str(folder), str(output), str(kill_at), json.dumps(changes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PROCESS_SECONDS)

@@ -1,4 +1,7 @@
-"""Run under torchrun: loss and every gradient of a model sharded over two processes equal those of one process."""
+"""Run under torchrun: loss and every gradient of a model sharded over two processes equal those of one process.
+
+On the GPUs where there are some.
+"""
 
 import sys
 
@@ -36,7 +39,8 @@ ids = torch.randint(2, 96, (2, 40), generator=torch.Generator().manual_seed(0))
 for backend, experts in (("sdpa", "grouped_mm"), ("eager", "eager")):
     options = dict(attn_implementation=backend, experts_implementation=experts)
     sharded = AutoModelForCausalLM.from_pretrained(folder, distributed_config=SPLITS[split], **options).train()
-    whole = AutoModelForCausalLM.from_pretrained(folder, **options).train()
+    whole = AutoModelForCausalLM.from_pretrained(folder, **options).to(sharded.device).train()
+    ids = ids.to(sharded.device)
     # Below top-k, above it, and few queries on a long prefix; FSDP has freed the weights that made a prefix.
     prefixes = ((0, 10), (0, 40), (37, 40)) if "data" not in split else ((0, 10), (0, 40))
     for first, last in prefixes:

@@ -5,13 +5,11 @@ On the trained demo checkpoint and on a slice of DeepSeek-V3.2's width with rand
 
 import copy
 import time
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
-from transformers import DynamicCache, StaticCache
+from testing.placed_models import DEMO, PATTERNS, demo_windows, measured
+from transformers import DynamicCache
 
 from indexcache import IndexCacheConfig, IndexCacheForCausalLM
 from indexcache.conversion.io.load_source import load_source
@@ -22,10 +20,6 @@ pytestmark = [
     pytest.mark.gpus,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-
-DEMO = Path(__file__).parents[3] / "demo"
-PATTERN = "FFSSSSFFSSSS"
-LAYERS = len(PATTERN)
 
 
 def by_hand(places, head=0, angles=0):
@@ -49,8 +43,7 @@ RECORDED = {"cuda:1": 1, "halves": 2, "before a shared layer": 2, "back and fort
 
 @pytest.fixture(scope="module")
 def windows():
-    tensors = load_file(DEMO / "sample_windows.safetensors")
-    return next(value for name, value in tensors.items() if name.endswith("ids"))[:2].long()
+    return demo_windows()
 
 
 @pytest.fixture(scope="module")
@@ -60,34 +53,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@torch.inference_mode()
-def measured(model, windows):
-    """Loss of windows by prefill and by decoding steps with two kinds of caches, and greedy tokens."""
-    ids = windows.to(model.device)
-    length = min(ids.shape[1] - 1, 1024)
-    logits = model(ids[:, :length]).logits.float()
-    losses = [F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : length + 1].flatten().to(logits.device)).item()]
-    start, caches = length - 32, []
-    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=length + 8)):
-        model(ids[:, :start], past_key_values=cache, logits_to_keep=1)
-        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits.float() for at in range(start, length)]
-        steps = torch.cat(steps, dim=1)
-        targets = ids[:, start + 1 : length + 1].flatten().to(steps.device)
-        losses.append(F.cross_entropy(steps.flatten(0, 1), targets).item())
-        caches.append(cache)
-    # One row is padded.
-    mask = torch.ones_like(ids[:, :200])
-    mask[1, :70] = 0
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    tokens = model.generate(ids[:, :200], attention_mask=mask, **options)[:, 200:].cpu()
-    return losses, tokens, caches
-
-
 @pytest.fixture(scope="module")
 def one_gpu(folder, windows):
     model = IndexCacheForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cuda:0").eval()
     found = {}
-    for pattern in ("F" * LAYERS, PATTERN):
+    for pattern in PATTERNS:
         model.set_index_share_pattern(pattern)
         found[pattern] = measured(model, windows)[:2]
     return found

@@ -1,0 +1,43 @@
+"""What a model does, wherever it is: losses by prefill and by decoding steps, and greedy tokens with padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import DynamicCache, StaticCache
+
+DEMO = Path(__file__).parents[2] / "demo"
+# All indexers, and a pattern of the demo checkpoint's layers.
+PATTERNS = ("F" * 12, "FFSSSSFFSSSS")
+
+
+def demo_windows(count: int = 2) -> torch.Tensor:
+    """Held-out text of the demo checkpoint, int64, (count, 2,049)."""
+    tensors = load_file(DEMO / "sample_windows.safetensors")
+    return next(value for name, value in tensors.items() if name.endswith("ids"))[:count].long()
+
+
+@torch.inference_mode()
+def measured(model, windows):
+    """Losses (a prefill, steps with a dynamic and with a static cache), greedy tokens on the CPU, and the caches."""
+    ids = windows.to(model.device)
+    length = min(ids.shape[1] - 1, 1024)
+    logits = model(ids[:, :length]).logits.float()
+    losses = [F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : length + 1].flatten().to(logits.device)).item()]
+    start, caches = length - 32, []
+    for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=length + 8)):
+        model(ids[:, :start], past_key_values=cache, logits_to_keep=1)
+        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits.float() for at in range(start, length)]
+        steps = torch.cat(steps, dim=1)
+        targets = ids[:, start + 1 : length + 1].flatten().to(steps.device)
+        losses.append(F.cross_entropy(steps.flatten(0, 1), targets).item())
+        caches.append(cache)
+    # One row is padded.
+    mask = torch.ones_like(ids[:, :200])
+    mask[1, :70] = 0
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    tokens = model.generate(ids[:, :200], attention_mask=mask, **options)[:, 200:].cpu()
+    return losses, tokens, caches
