@@ -6,7 +6,9 @@ another order the same kernel has another name, and a cache that one process fil
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from threading import RLock
+from types import CodeType, ModuleType
 from typing import Any
 
 _one_at_a_time = RLock()
@@ -29,14 +31,20 @@ def _settle(function: Any, seen: set[int]) -> None:
     if id(function) in seen:
         return
     seen.add(id(function))
-    for name in _names(function.fn.__code__):
-        called = function.fn.__globals__.get(name)
-        if getattr(called, "hash", "") is None and hasattr(called, "cache_key"):
+    for called in _referenced(function.fn.__code__, function.fn.__globals__):
+        # Of the class: the property of an instance makes the digest.
+        if hasattr(type(called), "cache_key") and called.hash is None:
             _settle(called, seen)
     function.cache_key  # noqa: B018 - a property that does its work when it is first read
 
 
-def _names(code: Any) -> tuple[str, ...]:
-    """The globals that a function's code reads, functions inside it included."""
-    inner = [name for each in code.co_consts if hasattr(each, "co_names") for name in _names(each)]
-    return (*code.co_names, *inner)
+def _referenced(code: Any, scope: dict[str, Any]) -> Iterator[Any]:
+    """The globals that a function's code reads, attributes of modules and functions inside it included."""
+    for name in code.co_names:
+        value = scope.get(name)
+        yield value
+        if isinstance(value, ModuleType):
+            yield from (getattr(value, attribute, None) for attribute in code.co_names)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _referenced(inner, scope)

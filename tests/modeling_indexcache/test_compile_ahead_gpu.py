@@ -35,7 +35,7 @@ for length in (1000, 8000, 20001):
     ids[length] = out[0, length:].tolist()
     compile_ahead.finish_compiling()
     found.append(len(misses))
-print(json.dumps({"misses": found, "names": misses[found[0]:], "all": len(misses), "ids": ids}))
+print(json.dumps({"misses": found, "names": misses[found[0]:], "missed": misses, "ids": ids}))
 """
 
 
@@ -53,7 +53,7 @@ def test_what_comes_after_the_first_prompt_is_compiled_already(tmp_path):
     assert ahead["misses"][0] > 40 and ahead["names"] == []
     alone = run(tmp_path / "alone", "0", "nothing")
     assert alone["misses"][1] > alone["misses"][0] and alone["ids"] == ahead["ids"]
-    assert run(tmp_path / "ahead", "16", "nothing")["all"] == 0
+    assert run(tmp_path / "ahead", "16", "nothing")["missed"] == []
 
 
 def test_what_processes_compile_is_found_here(tmp_path):
@@ -62,7 +62,7 @@ def test_what_processes_compile_is_found_here(tmp_path):
     # Threads begin before processes are there, and compile fewer.
     assert processes["misses"][0] < threads["misses"][0] and processes["names"] == []
     assert processes["ids"] == threads["ids"]
-    assert run(tmp_path / "processes", "3", "nothing", processes="8")["all"] == 0
+    assert run(tmp_path / "processes", "3", "nothing", processes="8")["missed"] == []
 
 
 @pytest.mark.parametrize("how", [[], ["--target", "sm_{}{}"]])
@@ -75,4 +75,4 @@ def test_a_cache_of_warm_up_leaves_nothing_to_compile(tmp_path, how):
     command = [sys.executable, "-m", "indexcache.cli", "warm-up", str(tmp_path / "model"), "--dtype", "bfloat16"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert run(tmp_path / "cache", "0", "nothing")["all"] == 0
+    assert run(tmp_path / "cache", "0", "nothing")["missed"] == []
