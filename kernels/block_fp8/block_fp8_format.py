@@ -103,6 +103,12 @@ def slabs(rows: int, columns: int, block_rows: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
 
+def scales_of(largest: torch.Tensor) -> torch.Tensor:
+    """What makes e4m3's largest value of the largest magnitude of a block, the same on every device; 1 for zeros."""
+    # By a tensor: a GPU multiplies with the reciprocal of a number, which may round otherwise.
+    return torch.where(largest > 0, largest / torch.full_like(largest, E4M3_MAX), 1.0)
+
+
 def quantise_weight(
     weight: torch.Tensor, block_size: tuple[int, int] = (128, 128), ue8m0: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,7 +130,7 @@ def quantise_weight(
     padding = (0, across * block_size[1] - columns, 0, down * block_size[0] - rows)
     blocks = F.pad(weight.float(), padding).view(down, block_size[0], across, block_size[1])
     largest = blocks.abs().amax((1, 3))
-    scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    scales = scales_of(largest)
     if ue8m0:
         scales = torch.exp2(torch.ceil(torch.log2(scales)))
     values = (blocks / scales[:, None, :, None]).view(down * block_size[0], -1)[:rows, :columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .block_fp8_format import E4M3, E4M3_MAX, dequantise, slabs
+from .block_fp8_format import E4M3, E4M3_MAX, dequantise, scales_of, slabs
 
 # Columns of an activation that share a scale.
 GROUP = 128
@@ -19,8 +19,7 @@ def quantise_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, width = x.shape
     groups = -(-width // GROUP)
     wide = F.pad(x.float(), (0, groups * GROUP - width)).view(tokens, groups, GROUP)
-    largest = wide.abs().amax(-1)
-    scales = torch.where(largest > 0, largest / E4M3_MAX, 1.0)
+    scales = scales_of(wide.abs().amax(-1))
     # By its reciprocal, as the kernels do.
     values = (wide * (1.0 / scales).unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return values.view(tokens, groups * GROUP)[:, :width].contiguous(), scales

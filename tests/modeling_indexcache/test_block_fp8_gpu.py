@@ -74,11 +74,25 @@ def test_each_part_errs_as_rounding_or_quantised_activations_do(models, tokens):
 
 
 @torch.no_grad()
-def test_a_short_prompt_gives_the_dequantised_model_s_logits(models):
-    """Two tokens: weights are widened, and nothing is quantised."""
-    ids = torch.tensor([[5, 9]], device="cuda")
-    got, expected = (model(ids).logits for model in models)
-    assert relative_rms(got, expected) < 0.1
+def test_short_prompts_are_as_exact_as_the_dequantised_model_in_bf16(models, folder):
+    """Up to 32 tokens weights are widened, and nothing is quantised. What is exact is said in fp32 on the CPU."""
+    from indexcache.modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+
+    dequantise = FineGrainedFP8Config(dequantize=True)
+    exact = IndexCacheForCausalLM.from_pretrained(folder, quantization_config=dequantise, dtype=torch.float32)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (16, 2))
+    expected = exact(ids).logits
+    errors = []
+    for model in models:
+        logits = model(ids.cuda()).logits.cpu()
+        # By prompt: where another expert is chosen, errors are of another kind.
+        errors.append(sorted(map(relative_rms, logits, expected))[8])
+    assert errors[0] <= 1.1 * errors[1], errors
+
+
+@torch.no_grad()
+def test_a_longer_prompt_is_finite(models):
     ids = torch.randint(0, 64, (1, 500), device="cuda")
     assert torch.isfinite(models[0](ids).logits).all()
 

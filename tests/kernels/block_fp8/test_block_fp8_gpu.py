@@ -52,6 +52,23 @@ def as_multiplied(x):
     return values.float() * factors.repeat_interleave(128, 1)[:, : x.shape[1]]
 
 
+def product_of_tensor_cores(x, weight, scales):
+    """cuBLASLt's e4m3 products of every 128 columns, added up in fp32: ours promote as often. Rounded to bf16."""
+    values, factors = quantise_activations(x)
+    outputs, width = weight.shape
+    padding = (0, -width % 128, 0, -outputs % 16)
+    wide = torch.nn.functional.pad(weight.view(torch.uint8), padding).view(E4M3)
+    values = torch.nn.functional.pad(values.view(torch.uint8), padding[:2]).view(E4M3)
+    by_row = scales.float().repeat_interleave(128, 0)[:outputs]
+    one = torch.ones((), device="cuda")
+    total = torch.zeros(x.shape[0], outputs, device="cuda")
+    for group in range(factors.shape[1]):
+        left, right = (m[:, 128 * group : 128 * (group + 1)].contiguous() for m in (values, wide))
+        part = torch._scaled_mm(left, right.t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
+        total += part[:, :outputs] * factors[:, group, None] * by_row[:, group]
+    return total.bfloat16()
+
+
 def relative_rms(got, expected):
     return ((got.float() - expected).square().mean() / expected.square().mean()).sqrt().item()
 
@@ -79,8 +96,12 @@ def test_linear(tokens, width, outputs, ue8m0):
     memory = torch.full((tokens + 2, width + 8), float("nan"), device="cuda", dtype=torch.bfloat16)
     x = memory[1:-1, :width].copy_(rows(tokens, width))
     got = block_fp8_linear(x, weight, scales)
-    # Rounding to bf16, and what tensor cores drop of e4m3 products.
-    assert relative_rms(got, linear_reference(as_multiplied(x), weight, scales)) < 0.004
+    exact = linear_reference(as_multiplied(x), weight, scales)
+    if tokens > WIDENED_TOKENS and multiplies_e4m3(x.device):
+        # What tensor cores drop of e4m3 products, and rounding.
+        assert relative_rms(got, exact) <= 1.05 * relative_rms(product_of_tensor_cores(x, weight, scales), exact)
+    else:
+        assert relative_rms(got, exact) < 0.002
     assert torch.equal(got, block_fp8_linear(x, weight, scales))
 
 
