@@ -225,18 +225,20 @@ class IndexCacheConfig(PreTrainedConfig):
             )
 
     def validate_router(self) -> None:
-        """Groups divide the experts and leave enough of them to choose from."""
-        if "sparse" not in (self.mlp_layer_types or []) or self.n_group is None:
+        """Each token has experts, groups divide the experts and leave enough of them to choose from."""
+        if "sparse" not in (self.mlp_layer_types or []):
             return
-        if self.n_group < 1 or self.n_routed_experts % self.n_group:
-            raise ValueError(f"n_group ({self.n_group}) must divide n_routed_experts ({self.n_routed_experts})")
-        if self.topk_group is None or not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group must lie in 1 .. n_group={self.n_group} (got {self.topk_group})")
-        eligible = self.n_routed_experts // self.n_group * self.topk_group
-        if self.num_experts_per_tok > eligible:
+        eligible, place = self.n_routed_experts, f"n_routed_experts={self.n_routed_experts}"
+        if self.n_group is not None:
+            if self.n_group < 1 or self.n_routed_experts % self.n_group:
+                raise ValueError(f"n_group ({self.n_group}) must divide n_routed_experts ({self.n_routed_experts})")
+            if self.topk_group is None or not 1 <= self.topk_group <= self.n_group:
+                raise ValueError(f"topk_group must lie in 1 .. n_group={self.n_group} (got {self.topk_group})")
+            eligible = self.n_routed_experts // self.n_group * self.topk_group
+            place = f"the {eligible} experts that {self.topk_group} of {self.n_group} groups hold"
+        if not 1 <= self.num_experts_per_tok <= eligible:
             raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the {eligible} experts that "
-                f"{self.topk_group} of {self.n_group} groups hold"
+                f"num_experts_per_tok must be at least 1 and at most {place} (got {self.num_experts_per_tok})"
             )
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
-from ..conversion.convert.families import DENSE_FAMILIES, convert_config, convert_dense_config, load_config
+from ..conversion.convert.families import convert_config, convert_dense_config, is_dense_family, load_config
 from ..conversion.convert.pattern_file import choose_pattern
 from ..conversion.io.checkpoint import read_json
 from ..conversion.io.load_source import filled_weights, refuse_filled_weights, where_to_load
@@ -135,7 +135,7 @@ def open_distillation_source(
             f"{source} holds quantised weights, which cannot be trained: run `indexcache convert {source} FOLDER "
             f"--dtype bfloat16` and distil FOLDER"
         )
-    is_dense = fields.get("model_type") in DENSE_FAMILIES
+    is_dense = is_dense_family(fields)
     if is_dense:
         if chosen is None:
             raise RunError("a dense source has no share pattern: give --pattern, --pattern-file or --keep")

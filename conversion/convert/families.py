@@ -109,6 +109,11 @@ def family_of(config: dict[str, Any], location: str) -> Family:
     )
 
 
+def is_dense_family(config: dict[str, Any]) -> bool:
+    """Whether a config, of which nothing was checked, is of a family that indexers can be distilled into."""
+    return str(config.get("model_type")) in DENSE_FAMILIES
+
+
 def has_pattern(config: dict[str, Any]) -> bool:
     """Whether a source's config spells a share pattern in any way."""
     return any(config.get(name) is not None for name in PATTERN_FIELDS if name != "index_skip_topk_offset")
@@ -258,7 +263,7 @@ def convert_dense_config(
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = str(source.get("model_type"))
-    if model_type not in DENSE_FAMILIES:
+    if not is_dense_family(source):
         raise ConversionError(
             f"{location}: model_type {model_type!r} is no dense family that indexers can be distilled into "
             f"(accepted: {', '.join(DENSE_FAMILIES)})"

@@ -18,7 +18,6 @@ from ...configuration.hub_code import AUTO_MAP
 from ...configuration.share_pattern import SharePattern
 from ...kernels.block_fp8.block_fp8_format import scale_grid
 from ..convert.families import (
-    DENSE_FAMILIES,
     MTP_MARK,
     ExpectedTensor,
     convert_config,
@@ -26,6 +25,7 @@ from ..convert.families import (
     expected_indexer,
     expected_tensors,
     indexer_layer,
+    is_dense_family,
     layer_of,
     load_config,
 )
@@ -109,7 +109,7 @@ def open_checkpoint(
     checkpoint = read_checkpoint(opened)
     check_layer_count(checkpoint)
     location = opened.location
-    if new_indexers and checkpoint.config.get("model_type") in DENSE_FAMILIES:
+    if new_indexers and is_dense_family(checkpoint.config):
         depth = _layer_count(checkpoint.config, location)
         pattern = pattern or SharePattern.all_full(depth)
         fields = convert_dense_config(checkpoint.config, pattern, _ANY_INDEXER, AUTO_MAP, location)

@@ -28,7 +28,7 @@ from ..io.sources import ConversionError, FolderSource, check_file_name, refuse_
 from .card import write_export_card
 
 STAGING_FOLDER = ".indexcache_export"
-_PLACED_FILE = "placed.json"
+_PLACED_FILE = ".indexcache_export.json"
 
 # Our switches that no source family has: each engine has this value built in, so another cannot be exported.
 _BUILT_IN = (
@@ -103,7 +103,8 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
 def _staged(output: Path) -> Iterator[Path]:
     """A folder in `output` whose files take their places, config last, when the block ends well; else all is undone.
 
-    A killed export leaves that folder, with the list of what it was putting in place: the next one undoes it first.
+    A killed export leaves that folder or the list of what it was putting in place: the next one undoes it first. The
+    list goes last, at once: without it, and without the folder, an export is whole.
     """
     stage = output / STAGING_FOLDER
     created = not output.exists()
@@ -117,12 +118,13 @@ def _staged(output: Path) -> Iterator[Path]:
         stage.mkdir(parents=True)
         yield stage
         names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
-        write_json(stage / _PLACED_FILE, names)
+        write_json(output / _PLACED_FILE, names)
         for name in sorted(names, key=lambda name: name == CONFIG_FILE):
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, output / name)
         sync_folder(output)
         shutil.rmtree(stage)
+        (output / _PLACED_FILE).unlink()
     except BaseException as error:
         with suppress(OSError):
             _undo_killed_export(output)
@@ -138,22 +140,25 @@ def _staged(output: Path) -> Iterator[Path]:
 
 def _undo_killed_export(output: Path) -> None:
     """Remove what an export that did not end has written to `output`, and nothing else."""
-    stage = output / STAGING_FOLDER
-    if not stage.is_dir() or stage.is_symlink():
+    stage, listing = output / STAGING_FOLDER, output / _PLACED_FILE
+    is_staged = stage.is_dir() and not stage.is_symlink()
+    if not is_staged and not listing.is_file():
         return
     try:
-        placed = json.loads((stage / _PLACED_FILE).read_text(encoding="utf-8"))
+        placed = json.loads(listing.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         placed = []
     # The config first: what is left of it in between must not load as a model.
     for name in sorted(map(str, placed), key=lambda name: name != CONFIG_FILE):
-        path = output / check_file_name(name, str(stage))
+        path = output / check_file_name(name, str(listing))
         path.unlink(missing_ok=True)
         for folder in path.relative_to(output).parents:
             with suppress(OSError):
                 if folder != Path():
                     (output / folder).rmdir()
-    shutil.rmtree(stage)
+    if is_staged:
+        shutil.rmtree(stage)
+    listing.unlink(missing_ok=True)
 
 
 def export_pattern(

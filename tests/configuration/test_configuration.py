@@ -86,7 +86,9 @@ def test_a_wrong_pattern_given_at_load_is_refused(tmp_path):
         ({"qk_rope_head_dim": 7}, "even rotary dimension"),
         ({"n_group": 3}, "n_group .* must divide"),
         ({"topk_group": 3}, "topk_group must lie in"),
-        ({"n_group": 8, "topk_group": 1}, "exceeds the 1 experts"),
+        ({"n_group": 8, "topk_group": 1}, "at most the 1 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok must be at least 1 "),
+        ({"n_group": None, "num_experts_per_tok": 9}, "at most n_routed_experts=8 .got 9"),
         ({"index_topk": None, "index_share_pattern": "FSSS"}, "makes every layer dense"),
     ],
 )

@@ -89,6 +89,7 @@ def test_unfit_sources_are_refused(tmp_path):
     for change, message in (
         ({"q_lora_rank": None}, "q_lora_rank=null"),
         ({"model_type": "llama"}, "'llama' cannot be converted"),
+        ({"model_type": {"of": "any type"}}, "cannot be converted"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ConversionError, match=message):

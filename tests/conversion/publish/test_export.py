@@ -288,10 +288,33 @@ def test_what_a_killed_export_left_is_undone_by_the_next(checkpoint, tmp_path, m
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("last", ["the folder", "the list"])
+def test_killed_at_its_last_changes_an_export_is_repeated_whole(checkpoint, tmp_path, monkeypatch, last):
+    from indexcache.conversion.publish import export as module
+
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "_undo_killed_export", lambda output: None)
+        if last == "the list":
+            killed.setattr(module.Path, "unlink", lambda path, missing_ok=False: raise_killed())
+        else:
+            killed.setattr(module.shutil, "rmtree", lambda folder: (remove_all(folder), raise_killed()))
+        with pytest.raises(Killed):
+            export(source, out, "vllm")
+    assert (out / ".indexcache_export").exists() == (last == "the folder")
+    export(source, out, "sglang")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".indexcache")]
+
+
+def remove_all(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else os.unlink(path)
+
+
 def test_undoing_touches_no_file_of_others(checkpoint, tmp_path):
     source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
     (out / ".indexcache_export").mkdir(parents=True)
-    (out / ".indexcache_export/placed.json").write_text('["config.json"]')
+    (out / ".indexcache_export.json").write_text('["config.json"]')
     (out / "config.json").write_text("{}")
     (out / "mine.txt").write_text("mine")
     with pytest.raises(ConversionError, match="exists and is not empty"):
@@ -302,8 +325,8 @@ def test_undoing_touches_no_file_of_others(checkpoint, tmp_path):
 def test_a_pipe_among_what_a_killed_export_left_is_not_opened(checkpoint, tmp_path):
     source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
     (out / ".indexcache_export").mkdir(parents=True)
-    os.mkfifo(out / ".indexcache_export/placed.json")
-    with pytest.raises(ConversionError, match=r"pipes or devices where files belong.*\n.*placed\.json"):
+    os.mkfifo(out / ".indexcache_export.json")
+    with pytest.raises(ConversionError, match=r"pipes or devices where files belong.*\n.*_export\.json"):
         export(source, out, "vllm")
 
 
