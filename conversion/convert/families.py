@@ -134,10 +134,11 @@ def load_config(fields: dict[str, Any], location: str) -> IndexCacheConfig:
 
 
 def _check_parts(config: IndexCacheConfig) -> None:
-    """Refuse what a config may say by its types and no model can be built of: activation and RoPE.
+    """Refuse what a config may say by its types and no model can be built of: activation, dtype and RoPE.
 
     Raises:
-        ValueError: an activation that transformers does not have, or RoPE parameters that give no finite angles.
+        ValueError: an activation that transformers does not have, a dtype that torch does not have, or RoPE
+            parameters that give no finite angles.
     """
     import torch
     from transformers.activations import ACT2FN
@@ -146,6 +147,11 @@ def _check_parts(config: IndexCacheConfig) -> None:
 
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"hidden_act={config.hidden_act!r} is no activation that transformers has")
+    dtype = config.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={_shortened(config.dtype)} is no type of floats that torch has")
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 from huggingface_hub import get_token
@@ -63,6 +65,31 @@ def patiently(work: Callable[[], Result], *, also_unreachable: bool = True) -> R
     Raises:
         Exception: what `work` raises, at once or in the last attempt.
     """
+    with _warnings_said_once():
+        return _repeated(work, also_unreachable)
+
+
+@contextmanager
+def _warnings_said_once() -> Iterator[None]:
+    """huggingface_hub asks a busy Hub again, too, and warns of each answer: here each warning is shown once."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message in seen:
+            return False
+        seen.add(message)
+        return True
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+def _repeated(work: Callable[[], Result], also_unreachable: bool) -> Result:
     for attempt in range(_ATTEMPTS - 1):
         try:
             return work()

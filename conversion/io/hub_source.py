@@ -173,6 +173,8 @@ class HubSource:
         was_there = isinstance(try_to_load_from_cache(self.id, file, revision=self.revision), str)
         while True:
             path = self._ask_for(file)
+            if not path.as_posix().endswith(f"/snapshots/{self.revision}/{file}"):
+                self._refuse(file, f"it came as of another commit ({path.parent.name})")
             if file in self._fetched:
                 return path
             fault = file_fault(path, expected, self._seen.get(file, ())) if _compares_contents() else None

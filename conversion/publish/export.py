@@ -118,7 +118,9 @@ def _staged(output: Path) -> Iterator[Path]:
         stage.mkdir(parents=True)
         yield stage
         names = sorted(path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file())
-        write_json(output / _PLACED_FILE, names)
+        # At once: nothing else of this export lies in the output yet.
+        write_json(stage / _PLACED_FILE, names)
+        os.replace(stage / _PLACED_FILE, output / _PLACED_FILE)
         for name in sorted(names, key=lambda name: name == CONFIG_FILE):
             (output / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(stage / name, output / name)

@@ -201,7 +201,11 @@ def _parents(name: str) -> list[str]:
 def _pictures_of_card(folder: Path, files: list[str]) -> Iterator[str]:
     if "README.md" not in files:
         return
-    card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        # The Hub's own check of the card reads it so.
+        raise ConversionError(f"{folder / 'README.md'} is no UTF-8 text ({error}): write it again") from error
     for match in _PICTURE_LINK.finditer(card):
         name = (match[1] or match[2]).removeprefix("./")
         if name in files and name.lower().endswith(_PICTURES):

@@ -49,7 +49,8 @@ def load_windows(
     both = {row.numpy().tobytes() for row in kept.ids} & {row.numpy().tobytes() for row in checks.ids}
     if both:
         raise RunError(
-            f"{len(both)} held-out windows are calibration windows too: give --held-out other data than --data"
+            f"{len(both)} held-out windows are calibration windows too: give --held-out other data than {data}, or "
+            "take fewer --nsamples"
         )
     for part in (kept, checks):
         low, high = int(part.ids.min()), int(part.ids.max())

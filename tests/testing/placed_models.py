@@ -20,20 +20,22 @@ def demo_windows(count: int = 2) -> torch.Tensor:
     return next(value for name, value in tensors.items() if name.endswith("ids"))[:count].long()
 
 
+def token_losses(logits, targets):
+    """Of each token, fp32, flat, on the CPU."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().to(logits.device), reduction="none").cpu()
+
+
 @torch.inference_mode()
 def measured(model, windows):
-    """Losses (a prefill, steps with a dynamic and with a static cache), greedy tokens on the CPU, and the caches."""
+    """Losses of tokens (a prefill, steps with a dynamic and with a static cache), greedy tokens, and the caches."""
     ids = windows.to(model.device)
     length = min(ids.shape[1] - 1, 1024)
-    logits = model(ids[:, :length]).logits.float()
-    losses = [F.cross_entropy(logits.flatten(0, 1), ids[:, 1 : length + 1].flatten().to(logits.device)).item()]
+    losses = [token_losses(model(ids[:, :length]).logits, ids[:, 1 : length + 1])]
     start, caches = length - 32, []
     for cache in (DynamicCache(config=model.config), StaticCache(model.config, max_cache_len=length + 8)):
         model(ids[:, :start], past_key_values=cache, logits_to_keep=1)
-        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits.float() for at in range(start, length)]
-        steps = torch.cat(steps, dim=1)
-        targets = ids[:, start + 1 : length + 1].flatten().to(steps.device)
-        losses.append(F.cross_entropy(steps.flatten(0, 1), targets).item())
+        steps = [model(ids[:, at : at + 1], past_key_values=cache).logits for at in range(start, length)]
+        losses.append(token_losses(torch.cat(steps, dim=1), ids[:, start + 1 : length + 1]))
         caches.append(cache)
     # One row is padded.
     mask = torch.ones_like(ids[:, :200])
@@ -41,3 +43,8 @@ def measured(model, windows):
     options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     tokens = model.generate(ids[:, :200], attention_mask=mask, **options)[:, 200:].cpu()
     return losses, tokens, caches
+
+
+def means(losses):
+    """A number for each of several tensors."""
+    return [each.mean().item() for each in losses]

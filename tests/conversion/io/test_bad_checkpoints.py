@@ -321,6 +321,8 @@ def test_unreadable_config(tmp_path):
     ({"rope_scaling": {"type": "of my own", "factor": 2.0}}, "rope_parameters=.*of my own.* cannot be used"),
     ({"rope_scaling": {"type": "yarn", "factor": "x"}}, "rope_parameters=.*'factor': 'x'.* cannot be used"),
     ({"hidden_act": "no"}, "hidden_act='no' is no activation"),
+    ({"torch_dtype": True}, "dtype=True is no type of floats"),
+    ({"dtype": "int8"}, "dtype=torch.int8 is no type of floats"),
 ])  # fmt: skip
 def test_config_that_does_not_validate(tmp_path, fields, message):
     folder = build(tmp_path / "s")

@@ -388,6 +388,17 @@ def test_what_was_spoilt_in_the_cache_is_fetched_again(model_on_hub, hub_here):
     assert not there.exists() and not os.path.lexists(there)
 
 
+def test_a_file_of_another_commit_is_refused(model_on_hub, monkeypatch):
+    source = HubSource("tester/base")
+    there = source.fetch(["config.json"]) / "config.json"
+    other = there.parent.with_name("0" * 40) / "config.json"
+    other.parent.mkdir()
+    other.write_bytes(there.read_bytes())
+    monkeypatch.setattr(source, "_ask_for", lambda file: other)
+    with pytest.raises(ConversionError, match=r"config\.json did not arrive .*as of another commit \(0{40}\)"):
+        source.fetch(["config.json"])
+
+
 def test_further_processes_of_a_machine_leave_the_contents_to_its_first(model_on_hub, monkeypatch):
     name = next(path.name for path in model_on_hub.glob("model-00001-of-*"))
     there = HubSource("tester/base").fetch([name]) / name

@@ -288,6 +288,27 @@ def test_what_a_killed_export_left_is_undone_by_the_next(checkpoint, tmp_path, m
     }  # fmt: skip
 
 
+def test_killed_while_the_list_is_written_an_export_is_repeated_whole(checkpoint, tmp_path, monkeypatch):
+    from indexcache.conversion.publish import export as module
+
+    source, out = checkpoint("FSFS", **GLM), tmp_path / "out"
+    write = module.write_json
+
+    def half(path, content):
+        if isinstance(content, list):
+            path.with_name(f"{path.name}.partial").write_text("[")
+            raise_killed()
+        write(path, content)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "_undo_killed_export", lambda output: None)
+        killed.setattr(module, "write_json", half)
+        with pytest.raises(Killed):
+            export(source, out, "vllm")
+    export(source, out, "sglang")
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".indexcache")]
+
+
 @pytest.mark.parametrize("last", ["the folder", "the list"])
 def test_killed_at_its_last_changes_an_export_is_repeated_whole(checkpoint, tmp_path, monkeypatch, last):
     from indexcache.conversion.publish import export as module
@@ -296,7 +317,12 @@ def test_killed_at_its_last_changes_an_export_is_repeated_whole(checkpoint, tmp_
     with monkeypatch.context() as killed:
         killed.setattr(module, "_undo_killed_export", lambda output: None)
         if last == "the list":
-            killed.setattr(module.Path, "unlink", lambda path, missing_ok=False: raise_killed())
+            real = module.Path.unlink
+            killed.setattr(
+                module.Path,
+                "unlink",
+                lambda path, **how: raise_killed() if path == out / ".indexcache_export.json" else real(path, **how),
+            )
         else:
             killed.setattr(module.shutil, "rmtree", lambda folder: (remove_all(folder), raise_killed()))
         with pytest.raises(Killed):

@@ -185,6 +185,13 @@ class TestRefusals:
             push(checkpoint, "tester/small")
         assert "config.json" not in tree(hub)
 
+    def test_a_card_that_is_no_text(self, checkpoint, push, hub):
+        with open(checkpoint / "README.md", "ab") as card:
+            card.write(b"\x80")
+        with pytest.raises(ConversionError, match=r"README\.md is no UTF-8 text"):
+            push(checkpoint, "tester/small")
+        assert hub.requests == []
+
     @pytest.mark.parametrize("path", ["/api/repos/create", "/api/validate-yaml", "/preupload/", "/commit/"])
     def test_a_proxy_that_answers_in_the_hub_s_place(self, checkpoint, push, hub, path):
         page = b"<!doctype html><title>Sign in</title>"

@@ -20,6 +20,6 @@ found = {}
 for pattern in PATTERNS:
     model.set_index_share_pattern(pattern)
     losses, tokens, _ = measured(model, demo_windows())
-    found[pattern] = {"losses": losses, "tokens": tokens.tolist()}
+    found[pattern] = {"losses": [each.tolist() for each in losses], "tokens": tokens.tolist()}
 Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(found))
 dist.destroy_process_group()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing.placed_models import DEMO, PATTERNS, demo_windows, measured
+from testing.placed_models import DEMO, PATTERNS, demo_windows, means, measured
 from testing.small_run import run, run_processes
 from testing.time_limits import PROCESS_SECONDS
 
@@ -66,10 +66,17 @@ def test_losses_and_tokens_of_shards_are_those_of_one_gpu(folder, one_gpu, tmp_p
     assert first == second
     for pattern in PATTERNS:
         losses, tokens = one_gpu[dtype, pattern]
-        assert first[pattern]["losses"] == pytest.approx(losses, abs=1e-3)
-        # Sums of two halves round otherwise: in bf16 the likeliest token may be another one.
+        found = [torch.tensor(each) for each in first[pattern]["losses"]]
         if dtype == "float32":
+            assert means(found) == pytest.approx(means(losses), abs=1e-3)
             assert first[pattern]["tokens"] == tokens.tolist()
+            continue
+        # Sums of two halves round otherwise, and keys and experts that nearly tie change: a token's loss is as far
+        # from fp32's as one GPU's, to either side.
+        exact = torch.cat(one_gpu["float32", pattern][0])
+        off, allowed = torch.cat(found) - exact, torch.cat(losses) - exact
+        assert off.square().mean() <= 1.25 * allowed.square().mean()
+        assert off.mean().abs() <= max(1e-3, 3 * off.std() / off.numel() ** 0.5)
 
 
 @pytest.mark.parametrize("split", GRADIENTS)
