@@ -201,6 +201,7 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = IndexCacheAttention(config, layer_idx)
+        assert config.mlp_layer_types is not None
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
         self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
