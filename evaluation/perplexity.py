@@ -1,4 +1,4 @@
-"""Language-model loss on fixed windows of tokens, with the tokens that must be recalled from far back told apart."""
+"""Language-model loss on fixed windows of tokens, those to be recalled from far back apart from the rest."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..conversion.io.sources import ConversionError
+from ..runs.windows.windows import refuse_foreign_tokens
 
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20
@@ -163,9 +164,4 @@ def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor 
     if recall_mask is not None and recall_mask.shape != ids.shape:
         raise ValueError(f"recall_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(recall_mask.shape)}")
     vocab = model.get_output_embeddings().weight.shape[0]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(
-            f"ids hold tokens {low} .. {high}, the model knows 0 .. {vocab - 1}: the windows were made with another "
-            "tokenizer"
-        )
+    refuse_foreign_tokens(ids, vocab, "ids hold")
