@@ -131,7 +131,7 @@ def distill(
 
     Writes an IndexCache checkpoint. Dense MLA models (glm4_moe_lite, deepseek_v3) get new indexers. After an
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
-    GPUs, with FSDP where accelerate is told so.
+    GPUs, with FSDP where accelerate is configured so.
     """
     from ..runs.errors import RunError
     from ..runs.monitor import Monitor, TerminalMonitor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +126,16 @@ def token_scores(
             yield torch.cat(losses).view(shape).cpu(), torch.cat(hits).view(shape).cpu()
     finally:
         model.train(was_training)
+
+
+def paired_rise(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float | None]:
+    """The mean difference of losses on the same windows, and its standard error; None for one window."""
+    differences = [loss - other for loss, other in zip(losses, base)]
+    count, mean = len(differences), math.fsum(differences) / len(differences)
+    if count < 2:
+        return mean, None
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
+    return mean, math.sqrt(variance / count)
 
 
 def check_loss(loss: float, about: str, model: torch.nn.Module) -> None:

@@ -32,7 +32,7 @@ from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
 from ..runs.windows.windows import Windows, refuse_foreign_tokens
 from .overlap import selection_overlap
-from .perplexity import check_loss, token_scores
+from .perplexity import check_loss, paired_rise, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 
 FORMAT = "indexcache-evaluation/1"
@@ -391,12 +391,9 @@ def _compare(document: dict[str, Any]) -> None:
     for entry in scores[1:]:
         if entry["windows_sha256"] != scores[0]["windows_sha256"]:
             continue
-        differences = [loss - base for loss, base in zip(entry["window_losses"], first)]
-        mean = math.fsum(differences) / len(differences)
-        entry["rise"] = mean
-        if len(differences) > 1:
-            variance = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-            entry["rise_standard_error"] = math.sqrt(variance / len(differences))
+        entry["rise"], error = paired_rise(entry["window_losses"], first)
+        if error is not None:
+            entry["rise_standard_error"] = error
 
 
 def _about(source: str, name: str, pattern: SharePattern, model: IndexCacheForCausalLM, sha256: str) -> dict[str, Any]:

@@ -92,14 +92,7 @@ def finish_compiling() -> None:
 
 
 def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """A decoder with one layer of each kind of a model's, whose tensors have no memory.
-
-    Args:
-        cls: `IndexCacheModel`.
-        config: of the model.
-        pattern: the share pattern that it runs.
-        dtypes: of its parameters and buffers, by name.
-    """
+    """A `pretended_decoder` with one layer of each kind; `dtypes` of the model's parameters and buffers, by name."""
     kept = kinds_of_layers(config, pattern)
     small = pretended_decoder(cls, config, kept, pattern)
 
@@ -157,13 +150,7 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
 
 
 class Prefill(NamedTuple):
-    """What a conversation begins with.
-
-    Attributes:
-        batch: rows.
-        tokens: of each.
-        masked: some are padding.
-    """
+    """What a conversation begins with: rows, tokens of each, and whether some of them are padding."""
 
     batch: int
     tokens: int

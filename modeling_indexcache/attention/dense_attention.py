@@ -19,8 +19,7 @@ from ..forward_plan import ForwardPlan
 from ..selection import Selection
 from .absorbed_attention import share_latent_gradients
 from .absorbed_weights import absorbed_weights
-from .attention_backends import EAGER_ATTENTION, TRITON_ATTENTION
-from .eager_attention import eager_attention_forward
+from .attention_backends import EAGER_ATTENTION, TRITON_ATTENTION, eager_attention_forward
 from .query_chunks import Queries, chunks, joined
 
 # Attention functions that may be replaced by one on latents; any other was registered by the user.

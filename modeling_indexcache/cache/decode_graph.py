@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,13 +69,6 @@ class _BufferLayer:
     def indexer_slot(self) -> CacheSlot:
         assert self.indexer_keys is not None
         return CacheSlot(self.indexer_keys, self.position)
-
-
-class _BufferCache:
-    """What the layers see of a cache while they are captured."""
-
-    def __init__(self, layers: list[_BufferLayer]) -> None:
-        self.layers = layers
 
 
 class _Handed(NamedTuple):
@@ -140,7 +134,8 @@ class _Segment:
 
     def capture(self, model: Any, rows: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """Run the layers once as they are and once to record them; both write what a replay writes."""
-        cache = _BufferCache([_BufferLayer(*pair, self.position) for pair in rows])
+        # What the layers see of a cache while they are captured.
+        cache = SimpleNamespace(layers=[_BufferLayer(*pair, self.position) for pair in rows])
         # A static cache counts its rows on the device, each layer for itself and all alike.
         lengths = [length for length, _ in self.lengths]
         if lengths and len(set(torch.stack(lengths).tolist())) > 1:
@@ -345,13 +340,7 @@ def decode_graph(
 ) -> torch.Tensor | None:
     """The step's last hidden states `[B, 1, hidden_size]` from a graph, or None: run it step by step.
 
-    Args:
-        model: the decoder.
-        hidden_states: embedded tokens.
-        attention_mask: as `forward` was given it.
-        position_ids: as `forward` was given it.
-        cache: as `forward` was given it.
-        options: of `forward`.
+    `hidden_states` are the embedded tokens; everything else is as the decoder's `forward` was given it.
 
     Raises:
         torch.OutOfMemoryError: in a recording or a replay. The cache is as before, and the next call tries the same.

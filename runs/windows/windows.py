@@ -81,9 +81,9 @@ class Windows:
         """Tokens marked for recall, the unpredicted first column aside."""
         return 0 if self.recall is None else int(self.recall[:, 1:].sum())
 
-    def select(self, rows: slice) -> Windows:
-        """Some of the windows."""
-        return Windows(self.ids[rows], None if self.recall is None else self.recall[rows], self.origin)
+    def select(self, part: slice | torch.Tensor | tuple[slice, slice]) -> Windows:
+        """Some of the windows, or of rows and columns some of each."""
+        return Windows(self.ids[part], None if self.recall is None else self.recall[part], self.origin)
 
     def sha256(self) -> str:
         """A hash of the tokens and the marks."""
