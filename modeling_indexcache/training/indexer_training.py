@@ -98,11 +98,14 @@ def compare_attention(
     step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
     visibility, latents = plan.visibility.for_keys(latents.shape[1]), latents.detach()
     parts, recall = [], None
+    with torch.no_grad():
+        # Adapters on `kv_b_proj` are called with inputs of autocast's dtype, as attention calls them.
+        to_latent = absorbed_weights(attention, q_nope)[0].to(q_nope.dtype)
     # What the ops compute in fp32 stays fp32 under autocast.
     with torch.autocast(latents.device.type, enabled=False):
         for first in range(0, num_queries, step):
             rows = slice(first, min(first + step, num_queries))
-            queries = _absorb(attention, q_nope[:, rows], q_rope[:, rows])
+            queries = _absorb(to_latent, q_nope[:, rows], q_rope[:, rows])
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 if training.stage == "dense":
                     seen = visibility.of_queries(rows.start, rows.stop)
@@ -112,7 +115,7 @@ def compare_attention(
                     parts.append(_sparse_kl(attention, trace, queries, latents, known, rows, plan.allow_triton))
         if training.recall_queries:
             first = max(0, num_queries - training.recall_queries)
-            queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
+            queries = _absorb(to_latent, q_nope[:, first:], q_rope[:, first:])
             assert trace.indices is not None
             seen = visibility.of_queries(first, num_queries)
             recall = _selected_mass(attention.scaling, queries, latents, trace.indices, seen, plan.allow_triton)
@@ -120,10 +123,9 @@ def compare_attention(
 
 
 @torch.no_grad()
-def _absorb(attention: Any, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-    """Queries in the latent space, `[B, S, H, C + R]`."""
-    to_latent, _ = absorbed_weights(attention, q_nope)
-    return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
+def _absorb(to_latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+    """Queries in the latent space, `[B, S, H, C + R]`, by `W_UK [H, nope, C]`."""
+    return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent), q_rope), dim=-1)
 
 
 def _dense_kl(
