@@ -34,7 +34,8 @@ class IndexCacheIndexer(nn.Module):
 
     def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.q_lora_rank is not None and config.index_topk is not None
+        assert config.q_lora_rank is not None
+        assert config.index_topk is not None
         self.config, self.layer_idx = config, layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave

@@ -254,8 +254,7 @@ def test_adapters_train_in_bf16_on_the_losses_of_the_model_that_they_adapt(tmp_p
     run(tmp_path, tmp_path / "adapted", lora_rank=4, **steps)
     plain, adapted = (entries(tmp_path / name)["sparse"] for name in ("plain", "adapted"))
     # At the first step adapters add nothing; behind it they have learned.
-    assert adapted[0]["kl"] == pytest.approx(plain[0]["kl"], rel=0.02)
-    assert adapted[0]["lm_loss"] == pytest.approx(plain[0]["lm_loss"], rel=0.01)
+    assert (adapted[0]["kl"], adapted[0]["lm_loss"]) == (plain[0]["kl"], plain[0]["lm_loss"])
     before, after = load_file(tmp_path / "source/model.safetensors"), weights(tmp_path / "adapted")
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     assert not torch.equal(after[name], before[name].to(after[name].dtype))
