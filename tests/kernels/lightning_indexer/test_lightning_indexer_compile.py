@@ -134,8 +134,8 @@ def test_other_shapes_compile_for_sm90(H, D):
 
 def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
     kernel, fp8 = hopper.lightning_indexer_hopper_kernel, dtype.startswith("fp8")
-    constants = hopper.kernel_constants(H, 1 if fp8 else 2, sampling, masked)
-    constants |= {"HAS_FIRST": masked, "HAS_MASK": masked, "HAS_SCALE": fp8, "HAS_GUESS": not sampling}
+    form = hopper.kernel_form(H, 1 if fp8 else 2, sampling, first=masked, mask=masked, scale=fp8, guess=True)
+    constants = {"FORM": form}
     constants |= {} if masked else {"first_keys": None, "mask": None}
     constants |= {} if fp8 else {"k_scale": None}
     element = gl.float8e4nv if fp8 else gl.bfloat16
