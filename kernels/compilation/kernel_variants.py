@@ -92,6 +92,8 @@ def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Key:
 def _case_of(parameter: Any, value: Any) -> Any:
     if parameter is None or parameter.is_constexpr or value is None or isinstance(value, bool):
         return repr(value)
+    if isinstance(value, tuple):
+        return tuple(_case_of(parameter, each) for each in value)
     if isinstance(value, torch.Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if hasattr(value, "base"):
