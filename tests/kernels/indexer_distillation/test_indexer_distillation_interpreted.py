@@ -167,7 +167,7 @@ def test_dense_kl_and_its_gradients_match_fp64(B, S, T, H, D, layers, packed, mo
         assert kl[0, 0] == 0
     grad = 1e-6 * (1 + torch.rand(kl.shape, generator=torch.Generator().manual_seed(1)))
     right = torch.autograd.grad(expected, inputs, grad.double())
-    arguments = (q, k, weights, q_attn, kv, lse, score_lse, scale, 0.2, *visible)
+    arguments = (q, k, weights, q_attn, kv, lse, score_lse, scale, 0.2, visible)
     # As above: compare what fp32 would hold.
     results = dense.dense_kl_backward_triton(grad * 2.0**14, *arguments)
     assert_gradients([x.double() * 2.0**-14 for x in results], right)
