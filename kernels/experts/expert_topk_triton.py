@@ -3,7 +3,7 @@ then the k best by k rounds of maximum.
 
 Half-precision products are exact in fp32 and summed there, so logits are what an fp32 matmul gives.
 
-Legend: E experts, EP as a power of two; D width of a token, K experts a token.
+Legend: E experts, EP as a power of two; D width of a token, K experts per token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The passes of a mixture of experts in Triton: two matrix-vector kernels for a few tokens, and for many tokens what
 stands around grouped matmuls: copying rows to their experts, the gate, and the weighted sum back by token.
 
-Legend: D hidden width, I width of a routed expert, J width of the shared expert, K experts a token.
+Legend: D hidden width, I width of a routed expert, J width of the shared expert, K experts per token.
 """
 
 from __future__ import annotations
@@ -26,19 +26,17 @@ def experts_vector(
     down: torch.Tensor,
     shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     base: torch.Tensor | None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A few tokens through their experts, reading each chosen expert's weights once per token.
 
-    Arguments as `kernels.routed_experts.routed_experts`, with a `base [T, D]` to add or None, and a contiguous
-    `out [T, D]` to write, which may be `base`; it is made when None. Returns `out`.
+    Arguments and result as `kernels.routed_experts.routed_experts`, with `base` for its `accumulate`.
     """
     tokens, width = x.shape
     inner, k = down.shape[2], experts.shape[1]
     gate, up, shared_down = shared if shared is not None else (gate_up, gate_up, down)
     shared_inner = gate.shape[0] if shared is not None else 0
     hidden = torch.empty(tokens, k * inner + shared_inner, dtype=x.dtype, device=x.device)
-    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if base is None else base
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)

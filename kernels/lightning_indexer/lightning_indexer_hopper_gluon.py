@@ -225,7 +225,7 @@ if gluon is not None:
         first_turn,
         FORM: gl.constexpr,
     ):
-        """Lists of whole query blocks, or in a sampling pass their guesses, as the head of this file tells.
+        """Lists of whole query blocks, or in a sampling pass their guesses, as described above.
 
         Of every program those of `turns` turns from `first_turn` on.
         """

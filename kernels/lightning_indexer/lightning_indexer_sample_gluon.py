@@ -100,7 +100,7 @@ if gluon is not None:
 
     @gluon.jit
     def sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, rank, form):
-        """The third warp group of a sampling pass, as the head of this file tells."""
+        """The third warp group of a sampling pass, as described at the head of this file."""
         turns, first_turn, B, S, T, last_slot = sizes
         BQ: gl.constexpr = form.BQ
         CAPACITY: gl.constexpr = form.CAPACITY

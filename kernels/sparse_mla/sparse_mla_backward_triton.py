@@ -72,7 +72,8 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic: bool) -> None:
     """One launch's worth of queries."""
-    group, keys, counts = selection_group(q.device, *q.shape[2:0:-1], indices.shape[-1], kv.shape[1]), indices, None
+    group = selection_group(q.device, q.shape[2], q.shape[1], indices.shape[-1], kv.shape[1])
+    keys, counts = indices, None
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
