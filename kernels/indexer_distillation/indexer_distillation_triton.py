@@ -122,21 +122,18 @@ def index_backward_triton(
     if B * S * H * T * K == 0:
         return grad_q, grad_k.to(k.dtype), grad_weights
     target = None if target is None else target.contiguous()
+    inputs, results = (grad, q, k, weights, indices, target, stats), (grad_q, grad_weights)
     if not deterministic:
-        _launch_backward(
-            grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, slice(0, B * S), False
-        )
+        _launch_backward(inputs, results, grad_k, scale, slice(0, B * S), per_entry=False)
         return grad_q, grad_k.to(k.dtype), grad_weights
     step = min(S, max(1, DETERMINISTIC_SCRATCH_BYTES // (K * D * 4)))
     buffer = torch.empty(step, 1, K, D, dtype=torch.float32, device=k.device)
     for batch in range(B):
         for first in range(0, S, step):
             last = min(first + step, S)
-            rows = slice(batch * S + first, batch * S + last)
             scratch = buffer[: last - first]
-            _launch_backward(
-                grad, q, k, weights, indices, target, stats, grad_q, scratch, grad_weights, scale, rows, True
-            )
+            rows = slice(batch * S + first, batch * S + last)
+            _launch_backward(inputs, results, scratch, scale, rows, per_entry=True)
             add_rows_by_slot(scratch, indices[batch, first:last], grad_k[batch])
     return grad_q, grad_k.to(k.dtype), grad_weights
 
@@ -188,13 +185,14 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     )
 
 
-def _launch_backward(
-    grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
-) -> None:
+def _launch_backward(inputs, results, grad_k, scale: float, rows: slice, per_entry: bool) -> None:
+    """Gradients of some queries: add to `grad_k`, or if `per_entry` write a row for every list entry there."""
+    grad, q, k, _, indices, target, _ = inputs
+    grad_q, grad_weights = results
     B, S, H, D = q.shape
     K = indices.shape[-1]
     tile = index_tile(device_target(q.device), backward=True)
-    tensors = (grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights)
+    tensors = (*inputs, grad_q, grad_k, grad_weights)
     sizes = (scale, rows.start, B * S, S, k.shape[1], K)
     launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
         *tensors,

@@ -139,6 +139,12 @@ if gluon is not None:
     GROUP_THREADS = gl.constexpr(128)
     RIGHT, GATHER = gl.constexpr(RIGHT_REGISTERS), gl.constexpr(GATHER_REGISTERS)
     _LN_2 = gl.constexpr(LN_2)
+    # Of the scores [M, N], of the sums [M, 256], of the rows of both, and of probabilities that are multiplied.
+    S_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KEYS, 16]))
+    ACC_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_VALUE, 16]))
+    S_ROWS = gl.constexpr(gl.SliceLayout(1, S_LAYOUT.value))
+    ACC_ROWS = gl.constexpr(gl.SliceLayout(1, ACC_LAYOUT.value))
+    P_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, ACC_LAYOUT.value, 2))
 
     @gluon.jit(do_not_specialize=["S", "lists", "T", "lse_stride_b", "lse_stride_s"])
     def _sparse_mla_hopper_kernel(
@@ -242,9 +248,9 @@ if gluon is not None:
                 async_copy.mbarrier_arrive(full.index(2 + b), increment_count=False)
 
     @gluon.jit
-    def _scores(tiles, bars, b: gl.constexpr, phase, zero, layout: gl.constexpr):
+    def _scores(tiles, bars, b: gl.constexpr, phase, zero):
         """Scores `[M, N]` of block b of a pair, when its latents have arrived."""
-        s = gl.zeros([M, N], gl.float32, layout)
+        s = gl.zeros([M, N], gl.float32, S_LAYOUT)
         mbarrier.wait(bars.full.index(b), phase)
         fence_async_shared()
         q, latents = tiles.q_lo.index(zero), tiles.lo.index(b + zero).permute((1, 0))
@@ -267,22 +273,17 @@ if gluon is not None:
     def _left_group(tiles, bars, listed, scale_log2, out, lse, place, lse_stride_s, form):
         lo, rope, stats = tiles.lo, tiles.rope, tiles.stats
         keys, count, pairs, T = listed
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-        acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-        p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
-        member = gl.arange(0, M, layout=s_rows) // form.H
-        row_max = gl.full([M], float("-inf"), gl.float32, s_rows)
-        row_sum = gl.zeros([M], gl.float32, s_rows)
-        acc = gl.zeros([M, HALF], gl.float32, acc_layout)
+        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, S_LAYOUT))
+        member = gl.arange(0, M, layout=S_ROWS) // form.H
+        row_max = gl.full([M], float("-inf"), gl.float32, S_ROWS)
+        row_sum = gl.zeros([M], gl.float32, S_ROWS)
+        acc = gl.zeros([M, HALF], gl.float32, ACC_LAYOUT)
         for pair in range(pairs):
             phase = pair & 1
             zero = opaque_zero(pair)
             offs_k = pair * PAIR + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-            s = _scores(tiles, bars, 0, phase, zero, s_layout)
+            s = _scores(tiles, bars, 0, phase, zero)
             s = _mask(s, key, T, member, scale_log2, form)
             left_max = gl.maximum(row_max, gl.max(s, 1))
             reference = _finite(left_max)
@@ -295,18 +296,18 @@ if gluon is not None:
             fence_async_shared()
             barrier()
             mbarrier.arrive(bars.ready.index(0), count=1)
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(p16, p_layout), lo.index(0 + zero), acc, is_async=True)
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), lo.index(0 + zero), acc, is_async=True)
 
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(0), count=1)
             mbarrier.wait(bars.ready.index(1), phase)
-            right_max = stats.index(1).load(s_rows)
+            right_max = stats.index(1).load(S_ROWS)
             alpha = gl.exp2(left_max - _finite(right_max))
             row_sum = row_sum * alpha
             row_max = right_max
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
             acc = warpgroup_mma(rope.index(1 + zero), lo.index(1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
@@ -316,37 +317,32 @@ if gluon is not None:
         barrier()
         mbarrier.arrive(bars.ready.index(2), count=1)
         mbarrier.wait(bars.ready.index(3), 0)
-        row_sum = row_sum + stats.index(3).load(s_rows)
-        offs_m = place.head_block * M + gl.arange(0, M, layout=s_rows)
+        row_sum = row_sum + stats.index(3).load(S_ROWS)
+        offs_m = place.head_block * M + gl.arange(0, M, layout=S_ROWS)
         query, head, row_mask = row_of(offs_m, place.list_id, place.S, form)
         row_lse = gl.where(row_sum > 0, (row_max + gl.log2(row_sum)) * _LN_2, float("-inf"))
         gl.store(lse + query.to(gl.int64) * lse_stride_s + head, row_lse, mask=row_mask)
-        _store_half(acc, row_sum, out, place, 0, form, acc_layout)
+        _store_half(acc, row_sum, out, place, 0, form)
 
     @gluon.jit
     def _right_group(tiles, bars, listed, scale_log2, out, place, form):
         hi, rope, stats = tiles.hi, tiles.rope, tiles.stats
         keys, count, pairs, T = listed
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-        acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-        p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
-        member = gl.arange(0, M, layout=s_rows) // form.H
-        row_max = gl.full([M], float("-inf"), gl.float32, s_rows)
-        row_sum = gl.zeros([M], gl.float32, s_rows)
-        acc = gl.zeros([M, HALF], gl.float32, acc_layout)
+        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, S_LAYOUT))
+        member = gl.arange(0, M, layout=S_ROWS) // form.H
+        row_max = gl.full([M], float("-inf"), gl.float32, S_ROWS)
+        row_sum = gl.zeros([M], gl.float32, S_ROWS)
+        acc = gl.zeros([M, HALF], gl.float32, ACC_LAYOUT)
         for pair in range(pairs):
             phase = pair & 1
             zero = opaque_zero(pair)
             offs_k = pair * PAIR + N + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-            s = _scores(tiles, bars, 1, phase, zero, s_layout)
+            s = _scores(tiles, bars, 1, phase, zero)
             mbarrier.wait(bars.ready.index(0), phase)
-            left_max = stats.index(0).load(s_rows)
+            left_max = stats.index(0).load(S_ROWS)
             alpha = gl.exp2(row_max - _finite(left_max))
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
             acc = warpgroup_mma(rope.index(0 + zero), hi.index(0), acc, is_async=True)
 
             # The softmax of this block runs while the tensor cores work on the left group's.
@@ -366,8 +362,8 @@ if gluon is not None:
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(2), count=1)
-            acc = acc * gl.convert_layout(beta, acc_rows)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(p16, p_layout), hi.index(1 + zero), acc, is_async=True)
+            acc = acc * gl.convert_layout(beta, ACC_ROWS)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), hi.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(3), count=1)
@@ -376,16 +372,16 @@ if gluon is not None:
         barrier()
         mbarrier.arrive(bars.ready.index(3), count=1)
         mbarrier.wait(bars.ready.index(2), 0)
-        row_sum = row_sum + stats.index(2).load(s_rows)
-        _store_half(acc, row_sum, out, place, HALF, form, acc_layout)
+        row_sum = row_sum + stats.index(2).load(S_ROWS)
+        _store_half(acc, row_sum, out, place, HALF, form)
 
     @gluon.jit
-    def _store_half(acc, row_sum, out, place, column: gl.constexpr, form, layout: gl.constexpr):
+    def _store_half(acc, row_sum, out, place, column: gl.constexpr, form):
         """Write the columns from `column` on."""
-        row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, layout))
+        row_sum = gl.convert_layout(row_sum, ACC_ROWS)
         acc = acc * gl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-        offs_m = place.head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
+        offs_m = place.head_block * M + gl.arange(0, M, layout=ACC_ROWS)
         query, head, row_mask = row_of(offs_m, place.list_id, place.S, form)
         out_rows = out + query.to(gl.int64) * place.out_stride_s + head * place.out_stride_h
-        offs_v = column + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+        offs_v = column + gl.arange(0, HALF, layout=gl.SliceLayout(0, ACC_LAYOUT))
         gl.store(out_rows[:, None] + offs_v[None, :], acc.to(out.dtype.element_ty), mask=row_mask[:, None])
