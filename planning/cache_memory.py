@@ -21,8 +21,8 @@ def cache_rows(way: str, length: int) -> int:
 
 
 def layer_cache_bytes(config: IndexCacheConfig, layer: int, batch: int, rows: int, dtype: str) -> tuple[int, int]:
-    """Bytes of a layer's latents and of its index keys, none where the layer is shared or dense."""
+    """Bytes of a layer's latents and of its index keys, none where the layer is shared."""
     cells = batch * rows * DTYPE_BITS[dtype]
-    has_keys = config.index_topk is not None and config.share_pattern.is_full(layer)
+    has_keys = config.share_pattern.is_full(layer)
     latents = cells * (config.kv_lora_rank + config.qk_rope_head_dim) // 8
     return latents, (cells * config.index_head_dim // 8 if has_keys else 0)
