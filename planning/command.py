@@ -26,6 +26,9 @@ def plan(
         typer.Option(help="1/4, own, or letters, beside all F; repeat. Default: the checkpoint's own, and 1/4."),
     ] = None,
     cache: Annotated[Literal["static", "dynamic"], typer.Option(help="Cache of generate().")] = "static",
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each prompt at a time (prefill_chunk_size). Default: all.")
+    ] = None,
     revision: Revision = None,
     token: Token = None,
     as_json: AsJson = False,
@@ -41,7 +44,7 @@ def plan(
     from .plan import plan as make_plan
 
     kind = find_gpu(gpu, memory)
-    wanted = Wanted(gpus, kind, length, batch, tuple(pattern or ()), cache)
+    wanted = Wanted(gpus, kind, length, batch, tuple(pattern or ()), cache, prefill_chunk or 0)
     document = make_plan(open_source(path, revision=revision, token=token), wanted)
     print_json(document) if as_json else show(draw_plan(document))
     if not document["fits"]:

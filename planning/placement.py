@@ -131,6 +131,7 @@ class LoadedModel:
         dtype: of the model, as headers spell it.
         narrow: its linear layers are block fp8.
         cache: `static` or `dynamic`.
+        chunk: tokens of each prompt at a time; 0: all.
     """
 
     config: IndexCacheConfig
@@ -138,6 +139,7 @@ class LoadedModel:
     dtype: str
     narrow: bool
     cache: str = "static"
+    chunk: int = 0
     _shares: dict[Placement, dict[str, int]] = field(default_factory=dict)
 
     @cached_property
@@ -164,7 +166,7 @@ class LoadedModel:
         caches = [
             layer_cache_bytes(config, layer, batch, rows, self.dtype) for layer in range(config.num_hidden_layers)
         ]
-        prefill = Prefill(config, batch, length, ranks, self.narrow, placement.splits)
+        prefill = Prefill(config, batch, length, ranks, self.narrow, placement.splits, self.chunk)
         if not placement.splits:
             return _fullest(self.weights_by_layer, caches, placement.gpus, prefill)
         parts = dict(self._split(placement))

@@ -36,6 +36,7 @@ class Wanted:
         batch: sequences at a time.
         patterns: names, shares or letters to plan beside all F; empty: the checkpoint's own, and 1/4.
         cache: `static` or `dynamic`.
+        chunk: tokens of each prompt that are prefilled at a time; 0: all.
     """
 
     gpus: int
@@ -44,13 +45,15 @@ class Wanted:
     batch: int = 1
     patterns: tuple[str, ...] = ()
     cache: str = "static"
+    chunk: int = 0
 
 
 def plan(source: Source, wanted: Wanted) -> dict[str, Any]:
     """All that `indexcache plan` shows, as JSON-ready values; sizes are bytes, of the GPU that needs most.
 
     Returns:
-        `location`, `dtype`, `fp8`, `bytes` and `mtp_bytes` on disk, `gpu`, `gpus`, `length`, `batch`, `cache`;
+        `location`, `dtype`, `fp8`, `bytes` and `mtp_bytes` on disk, `gpu`, `gpus`, `length`, `batch`, `cache`,
+        `prefill_chunk`;
         `patterns`, each with `name`, `pattern` and its `placements`: `memory` by kind, `total`, `fits`,
         `largest_length` (at the batch) and `largest_batch` (at the length; 0: none fits), `prefill` and `decode`
         figures with their labels, `commands`, or `why_not`; `skipped` patterns with the reason; `fits`, whether
@@ -77,7 +80,7 @@ def plan(source: Source, wanted: Wanted) -> dict[str, Any]:
             config = load_config(
                 convert_config(checkpoint.config, pattern, None, AUTO_MAP, source.location), source.location
             )
-        model = LoadedModel(config, loaded_tensors(stored, config, dtype), dtype, narrow, wanted.cache)
+        model = LoadedModel(config, loaded_tensors(stored, config, dtype), dtype, narrow, wanted.cache, wanted.chunk)
         ways = []
         for placement in placements(wanted.gpus):
             reason = why_not(placement, config, model.tensors, block if narrow else None)
@@ -104,10 +107,11 @@ def plan(source: Source, wanted: Wanted) -> dict[str, Any]:
         "longest": longest,
         "batch": wanted.batch,
         "cache": wanted.cache,
+        "prefill_chunk": wanted.chunk or length,
         "patterns": planned,
         "skipped": skipped,
         "fits": fits,
-        "notes": _notes(wanted.gpu, narrow, wanted.gpus > 1),
+        "notes": _notes(wanted, narrow, length),
         "sources": _sources(wanted.gpu, rates),
     }
 
@@ -195,16 +199,20 @@ def _ranges(layers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, part)) for part in parts)
 
 
-def _notes(gpu: Gpu, narrow: bool, several: bool) -> list[str]:
+def _notes(wanted: Wanted, narrow: bool, length: int) -> list[str]:
     """What the figures leave out."""
-    notes = ["weights and cache are exact; the prefill workspace is reckoned, for prompts of this length all at once"]
+    gpu = wanted.gpu
+    chunks = f"in chunks of {wanted.chunk:,} tokens" if 0 < wanted.chunk < length else "of this length all at once"
+    notes = [f"weights and cache are exact; the prefill workspace is reckoned, for prompts {chunks}"]
+    if 0 < wanted.chunk < length:
+        notes.append("times are those of whole prompts; chunks take longer")
     if gpu.rates_of is None:
         notes.append(f"nothing was measured on {gpu.name}: times are bounds by its data sheet")
     elif gpu.rates_of != gpu.key:
         notes.append(f"kernels were measured on an {gpu.rates_of.upper()}, which has the same compute units")
     if narrow:
         notes.append("products with fp8 weights have not been measured: times with them are bounds, no estimates")
-    if several:
+    if wanted.gpus > 1:
         notes.append(
             "device_map runs its GPUs one after another; tensor and expert parallel have not been measured, and their "
             "decoding steps are not recorded as graphs: they take longer than the bound"

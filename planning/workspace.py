@@ -32,6 +32,7 @@ class Prefill(NamedTuple):
         ranks: processes that heads are split over.
         narrow: linear layers are block fp8: many rows are quantised first.
         spread: experts are split over the ranks, by width or by number.
+        chunk: tokens of each prompt at a time, `prefill_chunk_size` of `generate()`; 0: all.
     """
 
     config: IndexCacheConfig
@@ -40,11 +41,17 @@ class Prefill(NamedTuple):
     ranks: int = 1
     narrow: bool = False
     spread: bool = False
+    chunk: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Tokens of each prompt at a time."""
+        return min(self.chunk or self.length, self.length)
 
     @property
     def rows(self) -> int:
         """Tokens at a time."""
-        return self.batch * self.length
+        return self.batch * self.at_once
 
     @property
     def selects(self) -> bool:
@@ -76,6 +83,9 @@ def workspace_bytes(prefill: Prefill, caches: Sequence[int], first: int = 0) -> 
         first: the first of these layers.
     """
     config, highest, cached = prefill.config, 0, 0
+    if prefill.at_once < prefill.length:
+        # Behind the first chunk all layers have their cache.
+        cached, caches = sum(caches), [0] * len(caches)
     for layer, size in enumerate(caches, first):
         before, behind = _stages(prefill, config.share_pattern.is_full(layer))
         highest = max(highest, cached + before)

@@ -111,6 +111,19 @@ def test_a_larger_memory_makes_room(source):
     assert document_of(source, "--gpus", 1, "--memory", 0.06)["gpu"]["bytes"] == int(0.06 * GIB)
 
 
+def test_prompts_in_chunks_need_less(source):
+    """And no more than their chunk would alone, beside the whole cache."""
+    whole, chunked, chunk = (
+        way(document_of(source, "--gpus", 1, *options), "one GPU")["memory"]
+        for options in (["--length", 512], ["--length", 512, "--prefill-chunk", 64], ["--length", 64])
+    )
+    assert chunked["latents cache"] == whole["latents cache"] > chunk["latents cache"]
+    assert chunked["prefill workspace"] < whole["prefill workspace"] / 4
+    assert chunked["prefill workspace"] >= chunk["prefill workspace"]
+    done = run(source, "--prefill-chunk", 64)
+    assert "for prompts in chunks of 64 tokens" in " ".join(done.stdout.split())
+
+
 def test_patterns_beside_all_full(source):
     document = document_of(source, "--pattern", "FSFS", "--pattern", "1/2", "--pattern", "1/4")
     # Evenly spaced 1/2 is FSFS too.
