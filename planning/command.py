@@ -20,7 +20,7 @@ def plan(
     length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of prompt and answer. Default: 131072, or the model's longest.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at a time.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=65536, help="Sequences at a time.")] = 1,
     pattern: Annotated[
         list[str] | None,
         typer.Option(help="1/4, own, or letters, beside all F; repeat. Default: the checkpoint's own, and 1/4."),

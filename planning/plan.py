@@ -11,7 +11,7 @@ from ..configuration.share_pattern import SharePattern
 from ..conversion.convert.families import INDEXCACHE, convert_config, indexer_layer, load_config
 from ..conversion.io.fp8 import fp8_block_size, is_fp8
 from ..conversion.io.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from ..conversion.io.sources import Source
+from ..conversion.io.sources import ConversionError, Source
 from ..runs.errors import RunError
 from .known_gpus import Gpu
 from .loaded_weights import StoredTensor, loaded_tensors, model_dtype, multi_token_bytes
@@ -64,40 +64,34 @@ def plan(source: Source, wanted: Wanted) -> dict[str, Any]:
         RunError: a length or pattern that does not fit the model.
     """
     opened = open_checkpoint(source)
-    rates, longest = measured_rates(), opened.config.max_position_embeddings
+    longest = opened.config.max_position_embeddings
     length = min(DEFAULT_LENGTH, longest) if wanted.length is None else wanted.length
     if length > longest:
         raise RunError(f"--length {length:,} is beyond the model's max_position_embeddings, {longest:,}")
-    checkpoint = opened.checkpoint
-    stored = [StoredTensor(info.name, info.shape, info.dtype) for info in checkpoint.tensors.values()]
+    if longest < 1:
+        raise ConversionError(f"{source.location}: config.json has max_position_embeddings={longest}: fix it")
+    stored = [StoredTensor(info.name, info.shape, info.dtype) for info in opened.checkpoint.tensors.values()]
     patterns, skipped = _patterns(opened, wanted.patterns)
-    narrow, block = is_fp8(checkpoint.config), fp8_block_size(checkpoint.config, source.location)
-    dtype = model_dtype(opened.config, stored)
-    planned, fits = [], False
-    for name, pattern in patterns.items():
-        config = opened.config
-        if pattern != config.share_pattern:
-            config = load_config(
-                convert_config(checkpoint.config, pattern, None, AUTO_MAP, source.location), source.location
-            )
-        model = LoadedModel(config, loaded_tensors(stored, config, dtype), dtype, narrow, wanted.cache, wanted.chunk)
-        ways = []
-        for placement in placements(wanted.gpus):
-            reason = why_not(placement, config, model.tensors, block if narrow else None)
-            entry: dict[str, Any] = {"name": placement.name, "way": placement.way, "gpus": placement.gpus}
-            if reason is None:
-                entry |= _placed(model, placement, wanted, rates, length, longest)
-                entry["commands"] = run_commands(opened, placement, pattern, entry["layers"], length)
-            else:
-                entry |= {"fits": False, "why_not": reason}
-            fits |= entry["fits"]
-            ways.append(entry)
-        planned.append({"name": name, "pattern": pattern.letters, "full": pattern.num_full, "placements": ways})
+    try:
+        planned: list[dict[str, Any]] = [
+            {
+                "name": name,
+                "pattern": pattern.letters,
+                "full": pattern.num_full,
+                "placements": _ways(opened, pattern, stored, wanted, length),
+            }
+            for name, pattern in patterns.items()
+        ]
+    except ArithmeticError as error:
+        raise ConversionError(
+            f"{source.location}: config.json has numbers that no model has ({error}): fix it"
+        ) from error
+    checkpoint = opened.checkpoint
     return {
         "location": source.location,
         "is_indexcache": checkpoint.config["model_type"] == INDEXCACHE,
-        "dtype": dtype,
-        "fp8": narrow,
+        "dtype": model_dtype(opened.config, stored),
+        "fp8": is_fp8(checkpoint.config),
         "bytes": checkpoint.nbytes,
         "mtp_bytes": multi_token_bytes(stored, len(opened.config.share_pattern)),
         "gpu": {"key": wanted.gpu.key, "name": wanted.gpu.name, "bytes": int(wanted.gpu.memory)}
@@ -110,17 +104,37 @@ def plan(source: Source, wanted: Wanted) -> dict[str, Any]:
         "prefill_chunk": wanted.chunk or length,
         "patterns": planned,
         "skipped": skipped,
-        "fits": fits,
-        "notes": _notes(wanted, narrow, length),
-        "sources": _sources(wanted.gpu, rates),
+        "fits": any(entry["fits"] for part in planned for entry in part["placements"]),
+        "notes": _notes(wanted, is_fp8(checkpoint.config), length),
+        "sources": _sources(wanted.gpu, measured_rates()),
     }
 
 
-def _placed(
-    model: LoadedModel, placement: Placement, wanted: Wanted, rates: Rates, length: int, longest: int
-) -> dict[str, Any]:
+def _ways(
+    opened: OpenedCheckpoint, pattern: SharePattern, stored: Sequence[StoredTensor], wanted: Wanted, length: int
+) -> list[dict[str, Any]]:
+    """Every placement of the checkpoint with a pattern."""
+    raw, location, config = opened.checkpoint.config, opened.source.location, opened.config
+    if pattern != config.share_pattern:
+        config = load_config(convert_config(raw, pattern, None, AUTO_MAP, location), location)
+    narrow, dtype = is_fp8(raw), model_dtype(config, stored)
+    model = LoadedModel(config, loaded_tensors(stored, config, dtype), dtype, narrow, wanted.cache, wanted.chunk)
+    ways = []
+    for placement in placements(wanted.gpus):
+        reason = why_not(placement, config, model.tensors, fp8_block_size(raw, location) if narrow else None)
+        entry: dict[str, Any] = {"name": placement.name, "way": placement.way, "gpus": placement.gpus}
+        if reason is None:
+            entry |= _placed(model, placement, wanted, length)
+            entry["commands"] = run_commands(opened, placement, pattern, entry["layers"], length)
+        else:
+            entry |= {"fits": False, "why_not": reason}
+        ways.append(entry)
+    return ways
+
+
+def _placed(model: LoadedModel, placement: Placement, wanted: Wanted, length: int) -> dict[str, Any]:
     """Memory, limits and times of one placement."""
-    room, batch = wanted.gpu.memory, wanted.batch
+    room, batch, rates = wanted.gpu.memory, wanted.batch, measured_rates()
     need = model.need(placement, batch, length)
 
     def fits(sequences: int, tokens: int) -> bool:
@@ -133,7 +147,7 @@ def _placed(
         "total": need.total,
         "layers": list(need.layers),
         "fits": need.total <= room,
-        "largest_length": _largest(lambda tokens: fits(batch, tokens), longest),
+        "largest_length": _largest(lambda tokens: fits(batch, tokens), model.config.max_position_embeddings),
         "largest_batch": _largest(lambda sequences: fits(sequences, length), _LARGEST_BATCH),
         "prefill": _figure(prefill, "seconds"),
         "decode": _figure(decode, "tokens_per_second"),

@@ -101,7 +101,7 @@ def measured_rates() -> Rates:
 
 
 def _nearest(known: Sequence[int], wanted: int) -> int:
-    return min(known, key=lambda number: abs(math.log(number / wanted)))
+    return min(known, key=lambda number: abs(math.log(number / max(wanted, 1))))
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:

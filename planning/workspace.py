@@ -117,7 +117,7 @@ def _indexer_block(prefill: Prefill) -> int:
     """Head weights of all tokens; a block's queries, its selection and the last block's, the kernel's lists."""
     config, rows = prefill.config, prefill.rows
     query = config.index_n_heads * config.index_head_dim * _ELEMENT
-    blocks = -(-rows // max(1, QUERY_BLOCK_BYTES // query))
+    blocks = -(-rows // max(1, QUERY_BLOCK_BYTES // max(1, query)))
     block = -(-rows // blocks)
     chosen = min(blocks, 2) * block * (config.index_topk or 0) * 4
     return rows * config.index_n_heads * 4 + block * query + chosen + min(rows, _LISTED_ROWS) * _LIST_BYTES
@@ -134,7 +134,7 @@ def _attention_block(prefill: Prefill) -> int:
         widths = 2 * config.qk_head_dim + config.qk_nope_head_dim + 2 * config.v_head_dim
         return rows * heads * widths * _ELEMENT
     width = config.kv_lora_rank + config.qk_rope_head_dim
-    chunk = min(rows, SPARSE_BLOCK_BYTES // (heads * width * _ELEMENT))
+    chunk = min(rows, SPARSE_BLOCK_BYTES // max(1, heads * width * _ELEMENT))
     of_last = config.kv_lora_rank + config.v_head_dim if chunk < rows else 0
     return chunk * heads * (width + config.kv_lora_rank + of_last) * _ELEMENT
 
@@ -146,7 +146,7 @@ def _feed_forward(prefill: Prefill) -> int:
     # Rows of the chosen experts, and beside them the shared expert's and the norm.
     per_row = (chosen + 1) * max(config.hidden_size + 2 * inner, 3 * inner) * _ELEMENT
     block = max(
-        min(EXPERT_BLOCK_BYTES * (chosen + 1) // chosen, rows * per_row),
+        min(EXPERT_BLOCK_BYTES * (chosen + 1) // max(1, chosen), rows * per_row),
         min(3 * FEED_FORWARD_BLOCK_BYTES, rows * 3 * config.intermediate_size * _ELEMENT),
     )
     if not prefill.spread:

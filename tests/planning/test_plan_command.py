@@ -262,6 +262,17 @@ def test_folders_that_are_no_checkpoints_end_with_one(tmp_path, source):
         assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"max_position_embeddings": 0}, "config.json has max_position_embeddings=0: fix it"),
+    ({"num_experts_per_tok": 10**400, "n_group": 1}, "config.json"),
+])  # fmt: skip
+def test_numbers_that_no_weight_contradicts(tmp_path, changes, message):
+    build(tmp_path, shards=1)
+    edit_json(tmp_path / "config.json", **changes)
+    done = run(tmp_path)
+    assert done.exit_code == 1 and message in " ".join(done.stderr.split()), done.output
+
+
 def test_a_longer_context_needs_the_config_to_say_so(tmp_path):
     build(tmp_path, shards=1, max_position_embeddings=100000)
     assert document_of(tmp_path, "--gpus", 1)["length"] == 100000
