@@ -212,6 +212,32 @@ def test_released_configs_are_planned(tmp_path, name):
     assert document["fits"] and document["fp8"] == ("quantization_config" in RELEASED[name])
 
 
+UPLOAD = """
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/base")
+HfApi().upload_folder(repo_id="tester/base", folder_path=sys.argv[1])
+"""
+PLAN = "from indexcache.cli import app\nsys.argv = ['indexcache', 'plan', *sys.argv[1:]]\napp()"
+
+
+def test_a_hub_repository_is_planned_by_its_headers(source, hub, run_python):
+    run_python(UPLOAD, source, installed=True, hub=hub)
+    hub.requests.clear()
+    done = run_python(PLAN, "tester/base", "--gpus", "2", "--json", installed=True, hub=hub)
+    found, folder = json.loads(done.stdout), document_of(source, "--gpus", 2)
+    commands = way(found, "one GPU")["commands"]
+    assert commands["convert"] == "indexcache convert tester/base ./base-indexcache --pattern FFFF"
+    for document in (found, folder):
+        del document["location"]
+        for part in document["patterns"]:
+            for entry in part["placements"]:
+                del entry["commands"]
+    assert found == folder
+    # Of each of three shards the length of its header, and the header.
+    read = [request for request in hub.requests if request.endswith(".safetensors")]
+    assert len(read) == 6 and all(request.startswith("GET ") for request in read)
+
+
 # ---- what is refused ----------------------------------------------------------------------------------------------
 
 
