@@ -24,7 +24,7 @@ from .routed_experts_triton import combine, copy_rows, experts_vector, gated
 VECTOR_TOKENS = 6
 # With more experts PyTorch sorts.
 MAX_COUNTED = 512
-# Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail per expert.
+# Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail an expert.
 BLOCK_BYTES = 640 * 2**20
 
 Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

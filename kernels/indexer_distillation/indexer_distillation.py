@@ -182,8 +182,8 @@ def dense_indexer_kl(
 
     `p` is the mean over heads, and over the served layers, of the attention probabilities. It is computed in tiles,
     forward and again backward; nothing of size `[S, T]` is kept. Several served layers cost one attention pass each
-    and a single index pass: give lists. (The mean of one KL per layer has the same gradient and pays for the index
-    scores once per layer.)
+    and a single index pass: give lists. (The mean of one KL a layer has the same gradient and pays for the index
+    scores once a layer.)
 
     A key is visible to query i of batch b when its slot is at most `query_start[b] + i`, at least `key_start[b, i]`,
     and `key_mask` allows it.
@@ -192,7 +192,7 @@ def dense_indexer_kl(
         q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
         k: indexer keys of shape `[B, T, D]`.
         weights: head weights of shape `[B, S, H]`, any float dtype.
-        q_attn: absorbed attention queries of shape `[B, S, H_attn, D_attn]`, or a list of them, one per served layer.
+        q_attn: absorbed attention queries of shape `[B, S, H_attn, D_attn]`, or a list of them, one a served layer.
         kv: latents of shape `[B, T, D_attn]`, or a list as long as `q_attn`'s.
         scale: factor on the index dot products. Default: `D**-0.5`.
         attn_scale: factor on the attention dot products.

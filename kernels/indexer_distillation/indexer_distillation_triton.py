@@ -1,6 +1,6 @@
 """Index scores and attention of selected keys in Triton, with the KL between them and its gradient.
 
-One program per query walks its selected keys in blocks of `BLOCK_N`, which lie on the long side of every product (the
+One program a query walks its selected keys in blocks of `BLOCK_N`, which lie on the long side of every product (the
 heads of one query would not fill it). Forward, the KL is one pass: with t the target and I the scores,
 `KL = sum(t (log t - I)) / sum(t) - log sum(t) + log sum(exp I)`. Backward computes the scores again;
 `dI = softmax(I) - t / sum(t)` never leaves the chip. Key gradients are added by fp32 atomics, or in the deterministic

@@ -8,7 +8,7 @@ A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in pa
   is a chain of waits, a pair of tiles long, so nothing that can be done elsewhere is done here, and it leaves its
   registers to the score groups, which keep their heads' weights in them.
 
-A launch fills the lists of some thousand rows, and another kernel selects from them, one program per row.
+A launch fills the lists of some thousand rows, and another kernel selects from them, a program a row.
 
 The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE`-th key and gives for each query the
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
@@ -128,7 +128,7 @@ def lightning_indexer_hopper(
 def kernel_form(
     H: int, element_bytes: int, sampling: bool, *, first: bool, mask: bool, scale: bool, guess: bool
 ) -> Form:
-    """The kernel's constants, of H heads and keys of so many bytes per entry; the rest is what is given."""
+    """The kernel's constants, of H heads and keys of so many bytes an entry; the rest is what is given."""
     BQ = COLUMNS // H
     capacity = sample_list_keys(BQ) if sampling else LIST_KEYS
     keep_weights = BQ <= 8 and not sampling and not ((first or mask) and BQ < 8)

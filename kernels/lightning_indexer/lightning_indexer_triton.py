@@ -4,7 +4,7 @@ Prefill: a program owns BQ queries (BQ * heads = 256 columns of a matrix product
 their keys in epochs. A loop scores an epoch into a buffer that stays in L2 and notes, a bit for each key, the scores
 above the row's bound, which never exceeds the k-th best so far; the keys noted are then appended to the row's list; a
 list that could overflow in the next epoch is cut to little more than its `topk` best, which raises the bound. Bounds
-come from genuine scores, so any order of scores is selected exactly, at worst with one cut per epoch. Two programs
+come from genuine scores, so any order of scores is selected exactly, at worst with one cut an epoch. Two programs
 share an SM: one multiplies while the other reduces, appends or cuts.
 
 Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
@@ -258,7 +258,7 @@ if triton is not None:
             passed &= ~((tl.full(hidden.shape, 1, tl.int64) << hidden.to(tl.int64)) - 1).to(tl.int32)
         number = bits_set(passed)
         place = (row * CAP + count)[:, None] + tl.cumsum(number, 1) - number
-        # Through memory into one entry per thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
+        # Through memory into one entry a thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
         # is 0, unknown to the compiler, which would otherwise load four neighbours at once.
         spots = row[:, None] * BK + lane[None, :]
         tl.store(exchange + spots, passed)

@@ -2,7 +2,7 @@
 
 One program holds `BLOCK_M` rows (heads of one query, or of `GROUP` adjacent queries) and walks one key list in
 blocks of `BLOCK_N`. A row's keys are the raw selection when `GROUP == 1`, or a merged list whose entries carry one
-ownership bit per query (`sparse_mla_union_triton.py`).
+ownership bit a query (`sparse_mla_union_triton.py`).
 
 Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value width, R = D - V, K selected keys.
 """
@@ -31,7 +31,7 @@ from .sparse_mla_union_triton import (
     slot_of,
 )
 
-# Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes per selected key).
+# Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64

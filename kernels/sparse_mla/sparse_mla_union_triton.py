@@ -1,10 +1,10 @@
 """Merge the key lists of adjacent queries, so that a latent that several of them select is gathered once.
 
 A group of G queries gets one list: the union of its members' keys in ascending order, each entry
-`key | owners << shift` with one bit per member. Lists that are not strictly ascending (-1 anywhere but at the end,
+`key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end,
 repeated keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
 
-Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries per list.
+Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries a list.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 
 MAX_GROUP = 8
-# Two programs per multiprocessor: the kernel waits for memory most of the time.
+# Two programs a multiprocessor: the kernel waits for memory most of the time.
 MERGE_WARPS, MERGE_REGISTERS = 16, 64
 
 
@@ -26,7 +26,7 @@ class ListForm(NamedTuple):
 
     Attributes:
         H: heads.
-        GROUP: queries per list; 1: lists are the selection itself.
+        GROUP: queries a list; 1: lists are the selection itself.
         OWNER_SHIFT: position of the first ownership bit of a merged list's entries.
         HEAD_BLOCKS: programs of a list.
         BLOCK_K: entries of a list at most, a power of two.
@@ -67,7 +67,7 @@ def merge_key_lists(
     Args:
         indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys, its last dimension contiguous. A key that
             is not below `slots` is taken for -1.
-        group: queries per list, 2 to `MAX_GROUP`.
+        group: queries a list, 2 to `MAX_GROUP`.
         slots: number of key slots; at most `1 << owner_shift(group)`.
         packed: int32 of shape `[B, ceil(S / group), group * K]` to write to, its last dimension contiguous; made when
             None.
@@ -144,7 +144,7 @@ if triton is not None:
         # [GROUP, GROUP, K + 1]: at (g, g) `before` of member g, at (g, h) where g's entries stand or would stand in h;
         # for h > g only of those that h lists too, -1 of others.
         scratch += list_id * GROUP * GROUP * (K + 1)
-        # One layout, an entry per thread, for contiguous and gathered accesses alike: `zero` hides the contiguity, for
+        # One layout, an entry a thread, for contiguous and gathered accesses alike: `zero` hides the contiguity, for
         # which the compiler would change the layout through shared memory at every access.
         offs = tl.arange(0, BLOCK_K) ^ zero
 
