@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -47,9 +47,6 @@ _forbidden = os.environ.get(NO_FALLBACK, "") not in ("", "0")
 _ran: list[tuple[str, str]] | None = None
 
 
-_Result = TypeVar("_Result")
-
-
 class FallbackError(RuntimeError):
     """A slower backend would run, and `no_fallback` forbids it."""
 
@@ -59,7 +56,7 @@ def takes_all(*_: Any) -> None:
     return
 
 
-class Backend(NamedTuple, Generic[_Result]):
+class Backend(NamedTuple):
     """One way to run an operation.
 
     Attributes:
@@ -71,11 +68,11 @@ class Backend(NamedTuple, Generic[_Result]):
 
     name: str
     why_not: Callable[..., str | None]
-    run: Callable[..., _Result]
+    run: Callable[..., Any]
     optional: bool = False
 
 
-class Operation(Generic[_Result]):
+class Operation:
     """What is computed, with its backends, the fastest first; the last takes all arguments and needs no kernels.
 
     Attributes:
@@ -85,16 +82,11 @@ class Operation(Generic[_Result]):
         examples: arguments of typical shapes by name, made by a function like `torch.empty` with bf16 for its dtype.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *backends: Backend[_Result],
-        **examples: Callable[[Callable[..., torch.Tensor]], tuple[Any, ...]],
-    ) -> None:
+    def __init__(self, name: str, *backends: Backend, **examples: Callable[[Callable[..., torch.Tensor]], tuple]):
         self.name, self.backends, self.examples = name, backends, examples
         self.defined_in = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
 
-    def __call__(self, device: torch.device, *arguments: Any, allow_triton: bool = True) -> _Result:
+    def __call__(self, device: torch.device, *arguments: Any, allow_triton: bool = True) -> Any:
         """Run the first backend that takes `arguments`, or without `allow_triton` the last.
 
         Raises:
@@ -121,7 +113,7 @@ class Operation(Generic[_Result]):
                 reason = f"it does not compile here ({type(error).__name__}: {_first_line(error)})"
                 _set_aside[self.name, backend.name, device] = reason
 
-    def choose(self, device: torch.device, *arguments: Any) -> Backend[_Result]:
+    def choose(self, device: torch.device, *arguments: Any) -> Backend:
         """The backend that runs `arguments`, without running it; says what a slower one is chosen for.
 
         Raises:

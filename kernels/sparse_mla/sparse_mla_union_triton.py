@@ -9,8 +9,6 @@ Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries a l
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..common.kernel_launch import launcher
@@ -19,29 +17,6 @@ from ..common.triton_support import tl, triton
 MAX_GROUP = 8
 # Two programs a multiprocessor: the kernel waits for memory most of the time.
 MERGE_WARPS, MERGE_REGISTERS = 16, 64
-
-
-class ListForm(NamedTuple):
-    """Constants of a kernel over key lists.
-
-    Attributes:
-        H: heads.
-        GROUP: queries a list; 1: lists are the selection itself.
-        OWNER_SHIFT: position of the first ownership bit of a merged list's entries.
-        HEAD_BLOCKS: programs of a list.
-        BLOCK_K: entries of a list at most, a power of two.
-    """
-
-    H: int
-    GROUP: int
-    OWNER_SHIFT: int
-    HEAD_BLOCKS: int
-    BLOCK_K: int
-
-
-def list_form(heads: int, group: int, rows: int, topk: int) -> ListForm:
-    """The form of lists of `group` queries and `topk` entries, for programs of `rows` rows."""
-    return ListForm(heads, group, owner_shift(group), triton.cdiv(group * heads, rows), triton.next_power_of_2(topk))
 
 
 def owner_shift(group: int) -> int:
@@ -228,25 +203,15 @@ if triton is not None:
         return list_id % lists, head_block, batch
 
     @triton.jit
-    def row_of(offs_m, list_id, S, form):
+    def row_of(offs_m, list_id, S, H: tl.constexpr, GROUP: tl.constexpr):
         """Query (int64), head and member of the group of each row, and which rows exist."""
-        if form.GROUP > 1:
-            member, head = offs_m // form.H, offs_m % form.H
+        if GROUP > 1:
+            member, head = offs_m // H, offs_m % H
         else:
             member, head = offs_m * 0, offs_m
-        query = list_id * form.GROUP + member
-        row_mask = (head < form.H) & (member < form.GROUP) & (query < S)
+        query = list_id * GROUP + member
+        row_mask = (head < H) & (member < GROUP) & (query < S)
         return query.to(tl.int64), head, member, row_mask
-
-    @triton.jit
-    def list_of(keys, counts, batch, list_id, lists, K, strides, form):
-        """A list's entries, and their number up to the last key."""
-        keys_row = keys + batch * strides[0] + list_id.to(tl.int64) * strides[1]
-        if form.GROUP > 1:
-            count = tl.load(counts + batch * lists + list_id)
-        else:
-            count = count_keys(keys_row, K, form.BLOCK_K)
-        return keys_row, count
 
     @triton.jit
     def count_keys(keys_row, K, BLOCK_K: tl.constexpr):
@@ -256,15 +221,15 @@ if triton is not None:
         return tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
 
     @triton.jit
-    def slot_of(key, T, form):
+    def slot_of(key, T, GROUP: tl.constexpr, OWNER_SHIFT: tl.constexpr):
         """The slots of entries, and which are one of T keys; merged lists hold no others."""
         listed = key >= 0
         slot = key
-        if form.GROUP > 1:
-            slot = key & ((1 << form.OWNER_SHIFT) - 1)
+        if GROUP > 1:
+            slot = key & ((1 << OWNER_SHIFT) - 1)
         else:
             listed = listed & (key < T)
         return slot, listed
 
 else:  # Without Triton the kernels that call these do not exist either; importing their names must work.
-    count_keys = list_of = program_place = row_of = slot_of = None
+    count_keys = program_place = row_of = slot_of = None
