@@ -68,7 +68,7 @@ def _times(document: dict[str, Any]) -> Table:
         "",
         Column("decode, tokens/s", justify="right"),
         "",
-        title="Time: measured, reckoned from measured rates, or a bound that no run beats",
+        title="Time: measured, reckoned from measured rates, or a bound that runs stay behind",
         title_justify="left",
     )
     for number, first in enumerate(document["patterns"][0]["placements"]):

@@ -1,4 +1,4 @@
-"""How long prefill and decoding take, reckoned from measured rates, or bounded by what no run can beat.
+"""How long prefill and decoding take, reckoned from measured rates, or bounded.
 
 Every figure says which: `measured`, of this very model, length and pattern; `reckoned`, from rates that were measured
 of kernels and other models; `bound`, from rates of a data sheet or products that were not measured: it takes longer.
