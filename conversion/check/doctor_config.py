@@ -45,8 +45,8 @@ def _layouts(config: dict[str, Any], family: Family, engines: Sequence[str], ask
     readers = tuple(engine for engine in engines if engine in _READ_INDEXER_LAYOUT or engine == INDEXCACHE)
     name = "indexer_rope_interleave"
     effect = (
-        "query and key halves of the indexers are rotated in the wrong pairs: selections beyond top-k tokens are wrong, "
-        "and shorter prompts look sound"
+        "query and key halves of the indexers are rotated in the wrong pairs: selections beyond top-k tokens are "
+        "wrong, and shorter prompts look sound"
     )
     if value is not None and value is not due:
         found.append(
@@ -212,8 +212,8 @@ def _yarn(name: str, rope: dict[str, Any], config: dict[str, Any]) -> list[Findi
         found.append(
             _rope_error(
                 name, f"yarn has {shown(scales)}: {absent[0]} is missing",
-                "transformers scales cosines and sines by 0.1 ln(factor) + 1 unless both are given, vLLM and SGLang by "
-                "their ratio: logits differ from engine to engine",
+                "transformers scales cosines and sines by 0.1 ln(factor) + 1 unless both are given, vLLM and SGLang "
+                "by their ratio: logits differ from engine to engine",
                 "give both, as the weights were trained (DeepSeek-V3.2: 1.0 and 1.0)",
             )
         )  # fmt: skip
@@ -221,8 +221,8 @@ def _yarn(name: str, rope: dict[str, Any], config: dict[str, Any]) -> list[Findi
         found.append(
             Finding(
                 "yarn_without_mscale", NOTE, name, "yarn without mscale and mscale_all_dim",
-                "cosines and sines, those of the indexers too, are scaled by 0.1 ln(factor) + 1 and the softmax is not: "
-                "right only for weights that were trained so, and DeepSeek's were not",
+                "cosines and sines, those of the indexers too, are scaled by 0.1 ln(factor) + 1 and the softmax is "
+                "not: right only for weights that were trained so, and DeepSeek's were not",
                 "DeepSeek-V3.2: mscale 1.0 and mscale_all_dim 1.0",
             )
         )  # fmt: skip
@@ -240,7 +240,7 @@ def _yarn(name: str, rope: dict[str, Any], config: dict[str, Any]) -> list[Findi
         found.append(
             Finding(
                 "yarn_too_short", NOTE, f"{name}, max_position_embeddings",
-                f"yarn stretches {shown(original)} tokens by {shown(factor)}, and max_position_embeddings is {context}",
+                f"yarn stretches {shown(original)} tokens by {shown(factor)}, and the context is {context}",
                 "positions beyond the stretched length were never trained", "raise factor, or lower the context",
             )
         )  # fmt: skip

@@ -47,8 +47,8 @@ def probe(source: Source) -> tuple[dict[str, Any], list[Finding]]:
     needed, free = bytes_to_run(opened.checkpoint), free_memory()
     if free is not None and needed > free:
         raise ConversionError(
-            f"{source.location}: the probe runs the model in fp32, which needs {needed:,} bytes, and {free:,} of memory "
-            "are free: run it on a larger machine, or leave --probe out"
+            f"{source.location}: the probe runs the model in fp32, which needs {needed:,} bytes, and {free:,} of "
+            "memory are free: run it on a larger machine, or leave --probe out"
         )
     if config.index_topk is None:
         raise ConversionError(f"{source.location}: index_topk=null makes every layer dense: there is nothing to probe")
@@ -84,8 +84,8 @@ def _windows(source: Source, window: int, vocab_size: int) -> torch.Tensor:
     ids = tokenizer.encode(text[: 32 * _WINDOWS * window], add_special_tokens=False).ids
     if len(ids) < _WINDOWS * window or max(ids) >= vocab_size:
         raise ConversionError(
-            f"{source.location}: {_TOKENIZER} gives {len(ids)} tokens up to {max(ids, default=-1)}, and the probe needs "
-            f"{_WINDOWS * window} below vocab_size={vocab_size}: it is not this model's tokenizer"
+            f"{source.location}: {_TOKENIZER} gives {len(ids)} tokens up to {max(ids, default=-1)}, and the probe "
+            f"needs {_WINDOWS * window} below vocab_size={vocab_size}: it is not this model's tokenizer"
         )
     return torch.tensor(ids[: _WINDOWS * window]).view(_WINDOWS, window)
 
@@ -176,8 +176,8 @@ def _judge(runs: dict[str, torch.Tensor]) -> list[Finding]:
                 f"dense attention has a loss of {means['dense']:.3f} in the config's RoPE layout and "
                 f"{means['dense_other_main_layout']:.3f} in the other",
                 "every engine rotates the main attention in the wrong pairs: worse the longer the prompt",
-                "convert the weights again without permuting the rope halves (or set rope_interleave, which IndexCache "
-                "alone reads)",
+                "convert the weights again without permuting the rope halves (or set rope_interleave, which "
+                "IndexCache alone reads)",
             )
         )  # fmt: skip
     if _is_better(runs["sparse_other_indexer_layout"], runs["sparse"]):

@@ -135,8 +135,8 @@ def _disagreements(found: dict[str, str], layers: int) -> list[Finding]:
         Finding(
             "spellings_disagree", ERROR, ", ".join(whole),
             f"{first} ({letters}) and {name} ({other}) disagree from layer {layer} on",
-            "transformers takes indexer_types; vLLM, SGLang and TensorRT-LLM index_topk_pattern, else index_topk_freq; "
-            "Megatron-LM dsa_indexer_topk_freq: the same checkpoint is several models",
+            "transformers takes indexer_types; vLLM, SGLang and TensorRT-LLM index_topk_pattern, else "
+            "index_topk_freq; Megatron-LM dsa_indexer_topk_freq: the same checkpoint is several models",
             "keep the spelling that the weights were trained with, and write the others from it (`indexcache export`)",
         )
     ]  # fmt: skip
