@@ -30,7 +30,7 @@ def diagnose(source: Source, engines: Sequence[str] | None = None, *, probe: boo
         engines: those that must run it: what one of them cannot run is then an error. None looks at all engines (an
             IndexCache checkpoint is read by IndexCache alone), and what an engine lacks in a config that is right for
             another is a note.
-        probe: also run the model on a prompt longer than top-k, where no error was found before.
+        probe: also run the model on a prompt longer than top-k, where the checkpoint is whole.
 
     Raises:
         ConversionError: an unknown engine, files that cannot be read, a family without lightning indexers that we
@@ -52,12 +52,16 @@ def diagnose(source: Source, engines: Sequence[str] | None = None, *, probe: boo
             "layers: fix the config, or fetch the weights again"
         )
     diagnosis = _compare(checkpoint, family, layers, engines)
-    if diagnosis.ok:
-        diagnosis = replace(diagnosis, findings=errors_first([*diagnosis.findings, *_not_whole(source)]))
-    if probe and diagnosis.ok:
+    measured: dict[str, Any] | None = None
+    found = _not_whole(source) if diagnosis.ok or probe else []
+    if probe and found:
+        measured = {"not_run": found[0].what}
+    elif probe:
         measured, found = run_probe(source)
-        diagnosis = replace(diagnosis, probe=measured, findings=errors_first([*diagnosis.findings, *found]))
-    return diagnosis
+    if found and found[0].code == "not_whole" and not diagnosis.ok:
+        # What was found before says why, and better.
+        found = []
+    return replace(diagnosis, probe=measured, findings=errors_first([*diagnosis.findings, *found]))
 
 
 def _compare(checkpoint: Checkpoint, family: Family, layers: Layers, engines: Sequence[str] | None) -> Diagnosis:

@@ -70,7 +70,7 @@ class Diagnosis:
         held: one letter a layer: `F` where the weights hold an indexer, `S` where they do not.
         readings: one for each engine that was looked at.
         findings: errors first.
-        probe: what the probe measured; None when it was not run.
+        probe: what `doctor_probe.probe` measured; or `not_run`, why it did not; None when it was not asked for.
     """
 
     location: str
@@ -118,7 +118,9 @@ def draw_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     parts: list[RenderableType] = [_engines(diagnosis)]
     if diagnosis.findings:
         parts.append(_findings(diagnosis.findings))
-    if diagnosis.probe is not None:
+    if diagnosis.probe is not None and "not_run" in diagnosis.probe:
+        parts.append(Text(printable(f"probe not run: {diagnosis.probe['not_run']}"), style="yellow"))
+    elif diagnosis.probe is not None:
         parts.append(_probe(diagnosis.probe))
     errors = sum(finding.severity == ERROR for finding in diagnosis.findings)
     notes = len(diagnosis.findings) - errors

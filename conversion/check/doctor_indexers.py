@@ -125,8 +125,7 @@ def value_findings(checkpoint: Checkpoint, layers: Layers) -> list[Finding]:
     for layer in sorted(layers.whole):
         samples = dict(_samples(checkpoint, tensors, layer))
         for name, values in samples.items():
-            # A fresh LayerNorm is constant, which is told below.
-            if (kind := _dead(values)) and not (kind == "constant" and name.startswith("k_norm.")):
+            if kind := _dead(values, name):
                 dead.setdefault(kind, []).append(f"{layer}.{name}")
         if _is_fresh(samples, tensors, layer, spread):
             fresh.append(layer)
@@ -164,13 +163,15 @@ def _samples(checkpoint: Checkpoint, tensors: dict[str, TensorInfo], layer: int)
         yield name, torch.frombuffer(raw, dtype=dtype).double()
 
 
-def _dead(values: torch.Tensor) -> str | None:
+def _dead(values: torch.Tensor, name: str) -> str | None:
     if not values.isfinite().all():
         return "not finite"
+    if name == "k_norm.bias" or len(values) < 2:
+        return None
     if not values.any():
-        # A bias may be zero.
-        return "all zero" if len(values) > 1 else None
-    return "constant" if len(values) > 1 and bool((values == values[0]).all()) else None
+        return "all zero"
+    # A LayerNorm that begins at ones is told of with the matrices, as fresh.
+    return "constant" if name != "k_norm.weight" and bool((values == values[0]).all()) else None
 
 
 def _is_fresh(samples: dict[str, torch.Tensor], tensors: dict[str, TensorInfo], layer: int, spread: Any) -> bool:
@@ -188,21 +189,21 @@ def _is_fresh(samples: dict[str, torch.Tensor], tensors: dict[str, TensorInfo], 
 
 def _is_normal(values: torch.Tensor, spread: Any) -> bool:
     """Whether a sample may be of transformers' initialisation: normal, mean 0, standard deviation `spread`."""
-    return isinstance(spread, int | float) and _has_moments(values, float(spread), kurtosis=3.0, of_kurtosis=24.0)
+    return isinstance(spread, int | float) and _has_moments(values, float(spread), kurtosis=3.0)
 
 
 def _is_uniform(values: torch.Tensor, bound: float) -> bool:
     """Whether a sample may be of torch's and MLX's initialisation of linear layers: uniform within `bound`."""
     inside = bool((values.abs() <= bound * (1 + 2**-7)).all())
-    return inside and _has_moments(values, bound / math.sqrt(3), kurtosis=1.8, of_kurtosis=24.0)
+    return inside and _has_moments(values, bound / math.sqrt(3), kurtosis=1.8)
 
 
-def _has_moments(values: torch.Tensor, spread: float, *, kurtosis: float, of_kurtosis: float) -> bool:
-    """Whether standard deviation and kurtosis lie within the sampling error; bf16 rounds by up to 2^-9."""
+def _has_moments(values: torch.Tensor, spread: float, *, kurtosis: float) -> bool:
+    """Whether standard deviation and kurtosis lie within a normal sample's error; bf16 rounds by up to 2^-9."""
     count, deviation = len(values), values.std().item()
     if count < 100 or spread <= 0 or deviation <= 0:
         return False
     measured = ((values - values.mean()) / deviation).pow(4).mean().item()
     error_of_spread = _STANDARD_ERRORS / math.sqrt(2 * count) + 2**-9
-    error_of_kurtosis = _STANDARD_ERRORS * math.sqrt(of_kurtosis / count) + 2**-7
+    error_of_kurtosis = _STANDARD_ERRORS * math.sqrt(24 / count) + 2**-7
     return abs(deviation / spread - 1) <= error_of_spread and abs(measured - kurtosis) <= error_of_kurtosis

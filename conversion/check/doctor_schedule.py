@@ -205,8 +205,10 @@ def _megatron_reading(engine: str, config: dict[str, Any], layers: int) -> Readi
 
 def _indexcache(engine: str, config: dict[str, Any], layers: int) -> Reading:
     names = [name for name in list(_SPELLINGS)[:4] if config.get(name) is not None]
+    field = names[0] if names else None
     try:
-        return Reading(engine, source_pattern(config, "config.json").letters, names[0] if names else None)
+        letters = source_pattern(config, "config.json").letters
+        return Reading(engine, letters, _frequency_field(config) if field == "index_topk_freq" else field)
     except ConversionError as error:
         return Reading(engine, None, None, str(error))
 
@@ -242,28 +244,22 @@ def schedule_findings(readings: list[Reading], held: set[int], shares: bool, ask
         asked: the engines were named by the user, so what they cannot run is an error.
     """
     known = [reading for reading in readings if reading.knows_family and reading.letters is not None]
-    fitting = [reading for reading in known if reading.field is not None and not _lacking(reading, held)]
+    # A config may be written for one engine; what that one reads is judged, and the others are told.
+    is_read = any(reading.field is not None for reading in known)
     found = [_refused(reading) for reading in readings if reading.letters is None and (asked or reading.knows_family)]
-    groups: dict[tuple[str, str | None], list[str]] = {}
+    groups: dict[tuple[str, bool], list[Reading]] = {}
     for reading in known:
-        groups.setdefault((str(reading.letters), reading.field), []).append(reading.engine)
-    for (letters, field), engines in groups.items():
-        lacking = _lacking(Reading("", letters, field), held)
-        if field is None and fitting and not asked and (shares or lacking):
-            found.append(_no_field(engines, lacking, NOTE))
-        elif field is None and (fitting or asked) and lacking:
-            found.append(_no_field(engines, lacking, ERROR))
-        elif field is None and shares and not lacking:
-            found.append(_no_field(engines, lacking, NOTE))
+        groups.setdefault((str(reading.letters), reading.field is not None), []).append(reading)
+    for (letters, has_field), group in groups.items():
+        engines = [reading.engine for reading in group]
+        lacking = [layer for layer, letter in enumerate(letters) if letter == "F" and layer not in held]
+        if not has_field and shares and (is_read or asked or not lacking):
+            found.append(_no_field(engines, lacking, ERROR if asked and lacking else NOTE))
         elif lacking:
-            found.append(_missing(engines, letters, field, held, lacking))
+            found.append(_missing(group, letters, held, lacking))
         elif surplus := sorted(held - {layer for layer, letter in enumerate(letters) if letter == "F"}):
             found.append(_surplus(engines, surplus))
     return found
-
-
-def _lacking(reading: Reading, held: set[int]) -> list[int]:
-    return [layer for layer, letter in enumerate(reading.letters or "") if letter == "F" and layer not in held]
 
 
 def _refused(reading: Reading) -> Finding:
@@ -290,13 +286,15 @@ def _no_field(engines: list[str], lacking: list[int], severity: str) -> Finding:
     )  # fmt: skip
 
 
-def _missing(engines: list[str], letters: str, field: str | None, held: set[int], lacking: list[int]) -> Finding:
+def _missing(group: list[Reading], letters: str, held: set[int], lacking: list[int]) -> Finding:
     layers = len(letters)
     weights = "".join("F" if layer in held else "S" for layer in range(layers))
     code, fix = "indexer_missing", f"make these layers shared, or take the weights from where they are: {weights}"
     what = f"layers {layers_text(lacking)} are full in {letters} and have no indexer weights"
-    if field is not None and field.startswith("index_topk_freq"):
-        freq = int(field.split()[1])
+    fields = list(dict.fromkeys(reading.field for reading in group if reading.field is not None))
+    engines = tuple(reading.engine for reading in group)
+    periods = [int(field.split()[1]) for field in fields if field.startswith("index_topk_freq ")]
+    for freq in periods[:1]:
         offsets = [offset for offset in range(1, layers + 1) if frequency_letters(layers, freq, offset) == weights]
         if offsets:
             code, fix = "wrong_offset", f"set index_skip_topk_offset to {offsets[0]}, and spell indexer_types out"
@@ -305,7 +303,7 @@ def _missing(engines: list[str], letters: str, field: str | None, held: set[int]
         code, fix = "schedule_off_by_one", f"spell the schedule of the weights: {weights}"
         what += f"; the weights are of the schedule {abs(step)} layer {'later' if step > 0 else 'earlier'}, {weights}"
     effect = "; ".join(dict.fromkeys(_WITHOUT_WEIGHTS[engine] for engine in engines))
-    return Finding(code, ERROR, field or "config.json", what, effect, fix, tuple(engines))
+    return Finding(code, ERROR, ", ".join(fields) or "config.json", what, effect, fix, engines)
 
 
 def _shift(letters: str, held: set[int]) -> int | None:
