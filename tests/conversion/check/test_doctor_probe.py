@@ -1,4 +1,4 @@
-"""`inspect --check --probe` finds what headers cannot show, on the trained demo checkpoint and damaged copies of it."""
+"""`inspect --check --probe` finds what headers cannot show, on the trained demo and damaged copies of it."""
 
 import json
 import shutil
@@ -113,10 +113,10 @@ def test_top_k_is_lowered_where_the_text_is_shorter_and_said_so(tmp_path):
 
 def test_a_checkpoint_without_a_usable_tokenizer_or_not_whole(tmp_path):
     folder = build(tmp_path, family="deepseek_v32")
-    with pytest.raises(ConversionError, match="tokenizer.json cannot be read"):
+    with pytest.raises(ConversionError, match="cannot be read"):
         probe(folder)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(ConversionError, match="has no tokenizer.json"):
+    with pytest.raises(ConversionError, match="the probe needs it"):
         probe(folder)
     edit_json(folder / "config.json", hidden_size=64)
     found = probe(folder)
