@@ -117,7 +117,6 @@ def _losses(
     changed = dataclasses.replace(opened, fields=fields, config=load_config(fields, opened.source.location))
     with quiet_transformers():
         model = load_source(changed, dtype=torch.float32)
-    model.eval()
     found = []
     with _random_selections(model, topk) if at_random else _as_it_is():
         for ids in windows:
