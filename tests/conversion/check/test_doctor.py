@@ -13,6 +13,7 @@ from indexcache.configuration.share_pattern import SharePattern
 from indexcache.conversion.check.doctor import diagnose
 from indexcache.conversion.check.doctor_schedule import READERS
 from indexcache.conversion.convert.convert import ConvertOptions, convert
+from indexcache.conversion.io.open_checkpoint import open_source
 from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.conversion.publish.export import ENGINES, export
 
@@ -388,6 +389,29 @@ def test_unknown_engines_and_families_are_refused(tmp_path):
     edit_json(folder / "config.json", model_type="deepseek_v4")
     with pytest.raises(ConversionError, match="deepseek_v4"):
         check(folder)
+
+
+def test_a_hub_repository_is_read_in_parts(tmp_path, hub_here):
+    folder = build(tmp_path / "s", **GLM, lacking=[2])
+    edit_indexers(folder, [1], fresh)
+    hub_here.put(folder)
+    diagnosis = diagnose(open_source("tester/base"))
+    assert codes(diagnosis, "error") == ["indexer_missing", "indexer_random"] and diagnosis.held == "FFSF"
+
+
+@pytest.mark.parametrize(
+    "field", ["indexer_types", "index_topk_freq", "rope_parameters", "scoring_func", "index_topk"]
+)
+@pytest.mark.parametrize("value", [True, -1, 10**30, "S", [], [1, [2]], {"rope_type": ["x"], "type": 3}])
+def test_values_of_any_kind_are_findings_or_one_message(tmp_path, field, value):
+    folder = glm(tmp_path, **both("FFSSSF"))
+    edit_json(folder / "config.json", **{field: value})
+    try:
+        diagnosis = check(folder)
+    except ConversionError as error:
+        assert str(folder) in str(error)
+    else:
+        assert diagnosis.findings and json.dumps(diagnosis.as_json())
 
 
 def test_the_command_line(tmp_path):

@@ -102,6 +102,13 @@ def test_indexers_that_choose_by_chance(damaged):
     assert "selection_by_chance" in errors(probe(damaged(shuffle_indexers)))
 
 
+def test_a_layout_flag_that_is_wrong_is_told_by_both(tmp_path):
+    folder = tmp_path / "demo"
+    shutil.copytree(DEMO, folder)
+    edit_json(folder / "config.json", indexer_rope_interleave=True)
+    assert errors(probe(folder)) == ["indexer_rope_layout", "indexer_rope_halves"]
+
+
 def test_top_k_is_lowered_where_the_text_is_shorter_and_said_so(tmp_path):
     folder = tmp_path / "demo"
     shutil.copytree(DEMO, folder)
