@@ -45,11 +45,28 @@ def inspect(
     overlap_picture: Annotated[Path | None, typer.Option(help="With --overlap: write the heatmap as PNG.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="With --overlap: tokens per window.")] = None,
     nsamples: Annotated[int, typer.Option(min=1, help="With --overlap: number of windows.")] = 4,
+    check: Annotated[
+        bool, typer.Option("--check", help="Do config, indexer weights and what each engine reads agree?")
+    ] = False,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="With --check: an engine that must run it; may be repeated. Default: all."),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="With --check: also run the model on a text longer than top-k.")
+    ] = False,
     revision: Revision = None,
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a checkpoint's pattern, indexers layer by layer and cache bytes per token; or a search's result."""
+    if (engine or probe) and not check:
+        fail("--engine and --probe belong to --check", 2)
+    if check:
+        if overlap is not None or overlap_picture is not None:
+            fail("--check and --overlap are two runs: give one of them", 2)
+        _check(path, engine, probe, revision, token, as_json)
+        return
     if Path(path).is_file():
         from ...pattern_search.drawing import draw_result
         from ...pattern_search.result import read_result
@@ -73,3 +90,16 @@ def inspect(
     print_json(description) if as_json else show(draw_description(description))
     if heatmap is not None and not as_json:
         show(heatmap)
+
+
+def _check(
+    path: str, engines: list[str] | None, probe: bool, revision: str | None, token: str | None, as_json: bool
+) -> None:
+    from ..io.open_checkpoint import open_source
+    from .doctor import diagnose
+    from .doctor_findings import draw_diagnosis
+
+    diagnosis = diagnose(open_source(path, revision=revision, token=token), engines or None, probe=probe)
+    print_json(diagnosis.as_json()) if as_json else show(draw_diagnosis(diagnosis))
+    if not diagnosis.ok:
+        raise typer.Exit(1)

@@ -49,7 +49,7 @@ def compare_logits(before: Checkpoint, after: Checkpoint, pattern: SharePattern)
         (nats a token) and `agree`; or the `reason` why the models were not run; or `failed`, why the converted one
         does not run.
     """
-    needed, free = _bytes_to_run(before), _free_memory()
+    needed, free = bytes_to_run(before), free_memory()
     if free is not None and needed > free:
         return _not_compared(f"{needed:,} bytes are needed to run it in fp32, and {free:,} of memory are free")
     topk, lowered_from = _topk_to_run(before.config)
@@ -57,7 +57,7 @@ def compare_logits(before: Checkpoint, after: Checkpoint, pattern: SharePattern)
     found: dict[str, Any] = {"compared": True, "tokens": tokens.shape[1], "index_topk": topk}
     if lowered_from is not None:
         found["index_topk_lowered_from"] = lowered_from
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             first, found["reference"], note = _reference_logits(before, pattern, topk, tokens)
         # Loading is transformers' business and fails in its own ways: a ragged block, a missing package, memory.
@@ -239,7 +239,7 @@ def _logits(model: Callable[..., Any], tokens: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without progress bars and reports: MTP layers and shared indexers are surplus here on purpose."""
     from transformers.utils import logging
 
@@ -257,7 +257,7 @@ def _quiet_transformers() -> Iterator[None]:
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-def _bytes_to_run(checkpoint: Checkpoint) -> int:
+def bytes_to_run(checkpoint: Checkpoint) -> int:
     """Bytes of one model in fp32 and of what loading takes beside it: dequantised weights are there twice."""
     wide = sum(
         info.nbytes * 32 // DTYPE_BITS[info.dtype]
@@ -268,7 +268,7 @@ def _bytes_to_run(checkpoint: Checkpoint) -> int:
     return int(wide * (2.2 if quantised else 1.2))
 
 
-def _free_memory() -> int | None:
+def free_memory() -> int | None:
     """Bytes of memory that a new process may take; `None` where the system does not say."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
