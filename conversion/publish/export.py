@@ -177,7 +177,7 @@ def export_pattern(
     Args:
         path: JSON, as `pattern_file.read_pattern_file` takes.
         output: the JSON file to write; what it holds goes into the engine's config.json, or is given to it as
-            overrides (vLLM: `--hf-overrides`).
+            overrides (`--hf-overrides`); vLLM on CUDA loads no checkpoint that still has indexers in shared layers.
         to: the engine, as for `export`.
         keep: which of several patterns: a count or a share of full layers.
 

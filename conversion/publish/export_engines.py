@@ -176,8 +176,8 @@ def _spell_for_megatron(model_type: str, pattern: SharePattern) -> dict[str, Any
     """
     if model_type == "deepseek_v32":
         raise ConversionError(
-            "Megatron-Bridge has no bridge for deepseek_v32 that loads indexers: its release has none, and its main "
-            "branch's maps no indexer weight and reads no field of sharing: export it for another engine"
+            "Megatron-Bridge has no bridge for deepseek_v32 that loads indexers: its release has none, and those of "
+            "its repository map no indexer weight and read no field of sharing: export it for another engine"
         )
     layers = range(1, len(pattern) + 1)
     for freq in layers:
@@ -260,7 +260,7 @@ def _surplus_indexers(config: IndexCacheConfig, contents: Contents) -> str | Non
 def _quantised_weights(config: IndexCacheConfig, contents: Contents) -> str | None:
     if not contents.is_quantised:
         return None
-    return "quantised weights, and its bridge of this family copies them without their scales: give it bf16 weights"
+    return "quantised weights, which its bridge of this family copies without scales: convert with --dtype bfloat16"
 
 
 def _names(words: str) -> Iterator[str]:
