@@ -277,8 +277,8 @@ _SHAPE = frozenset(
 )
 _SERVED = _SHAPE | frozenset(
     _names(
-        "dtype moe_layer_freq indexer_rope_interleave num_nextn_predict_layers index_share_for_mtp_iteration "
-        "index_topk_pattern"
+        "dtype num_key_value_heads moe_layer_freq indexer_rope_interleave num_nextn_predict_layers "
+        "index_share_for_mtp_iteration index_topk_pattern"
     )
 )
 _EVERY_SERVER_REFUSES = (_attention_bias, _activation, _expert_layers, _scaled_rope)
@@ -300,7 +300,7 @@ ENGINES: dict[str, Engine] = {
     ),
     "trtllm": Engine(
         "TensorRT-LLM",
-        _SERVED | {"num_key_value_heads", "rope_theta", "rope_scaling"},
+        _SERVED | {"rope_theta", "rope_scaling"},
         _spell_for_serving,
         (*_EVERY_SERVER_REFUSES, _unnormalised_weights),
     ),

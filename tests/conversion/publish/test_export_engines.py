@@ -76,7 +76,8 @@ def vllm(ask):
 
     models/deepseek_v32/attention.py `DeepseekV32Attention.__init__` (pattern, both RoPEs), nvidia/model.py
     `DeepseekV32DecoderLayer.__init__` (experts by layer), model_executor/models/deepseek_v2.py
-    `DeepseekV2MoE.__init__` and `_get_moe_router_dtype`, models/utils.py `get_spec_layer_idx_from_weight_name`, and
+    `DeepseekV2MoE.__init__` and `_get_moe_router_dtype`, model_executor/models/utils.py
+    `get_spec_layer_idx_from_weight_name`, transformers_utils/model_arch_config_convertor.py (heads), and
     v1/spec_decode/llm_base_proposer.py.
     """
     depth, pattern = ask("num_hidden_layers"), ask("index_topk_pattern", None)
@@ -84,6 +85,7 @@ def vllm(ask):
         pattern = by_frequency(depth, ask("index_topk_freq", 1), ask("index_skip_topk_offset", 2))
     noaux = ask("topk_method", None) == "noaux_tc"
     fp32 = ask("model_type") == "glm_moe_dsa", ask("moe_router_dtype", None) == "float32"
+    ask("num_key_value_heads", None)
     assert ask("hidden_act") == "silu"
     assert ask("architectures")[0] in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     return ask.shape() | {
@@ -115,7 +117,7 @@ def sglang(ask):
         pattern = by_frequency(
             ask("num_hidden_layers"), ask("index_topk_freq", 1), ask("index_skip_topk_offset", None) or 2
         )
-    ask("pad_token_id")
+    ask("pad_token_id"), ask("num_key_value_heads", None)
     assert ask("hidden_act") == "silu"
     assert ask("architectures")[0] in ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
     assert ask("rope_interleave", True)
