@@ -25,7 +25,7 @@ from ..io.open_checkpoint import check_layer_count, check_weights
 from ..io.shard_writer import DiskFullError, pass_whole, sync_folder, write_json
 from ..io.sources import ConversionError, FolderSource, check_file_name, refuse_pipes
 from .card import write_export_card
-from .export_engines import ENGINES, Contents, engine_named, implied_fields
+from .export_engines import ENGINES, Contents, engine_named
 
 __all__ = ["ENGINES", "STAGING_FOLDER", "export", "export_pattern"]
 
@@ -86,11 +86,7 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     check_weights(checkpoint, ours)
     pattern = ours.share_pattern
     contents = Contents.of(checkpoint, pattern)
-    engine.check(ours, contents, str(path))
-    implied = implied_fields(ours, contents, fields)
-    config = {**fields, **{name: implied[name] for name in sorted(implied.keys() & (engine.reads | fields.keys()))}}
-    config |= engine.spell(fields["model_type"], pattern)
-    engine.check_complete(config, str(path))
+    config = engine.config(fields, ours, contents, str(path))
     card = None
     if "README.md" in checkpoint.files:
         card = source.read_range("README.md", 0, source.size("README.md")).decode("utf-8", errors="replace")

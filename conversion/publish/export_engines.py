@@ -28,7 +28,7 @@ class Contents:
         surplus_indexers: shared layers whose indexers are in the shards all the same (`--keep-shared-indexers`).
         mtp_layers: how many multi-token-prediction layers follow the decoder layers.
         is_quantised: whether config.json describes quantised weights.
-        dtype: torch's name for the type of the embedding.
+        dtype: torch's name for the type of the embedding; bfloat16 where it has none.
     """
 
     surplus_indexers: tuple[int, ...]
@@ -41,11 +41,12 @@ class Contents:
         """Read from the headers of a checkpoint that runs `pattern`."""
         tensors, depth = checkpoint.tensors, len(pattern)
         held = {layer for layer in map(indexer_layer, tensors) if layer is not None}
+        embedding = tensors.get("model.embed_tokens.weight")
         return cls(
             surplus_indexers=tuple(layer for layer in pattern.shared_layers if layer in held),
             mtp_layers=len({place[0] for place in map(layer_of, tensors) if place and place[0] >= depth}),
             is_quantised=checkpoint.config.get("quantization_config") is not None,
-            dtype=_TORCH_NAMES.get(tensors["model.embed_tokens.weight"].dtype, "bfloat16"),
+            dtype=_TORCH_NAMES.get(embedding.dtype if embedding else "", "bfloat16"),
         )
 
 
@@ -67,6 +68,29 @@ class Engine:
     reads: frozenset[str]
     spell: Callable[[str, SharePattern], dict[str, Any]]
     refusals: tuple[_Refusal, ...] = ()
+
+    def config(
+        self, native: dict[str, Any], config: IndexCacheConfig, contents: Contents, location: str
+    ) -> dict[str, Any]:
+        """The config.json of an export.
+
+        Args:
+            native: the config.json as the source family spells it, without the pattern.
+            config: the checkpoint's own.
+            contents: what its weights are.
+            location: how errors name the checkpoint.
+
+        Raises:
+            ConversionError: a pattern that the engine cannot run, a model that it would compute as another, or a
+                field that would be left to its default.
+        """
+        spelled = self.spell(native["model_type"], config.share_pattern)
+        self.check(config, contents, location)
+        implied = _implied_fields(config, contents, native)
+        written = implied.keys() & (self.reads | native.keys())
+        fields = {**native, **{name: implied[name] for name in sorted(written)}, **spelled}
+        self.check_complete(fields, location)
+        return fields
 
     def check(self, config: IndexCacheConfig, contents: Contents, location: str) -> None:
         """Refuse a model that the engine cannot run as it is.
@@ -103,7 +127,7 @@ def engine_named(name: str) -> Engine:
     return ENGINES[name]
 
 
-def implied_fields(config: IndexCacheConfig, contents: Contents, native: dict[str, Any]) -> dict[str, Any]:
+def _implied_fields(config: IndexCacheConfig, contents: Contents, native: dict[str, Any]) -> dict[str, Any]:
     """Fields that engines read and a source need not spell, because transformers has them built in or derives them.
 
     Args:

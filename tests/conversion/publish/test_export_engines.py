@@ -11,14 +11,18 @@ import json
 import re
 
 import pytest
+from testing.released_configs import RELEASED
 from testing.tiny_models import tiny_model
 from transformers import DeepseekV32Config, GlmMoeDsaConfig
 from transformers.models.deepseek_v32 import modeling_deepseek_v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa
 
 from indexcache import IndexCacheConfig
+from indexcache.conversion.convert.families import convert_config, load_config
 from indexcache.conversion.io.sources import ConversionError
-from indexcache.conversion.publish.export import ENGINES, export
+from indexcache.conversion.publish.bundle import AUTO_MAP
+from indexcache.conversion.publish.export import ENGINES, _native_fields, export
+from indexcache.conversion.publish.export_engines import Contents
 
 GLM = {"source_model_type": "glm_moe_dsa", "indexer_rope_interleave": True}
 DEEPSEEK = {"source_model_type": "deepseek_v32"}
@@ -142,6 +146,10 @@ def sglang(ask):
     }
 
 
+def as_one_rope(fields):
+    return {**fields, "rope_type": fields.get("rope_type") or fields["type"], "type": None}
+
+
 def trtllm(ask):
     """What TensorRT-LLM's main branch takes a checkpoint for; its release was not read.
 
@@ -158,8 +166,7 @@ def trtllm(ask):
     ask("model_type"), ask("num_key_value_heads")
     rope, scaling = ask("rope_parameters", None), ask("rope_scaling", None)
     legacy = {"rope_theta": ask("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
-    legacy.pop("type", None)
-    assert legacy == rope, "releases before transformers 5 read the one, later ones the other"
+    assert as_one_rope(legacy) == as_one_rope(rope), "releases before transformers 5 read the one, later the other"
     return ask.shape() | {
         "pattern": pattern,
         "experts": layers_with_experts(ask, ask("moe_layer_freq")),
@@ -366,6 +373,24 @@ def test_megatron_has_no_bridge_for_deepseek(tmp_path):
     tiny_model(index_share_pattern="FFFF", **DEEPSEEK).save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(ConversionError, match="has no bridge for deepseek_v32 that loads indexers"):
         export(tmp_path / "checkpoint", tmp_path / "out", "megatron")
+
+
+@pytest.mark.parametrize("engine", READERS)
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configs_are_read_as_what_they_are(name, engine):
+    fields = convert_config(RELEASED[name], None, None, AUTO_MAP, name)
+    config, native = load_config(fields, name), _native_fields(fields, name)
+    contents = Contents((), mtp_layers=1, is_quantised="quantization_config" in fields, dtype="bfloat16")
+    if engine == "megatron" and (contents.is_quantised or native["model_type"] == "deepseek_v32"):
+        with pytest.raises(ConversionError, match=r"has no bridge for deepseek_v32|quantised weights, which"):
+            ENGINES[engine].config(native, config, contents, name)
+        return
+    read = READERS[engine](Fields(ENGINES[engine].config(native, config, contents, name)))
+    ours = as_ours(config) | {"dtype": "bfloat16", "tied": False}
+    share = fields.get("index_share_for_mtp_iteration", False)
+    ours["mtp"] = (0, False) if engine == "megatron" else (1, share)
+    ours["rope"], read["rope"] = as_one_rope(ours["rope"]), as_one_rope(read["rope"])
+    assert read == ours
 
 
 def test_no_choice_of_groups_is_spelled_as_one_group(exported):
