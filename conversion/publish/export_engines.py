@@ -166,13 +166,16 @@ def _implied_fields(config: IndexCacheConfig, contents: Contents, native: dict[s
 
 
 def _expert_schedule(config: IndexCacheConfig) -> tuple[int, int] | None:
-    """(leading dense layers, one layer with experts in so many), or None where no such pair gives the layers."""
+    """(leading dense layers, one layer with experts in so many), or None where no such pair gives the layers.
+
+    The config's own pair where it does; `mlp_layer_types` may say something else.
+    """
     kinds = [kind == "sparse" for kind in config.mlp_layer_types or []]
-    layers = range(len(kinds))
-    for every in range(1, len(kinds) + 1):
-        for leading in range(len(kinds) + 1):
-            if kinds == [layer >= leading and layer % every == 0 for layer in layers]:
-                return leading, every
+    first = kinds.index(True) if True in kinds else len(kinds)
+    own = (config.first_k_dense_replace, config.moe_layer_freq)
+    for leading, every in (own, *((first, every) for every in range(1, len(kinds) + 1))):
+        if every > 0 and kinds == [layer >= leading and layer % every == 0 for layer in range(len(kinds))]:
+            return leading, every
     return None
 
 

@@ -393,6 +393,18 @@ def test_released_configs_are_read_as_what_they_are(name, engine):
     assert read == ours
 
 
+@pytest.mark.parametrize(
+    ("kinds", "written"),
+    [("DSSS", (1, 1)), ("DDDS", (3, 1)), ("DDDD", (4, 1)), ("SSSS", (0, 1)), ("SDSD", (0, 2)), ("DDSD", (2, 2))],
+)
+@pytest.mark.parametrize("own", [{}, {"first_k_dense_replace": 0, "moe_layer_freq": 0}])
+def test_layers_with_experts_are_spelled_for_engines_that_read_no_list(exported, kinds, written, own):
+    layers = [{"D": "dense", "S": "sparse"}[kind] for kind in kinds]
+    fields, _ = exported("vllm", mlp_layer_types=layers, **GLM, **own)
+    assert (fields["first_k_dense_replace"], fields["moe_layer_freq"]) == written
+    assert layers_with_experts(Fields(fields), fields["moe_layer_freq"]) == [kind == "S" for kind in kinds]
+
+
 def test_no_choice_of_groups_is_spelled_as_one_group(exported):
     for engine in ENGINES:
         fields, _ = exported(engine, n_group=None, topk_group=None, **GLM)
