@@ -203,8 +203,8 @@ def _spell_for_megatron(model_type: str, pattern: SharePattern) -> dict[str, Any
     """
     if model_type == "deepseek_v32":
         raise ConversionError(
-            "Megatron-Bridge has no bridge for deepseek_v32 that loads indexers: its release has none, and those of "
-            "its repository map no indexer weight and read no field of sharing: export it for another engine"
+            "Megatron-Bridge has no bridge for deepseek_v32 in its release (0.6.2), and those that its repository has "
+            "held read no field of sharing: export it for another engine"
         )
     layers = range(1, len(pattern) + 1)
     for freq in layers:
