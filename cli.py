@@ -26,6 +26,7 @@ from .distillation.command import RENAMED as RENAMED_IN_DISTILL
 from .distillation.command import distill
 from .evaluation.command import evaluate
 from .pattern_search.command import search
+from .planning.command import plan
 from .runs.arguments import LARGEST_SEED, AsJson, Revision, Token, finite, takes_old_names
 from .runs.command_line import fail, print_json, show
 
@@ -241,6 +242,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "convert": convert,
     "verify": verify,
     "inspect": inspect,
+    "plan": plan,
     "search": search,
     "eval": evaluate,
     "distill": distill,

@@ -9,22 +9,23 @@ import typer
 
 from ..runs.arguments import (
     DATA_HELP,
-    DATA_PANEL,
-    RUN_PANEL,
     AsJson,
     DataSplit,
     Revision,
     Seqlen,
     TextField,
     Token,
+    data_option,
     finite,
+    in_panel,
+    run_option,
 )
 from ..runs.command_line import print_json, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_WHAT, _STAGES = "Pattern", "Training"
+_pattern, _training = in_panel("Pattern"), in_panel("Training")
 # What options were called in 0.1.
 RENAMED = {
     "--rise": "--warmup-ratio",
@@ -39,162 +40,87 @@ RENAMED = {
 def distill(
     source: Annotated[str, typer.Argument(help="DSA, IndexCache or dense MLA checkpoint: a folder, or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write.")],
-    data: Annotated[
-        str,
-        typer.Option(help=DATA_HELP, rich_help_panel=DATA_PANEL),
-    ],
-    pattern: Annotated[
-        str | None,
-        typer.Option(help="One letter per layer: F runs its indexer, S shares.", rich_help_panel=_WHAT),
-    ] = None,
-    pattern_file: Annotated[
-        Path | None, typer.Option(help="JSON that the pattern search wrote.", rich_help_panel=_WHAT)
-    ] = None,
+    data: Annotated[str, data_option(help=DATA_HELP)],
+    pattern: Annotated[str | None, _pattern(help="One letter per layer: F runs its indexer, S shares.")] = None,
+    pattern_file: Annotated[Path | None, _pattern(help="JSON that the pattern search wrote.")] = None,
     keep: Annotated[
         str | None,
-        typer.Option(
-            help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which of its patterns.",
-            rich_help_panel=_WHAT,
-        ),
+        _pattern(help="Evenly spaced full layers: 1/4, 0.25 or a count. With --pattern-file: which of its patterns."),
     ] = None,
     index_topk: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of a dense source: keys selected per query (2048).", rich_help_panel=_WHAT),
+        int | None, _pattern(min=1, help="Of a dense source: keys selected per query (2048).")
     ] = None,
-    index_n_heads: Annotated[
-        int | None, typer.Option(min=1, help="Of a dense source: indexer heads (32).", rich_help_panel=_WHAT)
-    ] = None,
+    index_n_heads: Annotated[int | None, _pattern(min=1, help="Of a dense source: indexer heads (32).")] = None,
     index_head_dim: Annotated[
-        int | None,
-        typer.Option(min=1, help="Of a dense source: width of an indexer head (128).", rich_help_panel=_WHAT),
+        int | None, _pattern(min=1, help="Of a dense source: width of an indexer head (128).")
     ] = None,
     dense_steps: Annotated[
-        int,
-        typer.Option(min=0, help="Warm-up steps: attention is dense, only indexers learn.", rich_help_panel=_STAGES),
+        int, _training(min=0, help="Warm-up steps: attention is dense, only indexers learn.")
     ] = 1000,
     sparse_steps: Annotated[
-        int,
-        typer.Option(min=0, help="Steps after it: attention is sparse, everything learns.", rich_help_panel=_STAGES),
+        int, _training(min=0, help="Steps after it: attention is sparse, everything learns.")
     ] = 4000,
     dense_learning_rate: Annotated[
-        float, typer.Option(callback=finite, help="Of the indexers in the warm-up stage.", rich_help_panel=_STAGES)
+        float, _training(callback=finite, help="Of the indexers in the warm-up stage.")
     ] = 1e-3,
     learning_rate: Annotated[
-        float, typer.Option(callback=finite, help="Of everything else in the sparse stage.", rich_help_panel=_STAGES)
+        float, _training(callback=finite, help="Of everything else in the sparse stage.")
     ] = 7.3e-6,
     indexer_learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            callback=finite,
-            help="Of the indexers in the sparse stage. Default: --learning-rate.",
-            rich_help_panel=_STAGES,
-        ),
+        float | None, _training(callback=finite, help="Of the indexers in the sparse stage. Default: --learning-rate.")
     ] = None,
     lr_scheduler_type: Annotated[
         Literal["cosine", "linear", "constant_with_warmup"],
-        typer.Option(help="Learning rate schedule of each stage, after its linear warm-up.", rich_help_panel=_STAGES),
+        _training(help="Learning rate schedule of each stage, after its linear warm-up."),
     ] = "cosine",
     warmup_ratio: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            callback=finite,
-            help="Share of each stage in which learning rates rise.",
-            rich_help_panel=_STAGES,
-        ),
+        float, _training(min=0, max=1, callback=finite, help="Share of each stage in which learning rates rise.")
     ] = 0.03,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows per process and micro-batch.", rich_help_panel=_STAGES)
-    ] = 1,
-    gradient_accumulation_steps: Annotated[
-        int, typer.Option(min=1, help="Micro-batches per optimiser step.", rich_help_panel=_STAGES)
-    ] = 1,
+    batch_size: Annotated[int, _training(min=1, help="Windows per process and micro-batch.")] = 1,
+    gradient_accumulation_steps: Annotated[int, _training(min=1, help="Micro-batches per optimiser step.")] = 1,
     cross_layer: Annotated[
-        bool,
-        typer.Option(
-            help="Full layers learn from all layers they serve, not only from themselves.", rich_help_panel=_STAGES
-        ),
+        bool, _training(help="Full layers learn from all layers they serve, not only from themselves.")
     ] = True,
-    kl_weight: Annotated[
-        float,
-        typer.Option(callback=finite, help="Weight of the KL divergence beside the loss.", rich_help_panel=_STAGES),
-    ] = 1.0,
-    weight_decay: Annotated[
-        float, typer.Option(min=0, callback=finite, help="Of AdamW.", rich_help_panel=_STAGES)
-    ] = 0.0,
-    max_grad_norm: Annotated[
-        float, typer.Option(callback=finite, help="Gradients are clipped to this norm.", rich_help_panel=_STAGES)
-    ] = 1.0,
+    kl_weight: Annotated[float, _training(callback=finite, help="Weight of the KL divergence beside the loss.")] = 1.0,
+    weight_decay: Annotated[float, _training(min=0, callback=finite, help="Of AdamW.")] = 0.0,
+    max_grad_norm: Annotated[float, _training(callback=finite, help="Gradients are clipped to this norm.")] = 1.0,
     precision: Annotated[
-        Literal["bf16", "fp32"],
-        typer.Option(help="Of the computation; weights and optimiser state are fp32.", rich_help_panel=_STAGES),
+        Literal["bf16", "fp32"], _training(help="Of the computation; weights and optimiser state are fp32.")
     ] = "bf16",
-    gradient_checkpointing: Annotated[
-        bool, typer.Option(help="Recompute activations: less memory, more time.", rich_help_panel=_STAGES)
-    ] = True,
+    gradient_checkpointing: Annotated[bool, _training(help="Recompute activations: less memory, more time.")] = True,
     cuda_graph: Annotated[
         bool,
-        typer.Option(
+        _training(
             "--cuda-graph",
             help="Replay steps as CUDA graphs: for small models, whose kernels take longer to launch than to run.",
-            rich_help_panel=_STAGES,
         ),
     ] = False,
     lora_rank: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Train adapters of this rank in place of all weights but the indexers' (needs peft).",
-            rich_help_panel=_STAGES,
-        ),
+        _training(min=1, help="Train adapters of this rank in place of all weights but the indexers' (needs peft)."),
     ] = None,
-    held_out: Annotated[
-        str | None, typer.Option(help="Data to evaluate on before and after training.", rich_help_panel=DATA_PANEL)
-    ] = None,
+    held_out: Annotated[str | None, data_option(help="Data to evaluate on before and after training.")] = None,
     seqlen: Seqlen = None,
     isolate_documents: Annotated[
-        bool,
-        typer.Option(
-            "--isolate-documents",
-            help="Documents in a window do not see each other.",
-            rich_help_panel=DATA_PANEL,
-        ),
+        bool, data_option("--isolate-documents", help="Documents in a window do not see each other.")
     ] = False,
     held_out_samples: Annotated[
-        int | None,
-        typer.Option(min=1, help="Held-out windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
+        int | None, data_option(min=1, help="Held-out windows. Default: 16, or all of a file.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of new indexers and of the order of windows.", rich_help_panel=DATA_PANEL)
-    ] = 0,
+    seed: Annotated[int, data_option(min=0, help="Of new indexers and of the order of windows.")] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
-    logging_steps: Annotated[
-        int, typer.Option(min=1, help="Steps between log entries.", rich_help_panel=RUN_PANEL)
-    ] = 10,
-    save_steps: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RUN_PANEL)
-    ] = 200,
-    tensorboard: Annotated[
-        bool, typer.Option(help="Write runs/ where TensorBoard is installed.", rich_help_panel=RUN_PANEL)
-    ] = True,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the last checkpoint.", rich_help_panel=RUN_PANEL)
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Discard it and start anew.", rich_help_panel=RUN_PANEL)
-    ] = False,
-    keep_checkpoints: Annotated[
-        bool, typer.Option("--keep-checkpoints", help="Keep training/ when done.", rich_help_panel=RUN_PANEL)
-    ] = False,
+    logging_steps: Annotated[int, run_option(min=1, help="Steps between log entries.")] = 10,
+    save_steps: Annotated[int, run_option(min=1, help="Steps between checkpoints.")] = 200,
+    tensorboard: Annotated[bool, run_option(help="Write runs/ where TensorBoard is installed.")] = True,
+    resume: Annotated[bool, run_option("--resume", help="Continue from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, run_option("--overwrite", help="Discard it and start anew.")] = False,
+    keep_checkpoints: Annotated[bool, run_option("--keep-checkpoints", help="Keep training/ when done.")] = False,
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
-        typer.Option(help="Of the written weights. auto: the source's.", rich_help_panel=RUN_PANEL),
+        run_option(help="Of the written weights. auto: the source's."),
     ] = "auto",
-    device: Annotated[
-        Literal["cpu"] | None, typer.Option(help="cpu: do not use the GPU.", rich_help_panel=RUN_PANEL)
-    ] = None,
+    device: Annotated[Literal["cpu"] | None, run_option(help="cpu: do not use the GPU.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Then push to this Hub repository.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new Hub repository private.")] = False,
     revision: Revision = None,
@@ -205,7 +131,7 @@ def distill(
 
     Writes an IndexCache checkpoint. Dense MLA models (glm4_moe_lite, deepseek_v3) get new indexers. After an
     interruption repeat the command with --resume. `accelerate launch -m indexcache.cli distill ...` spreads it over
-    GPUs, with FSDP where accelerate is told so.
+    GPUs, with FSDP where accelerate is configured so.
     """
     from ..runs.errors import RunError
     from ..runs.monitor import Monitor, TerminalMonitor

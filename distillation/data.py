@@ -1,11 +1,10 @@
 """Training data: windows of tokens, read once in order, from text, JSONL, a dataset or a file of windows.
 
-Legend: N windows, L tokens a window.
+Legend: N windows, L tokens per window.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from ..runs.windows.window_sources import (
     windows_named,
     windows_of_file,
 )
-from ..runs.windows.windows import Windows
+from ..runs.windows.windows import Windows, refuse_foreign_tokens, tokens_sha256
 from .recipe import Recipe
 
 IGNORED = -100
@@ -68,11 +67,7 @@ class TrainingWindows(Dataset):
 
     def sha256(self) -> str:
         """A hash of the tokens and the documents' starts."""
-        digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        digest.update(self.ids.contiguous().numpy().tobytes())
-        if self.starts is not None:
-            digest.update(self.starts.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return tokens_sha256(self.ids, self.starts)
 
 
 def load_training_data(
@@ -92,7 +87,7 @@ def load_training_data(
         held_out: the same, for the evaluation before and after.
         config: of the model: `index_topk`, `max_position_embeddings`, `vocab_size`.
         tokenizer: for text; None will do for windows.
-        recipe: steps, batches, tokens a window.
+        recipe: steps, batches, tokens per window.
         sampling: `split` and `text_field` of the data, `nsamples` and `seed` of the held-out windows.
         processes: how many share a step.
         on_tokens: called with the tokens read so far.
@@ -109,7 +104,7 @@ def load_training_data(
             )
         found = windows_of_file(*named, Sampling(seqlen=recipe.seqlen), None)
         # Before the cast, which would take 2**32 off a token until the model knows it.
-        _check_vocabulary(found.ids, config.vocab_size, data)
+        refuse_foreign_tokens(found.ids, config.vocab_size, f"{data} holds")
         windows = TrainingWindows(found.ids.to(torch.int32), None, found.origin)
     else:
         documents = documents_of(data, tokenizer, split=sampling.split, field=sampling.text_field)
@@ -121,11 +116,11 @@ def load_training_data(
             f"{recipe.batch_size * processes} of one micro-batch: give more data, or a smaller --batch-size or "
             "--seqlen"
         )
-    _check_vocabulary(windows.ids, config.vocab_size, data)
+    refuse_foreign_tokens(windows.ids, config.vocab_size, f"{data} holds")
     if held_out is None:
         return windows, None
     checks = read_windows(held_out, tokenizer, sampling, windows.seqlen, sampling.nsamples or DEFAULT_SAMPLES)
-    _check_vocabulary(checks.ids, config.vocab_size, held_out)
+    refuse_foreign_tokens(checks.ids, config.vocab_size, f"{held_out} holds")
     trained = {row.numpy().tobytes() for row in windows.ids}
     both = sum(row.to(torch.int32).numpy().tobytes() in trained for row in checks.ids)
     if both:
@@ -182,12 +177,3 @@ def pack_documents(
     marks = marks.view(count, size)
     marks[:, 0] = True
     return TrainingWindows(ids, marks, origin)
-
-
-def _check_vocabulary(ids: torch.Tensor, vocab_size: int, origin: str) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
-        raise RunError(
-            f"{origin} holds tokens {low} .. {high}, the model knows 0 .. {vocab_size - 1}: the windows were made "
-            "with another tokenizer"
-        )

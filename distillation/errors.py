@@ -1,4 +1,4 @@
-"""What the person who runs a distillation can mend."""
+"""What the person who runs a distillation can fix."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class DistillationDiverged(RunError):
     """The loss, the gradient or the weights are no longer finite, or the loss rose far above its start.
 
     Args:
-        message: what became of what, at which step, and the mend.
-        weights_are_sound: the step did not reach the weights; False: the model that is in memory is spoilt.
+        message: what became of what, at which step, and the fix.
+        weights_are_sound: the step did not reach the weights; False: the model in memory is damaged.
     """
 
     def __init__(self, message: str, weights_are_sound: bool = True) -> None:
@@ -34,7 +34,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         folder: written to, and named.
 
     Raises:
-        OSError: with the system's number where the writer tells it.
+        OSError: with the system's number where the writer gives it.
     """
     try:
         yield
@@ -43,9 +43,9 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(folder)) from error
     except (SafetensorError, RuntimeError) as error:
-        told = re.search(r"\(os error (\d+)\)", str(error))
-        if told is not None and "serializ" in str(error):
-            number = int(told[1])
+        named = re.search(r"\(os error (\d+)\)", str(error))
+        if named is not None and "serializ" in str(error):
+            number = int(named[1])
         elif isinstance(error, RuntimeError) and re.search(r"PytorchStreamWriter|inline_container", str(error)):
             cause = error.__context__
             number = cause.errno or 0 if isinstance(cause, OSError) else 0

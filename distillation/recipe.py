@@ -29,9 +29,9 @@ class Recipe:
         indexer_learning_rate: of the indexers there; `learning_rate` when None.
         schedule: of the rates in each stage, after a linear rise.
         rise: share of a stage's steps in which its rate rises.
-        batch_size: windows a process and micro-batch.
-        accumulation: micro-batches a step.
-        seqlen: tokens a window; None for 32 times top-k, or for what a file of windows holds.
+        batch_size: windows per process and micro-batch.
+        accumulation: micro-batches per step.
+        seqlen: tokens per window; None for 32 times top-k, or for what a file of windows holds.
         isolate_documents: documents packed into one window do not see each other.
         cross_layer: full layers learn from every layer that they serve; False: from themselves alone (ablation).
         kl_weight: factor of the divergence beside the language-model loss.
@@ -99,7 +99,7 @@ class Recipe:
             self._check_graph()
 
     def _check_rates(self) -> None:
-        """No number that turns weights into NaN, or gradients around."""
+        """No number that makes weights NaN, or reverses gradients."""
         for name in ("dense_learning_rate", "learning_rate", "indexer_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

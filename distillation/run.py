@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,7 @@ from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as transformers_logging
 
-from ..conversion.convert.journal import (
-    RECIPE_FILE,
-    Journal,
-    check_apart,
-    output_state,
-    take_output,
-)
+from ..conversion.convert.journal import RECIPE_FILE, Journal, check_apart, output_state, take_output
 from ..conversion.io.shard_writer import write_json
 from ..conversion.io.sources import ConversionError, FolderSource
 from ..evaluation.perplexity import evaluate_windows, largest_weight
@@ -50,6 +44,39 @@ from .training.sharded_training import gather_whole_states
 from .training.trainer import DistillationTrainer, freeze_for, training_arguments
 
 BEFORE_FILE, TENSORBOARD_FOLDER = "before.json", "runs"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every part of a distillation reads.
+
+    Attributes:
+        source: what is trained.
+        recipe: how.
+        run: where it reads and writes.
+        windows: to train on.
+        held_out: to score on, or None.
+        monitor: shows progress; a silent one in all processes but the first.
+        processes: who shares the work.
+    """
+
+    source: DistillationSource
+    recipe: Recipe
+    run: DistillationRun
+    windows: TrainingWindows
+    held_out: Windows | None
+    monitor: Monitor
+    processes: Processes
+
+    @property
+    def training(self) -> Path:
+        """The folder of the stages' checkpoints."""
+        return self.run.output / TRAINING_FOLDER
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it runs on the CPU."""
+        return self.run.device == "cpu" or not torch.cuda.is_available()
 
 
 def run_distillation(
@@ -84,30 +111,27 @@ def run_distillation(
     journal = Journal(run.output, {**document, "repo_id": run.repo_id, "source files": source_fingerprints(source)})
     if processes.share(processes.is_first and _begin(run, journal, document)):
         return _read_object(run.output / RECIPE_FILE)
-    _say_start(quiet, source, recipe, windows, processes)
-    training = run.output / TRAINING_FOLDER
-    scores: dict[str, Any] = {}
+    work = _Work(source, recipe, run, windows, held_out, quiet, processes)
+    _say_start(work)
     transformers_logging.disable_progress_bar()
     with quiet, disk_errors(run.output):
-        if held_out is not None:
-            scores |= _before(source, recipe, run, held_out, training, processes)
+        scores = {} if held_out is None else _before(work)
         found: Path | None = None
         for stage in recipe.stages:
-            found = _train_stage(stage, source, recipe, run, windows, found, quiet, processes)
+            found = _train_stage(stage, work, found)
         if processes.is_first:
             assert found is not None
-            logs = {stage: _log(latest_checkpoint(training / stage)[0]) for stage in recipe.stages}
+            logs = {stage: _log(latest_checkpoint(work.training / stage)[0]) for stage in recipe.stages}
 
             def score(model: IndexCacheForCausalLM) -> None:
                 if held_out is not None:
-                    scores["after"] = _scores(model, held_out, run)
+                    scores["after"] = _scores(model, work)
 
             quiet.note("writing the checkpoint")
-            found = _merged(source, recipe, found, training, quiet)
-            write_checkpoint(found, source, run, document, scores, logs, score)
+            write_checkpoint(_merged(work, found), source, run, document, scores, logs, score)
             journal.remove()
             if not run.keep_checkpoints:
-                shutil.rmtree(training, ignore_errors=True)
+                shutil.rmtree(work.training, ignore_errors=True)
     processes.wait()
     return _read_object(run.output / RECIPE_FILE)
 
@@ -136,38 +160,25 @@ def _begin(run: DistillationRun, journal: Journal, document: dict[str, Any]) -> 
     return False
 
 
-def _say_start(
-    monitor: Monitor,
-    source: DistillationSource,
-    recipe: Recipe,
-    windows: TrainingWindows,
-    processes: Processes,
-) -> None:
-    step = recipe.batch_size * recipe.accumulation * processes.count
+def _say_start(work: _Work) -> None:
+    recipe, windows = work.recipe, work.windows
+    step = recipe.batch_size * recipe.accumulation * work.processes.count
     stages = " + ".join(f"{recipe.steps(stage):,} {stage}" for stage in recipe.stages)
     needed = step * (recipe.dense_steps + recipe.sparse_steps)
     passes = f", {needed / len(windows):.1f} passes" if needed > len(windows) else ""
-    monitor.note(
-        f"{source.location}: pattern {source.pattern}; {stages} steps of {step * windows.seqlen:,} tokens from "
-        f"{len(windows):,} windows of {windows.seqlen:,}{passes}"
+    work.monitor.note(
+        f"{work.source.location}: pattern {work.source.pattern}; {stages} steps of {step * windows.seqlen:,} tokens "
+        f"from {len(windows):,} windows of {windows.seqlen:,}{passes}"
     )
 
 
 # ---- stages -------------------------------------------------------------------------------------------------------
 
 
-def _train_stage(
-    stage: str,
-    source: DistillationSource,
-    recipe: Recipe,
-    run: DistillationRun,
-    windows: TrainingWindows,
-    earlier: Path | None,
-    monitor: Monitor,
-    processes: Processes,
-) -> Path:
-    """Train one stage to its last step; the checkpoint it ends with."""
-    folder = run.output / TRAINING_FOLDER / stage
+def _train_stage(stage: str, work: _Work, earlier: Path | None) -> Path:
+    """Train one stage to its last step, after that which ended with `earlier`; the checkpoint it ends with."""
+    recipe, run, monitor, processes = work.recipe, work.run, work.monitor, work.processes
+    folder = work.training / stage
     checkpoint, done = processes.share(latest_checkpoint(folder))
     if checkpoint is not None and done >= recipe.steps(stage):
         monitor.note(f"{stage} stage: done before")
@@ -175,14 +186,14 @@ def _train_stage(
     if checkpoint is not None:
         monitor.note(f"{stage} stage: going on from step {done}")
     set_seed(recipe.seed)
-    model, new = _load(source, recipe, checkpoint, earlier)
+    model, new = _load(work, checkpoint, earlier)
     if new:
-        monitor.note(f"layers {', '.join(map(str, new))} get new indexers")
-    if new and stage == SPARSE:
-        raise RunError(
-            f"layers {', '.join(map(str, new))} have no indexers yet, and without a warm-up they would select at "
-            "random: give --dense-steps"
-        )
+        layers = f"layers {', '.join(map(str, new))}"
+        monitor.note(f"{layers} get new indexers")
+        if stage == SPARSE:
+            raise RunError(
+                f"{layers} have no indexers yet, and without a warm-up they would select at random: give --dense-steps"
+            )
     if stage == SPARSE and recipe.lora_rank is not None and checkpoint is None:
         add_adapters(model, recipe.lora_rank)
     if recipe.cuda_graph:
@@ -193,29 +204,21 @@ def _train_stage(
     freeze_for(stage, model, adapters_only=recipe.lora_rank is not None)
     callbacks: list[Any] = [RecordKeeper(stage, folder, monitor, done)]
     if run.tensorboard and processes.is_first:
-        callbacks += [
-            found for found in [tensorboard_callback(run.output / TENSORBOARD_FOLDER / stage, done)] if found
-        ]
+        callbacks += filter(None, [tensorboard_callback(run.output / TENSORBOARD_FOLDER / stage, done)])
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = DistillationTrainer(
-        model,
-        stage,
-        recipe,
-        training_arguments(stage, recipe, folder, use_cpu=run.device == "cpu" or not torch.cuda.is_available()),
-        windows,
-        callbacks=callbacks,
-    )
+    arguments = training_arguments(stage, recipe, folder, use_cpu=work.on_cpu)
+    trainer = DistillationTrainer(model, stage, recipe, arguments, work.windows, callbacks=callbacks)
     if trainer.is_fsdp_enabled:
         gather_whole_states(trainer.accelerator.state.fsdp_plugin)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except DistillationDiverged as error:
-        about = f"{source.location} on {run.data}: {error}"
+        about = f"{work.source.location} on {run.data}: {error}"
         if trainer.state.global_step == 0 and error.weights_are_sound:
             about += f". At the first step it may be the checkpoint: {largest_weight(model)}"
         raise DistillationDiverged(f"{about}. {_what_is_left(error, trainer, folder)}") from None
     except torch.OutOfMemoryError as error:
-        raise RunError(_out_of_memory(recipe, windows, stage)) from error
+        raise RunError(_out_of_memory(work, stage)) from error
     checkpoint, done = processes.share(latest_checkpoint(folder))
     if checkpoint is None or done < recipe.steps(stage):
         raise RunError(f"the {stage} stage ended at step {done} of {recipe.steps(stage)}: run with --resume")
@@ -233,33 +236,31 @@ def _what_is_left(error: DistillationDiverged, trainer: DistillationTrainer, fol
     return f"The last checkpoint before it is {checkpoint}" if checkpoint else "There is no checkpoint before it"
 
 
-def _load(
-    source: DistillationSource, recipe: Recipe, checkpoint: Path | None, earlier: Path | None
-) -> tuple[IndexCacheForCausalLM, list[int]]:
+def _load(work: _Work, checkpoint: Path | None, earlier: Path | None) -> tuple[IndexCacheForCausalLM, list[int]]:
     """The fp32 model of a checkpoint, or of what the stage begins with; and the layers with new indexers."""
     if checkpoint is not None and not (checkpoint / ADAPTERS_FILE).exists():
         return load_with_new_indexers(checkpoint, dtype=torch.float32)
     if earlier is None:
-        model, new = source.load(torch.float32)
+        model, new = work.source.load(torch.float32)
     else:
         model, new = load_with_new_indexers(earlier, dtype=torch.float32)
     if checkpoint is not None:
-        assert recipe.lora_rank is not None
-        add_adapters(model, recipe.lora_rank)
+        assert work.recipe.lora_rank is not None
+        add_adapters(model, work.recipe.lora_rank)
         load_adapters(model, checkpoint)
     return model, new
 
 
-def _merged(source: DistillationSource, recipe: Recipe, checkpoint: Path, training: Path, monitor: Monitor) -> Path:
-    """The last stage's checkpoint as a whole model: adapters are merged into the weights that they stood on."""
+def _merged(work: _Work, checkpoint: Path) -> Path:
+    """The last stage's checkpoint as a whole model: adapters are merged into the weights that they adapt."""
     if not (checkpoint / ADAPTERS_FILE).exists():
         return checkpoint
-    monitor.note("merging the adapters")
-    earlier = latest_checkpoint(training / DENSE)[0] if DENSE in recipe.stages else None
-    model, _ = _load(source, recipe, checkpoint, earlier)
+    work.monitor.note("merging the adapters")
+    earlier = latest_checkpoint(work.training / DENSE)[0] if DENSE in work.recipe.stages else None
+    model, _ = _load(work, checkpoint, earlier)
     merge_adapters(model)
-    model.save_pretrained(training / "merged")
-    return training / "merged"
+    model.save_pretrained(work.training / "merged")
+    return work.training / "merged"
 
 
 def _log(checkpoint: Path | None) -> list[dict[str, Any]]:
@@ -282,7 +283,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
+def _out_of_memory(work: _Work, stage: str) -> str:
+    recipe, windows = work.recipe, work.windows
     knobs = []
     if recipe.batch_size > 1:
         batch_size, accumulation = max(1, recipe.batch_size // 2), recipe.accumulation * 2
@@ -303,41 +305,31 @@ def _out_of_memory(recipe: Recipe, windows: TrainingWindows, stage: str) -> str:
 # ---- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def _before(
-    source: DistillationSource,
-    recipe: Recipe,
-    run: DistillationRun,
-    held_out: Windows,
-    training: Path,
-    processes: Processes,
-) -> dict[str, Any]:
+def _before(work: _Work) -> dict[str, Any]:
     """The scores of the source, and of the pattern untrained; written down, so that a resumed run keeps them."""
-    path = training / BEFORE_FILE
+    source, path = work.source, work.training / BEFORE_FILE
     scores: dict[str, Any] = {}
-    if processes.is_first and path.exists():
+    if work.processes.is_first and path.exists():
         scores = _read_object(path)
-    elif processes.is_first:
-        dtype = source.written_dtype(run.dtype)
+    elif work.processes.is_first:
+        dtype = source.written_dtype(work.run.dtype)
         untrained = source.load_untrained(dtype)
         same = not source.is_dense and untrained.config.share_pattern == source.pattern
-        scores["source"] = _scores(untrained, held_out, run)
+        scores["source"] = _scores(untrained, work)
         del untrained
-        set_seed(recipe.seed)
+        set_seed(work.recipe.seed)
         model, new = source.load(dtype)
         if not new and not same:
-            scores["before"] = _scores(model, held_out, run)
-        training.mkdir(parents=True, exist_ok=True)
+            scores["before"] = _scores(model, work)
+        work.training.mkdir(parents=True, exist_ok=True)
         write_json(path, scores)
-    processes.wait()
+    work.processes.wait()
     return scores
 
 
-def _scores(model: IndexCacheForCausalLM, held_out: Windows, run: DistillationRun) -> dict[str, Any]:
-    device = "cpu" if run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-    found = evaluate_windows(
-        model.to(device).eval(),  # type: ignore[arg-type]
-        held_out.ids,
-        held_out.recall,
-    )
-    model.to("cpu")  # type: ignore[arg-type]
+def _scores(model: Any, work: _Work) -> dict[str, Any]:
+    assert work.held_out is not None
+    model.to("cpu" if work.on_cpu else "cuda").eval()
+    found = evaluate_windows(model, work.held_out.ids, work.held_out.recall)
+    model.to("cpu")
     return {name: value for name, value in asdict(found).items() if value is not None}

@@ -109,16 +109,9 @@ def open_distillation_source(
     revision: str | None = None,
     token: str | None = None,
 ) -> DistillationSource:
-    """Read a source's config and decide what it becomes.
+    """Read the config of a folder or a Hub id and decide what it becomes.
 
-    Args:
-        source: a folder or a Hub id.
-        pattern: see `choose_pattern`.
-        pattern_file: likewise.
-        keep: likewise.
-        indexer: shape of new indexers, for dense sources only.
-        revision: of a Hub source.
-        token: for the Hub.
+    `pattern`, `pattern_file` and `keep` are those of `choose_pattern`; an `indexer` shape is for dense sources only.
 
     Raises:
         ConversionError: an unknown family, a config that does not validate, a checkpoint that is not whole.

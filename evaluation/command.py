@@ -7,11 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
-    DATA_PANEL,
-    RUN_PANEL,
     AsJson,
     DataSplit,
     Device,
@@ -23,10 +20,13 @@ from ..runs.arguments import (
     Seqlen,
     TextField,
     Token,
+    data_option,
+    in_panel,
+    run_option,
 )
-from ..runs.command_line import print_json
+from ..runs.command_line import draw_page, print_json, show_result
 
-_RETRIEVAL = "Retrieval"
+_retrieval = in_panel("Retrieval")
 
 
 def evaluate(
@@ -43,42 +43,23 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder for evaluation.json, journal, pictures and report.")] = Path(
         "indexcache_eval"
     ),
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help=DATA_HELP,
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = None,
+    data: Annotated[str | None, data_option(help=DATA_HELP)] = None,
     seqlen: Seqlen = None,
-    nsamples: Annotated[
-        int | None,
-        typer.Option(min=1, help="Windows. Default: 16, or all of a file.", rich_help_panel=DATA_PANEL),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For the choice of windows and prompts.", rich_help_panel=DATA_PANEL)] = 0,
+    nsamples: Annotated[int | None, data_option(min=1, help="Windows. Default: 16, or all of a file.")] = None,
+    seed: Annotated[int, data_option(help="For the choice of windows and prompts.")] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
     prompt: Annotated[
         Literal["records", "passkey"],
-        typer.Option(
-            help="records: a fact at every depth, all asked for. passkey: one number in plain words.",
-            rich_help_panel=_RETRIEVAL,
-        ),
+        _retrieval(help="records: a fact at every depth, all asked for. passkey: one number in plain words."),
     ] = "records",
     length: Annotated[
-        list[int] | None,
-        typer.Option(min=1, help="Context length; repeat. Default: 8, 16, 32 x top-k.", rich_help_panel=_RETRIEVAL),
+        list[int] | None, _retrieval(min=1, help="Context length; repeat. Default: 8, 16, 32 x top-k.")
     ] = None,
-    depths: Annotated[
-        int, typer.Option(min=1, help="Number of depths, from start to end.", rich_help_panel=_RETRIEVAL)
-    ] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per length.", rich_help_panel=_RETRIEVAL)] = 8,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Windows or prompts per forward pass.", rich_help_panel=RUN_PANEL)
-    ] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the journal, or add to it.", rich_help_panel=RUN_PANEL)
-    ] = False,
+    depths: Annotated[int, _retrieval(min=1, help="Number of depths, from start to end.")] = 5,
+    samples: Annotated[int, _retrieval(min=1, help="Samples per length.")] = 8,
+    batch_size: Annotated[int, run_option(min=1, help="Windows or prompts per forward pass.")] = 1,
+    resume: Annotated[bool, run_option("--resume", help="Continue from the journal, or add to it.")] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -96,7 +77,7 @@ def evaluate(
     from ..runs.loading import Placement
     from ..runs.monitor import Monitor, TerminalMonitor
     from ..runs.windows.window_sources import Sampling
-    from .run import EvaluationOptions, run_evaluation
+    from .run import EVALUATION_FILE, EvaluationOptions, run_evaluation
 
     options = EvaluationOptions(
         tasks=tuple(task) if task else None,
@@ -121,16 +102,8 @@ def evaluate(
     from .report import draw_tables, write_report
 
     if pictures:
-        try:
-            write_report(document, output)
-        except ImportError:
-            if not as_json:
-                tell("no pictures: pip install matplotlib", err=True)
+        draw_page(lambda: write_report(document, output), as_json)
     if as_json:
         print_json(document)
-        return
-    from ..runs.pages.terminal import terminal
-
-    console = terminal()
-    console.print(draw_tables(document))
-    console.print(f"{output}: evaluation.json" + (", report.html" if (output / "report.html").exists() else ""))
+    else:
+        show_result(draw_tables(document), output, EVALUATION_FILE)

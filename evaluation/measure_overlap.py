@@ -33,7 +33,7 @@ def measure_overlap(
     Args:
         source: a DSA or IndexCache checkpoint: a folder or a Hub id.
         data: see `window_sources.py`.
-        seqlen: tokens a window; by default 32 times top-k.
+        seqlen: tokens per window; by default 32 times top-k.
         nsamples: windows.
         picture: where to write the heatmap.
         revision: of a Hub source.

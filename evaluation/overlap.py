@@ -48,7 +48,7 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
     Args:
         model: an IndexCache model.
         ids: integer tokens `[N, S]`, run one window at a time.
-        queries: how many queries a window, evenly spaced.
+        queries: how many queries per window, evenly spaced.
 
     Raises:
         ValueError: windows not longer than `index_topk`, so that every layer selects everything; or scores that are no

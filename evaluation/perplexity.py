@@ -1,10 +1,10 @@
-"""Language-model loss on fixed windows of tokens, with the tokens that must be recalled from far back told apart."""
+"""Language-model loss on fixed windows of tokens, those to be recalled from far back apart from the rest."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..conversion.io.sources import ConversionError
+from ..runs.windows.windows import refuse_foreign_tokens
 
 # Largest block of fp32 logits in bytes.
 LOGITS_BLOCK_BYTES = 64 * 2**20
@@ -127,6 +128,16 @@ def token_scores(
         model.train(was_training)
 
 
+def paired_rise(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float | None]:
+    """The mean difference of losses on the same windows, and its standard error; None for one window."""
+    differences = [loss - other for loss, other in zip(losses, base)]
+    count, mean = len(differences), math.fsum(differences) / len(differences)
+    if count < 2:
+        return mean, None
+    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
 def check_loss(loss: float, about: str, model: torch.nn.Module) -> None:
     """Refuse a mean loss in nats that is not finite, or of which fp64 holds no perplexity.
 
@@ -163,9 +174,4 @@ def _check(model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor 
     if recall_mask is not None and recall_mask.shape != ids.shape:
         raise ValueError(f"recall_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(recall_mask.shape)}")
     vocab = model.get_output_embeddings().weight.shape[0]
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(
-            f"ids hold tokens {low} .. {high}, the model knows 0 .. {vocab - 1}: the windows were made with another "
-            "tokenizer"
-        )
+    refuse_foreign_tokens(ids, vocab, "ids hold")

@@ -13,7 +13,7 @@ from ..runs.pages.page import facts, picture, table, write_page
 
 
 def label(document: dict[str, Any], number: int) -> str:
-    """What tells a column from the others: the checkpoint's name, the pattern, or both."""
+    """A column's label, the least that is unique: the checkpoint's name, the pattern, or both."""
     model = document["models"][number]
     several = len({(other["name"], other["sha256"]) for other in document["models"]}) > 1
     patterns = len({other["pattern"] for other in document["models"]}) > 1
@@ -29,19 +29,11 @@ def perplexity_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]
     head = ["model", "pattern", "full layers", "loss", "perplexity", "rise", *(["recall"] if has_recall else [])]
     rows = []
     for entry in scores:
-        model = document["models"][entry["model"]]
         rise = ""
         if "rise" in entry:
             error = entry.get("rise_standard_error")
             rise = f"{entry['rise']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
-        row = [
-            model["name"],
-            model["pattern"],
-            f"{model['full_layers']}/{model['num_layers']}",
-            f"{entry['loss']:.4f}",
-            f"{entry['perplexity']:.3f}",
-            rise,
-        ]
+        row = [*_column(document, entry), f"{entry['loss']:.4f}", f"{entry['perplexity']:.3f}", rise]
         if has_recall:
             row.append(f"{entry['recall']:.3f}" if "recall" in entry else "")
         rows.append(row)
@@ -54,16 +46,8 @@ def retrieval_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]
     head = ["model", "pattern", "full layers", *(f"{length:,}" for length in lengths)]
     rows = []
     for entry in document["retrieval"]:
-        model = document["models"][entry["model"]]
-        by_length = {at["length"]: at for at in entry["lengths"]}
-        rows.append(
-            [
-                model["name"],
-                model["pattern"],
-                f"{model['full_layers']}/{model['num_layers']}",
-                *(f"{by_length[length]['accuracy']:.1%}" if length in by_length else "" for length in lengths),
-            ]
-        )
+        found = {at["length"]: f"{at['accuracy']:.1%}" for at in entry["lengths"]}
+        rows.append([*_column(document, entry), *(found.get(length, "") for length in lengths)])
     return head, rows
 
 
@@ -71,16 +55,16 @@ def overlap_rows(document: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table of overlaps."""
     rows = []
     for entry in document["overlap"]:
-        model, neighbours, served = document["models"][entry["model"]], entry["neighbours"], entry["shared_layers"]
-        rows.append(
-            [
-                model["name"],
-                model["pattern"],
-                f"{sum(neighbours) / len(neighbours):.3f}" if neighbours else "",
-                "" if served is None else f"{served:.3f}",
-            ]
-        )
+        neighbours, served = entry["neighbours"], entry["shared_layers"]
+        mean = f"{sum(neighbours) / len(neighbours):.3f}" if neighbours else ""
+        rows.append([*_column(document, entry)[:2], mean, "" if served is None else f"{served:.3f}"])
     return ["model", "pattern", "neighbouring full layers", "shared layers with their source"], rows
+
+
+def _column(document: dict[str, Any], entry: dict[str, Any]) -> list[str]:
+    """Name, pattern and full layers of the model that an entry is about."""
+    model = document["models"][entry["model"]]
+    return [model["name"], model["pattern"], f"{model['full_layers']}/{model['num_layers']}"]
 
 
 SECTIONS = {

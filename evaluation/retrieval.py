@@ -1,13 +1,13 @@
 """Retrieval by context length and depth: facts are noted in a long text and asked for at its end.
 
 Two kinds of prompts. `records`: lines "note: mapi is jeqe." at every depth of one text, all asked for at its end in
-random order ("recall: mapi is"), so that one forward pass tests all depths. `passkey`: one number a text, told and
-asked for in plain words, one forward pass a depth (the test of Mohtashami and Jaggi 2023, arXiv 2305.16300).
+random order ("recall: mapi is"), so that one forward pass tests all depths. `passkey`: one number per text, stated
+and asked for in plain words, one forward pass per depth (the test of Mohtashami and Jaggi 2023, arXiv 2305.16300).
 
 An answer counts when every one of its tokens is the model's first choice given the tokens before it: exactly when
 greedy decoding would write it. So no generation is needed.
 
-Legend: B prompts of a batch, L tokens a prompt.
+Legend: B prompts of a batch, L tokens per prompt.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PromptMaker:
         self._filler = list(filler) if filler else self._encode(_FILLER)
 
     def make(self, length: int, sample: int, seed: int = 0) -> list[Prompt]:
-        """The prompts of one sample: one with all depths (`records`), or one a depth (`passkey`).
+        """The prompts of one sample: one with all depths (`records`), or one per depth (`passkey`).
 
         Raises:
             RunError: `length` tokens do not hold the facts and the questions.

@@ -30,15 +30,15 @@ from ..runs.output import prepare_output
 from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
-from ..runs.windows.windows import Windows
+from ..runs.windows.windows import Windows, refuse_foreign_tokens
 from .overlap import selection_overlap
-from .perplexity import check_loss, token_scores
+from .perplexity import check_loss, paired_rise, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
 
 FORMAT = "indexcache-evaluation/1"
 EVALUATION_FILE, JOURNAL_FILE, REPORT_FILE = "evaluation.json", "journal.jsonl", "report.html"
 TASKS = ("perplexity", "retrieval", "overlap")
-# Loss is told apart by so many parts of a window; context lengths of retrieval unless told, times top-k.
+# Parts of a window whose losses are listed; context lengths of retrieval by default, times top-k.
 POSITION_BINS, LENGTH_FACTORS = 8, (8, 16, 32)
 # Windows that overlap is measured on.
 OVERLAP_WINDOWS = 2
@@ -122,7 +122,7 @@ def run_evaluation(
         placement: where the models go.
         resume: go on from the journal in `output`.
         overwrite: forget it.
-        monitor: told how it goes.
+        monitor: shows progress.
 
     Returns:
         `models` (name, pattern and hash of each column), `perplexity`, `retrieval` and `overlap` (scores by model's
@@ -203,11 +203,7 @@ def _inputs(source: str, opened: OpenedCheckpoint, options: EvaluationOptions) -
         seqlen = options.sampling.seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
         count = options.sampling.nsamples or DEFAULT_SAMPLES
         windows = read_windows(options.data, tokenizer, options.sampling, seqlen, count)
-        if int(windows.ids.min()) < 0 or int(windows.ids.max()) >= config.vocab_size:
-            raise RunError(
-                f"{windows.origin} holds tokens {int(windows.ids.min())} .. {int(windows.ids.max())}, {source} knows "
-                f"0 .. {config.vocab_size - 1}: the windows were made with another tokenizer"
-            )
+        refuse_foreign_tokens(windows.ids, config.vocab_size, f"{windows.origin} holds", source)
         if "overlap" in options.wanted and windows.seqlen <= (config.index_topk or windows.seqlen):
             raise RunError(
                 f"--task overlap: windows of {windows.seqlen:,} tokens cannot tell selections apart, {source} selects "
@@ -241,7 +237,7 @@ def _prompts(
 
 
 def _names(sources: list[str]) -> list[str]:
-    """Short names, told apart by as much of the path as it takes."""
+    """Short names; whole paths where short ones are the same."""
     short = [Path(source).resolve().name if Path(source).exists() else source for source in sources]
     return [source if short.count(name) > 1 else name for source, name in zip(sources, short)]
 
@@ -366,7 +362,7 @@ class _Runner:
 
 
 def _window_table(model: IndexCacheForCausalLM, windows: Windows) -> torch.Tensor:
-    """Sums a window, fp64 `[N, 4 + bins]`: loss, loss of text, loss of recalled tokens, hits, loss by position."""
+    """Sums per window, fp64 `[N, 4 + bins]`: loss, loss of text, loss of recalled tokens, hits, loss by position."""
     rows, first = [], 0
     for losses, hits in token_scores(model, windows.ids, windows.recall, len(windows)):
         marks = torch.zeros_like(hits)
@@ -395,12 +391,9 @@ def _compare(document: dict[str, Any]) -> None:
     for entry in scores[1:]:
         if entry["windows_sha256"] != scores[0]["windows_sha256"]:
             continue
-        differences = [loss - base for loss, base in zip(entry["window_losses"], first)]
-        mean = math.fsum(differences) / len(differences)
-        entry["rise"] = mean
-        if len(differences) > 1:
-            variance = math.fsum((d - mean) ** 2 for d in differences) / (len(differences) - 1)
-            entry["rise_standard_error"] = math.sqrt(variance / len(differences))
+        entry["rise"], error = paired_rise(entry["window_losses"], first)
+        if error is not None:
+            entry["rise_standard_error"] = error
 
 
 def _about(source: str, name: str, pattern: SharePattern, model: IndexCacheForCausalLM, sha256: str) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Kernels compiled before they are needed: what a model will launch is known from its config alone.
 
 A model of as many layers as there are kinds of layers runs on tensors without memory (`pretended_tensors.py`), a
-prefill and some decoding steps at several lengths, and its launches are noted. In a process that has a GPU, the first
-prefill starts this in the background: threads compile the variants while it goes on, and processes as soon as they are
-there (`compile_process.py`). `indexcache warm-up` does it for an image or a cluster, without a GPU too.
+prefill and some decoding steps at several lengths, and its launches are recorded. In a process that has a GPU, the
+first prefill starts this in the background: threads compile the variants while it goes on, and processes as soon as
+they are there (`compile_process.py`). `indexcache warm-up` does it for an image or a cluster, without a GPU too.
 
-INDEXCACHE_COMPILE_AHEAD=0 turns the background off, any other number says how many threads there are, and
+INDEXCACHE_COMPILE_AHEAD=0 switches the background off, any other number says how many threads there are, and
 INDEXCACHE_COMPILE_PROCESSES how many processes.
 """
 
@@ -15,6 +15,7 @@ import copy
 import hashlib
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +26,12 @@ from transformers.utils import logging
 
 from ..kernels.block_fp8.block_fp8_format import E4M3
 from ..kernels.common.device_target import DeviceTarget, device_target
-from ..kernels.common.kernel_launch import are_recorded, launcher
+from ..kernels.common.kernel_launch import launcher
 from ..kernels.common.pretended_tensors import PretendedTensor, pretended, pretended_launches
 from ..kernels.compilation.compile_process import CLOSED, CompileProcess, processes_wanted
 from ..kernels.compilation.kernel_variants import Compilations, Variant, VariantList
 from .attention.attention_backends import TRITON_ATTENTION
+from .eligibility import why_not_compiled_ahead
 from .layers.block_fp8_modules import block_size_of, put_block_fp8, scales_name
 
 logger = logging.get_logger(__name__)
@@ -41,7 +43,7 @@ MOST_THREADS = 6
 # Prompts that between them ask for every variant, whatever the length: few tokens, more tokens than top-k and fewer,
 # chunks of a long prompt. What a length changes beyond that is not compiled for.
 LENGTHS = (16, 1000, 4096, 8192, 100_000)
-# Tokens that a conversation goes on with.
+# Tokens of a conversation's next message.
 TURN = 200
 # The last of these steps is recorded, and its kernels launch early.
 STEPS = 4
@@ -49,10 +51,12 @@ STEPS = 4
 _started: set[tuple[Any, ...]] = set()
 _running: list[threading.Thread] = []
 _lock = threading.Lock()
+# Of each model what its config held, and the hash of that: a config is compared in a few microseconds.
+_kinds: weakref.WeakKeyDictionary[torch.nn.Module, tuple[dict[str, Any], str]] = weakref.WeakKeyDictionary()
 
 
 def compile_ahead(model: Any, hidden_states: torch.Tensor, masked: bool = False) -> None:
-    """Start to compile, in the background, what this decoder will launch; once for a kind of model and a device.
+    """Start to compile, in the background, what this decoder will launch; once per kind of model and device.
 
     Args:
         model: `IndexCacheModel`.
@@ -60,9 +64,9 @@ def compile_ahead(model: Any, hidden_states: torch.Tensor, masked: bool = False)
         masked: some tokens are padding; the first such forward begins with what padded batches need.
     """
     jobs = _threads()
-    if jobs == 0 or not _serves(model, hidden_states):
+    if jobs == 0 or why_not_compiled_ahead(model, hidden_states):
         return
-    kind = (_kind_of(model.config), hidden_states.dtype, hidden_states.device)
+    kind = (_kind_of(model), hidden_states.dtype, hidden_states.device)
     with _lock:
         if (*kind, masked) in _started:
             return
@@ -88,14 +92,7 @@ def finish_compiling() -> None:
 
 
 def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dtype]) -> Any:
-    """A decoder with one layer of each kind of a model's, whose tensors have no memory.
-
-    Args:
-        cls: `IndexCacheModel`.
-        config: of the model.
-        pattern: the share pattern that it runs.
-        dtypes: of its parameters and buffers, by name.
-    """
+    """A `pretended_decoder` with one layer of each kind; `dtypes` of the model's parameters and buffers, by name."""
     kept = kinds_of_layers(config, pattern)
     small = pretended_decoder(cls, config, kept, pattern)
 
@@ -107,14 +104,20 @@ def small_model(cls: Any, config: Any, pattern: str, dtypes: dict[str, torch.dty
 
     if E4M3 in dtypes.values():
         put_block_fp8(small, block_size_of(config), lambda name, experts: kind_of(scales_name(name, experts)))
-    for module_name, module in small.named_modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                dtype = kind_of(f"{module_name}.{name}".lstrip("."))
-                is_done = isinstance(tensor, PretendedTensor) and tensor.dtype == dtype
-                if tensor is not None and dtype is not None and not is_done:
-                    held[name] = pretended(torch.empty(tensor.shape, dtype=dtype, device="meta"))
+    for path, held, name, tensor in _tensors_of(small):
+        dtype = kind_of(path)
+        if dtype is not None and not (isinstance(tensor, PretendedTensor) and tensor.dtype == dtype):
+            held[name] = pretended(torch.empty(tensor.shape, dtype=dtype, device="meta"))
     return small
+
+
+def _tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, dict[str, Any], str, torch.Tensor]]:
+    """Every parameter and buffer: its path, and the dict and the name that it is kept under, to be replaced."""
+    for path, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in list(held.items()):
+                if tensor is not None:
+                    yield f"{path}.{name}".lstrip("."), held, name, tensor
 
 
 def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtype: torch.dtype | None = None) -> Any:
@@ -132,31 +135,22 @@ def pretended_decoder(cls: Any, config: Any, kept: list[int], pattern: str, dtyp
     config.index_share_pattern = "".join(pattern[layer] for layer in kept)
     config.mlp_layer_types = [config.mlp_layer_types[layer] for layer in kept]
     config.layer_types = [config.layer_types[layer] for layer in kept]
-    # What it asks for is not asked of this machine.
+    # Not the config's own backend, which this machine may not run.
     config._attn_implementation_internal = "sdpa"
     with torch.device("meta"):
         model = cls(config).eval()
     model.config._attn_implementation_internal = TRITON_ATTENTION
-    # Where this package's kernels do not serve, the one that asks nothing of a GPU.
+    # Where this package's kernels do not run, the implementation that needs no GPU.
     model.config._experts_implementation_internal = "batched_mm"
     wide = cls._keep_in_fp32_modules_strict or []
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    narrow = dtype is not None and held is module._parameters and name not in wide
-                    held[name] = pretended(tensor.to(dtype) if narrow else tensor)
+    for _, held, name, tensor in _tensors_of(model):
+        narrow = dtype is not None and isinstance(tensor, torch.nn.Parameter) and name not in wide
+        held[name] = pretended(tensor.to(dtype) if narrow else tensor)
     return model
 
 
 class Prefill(NamedTuple):
-    """What a conversation begins with.
-
-    Attributes:
-        batch: rows.
-        tokens: of each.
-        masked: some are padding.
-    """
+    """What a conversation begins with: rows, tokens of each, and whether some of them are padding."""
 
     batch: int
     tokens: int
@@ -247,20 +241,6 @@ def _side_process(device: torch.device) -> CompileProcess | None:
         return None
 
 
-def _serves(model: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether kernels will run for which a GPU is here, by a model that is whole."""
-    return (
-        hidden_states.is_cuda
-        and not are_recorded()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and model.config._attn_implementation == TRITON_ATTENTION
-        and model.config.index_topk is not None
-        and hidden_states.dtype in (torch.bfloat16, torch.float16)
-        and not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    )
-
-
 def _threads() -> int:
     wanted = os.environ.get(COMPILE_AHEAD, "")
     if wanted.isdigit():
@@ -270,26 +250,30 @@ def _threads() -> int:
 
 def kinds_of_layers(config: Any, pattern: str) -> list[int]:
     """The first layer of each kind: dense or sparse feed-forward, with or without an indexer."""
-    kinds = dict.fromkeys(zip(config.mlp_layer_types, pattern))
     layers = list(zip(config.mlp_layer_types, pattern))
-    return [layers.index(kind) for kind in kinds]
+    return [layers.index(kind) for kind in dict.fromkeys(layers)]
 
 
-def _kind_of(config: Any) -> str:
-    """What of a config decides on kernels: all but the number of layers."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("num_hidden_layers", "_name_or_path")}
-    return hashlib.sha256(repr(sorted(fields.items(), key=lambda item: item[0])).encode()).hexdigest()
+def _kind_of(model: Any) -> str:
+    """A hash of what decides on kernels in a model's config, all but the number of layers; anew where it changed."""
+    known = _kinds.get(model)
+    if known is None or known[0] != vars(model.config):
+        ignored = ("num_hidden_layers", "_name_or_path")
+        fields = sorted((name, value) for name, value in model.config.to_dict().items() if name not in ignored)
+        known = copy.deepcopy(vars(model.config)), hashlib.sha256(repr(fields).encode()).hexdigest()
+        _kinds[model] = known
+    return known[1]
 
 
 def _mark(model: Any, hidden_states: torch.Tensor, first: Prefill) -> Path | None:
-    """A file in Triton's cache that says that all this was compiled before."""
+    """A file in Triton's cache whose presence says that all this was compiled before."""
     try:
         import triton
 
         folder = Path(triton.knobs.cache.dir)
         place = (
             triton.__version__,
-            _kind_of(model.config),
+            _kind_of(model),
             str(model._running_pattern),
             str(hidden_states.dtype),
             (first.batch, True) if first.masked else (1, False),

@@ -14,21 +14,25 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.utils import logging
 
 from ..kernels.block_fp8.block_fp8_linear import why_no_kernels
-from ..kernels.common.kernel_launch import is_capturing
+from ..kernels.common.kernel_launch import are_recorded, is_capturing
 from ..kernels.common.pretended_tensors import PLAIN_WEIGHTS
 from ..kernels.experts.routed_experts import unsupported_experts_reason
 from ..kernels.norm_rope_linear.absorbed_vector import takes_absorbed_vector
+from ..kernels.norm_rope_linear.vector_linear import takes_wide_vector_linear
 from .attention.attention_backends import EAGER_ATTENTION, TRITON_ATTENTION
 from .layers.block_fp8_modules import BlockFp8Experts, BlockFp8Linear
 from .layers.normalization import IndexCacheRMSNorm
-from .parallel.layer_placement import device_of_inputs
+from .parallel.layer_placement import device_of_inputs, is_visiting
 from .parallel.module_hooks import hooks_of, is_foreign, is_own, placement_of, recording
 
 logger = logging.get_logger(__name__)
 
 # Experts implementations of transformers that the kernels replace; any other was chosen by the user.
 _REPLACED = ("grouped_mm", "batched_mm")
-_ELSEWHERE = "accelerate keeps its weights elsewhere between calls"
+_ELSEWHERE, _WATCHED = "accelerate keeps its weights elsewhere between calls", "a hook watches it"
+_GRADIENTS, _COMPILED, _AUTOCAST = "gradients are wanted", "torch.compile traces it", "autocast is on"
+# From so many tokens on an fp32 weight that meets bf16 rows is multiplied in bf16 parts.
+LEAST_PARTED_TOKENS = 1024
 
 
 def is_fast(what: str, reason: str | None, module: Any, hidden_states: torch.Tensor) -> bool:
@@ -42,8 +46,14 @@ def say_slower(module: Any, hidden_states: torch.Tensor, what: str, reason: str)
     """Say once that a fast path is off, and why, where one expects it: on CUDA, without gradient, with kernels."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not hidden_states.is_cuda:
         return
-    if module.config._attn_implementation == TRITON_ATTENTION:
-        logger.warning_once(f"IndexCache: {what}: {reason}. model.explain_paths() tells what runs")
+    if why_not_triton(module.config) is None:
+        logger.warning_once(f"IndexCache: {what}: {reason}. model.explain_paths() says what runs")
+
+
+def why_not_triton(config: Any) -> str | None:
+    """Why a model with this config does not run the kernels."""
+    backend = config._attn_implementation
+    return None if backend == TRITON_ATTENTION else f"attn_implementation is {backend!r}"
 
 
 # ---- modules ------------------------------------------------------------------------------------------------------
@@ -57,13 +67,13 @@ def why_not_as_written(module: nn.Module) -> str | None:
             return "its forward was replaced"
         if placement.offloads:
             return _ELSEWHERE
-    return "a hook watches it" if hooks_of(module) else None
+    return _WATCHED if hooks_of(module) else None
 
 
 def why_not_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> str | None:
     """Why a `module` is not a `kind` that computes by its `weight`, as it stands, and a bias or epsilon at most."""
     if type(module) is not kind:
-        return f"{type(module).__name__} stands in its place"
+        return f"replaced by {type(module).__name__}"
     if type(module.weight) not in PLAIN_WEIGHTS:
         return f"its weight is kept as {type(module.weight).__name__}"
     return why_not_as_written(module)
@@ -84,13 +94,56 @@ def is_plain_norm(module: Any) -> bool:
     return why_not_plain(module, IndexCacheRMSNorm) is None
 
 
+def is_plain_layer_norm(module: Any) -> bool:
+    """Whether a LayerNorm does nothing but norm by its weight and bias; see `why_not_plain`."""
+    return why_not_plain(module, nn.LayerNorm) is None
+
+
+def why_not_wide_vectors(config: Any, linear: Any, rows: torch.Tensor) -> str | None:
+    """Why fp32 outputs of a linear layer for a few `rows [T, D]` take more than one launch."""
+    if reason := why_not_triton(config) or why_not_plain(linear):
+        return reason
+    if linear.bias is not None:
+        return "it has a bias"
+    return None if takes_wide_vector_linear(rows, linear.weight) else "too many tokens, or tensors not for the kernel"
+
+
+def why_not_in_parts(linear: Any, rows: torch.Tensor) -> str | None:
+    """Why an fp32 weight is not taken apart into three of bf16, as pays off for many bf16 `rows [T, D]` on a GPU."""
+    if torch.compiler.is_compiling():
+        return _COMPILED
+    if not rows.is_cuda or rows.dtype != torch.bfloat16 or rows.shape[0] < LEAST_PARTED_TOKENS:
+        return f"it takes {LEAST_PARTED_TOKENS} tokens in bf16 on CUDA"
+    if torch.version.hip is not None:
+        return "torch.mm(..., out_dtype=) needs CUDA"
+    if reason := why_not_plain(linear):
+        return reason
+    fits = linear.weight.dtype == torch.float32 and linear.bias is None
+    return None if fits else "its weight is not fp32, or it has a bias"
+
+
+def why_not_kept(linear: nn.Module) -> str | None:
+    """Why the weight that a linear layer's calls amount to is made anew for every forward."""
+    if torch.is_grad_enabled():
+        return _GRADIENTS
+    if torch.compiler.is_compiling():
+        return _COMPILED
+    if is_visiting(linear):
+        return _ELSEWHERE
+    for hook in (hook for part in linear.modules() for hook in hooks_of(part)):
+        # Hooks by which transformers shards a module are part of what it computes.
+        if not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers."):
+            return _WATCHED
+    return None
+
+
 def why_noticed(module: nn.Module) -> str | None:
     """Who would notice on which rows, how often or by whom what `module` computes is computed.
 
     Recorders that transformers leaves behind notice nothing while they record nothing.
     """
     if not is_own(module):
-        return f"{type(module).__name__} stands in its place"
+        return f"replaced by {type(module).__name__}"
     if "forward" in vars(module) and placement_of(module) is None:
         return "its forward was replaced"
     if module._compiled_call_impl is not None:
@@ -101,7 +154,7 @@ def why_noticed(module: nn.Module) -> str | None:
 def why_watched(module: nn.Module) -> str | None:
     """Which hooks of a module want to see what it makes."""
     hooks = hooks_of(module)
-    return "a hook watches it" if hooks and (recording() or any(map(is_foreign, hooks))) else None
+    return _WATCHED if hooks and (recording() or any(map(is_foreign, hooks))) else None
 
 
 def why_not_in_place(module: nn.Module, device: torch.device) -> str | None:
@@ -115,8 +168,8 @@ def why_not_in_place(module: nn.Module, device: torch.device) -> str | None:
 
 def why_not_router_kernel(router: Any, norm: Any) -> str | None:
     """Why a norm and the router behind it may not be one launch."""
-    if router.config._attn_implementation != TRITON_ATTENTION:
-        return f"attn_implementation is {router.config._attn_implementation!r}"
+    if reason := why_not_triton(router.config):
+        return reason
     if router.config.n_group not in (None, 1):
         return "experts are in groups"
     placement = placement_of(router)
@@ -128,15 +181,15 @@ def why_not_router_kernel(router: Any, norm: Any) -> str | None:
 def why_not_expert_kernels(module: Any, tokens: torch.Tensor) -> str | None:
     """Why `kernels.routed_experts` does not serve this mixture of experts, as its weights and hooks stand."""
     experts, shared, config = module.experts, module.shared_experts, module.config
-    if config._attn_implementation != TRITON_ATTENTION:
-        return f"attn_implementation is {config._attn_implementation!r}"
+    if reason := why_not_triton(config):
+        return reason
     if config._experts_implementation not in _REPLACED:
         return f"experts_implementation is {config._experts_implementation!r}"
     if config.hidden_act != "silu":
         return f"hidden_act is {config.hidden_act!r}"
     for name, part in (("experts", experts), ("shared_experts", shared)):
         if not is_own(part):
-            return f"{name}: {type(part).__name__} stands in its place"
+            return f"{name}: replaced by {type(part).__name__}"
         if reason := why_not_as_written(part):
             return f"{name}: {reason}"
     if getattr(experts, "_is_expert_parallel", False):
@@ -176,16 +229,16 @@ def _why_not_block_fp8_kernels(experts: BlockFp8Experts, shared: Any, tokens: to
 def why_not_fused(hidden_states: torch.Tensor) -> str | None:
     """Why this forward runs module by module: who differentiates, traces or casts it."""
     if torch.is_grad_enabled():
-        return "gradients are wanted"
+        return _GRADIENTS
     if torch.compiler.is_compiling():
-        return "torch.compile traces it"
-    return "autocast is on" if _autocasts(hidden_states.device) else None
+        return _COMPILED
+    return _AUTOCAST if _autocasts(hidden_states.device) else None
 
 
 def why_not_streamed(model: Any, hidden_states: torch.Tensor) -> str | None:
     """Why attention makes queries and outputs of all tokens of this forward at once."""
     reason = why_not_fused(hidden_states)
-    if reason == "torch.compile traces it" and not _autocasts(hidden_states.device):
+    if reason == _COMPILED and not _autocasts(hidden_states.device):
         reason = None if _runs_vectors(model, hidden_states) else "torch.compile traces more than one or two tokens"
     if reason is None and model.config._attn_implementation == EAGER_ATTENTION:
         return 'attn_implementation is "eager"'
@@ -202,7 +255,7 @@ def _autocasts(device: torch.device) -> bool:
 
 def _runs_vectors(model: Any, hidden_states: torch.Tensor) -> bool:
     """Whether the kernels for one or two tokens serve, none of which writes into a view."""
-    if model.config._attn_implementation != TRITON_ATTENTION:
+    if why_not_triton(model.config):
         return False
     attentions = [getattr(layer, "self_attn", None) for layer in model.layers]
     expanding: list[Any] = [getattr(attention, "kv_b_proj", None) for attention in attentions]
@@ -226,30 +279,35 @@ def why_not_plain_step(
     model: Any, hidden_states: torch.Tensor, attention_mask: Any, cache: Any, options: Any
 ) -> str | None:
     """Why this is no decoding step that could come from a graph, seen from outside; cheap, asked at every step."""
-    config = model.config
     if torch.compiler.is_compiling():
-        return "torch.compile traces it"
+        return _COMPILED
     if hidden_states.shape[1] != 1:
         return "a graph decodes one token at a time"
-    if not model.decode_graphs:
-        return "decode_graphs is off"
-    if not device_takes_graphs(hidden_states):
-        return "CUDA graphs need a CUDA device, and no other recording in progress"
+    if reason := _why_not_in_graphs(model, hidden_states):
+        return reason
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         return "only dynamic and static caches that stay on their device are recorded"
-    if len(cache.layers) != config.num_hidden_layers:
-        return f"the cache has {len(cache.layers)} layers and the model {config.num_hidden_layers}"
+    if len(cache.layers) != model.config.num_hidden_layers:
+        return f"the cache has {len(cache.layers)} layers and the model {model.config.num_hidden_layers}"
     if model.training or torch.is_grad_enabled():
         return "the model trains, or gradients are wanted"
     if _autocasts(hidden_states.device):
-        return "autocast is on"
-    if config.index_topk is None:
-        return "no layer selects keys"
+        return _AUTOCAST
     if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
         return "the mask is not [batch, tokens]"
     if options.outputs:
         return "layers' outputs are wanted"
     return None if options.training is None else "the indexer trains"
+
+
+def _why_not_in_graphs(model: Any, hidden_states: torch.Tensor) -> str | None:
+    """What of a decoder and a device speaks against graphs, whatever the step."""
+    if not model.decode_graphs:
+        return "decode_graphs is off"
+    if model.config.index_topk is None:
+        return "no layer selects keys"
+    takes = device_takes_graphs(hidden_states)
+    return None if takes else "CUDA graphs need a CUDA device, and no other recording in progress"
 
 
 def device_takes_graphs(hidden_states: torch.Tensor) -> bool:
@@ -259,10 +317,8 @@ def device_takes_graphs(hidden_states: torch.Tensor) -> bool:
 
 def why_not_recorded(model: Any, hidden_states: torch.Tensor) -> str | None:
     """Why a decoder's steps cannot be recorded, as its layers stand; looks at every module, asked once a cache."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "several processes run the model"
-    if model.config._attn_implementation != TRITON_ATTENTION:
-        return f"attn_implementation is {model.config._attn_implementation!r}"
+    if reason := _why_not_alone() or why_not_triton(model.config):
+        return reason
     for name, module in model.named_modules():
         placement = placement_of(module)
         is_wrapped = "forward" in vars(module) and placement is None
@@ -272,7 +328,7 @@ def why_not_recorded(model: Any, hidden_states: torch.Tensor) -> str | None:
             return f"{name}: {_ELSEWHERE}"
     for index, layer in enumerate(model.layers):
         if not is_own(layer) or not is_own(layer.mlp):
-            return f"layers.{index}: a module of another class stands in its place"
+            return f"layers.{index}: replaced by a module of another class"
         placement = placement_of(layer)
         device = hidden_states.device if placement is None else placement.device
         elsewhere = next((p.device for p in layer.parameters() if p.device != device), None)
@@ -287,14 +343,28 @@ def why_not_recorded(model: Any, hidden_states: torch.Tensor) -> str | None:
 
 def why_no_graphs(model: Any) -> str | None:
     """Why decoding steps of this decoder cannot come from graphs, as it stands now."""
-    if not model.decode_graphs:
-        return "decode_graphs is off"
+    one = one_token(model)
+    return _why_not_in_graphs(model, one) or why_not_recorded(model, one)
+
+
+def why_not_compiled_ahead(model: Any, hidden_states: torch.Tensor) -> str | None:
+    """Why a decoder's kernels are not compiled in the background: none will run, or not all are known."""
+    if not hidden_states.is_cuda or are_recorded():
+        return "kernels are launched on CUDA alone, and not while launches are recorded"
+    if torch.is_grad_enabled():
+        return _GRADIENTS
+    if torch.compiler.is_compiling():
+        return _COMPILED
     if model.config.index_topk is None:
         return "no layer selects keys"
-    one = one_token(model)
-    if not device_takes_graphs(one):
-        return "CUDA graphs need a CUDA device, and no other recording in progress"
-    return why_not_recorded(model, one)
+    if hidden_states.dtype not in (torch.bfloat16, torch.float16):
+        return f"kernels take half precision, not {hidden_states.dtype}"
+    return why_not_triton(model.config) or _why_not_alone()
+
+
+def _why_not_alone() -> str | None:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "several processes run the model" if several else None
 
 
 def one_token(model: Any) -> torch.Tensor:

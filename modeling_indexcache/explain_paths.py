@@ -64,7 +64,7 @@ def explain_paths(model: Any) -> Paths:
         keeps = why_layers_keep_inputs([layer], device)
         inputs.add(index, keeps and keeps.removeprefix("layers.0").lstrip(".: "))
         if not is_own(layer):
-            slow.add(index, f"{type(layer).__name__} stands in its place")
+            slow.add(index, f"replaced by {type(layer).__name__}")
             continue
         reason = why_not_in_place(layer.self_attn, device) or why_not_streamed(model, like)
         slow.add(index, reason and f"self_attn: {reason}")

@@ -125,15 +125,9 @@ def refuse_lost_history(
 ) -> None:
     """Check that mask and positions speak of no more tokens than cache and input hold.
 
-    Looks at positions only without a cache, where they must begin at 0. `is_packed`: `cu_seq_lens_q` describes the
-    input, whose positions are then left alone, and nothing waits for the device.
-
-    Args:
-        attention_mask: as `forward` was given it.
-        position_ids: `[B or 1, S]`, or None.
-        cache: as `forward` was given it.
-        num_queries: S.
-        is_packed: see above.
+    Looks at positions `[B or 1, S]` only without a cache, where they must begin at 0; S is `num_queries`, and the rest
+    as `forward` was given it. `is_packed`: `cu_seq_lens_q` describes the input, whose positions are then left alone,
+    and nothing waits for the device.
 
     Raises:
         ValueError: naming what is missing.

@@ -102,19 +102,15 @@ class ForwardPlan:
             # Recomputed layers would append a second time.
             logger.warning_once("Caching is incompatible with gradient checkpointing: layers run without the cache.")
             cache = None
-        whole = why_not_fused(hidden_states)
-        streams = options.training is None and is_fast(
-            "attention makes queries and outputs of all tokens at once",
-            why_not_streamed(decoder, hidden_states),
-            decoder,
-            hidden_states,
-        )
-        in_place = (num_queries > 1 and not keeps_states) and is_fast(
-            "prefill keeps every layer's input",
-            whole or why_layers_keep_inputs(decoder.layers, hidden_states.device),
-            decoder,
-            hidden_states,
-        )
+        whole, said_for = why_not_fused(hidden_states), (decoder, hidden_states)
+        streams = options.training is None
+        if streams:
+            reason = why_not_streamed(decoder, hidden_states)
+            streams = is_fast("attention makes queries and outputs of all tokens at once", reason, *said_for)
+        in_place = num_queries > 1 and not keeps_states
+        if in_place:
+            reason = whole or why_layers_keep_inputs(decoder.layers, hidden_states.device)
+            in_place = is_fast("prefill keeps every layer's input", reason, *said_for)
         return cls(
             mode="differentiable" if whole else "streamed",
             backend=config._attn_implementation,

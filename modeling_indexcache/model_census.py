@@ -1,7 +1,7 @@
 """Whether a model is still what it was: the same modules, tensors in the same places, hooks and settings.
 
 A recorded decoding step replays what it found. Weights changed in place are read anew at every replay; a weight, an
-adapter or a hook that was exchanged must be noticed before another step is believed. That is asked at every step, of a
+adapter or a hook that was exchanged must be noticed before another step counts. That is asked at every step, of a
 thousand modules, so it is asked in two parts. Before the replay: is the memory that it reads still there? Weak
 references answer that for nothing. While the device replays: is everything the same? Flat lists answer that in C, in
 some 0.3 ms of a CPU for 47 layers, which nobody waits for.
@@ -27,11 +27,20 @@ _SETTLED = ("torch.nn.", "transformers.activations")
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-class ModelCensus:
+class NotCopied:
+    """Belongs to the object that holds it: copies and pickles of that one get None in its place."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return type(None), ()
+
+
+class ModelCensus(NotCopied):
     """What the children `names` of a model, and their parts, were made of when this was made.
 
-    Holds none of their tensors, but the dicts that hold them. Belongs to the model for as long as recordings use it;
-    copies and pickles of a model do without.
+    Holds none of their tensors, but the dicts that hold them. Belongs to the model for as long as recordings use it.
 
     Attributes:
         users: recordings that ask it.
@@ -61,20 +70,14 @@ class ModelCensus:
         self._absorbed = [(part, kept) for part in found if (kept := kept_of(part)) is not None]
         self._freed: list[Any] = []
         self._alive = [weakref.ref(t.untyped_storage(), self._freed.append) for t in values if type(t) in _PLAIN]
-        # Where PyTorch's storages do not outlive their Python objects, nothing is told: then it is looked for.
-        self._is_told = not self._freed
+        # Where PyTorch's storages do not outlive their Python objects, nobody is notified: then it is looked for.
+        self._is_notified = not self._freed
         self._known = self._look()
         self._known_settings = copy.deepcopy(self._settings.values())
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()
-
     def memory_is_there(self) -> bool:
         """Whether no tensor's memory was given back since; costs nothing."""
-        return not self._freed if self._is_told else self.unchanged()
+        return not self._freed if self._is_notified else self.unchanged()
 
     def unchanged(self) -> bool:
         """Whether a replay still computes what a call of the modules would."""

@@ -29,9 +29,13 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..configuration.share_pattern import SharePattern
 from ..kernels.norm_rope_linear.rotary import rotate
 from .attention.absorbed_attention import attend_absorbed
-from .attention.attention_backends import EAGER_ATTENTION, TRITON_ATTENTION, resolve_attention_backend
+from .attention.attention_backends import (
+    EAGER_ATTENTION,
+    TRITON_ATTENTION,
+    eager_attention_forward,
+    resolve_attention_backend,
+)
 from .attention.dense_attention import attend_densely
-from .attention.eager_attention import eager_attention_forward
 from .attention.inference_attention import attend_streamed
 from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start
 from .block_fp8_loading import loading_block_fp8, refuse_missing_scales
@@ -136,7 +140,7 @@ class IndexCacheAttention(nn.Module):
         return out, weights, selection, report
 
     def attention_function(self, backend: str) -> Callable[..., Any]:
-        """What attends on expanded heads, of which there are no kernels: PyTorch's does in their place."""
+        """What attends on expanded heads: for "triton", which has no kernel for them, PyTorch's."""
         backend = "sdpa" if backend == TRITON_ATTENTION else backend
         return ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
 
@@ -201,6 +205,7 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = IndexCacheAttention(config, layer_idx)
+        assert config.mlp_layer_types is not None
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
         self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)

@@ -7,11 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..conversion.io.terminal_text import tell
 from ..runs.arguments import (
     DATA_HELP,
-    DATA_PANEL,
-    RUN_PANEL,
     AsJson,
     DataSplit,
     Device,
@@ -23,21 +20,18 @@ from ..runs.arguments import (
     Seqlen,
     TextField,
     Token,
+    data_option,
+    in_panel,
+    run_option,
 )
-from ..runs.command_line import print_json
+from ..runs.command_line import draw_page, print_json, show_result
 
-_HOW = "How to search"
+_how = in_panel("How to search")
 
 
 def search(
     source: Annotated[str, typer.Argument(help="DSA or IndexCache checkpoint: a folder, or a Hub id (org/name).")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help=DATA_HELP,
-            rich_help_panel=DATA_PANEL,
-        ),
-    ],
+    data: Annotated[str, data_option(help=DATA_HELP)],
     output: Annotated[Path, typer.Option(help="Folder for patterns.json, journal, pictures and report.")] = Path(
         "indexcache_search"
     ),
@@ -49,78 +43,56 @@ def search(
         typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more than, e.g., 0.5%."),
     ] = None,
     algorithm: Annotated[
-        Literal["lazy", "greedy"],
-        typer.Option(help="lazy: lazy greedy with refinement. greedy: the paper's Algorithm 1.", rich_help_panel=_HOW),
+        Literal["lazy", "greedy"], _how(help="lazy: lazy greedy with refinement. greedy: the paper's Algorithm 1.")
     ] = "lazy",
     objective: Annotated[
         Literal["kl", "far-kl", "lm"] | None,
-        typer.Option(
+        _how(
             help="kl: divergence from a teacher (lazy). far-kl: the same, tokens that need far context weighted "
-            "higher. lm: language-model loss (greedy).",
-            rich_help_panel=_HOW,
+            "higher. lm: language-model loss (greedy)."
         ),
     ] = None,
     teacher: Annotated[
         Literal["auto", "dense", "source"],
-        typer.Option(
-            help="For kl: dense attention, the source as it is, or the better of the two on the first windows.",
-            rich_help_panel=_HOW,
-        ),
+        _how(help="For kl: dense attention, the source as it is, or the better of the two on the first windows."),
     ] = "auto",
-    blocks: Annotated[int, typer.Option(min=1, help="For greedy: pipeline blocks.", rich_help_panel=_HOW)] = 1,
+    blocks: Annotated[int, _how(min=1, help="For greedy: pipeline blocks.")] = 1,
     path_rounds: Annotated[
         int,
-        typer.Option(
+        _how(
             min=1,
             max=5,
             help="For lazy: share of windows that decides its steps; 1/16, 1/8, 1/4, 1/2, all for 1 to 5.",
-            rich_help_panel=_HOW,
         ),
     ] = 3,
-    refine: Annotated[
-        int, typer.Option(min=0, help="Most refinement moves for each --keep.", rich_help_panel=_HOW)
-    ] = 2,
-    refine_by: Annotated[
-        Literal["lm", "objective"], typer.Option(help="What refinement lowers.", rich_help_panel=_HOW)
-    ] = "objective",
+    refine: Annotated[int, _how(min=0, help="Most refinement moves for each --keep.")] = 2,
+    refine_by: Annotated[Literal["lm", "objective"], _how(help="What refinement lowers.")] = "objective",
     baseline: Annotated[
         list[str] | None,
         typer.Option(help="Patterns to compare with: uniform, similarity, none; repeat. Default: uniform."),
     ] = None,
     curve: Annotated[bool, typer.Option(help="Evaluate every number of full layers on the held-out windows.")] = True,
     held_out: Annotated[
-        str | None,
-        typer.Option(help="Data to evaluate patterns on. Default: split off from --data.", rich_help_panel=DATA_PANEL),
+        str | None, data_option(help="Data to evaluate patterns on. Default: split off from --data.")
     ] = None,
     seqlen: Seqlen = None,
-    nsamples: Annotated[
-        int | None, typer.Option(min=1, help="Calibration windows. Default: 16.", rich_help_panel=DATA_PANEL)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For the choice of windows.", rich_help_panel=DATA_PANEL)] = 0,
+    nsamples: Annotated[int | None, data_option(min=1, help="Calibration windows. Default: 16.")] = None,
+    seed: Annotated[int, data_option(help="For the choice of windows.")] = 0,
     data_split: DataSplit = "train",
     text_field: TextField = "text",
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.", rich_help_panel=RUN_PANEL)] = 1,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the journal.", rich_help_panel=RUN_PANEL)
-    ] = False,
+    batch_size: Annotated[int, run_option(min=1, help="Windows per forward pass.")] = 1,
+    resume: Annotated[bool, run_option("--resume", help="Continue from the journal.")] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
     parallel: Annotated[
-        Literal["windows", "tensor"],
-        typer.Option(help="What is split over the processes of torchrun.", rich_help_panel=RUN_PANEL),
+        Literal["windows", "tensor"], run_option(help="What is split over the processes of torchrun.")
     ] = "windows",
     cache_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory for cached hidden states, e.g. 20GB. Default: a quarter of what is free.",
-            rich_help_panel=RUN_PANEL,
-        ),
+        str | None, run_option(help="Memory for cached hidden states, e.g. 20GB. Default: a quarter of what is free.")
     ] = None,
-    cache_on: Annotated[
-        Literal["device", "host"], typer.Option(help="Where cached hidden states are kept.", rich_help_panel=RUN_PANEL)
-    ] = "device",
+    cache_on: Annotated[Literal["device", "host"], run_option(help="Where cached hidden states are kept.")] = "device",
     pictures: Pictures = True,
     revision: Revision = None,
     token: Token = None,
@@ -169,19 +141,16 @@ def search(
     if not Processes.from_environment(parallel).is_first:
         return
     if pictures:
-        _draw(document, output, as_json)
+        draw_page(lambda: _draw(document, output), as_json)
     if as_json:
         print_json(document)
         return
-    from ..runs.pages.terminal import terminal
     from .drawing import draw_summary
     from .result import PATTERNS_FILE
 
-    console = terminal()
-    console.print(draw_summary(document))
-    console.print(f"{output}: {PATTERNS_FILE}" + (", report.html" if (output / "report.html").exists() else ""))
     which = "" if "keep" in document else f" --keep {document['asked_for'][-1]}"
-    console.print(f"next: indexcache convert {source} OUTPUT --pattern-file {output / PATTERNS_FILE}{which}")
+    following = f"next: indexcache convert {source} OUTPUT --pattern-file {output / PATTERNS_FILE}{which}"
+    show_result(draw_summary(document), output, PATTERNS_FILE, following)
 
 
 def _share(text: str | None) -> float | None:
@@ -208,11 +177,7 @@ def _baselines(names: list[str] | None) -> tuple[str, ...]:
     return tuple(name for name in wanted if name != "none")
 
 
-def _draw(document: dict[str, Any], output: Path, as_json: bool) -> None:
-    try:
-        from .report import write_report
-    except ImportError:
-        if not as_json:
-            tell("no pictures: pip install matplotlib", err=True)
-        return
+def _draw(document: dict[str, Any], output: Path) -> None:
+    from .report import write_report
+
     write_report(document, output)

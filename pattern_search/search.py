@@ -37,8 +37,7 @@ class SearchOptions:
         tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
         algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
         objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
-        teacher: whose predictions `kl` measures the distance to: `dense` (the model with dense attention), `source`
-            (as it is), or `auto` for the better one.
+        teacher: whose predictions `kl` measures the distance to: `dense`, `source` or `auto`, see `Evaluator`.
         blocks: pipeline blocks of `greedy`.
         path_rounds: rounds of windows that decide the steps of `lazy`; all decide the refinement.
         refine_passes: moves at most by which a pattern asked for is refined; 0 for none, always none with `greedy`.
@@ -141,7 +140,7 @@ def search(
         options: how.
         journal: evaluations done before, and where new ones go; `search_identity` says what it must belong to.
         processes: who shares the work.
-        monitor: told how it goes.
+        monitor: shows progress.
         cache_bytes: memory for states between layers, and as much again at most for the reference's predictions.
         cache_device: where the states are kept; None leaves them on their layers' devices.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -45,34 +46,27 @@ def _with_new_names(args: list[str], renamed: dict[str, str]) -> Iterator[str]:
             yield from given
 
 
-DATA_PANEL, RUN_PANEL = "Data", "Where it runs"
+def in_panel(name: str) -> Callable[..., Any]:
+    """`typer.Option` of options that the help shows in a panel of this name."""
+    return partial(typer.Option, rich_help_panel=name)
+
+
+RUN_PANEL = "Where it runs"
+data_option, run_option = in_panel("Data"), in_panel(RUN_PANEL)
 DATA_HELP = (
     "Text, .jsonl, Parquet, a folder, .safetensors with NAME_ids windows (FILE:NAME), dataset (org/name:config)."
 )
 
-Seqlen = Annotated[
-    int | None, typer.Option(min=1, help="Tokens per window. Default: 32 x top-k.", rich_help_panel=DATA_PANEL)
-]
-DataSplit = Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=DATA_PANEL)]
-TextField = Annotated[
-    str, typer.Option(help="Field that holds the text, in JSONL and datasets.", rich_help_panel=DATA_PANEL)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Discard the journal and start anew.", rich_help_panel=RUN_PANEL)
-]
+Seqlen = Annotated[int | None, data_option(min=1, help="Tokens per window. Default: 32 x top-k.")]
+DataSplit = Annotated[str, data_option(help="Split of the dataset.")]
+TextField = Annotated[str, data_option(help="Field that holds the text, in JSONL and datasets.")]
+Overwrite = Annotated[bool, run_option("--overwrite", help="Discard the journal and start anew.")]
 Dtype = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
-    typer.Option(
-        help="Of weights and computation. auto: bfloat16 on CUDA, float32 elsewhere.", rich_help_panel=RUN_PANEL
-    ),
+    run_option(help="Of weights and computation. auto: bfloat16 on CUDA, float32 elsewhere."),
 ]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.", rich_help_panel=RUN_PANEL),
-]
-DeviceMap = Annotated[
-    str | None, typer.Option(help="auto, balanced, ...: spread the model over devices.", rich_help_panel=RUN_PANEL)
-]
+Device = Annotated[str | None, run_option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")]
+DeviceMap = Annotated[str | None, run_option(help="auto, balanced, ...: spread the model over devices.")]
 Pictures = Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Token = Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")]

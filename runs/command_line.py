@@ -1,14 +1,16 @@
-"""What the verbs of the command line print: results, and errors for the person who can mend them."""
+"""What the verbs of the command line print: results, and errors for the person who can fix them."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from ..conversion.io.terminal_text import printable
+from ..conversion.io.terminal_text import printable, tell
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,3 +44,23 @@ def show(drawing: RenderableType) -> None:
     from .pages.terminal import terminal
 
     terminal().print(drawing)
+
+
+def show_result(drawing: RenderableType, output: Path, file: str, *more: str) -> None:
+    """Print what rich draws, then where the result `file` and the page are, then more lines."""
+    from .pages.terminal import terminal
+
+    console = terminal()
+    console.print(drawing)
+    console.print(f"{output}: {file}" + (", report.html" if (output / "report.html").exists() else ""))
+    for line in more:
+        console.print(line)
+
+
+def draw_page(write: Callable[[], object], as_json: bool) -> None:
+    """Let `write` draw pictures and a page; where it cannot import matplotlib, a note says so, beside JSON none."""
+    try:
+        write()
+    except ImportError:
+        if not as_json:
+            tell("no pictures: pip install matplotlib", err=True)

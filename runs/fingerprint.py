@@ -1,4 +1,4 @@
-"""Hashes that tell models apart by their content, wherever the weights lie and however the files are cut."""
+"""Hashes that identify models by their content, wherever the weights lie and however the files are cut."""
 
 from __future__ import annotations
 

@@ -60,8 +60,12 @@ def _only(*values: Any) -> _Rule:
     )
 
 
-_FLAG: _Rule = (lambda value: isinstance(value, bool), "true or false")
-# -1 stands for "none" in older checkpoints.
+def _each(names: str, rule: _Rule) -> dict[str, _Rule]:
+    """The rule for every name of a list."""
+    return dict.fromkeys(names.split(), rule)
+
+
+# -1 is "none" in older checkpoints.
 _ID = _whole(-1)
 _IDS = _list_of(_ID, "a list of such numbers")
 _WORD: _Rule = (lambda value: isinstance(value, str) and bool(value), "a text")
@@ -76,55 +80,30 @@ _ALWAYS: dict[str, _Rule] = {
     "max_length": _whole(1),
     "max_new_tokens": _whole(1),
     "top_k": _whole(-1),
-    **dict.fromkeys(
-        ("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _whole(0)
-    ),
+    **_each("min_length min_new_tokens no_repeat_ngram_size encoder_no_repeat_ngram_size", _whole(0)),
     "max_time": _real(0.0, math.inf, "a number of seconds from 0 on"),
-    **dict.fromkeys(
-        ("repetition_penalty", "encoder_repetition_penalty"),
-        (_penalty, "a number with a decimal point from 0.01 to 100"),
+    **_each(
+        "repetition_penalty encoder_repetition_penalty", (_penalty, "a number with a decimal point from 0.01 to 100")
     ),
     "stop_strings": _either(_WORD, _list_of(_WORD, "a list of texts")),
     "exponential_decay_length_penalty": _pair(
         _whole(0), _real(0.01, 100.0), "a whole number and a factor from 0.01 to 100"
     ),
-    **dict.fromkeys(
-        (
-            "do_sample",
-            "use_cache",
-            "renormalize_logits",
-            "remove_invalid_values",
-            "output_attentions",
-            "output_hidden_states",
-            "output_scores",
-            "output_logits",
-            "return_dict_in_generate",
-            "disable_compile",
-        ),
-        _FLAG,
+    **_each(
+        "do_sample use_cache renormalize_logits remove_invalid_values output_attentions output_hidden_states "
+        "output_scores output_logits return_dict_in_generate disable_compile",
+        (lambda value: isinstance(value, bool), "true or false"),
     ),
     # Other ways to decode than one sequence, token after token, or other caches than this model's.
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), _only(1)),
-    **dict.fromkeys(("penalty_alpha", "diversity_penalty"), _only(0, 0.0)),
-    **dict.fromkeys(("use_mtp", "is_assistant", "low_memory", "token_healing", "early_stopping"), _only(False)),
+    **_each("num_beams num_beam_groups num_return_sequences", _only(1)),
+    **_each("penalty_alpha diversity_penalty", _only(0, 0.0)),
+    **_each("use_mtp is_assistant low_memory token_healing early_stopping", _only(False)),
     "guidance_scale": _only(1, 1.0),
     "cache_implementation": _only("dynamic"),
-    **dict.fromkeys(
-        (
-            "assistant_early_exit",
-            "assistant_ensemble_weight",
-            "cache_config",
-            "compile_config",
-            "constraints",
-            "continuous_batching_config",
-            "dola_layers",
-            "force_words_ids",
-            "max_cache_len",
-            "prefill_chunk_size",
-            "prompt_lookup_num_tokens",
-            "speculation_type",
-            "watermarking_config",
-        ),
+    **_each(
+        "assistant_early_exit assistant_ensemble_weight cache_config compile_config constraints "
+        "continuous_batching_config dola_layers force_words_ids max_cache_len prefill_chunk_size "
+        "prompt_lookup_num_tokens speculation_type watermarking_config",
         _only(),
     ),
 }

@@ -12,7 +12,7 @@ import torch
 
 from .errors import RunError
 
-# A damaged journal is kept beside the mended one under this suffix.
+# A damaged journal is kept beside the repaired one under this suffix.
 DAMAGED_SUFFIX = ".damaged"
 _NUMBER, _CHECK = "line", "check"
 
@@ -122,7 +122,7 @@ class Journal:
         self.resumed, self._lines = len(sound), len(lines)
         expected = range(1, max([len(lines) - 1, *sound]) + 1)
         if broken := [number for number in expected if number not in sound]:
-            self._mend(path, content, list(sound.values()), len(expected), broken[0])
+            self._repair(path, content, list(sound.values()), len(expected), broken[0])
 
     def _compare(self, path: Path, identity: dict[str, Any]) -> None:
         """RunError where the file belongs to other work."""
@@ -137,7 +137,7 @@ class Journal:
             "start again with --overwrite"
         )
 
-    def _mend(self, path: Path, content: bytes, sound: list[dict[str, Any]], expected: int, first: int) -> None:
+    def _repair(self, path: Path, content: bytes, sound: list[dict[str, Any]], expected: int, first: int) -> None:
         """Write the file anew from its sound lines, numbered through; what it was stays beside it."""
         damaged = path.with_name(path.name + DAMAGED_SUFFIX)
         damaged.write_bytes(content)

@@ -39,7 +39,7 @@ class Monitor:
 
 
 class TerminalMonitor(Monitor):
-    """Draws a bar with the time left on stderr; one line a step where stderr is no terminal."""
+    """Draws a bar with the time left on stderr; one line per step where stderr is no terminal."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,4 +1,4 @@
-"""Where long work reads and writes: what a search and a distillation are both told."""
+"""Where long work reads and writes: what a search and a distillation have in common."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"modeling_indexcache"},
     {"conversion"},
     {"runs"},
-    {"evaluation"},
+    {"evaluation", "planning"},
     {"pattern_search", "distillation"},
     {"benchmarks.bench"},
     {"command"},

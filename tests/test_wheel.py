@@ -56,7 +56,7 @@ def test_wheel_holds_the_package_and_nothing_else(installed):
     assert not folders & {"tests", "demo", ".git", "docs"}
     assert not list((installed / "indexcache").glob("*/__init__.py"))
     assert {path.name for path in (installed / "indexcache" / "benchmarks").iterdir()} == {"bench", "kernels"}
-    assert not list(installed.rglob("*.json"))
+    assert {path.name for path in installed.rglob("*.json")} == {"gpus.json", "measured_rates.json"}
 
 
 def test_wheel_benchmarks(installed, tmp_path):
@@ -66,6 +66,13 @@ def test_wheel_benchmarks(installed, tmp_path):
     assert document["versions"]["commit"] == "abc123"
     assert all(row["prefill_seconds"] > 0 for row in document["rows"] if row["kind"] == "generate")
     assert (tmp_path / "indexcache_bench" / "bench.json").exists()
+
+
+def test_wheel_plans(installed, tmp_path):
+    """With the measured rates that come along."""
+    command = ["-c", "from indexcache.cli import main; main()", "plan", str(ROOT / "demo" / "dsa_demo"), "--json"]
+    document = json.loads(run(installed, tmp_path, *command))
+    assert document["fits"] and any("kernels_h100.json" in source for source in document["sources"])
 
 
 def test_wheel_converts_loads_and_generates(installed, tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ...conversion.io.terminal_text import tell
-from ...runs.arguments import RUN_PANEL, AsJson, Device, Dtype, Overwrite, Pictures, Revision, Token
+from ...runs.arguments import RUN_PANEL, AsJson, Device, Overwrite, Pictures, Revision, Token
 from ...runs.command_line import print_json
 
 if TYPE_CHECKING:
@@ -30,13 +30,19 @@ def bench(
         str | None, typer.Argument(help="DSA or IndexCache checkpoint, folder or Hub id. Default: --shape.")
     ] = None,
     shape: Annotated[
-        Literal["30b", "tiny"] | None,
-        typer.Option(help="Random weights: the paper's 30B model, or a tiny one. Default: 30b on CUDA, else tiny."),
+        Literal["30b", "tiny", "v3.2", "glm-5"] | None,
+        typer.Option(
+            help="Random weights: the paper's 30B model, a tiny one, or 4 layers of DeepSeek-V3.2 or GLM-5 at full "
+            "width. Default: 30b on CUDA, else tiny."
+        ),
     ] = None,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Routed experts of the shape; 16 of 64 do the same work in less memory.")
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the shape.")] = None,
+    narrow: Annotated[
+        bool, typer.Option("--narrow", help="Small widths for v3.2 and glm-5, to try them without a GPU.")
+    ] = False,
     length: Annotated[
         list[int] | None, typer.Option(min=1, help="Context length; repeat. Default: the paper's on CUDA.")
     ] = None,
@@ -94,7 +100,14 @@ def bench(
     ] = False,
     overwrite: Overwrite = False,
     device: Device = None,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32", "fp8"],
+        typer.Option(
+            help="Of weights and computation. auto: bfloat16 on CUDA, float32 elsewhere. fp8: weights of a shape in "
+            "block fp8, the rest as auto.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = "auto",
     pictures: Pictures = True,
     revision: Revision = None,
     token: Token = None,
@@ -115,8 +128,14 @@ def bench(
     ways = tuple(dict.fromkeys(cache or ["static"]))
     if unknown := set(ways) - {"static", "dynamic"}:
         raise RunError(f"--cache must be static or dynamic (got {', '.join(sorted(unknown))})")
-    if source is not None and (shape or experts or layers):
-        raise RunError("--shape, --experts and --layers make a model with random weights: leave out the checkpoint")
+    if source is not None and (shape or experts or layers or narrow):
+        raise RunError(
+            "--shape, --experts, --layers and --narrow make a model with random weights: leave out the checkpoint"
+        )
+    if source is not None and dtype == "fp8":
+        raise RunError("--dtype fp8 makes random weights of a shape: a checkpoint in fp8 runs so by itself")
+    if narrow and shape not in ("v3.2", "glm-5"):
+        raise RunError("--narrow is for --shape v3.2 and glm-5")
     if plan is not None and (length or pattern or cache or batch_size or baseline or baseline_length):
         raise RunError(
             "--plan says itself what to measure: leave out lengths, patterns, caches, batch sizes and baseline"
@@ -127,6 +146,7 @@ def bench(
         shape=shape or ("30b" if kind == "cuda" else "tiny"),
         experts=experts,
         layers=layers,
+        narrow=narrow,
         lengths=lengths,
         patterns=tuple(dict.fromkeys(pattern or (["own"] if source else ["all full", "1/2", "1/4"])))
         if plan is None

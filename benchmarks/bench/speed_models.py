@@ -1,4 +1,4 @@
-"""What `indexcache bench` measures: the "30B shape" and a tiny one with random weights, or a checkpoint.
+"""What `indexcache bench` measures: shapes with random weights ("30B", tiny, slices of releases), or a checkpoint.
 
 The 30B shape is the paper's 30B model: GLM-4.7-Flash with an indexer, here of 32 heads x 128 (the paper does not say).
 """
@@ -11,9 +11,12 @@ import torch
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...configuration.share_pattern import SharePattern
+from ...conversion.convert.families import CONFIG_FAULTS
 from ...conversion.io.open_checkpoint import OpenedCheckpoint
+from ...kernels.block_fp8.block_fp8_format import E4M3
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ...runs.errors import RunError
+from .speed_slices import NARROW, SLICES, block_fp8_model
 
 # The paper's searched patterns of its 30B model (appendix B).
 PAPER_PATTERNS = {
@@ -73,34 +76,54 @@ SHAPE_TINY: dict[str, Any] = {
         index_head_dim=32,
     ),
 }
-SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY}
+SHAPES = {"30b": SHAPE_30B, "tiny": SHAPE_TINY, **SLICES}
 # Drifting input: the relative size of a token's step from the one before, and the embeddings' standard deviation.
 DRIFT_STEP, DRIFT_SPREAD = 0.005, 1.0
 
 
-def random_config(shape: str, experts: int | None, layers: int | None) -> IndexCacheConfig:
+def random_config(shape: str, experts: int | None, layers: int | None, narrow: bool = False) -> IndexCacheConfig:
     """The config of a shape with every indexer.
 
     Args:
         shape: a key of `SHAPES`.
         experts: routed experts in place of the shape's; the work per token stays the same.
         layers: decoder layers in place of the shape's.
+        narrow: small widths in place of a slice's.
+
+    Raises:
+        RunError: experts that the shape's groups of them cannot be made of.
     """
-    fields = dict(SHAPES[shape])
+    fields = {**SHAPES[shape], **(NARROW if narrow else {})}
     if experts is not None:
         fields["n_routed_experts"] = experts
     if layers is not None:
         fields["num_hidden_layers"] = layers
-    return IndexCacheConfig(**fields)
+    try:
+        return IndexCacheConfig(**fields)
+    except CONFIG_FAULTS as error:
+        raise RunError(f"--shape {shape}: {str(error.__cause__ or error).strip()}") from error
 
 
 def random_model(
-    shape: str, experts: int | None, layers: int | None, device: torch.device, dtype: torch.dtype
+    shape: str,
+    experts: int | None,
+    layers: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    narrow: bool = False,
+    block_fp8: bool = False,
 ) -> IndexCacheForCausalLM:
-    """`random_config`'s model with random weights, made on the device; see `let_neighbours_agree`."""
+    """`random_config`'s model with random weights, made on the device, in `block_fp8` if asked for.
+
+    See `let_neighbours_agree`.
+    """
+    config = random_config(shape, experts, layers, narrow)
     torch.manual_seed(0)
-    with torch.device(device):
-        model = IndexCacheForCausalLM._from_config(random_config(shape, experts, layers), dtype=dtype).eval()
+    if block_fp8:
+        model = block_fp8_model(config, device, dtype)
+    else:
+        with torch.device(device):
+            model = IndexCacheForCausalLM._from_config(config, dtype=dtype).eval()
     let_neighbours_agree(model)
     return model
 
@@ -187,7 +210,9 @@ def let_neighbours_agree(model: Any, step: float | None = None, position_weight:
         if indexer is not None:
             indexer.k_norm.weight[: model.config.qk_rope_head_dim] = position_weight
         for name, weight in layer.named_parameters():
-            if name.removesuffix(".weight").endswith(("o_proj", "down_proj")):
+            # Of block fp8 weights the scales.
+            module = name.removesuffix("_scale_inv").removesuffix(".weight")
+            if module.endswith(("o_proj", "down_proj")) and weight.dtype != E4M3:
                 weight.mul_(residual)
     table = model.get_input_embeddings().weight
     rows, width = table.shape

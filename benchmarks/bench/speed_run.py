@@ -50,9 +50,10 @@ class BenchOptions:
 
     Attributes:
         source: a checkpoint, or None for a shape with random weights.
-        shape: `30b` or `tiny`.
+        shape: `30b`, `tiny`, or a slice: `v3.2`, `glm-5`.
         experts: routed experts in place of the shape's.
         layers: decoder layers in place of the shape's.
+        narrow: small widths in place of a slice's.
         lengths: context lengths of prefill and decode.
         patterns: see `speed_models.patterns_of`; the first is what others are compared with.
         input: `drift` or `random`.
@@ -69,6 +70,7 @@ class BenchOptions:
     shape: str = "30b"
     experts: int | None = None
     layers: int | None = None
+    narrow: bool = False
     lengths: tuple[int, ...] = ()
     patterns: tuple[str, ...] = ()
     input: str = "drift"
@@ -134,10 +136,10 @@ def run_bench(
         **{
             name: value
             for name, value in vars(options).items()
-            if name in ("source", "shape", "experts", "layers", "input", "decode_steps", "revision")
+            if name in ("source", "shape", "experts", "layers", "narrow", "input", "decode_steps", "revision")
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": options.dtype if options.dtype == "fp8" else str(dtype).removeprefix("torch."),
     }
     prepare_output(output, output / JOURNAL_FILE, resume, overwrite, "benchmark")
     journal = RowJournal(output / JOURNAL_FILE, identity, resume, overwrite)
@@ -170,7 +172,7 @@ class _Models:
         self._peer: tuple[str, Any] | None = None
         if opened is not None:
             self._ours = checkpoint_model(opened, device, dtype, options.token)
-        self.config = self._ours.config if self._ours is not None else random_config(*self._shape)
+        self.config = self._ours.config if self._ours is not None else random_config(*self._shape, options.narrow)
 
     @property
     def _shape(self) -> tuple[str, int | None, int | None]:
@@ -181,7 +183,10 @@ class _Models:
         self._peer = None
         if self._ours is None:
             _release(self.device)
-            self._ours = random_model(*self._shape, self.device, self.dtype)
+            options = self.options
+            self._ours = random_model(
+                *self._shape, self.device, self.dtype, narrow=options.narrow, block_fp8=options.dtype == "fp8"
+            )
         self._ours.to(self.device).set_index_share_pattern(pattern)
         return self._ours
 
@@ -315,7 +320,7 @@ def _largest_batch(model: Any, rows: int) -> int:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
+    if name in ("auto", "fp8"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
@@ -337,6 +342,8 @@ def _check_lengths(options: BenchOptions, config: Any) -> None:
         raise RunError("--length: give at least one context length")
     family = config.source_model_type
     peers = options.peer_lengths or any(row.model == PEER for row in options.rows)
+    if peers and options.dtype == "fp8":
+        raise RunError("transformers' own model runs without fp8: leave out --dtype fp8, or --baseline and its rows")
     if options.source is not None and peers and family not in (None, "glm_moe_dsa"):
         raise RunError(f"--baseline runs transformers' glm_moe_dsa, and {options.source} is {family}: leave it out")
 

@@ -134,7 +134,7 @@ class DistillationTrainer(Trainer):
         self._start_loss: list[float] = []
         use_cache = model.config.use_cache
         super().__init__(model, args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
-        # Trainer turns it off in the config that goes with every checkpoint; a training forward makes no cache anyway.
+        # Trainer switches it off in the config that checkpoints hold; a training forward makes no cache anyway.
         model.config.use_cache = use_cache
         # Progress is the monitor's business.
         from transformers.trainer_callback import PrinterCallback
@@ -219,22 +219,17 @@ class DistillationTrainer(Trainer):
     def _check(self, loss: torch.Tensor) -> None:
         worst = self.accelerator.reduce(loss.detach().float(), "sum")
         value = float(worst) / self.accelerator.num_processes
-        step = self.state.global_step
+        step = self.state.global_step + 1
         if not math.isfinite(value):
-            raise DistillationDiverged(
-                f"the loss of the {self.stage} stage became {value} at step {step + 1}: lower "
-                f"{self._rate_flag()}, raise --warmup-ratio, or try --precision fp32"
-            )
+            raise self._diverged(f"the loss of the {self.stage} stage became {value} at step {step}")
         value *= self.recipe.accumulation
         if len(self._start_loss) < START_STEPS:
             self._start_loss.append(value)
             return
         start = sum(self._start_loss) / len(self._start_loss)
         if value > DIVERGED_FACTOR * start + 1:
-            raise DistillationDiverged(
-                f"the loss of the {self.stage} stage rose from {start:.3f} to {value:.3f} at step {step + 1}: lower "
-                f"{self._rate_flag()}, or raise --warmup-ratio"
-            )
+            rose = f"the loss of the {self.stage} stage rose from {start:.3f} to {value:.3f} at step {step}"
+            raise self._diverged(rose, by_precision=False)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """As Trainer's; a gradient that is not finite stops before it can reach the weights."""
@@ -242,11 +237,8 @@ class DistillationTrainer(Trainer):
         if norm is not None and self._checks_this_step():
             value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
             if not math.isfinite(value):
-                raise DistillationDiverged(
-                    f"the gradient of the {self.stage} stage has the norm {value} at step "
-                    f"{self.state.global_step + 1}: lower {self._rate_flag()}, raise --warmup-ratio, or try "
-                    "--precision fp32"
-                )
+                step = self.state.global_step + 1
+                raise self._diverged(f"the gradient of the {self.stage} stage has the norm {value} at step {step}")
         return norm
 
     def check_update(self) -> None:
@@ -263,18 +255,19 @@ class DistillationTrainer(Trainer):
         finite = are_finite(learned).to(self.args.device, torch.float32)
         if bool(self.accelerator.reduce(finite, "sum") == self.accelerator.num_processes):
             return
-        # Of sharded weights the spoilt ones may be another process's.
+        # Of sharded weights the damaged ones may be another process's.
         name = first_not_finite(model.named_parameters()) or "a weight of another process's shard"
-        raise DistillationDiverged(
-            f"the update of step {self.state.global_step + 1} of the {self.stage} stage left weights that are not "
-            f"finite ({name}): lower {self._rate_flag()}, or raise --warmup-ratio",
-            weights_are_sound=False,
-        )
+        update = f"the update of step {self.state.global_step + 1} of the {self.stage} stage"
+        what = f"{update} left weights that are not finite ({name})"
+        raise self._diverged(what, by_precision=False, weights_are_sound=False)
 
-    def _rate_flag(self) -> str:
+    def _diverged(self, what: str, by_precision: bool = True, weights_are_sound: bool = True) -> DistillationDiverged:
+        """The error that says what happened and what helps: a lower rate, and where it may be precision, fp32."""
+        rate = f"--learning-rate ({self.recipe.learning_rate:g})"
         if self.stage == DENSE:
-            return f"--dense-learning-rate ({self.recipe.dense_learning_rate:g})"
-        return f"--learning-rate ({self.recipe.learning_rate:g})"
+            rate = f"--dense-learning-rate ({self.recipe.dense_learning_rate:g})"
+        rest = ", raise --warmup-ratio, or try --precision fp32" if by_precision else ", or raise --warmup-ratio"
+        return DistillationDiverged(f"{what}: lower {rate}{rest}", weights_are_sound)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         """As Trainer counts targets, count the tokens whose divergence is averaged."""

@@ -1,4 +1,4 @@
-"""Pairs of a token and one of its experts put in the experts' order: a counting sort in three launches.
+"""(Token, expert) pairs sorted by expert: a counting sort in three launches.
 
 Programs count their pairs by expert, one adds up what stands before each of them, and each then knows its pairs'
 places. Sorting, searching and inverting in PyTorch gives the same in some thirty launches.
@@ -71,7 +71,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["parts"])
     def start_experts_kernel(counts, ends, parts, E: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr):
-        """Turn counts into the place of each part's first pair of each expert; where each expert's pairs end."""
+        """Change counts into the place of each part's first pair of each expert; where each expert's pairs end."""
         block = tl.program_id(0).to(tl.int64)
         expert = tl.arange(0, EP)
         counts += block * parts * E

@@ -5,6 +5,8 @@ Source: DeepSeek-V3 report, section 2.1.2. Groups: only experts of the `topk_gro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -35,11 +37,11 @@ def expert_topk(
         x: `[tokens, D]`.
         weight: `[E, D]`.
         bias: `[E]`, added to the sigmoid scores for the choice alone.
-        k: experts a token.
+        k: experts per token.
         scaling: factor on the weights.
         normalise: let the weights of a token sum to `scaling`.
         groups: number of groups of experts; None or 1: no groups.
-        topk_groups: groups a token may choose from.
+        topk_groups: groups that a token may choose from.
         masked_score: what stands in the choice for experts of other groups.
         allow_triton: use the Triton kernel on CUDA where it takes these arguments; False is PyTorch anywhere.
 
@@ -93,7 +95,7 @@ def normed_expert_topk(
         eps: of the norm.
         weight: `[E, D]`.
         bias: `[E]`.
-        k: experts a token.
+        k: experts per token.
         scaling: as `expert_topk`.
         normalise: as `expert_topk`.
 
@@ -111,9 +113,12 @@ def normed_expert_topk(
     return _NORMED(x.device, x, norm, eps, weight, bias, k, scaling, normalise)
 
 
-def _normed_in_pytorch(x, norm, eps, weight, bias, k, scaling, normalise):
+def _normed_in_pytorch(
+    x: torch.Tensor, norm: torch.Tensor, eps: float, *routing: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     normed = rms_norm(x, norm, eps, allow_triton=False)
-    return normed, *expert_topk_reference(normed, weight, bias, k, scaling, normalise)[1:]
+    _, weights, experts = expert_topk_reference(normed, *routing)
+    return normed, weights, experts
 
 
 _NORMED = Operation(
@@ -163,7 +168,7 @@ def _check_routing(operation: str, x: torch.Tensor, weight: torch.Tensor, bias: 
     check_integer(operation, "k", k, 1, weight.shape[0])
 
 
-def _why_not_triton(x, weight, bias, *_) -> str | None:
+def _why_not_triton(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *_: Any) -> str | None:
     if x.dtype not in HALF_PRECISION or weight.dtype != x.dtype:
         return "it takes bfloat16 or float16 tokens and weights of one dtype"
     if weight.device != x.device or bias.device != x.device:
@@ -182,7 +187,7 @@ _TOPK = Operation(
 )
 
 
-def _shapes(x, weight, bias, k, *_):
+def _shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, k: int, *_: Any) -> tuple[torch.Tensor, ...]:
     shapes = ((weight.shape[0], torch.float32), (k, torch.float32), (k, torch.int64))
     return tuple(x.new_empty(x.shape[0], width, dtype=dtype) for width, dtype in shapes)
 

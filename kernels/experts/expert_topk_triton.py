@@ -3,7 +3,7 @@ then the k best by k rounds of maximum.
 
 Half-precision products are exact in fp32 and summed there, so logits are what an fp32 matmul gives.
 
-Legend: E experts, EP as a power of two; D width of a token, K experts a token.
+Legend: E experts, EP as a power of two; D width of a token, K experts per token.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
-from ..common.kernel_launch import launcher
+from ..common.kernel_launch import launcher, rows_contiguous
 from ..common.triton_support import tl, triton
 
 # Scores of a block of tokens stay in registers.
@@ -35,7 +35,7 @@ def expert_topk_triton(
     chosen = torch.empty(tokens, k, dtype=torch.int64, device=x.device)
     if tokens == 0:
         return logits, weights, chosen
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_contiguous(x)
     if is_vector(tokens, experts):
         _launch_vector(x, weight, bias, logits, weights, chosen, scaling, normalise, None, 0.0, None)
         return logits, weights, chosen
@@ -70,7 +70,7 @@ def normed_expert_topk_triton(
     weights = torch.empty(tokens, k, dtype=torch.float32, device=device)
     chosen = torch.empty(tokens, k, dtype=torch.int64, device=device)
     if tokens:
-        x = x if x.stride(1) == 1 else x.contiguous()
+        x = rows_contiguous(x)
         _launch_vector(x, weight, bias, None, weights, chosen, scaling, normalise, norm, eps, normed)
     return normed, weights, chosen
 

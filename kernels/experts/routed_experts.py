@@ -24,7 +24,7 @@ from .routed_experts_triton import combine, copy_rows, experts_vector, gated
 VECTOR_TOKENS = 6
 # With more experts PyTorch sorts.
 MAX_COUNTED = 512
-# Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail an expert.
+# Temporaries of a block of tokens in the grouped matmuls, in bytes: large ones, every matmul has a tail per expert.
 BLOCK_BYTES = 640 * 2**20
 
 Shared = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -67,7 +67,9 @@ def routed_experts(
     return _EXPERTS(x.device, x, experts, weights, gate_up, down, shared, accumulate)
 
 
-def _check_arguments(x, experts, weights, gate_up, down, shared, accumulate) -> None:
+def _check_arguments(
+    x: Any, experts: Any, weights: Any, gate_up: Any, down: Any, shared: Any, accumulate: Any
+) -> None:
     name = "routed_experts"
     if shared is not None and len(shared) != 3:
         raise ValueError(f"{name}: shared must be the three weights gate, up and down, got {len(shared)}")
@@ -153,26 +155,28 @@ def _routed_experts(
     return _EXPERTS(x.device, x, experts, weights, gate_up, down, shared, None)
 
 
-def _why_not_vector(x, *_) -> str | None:
+def _why_not_vector(x: torch.Tensor, *_: Any) -> str | None:
     return None if x.shape[0] <= VECTOR_TOKENS else f"it is for at most {VECTOR_TOKENS} tokens"
 
 
-def _by_token(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
-    return experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+def _by_token(*arguments: Any) -> torch.Tensor:
+    return experts_vector(*arguments)
 
 
-def _by_expert(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
+def _by_expert(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    accumulate: torch.Tensor | None = arguments[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
-    _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
+    _grouped(out, x, *arguments)
     return out
 
 
-def _in_pytorch(x, experts, weights, gate_up, down, shared, accumulate) -> torch.Tensor:
-    out = routed_experts_reference(x, experts, weights, gate_up, down, shared)
+def _in_pytorch(*arguments: Any) -> torch.Tensor:
+    accumulate: torch.Tensor | None = arguments[-1]
+    out = routed_experts_reference(*arguments[:-1])
     return out if accumulate is None else accumulate.add_(out)
 
 
-def _example(new, tokens: int) -> tuple:
+def _example(new: Callable[..., torch.Tensor], tokens: int) -> tuple[Any, ...]:
     experts, weights = new(tokens, 4, dtype=torch.int64), new(tokens, 4, dtype=torch.float32)
     return new(tokens, 2048), experts, weights, new(64, 3072, 2048), new(64, 2048, 1536), None, None
 
@@ -187,7 +191,16 @@ _EXPERTS = Operation(
 )
 
 
-def _grouped(x, experts, weights, gate_up, down, shared, base, out) -> None:
+def _grouped(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    experts: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    shared: Shared | None,
+    base: torch.Tensor | None,
+) -> None:
     """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
     grouped_mm: Any = _grouped_mm()
     tokens, k = experts.shape
@@ -215,7 +228,7 @@ def _grouped(x, experts, weights, gate_up, down, shared, base, out) -> None:
 def group_by_expert(
     experts: torch.Tensor, count: int, block: int, allow_triton: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where pairs of a token and an expert stand in the experts' order, block by block of tokens.
+    """The places of (token, expert) pairs in the experts' order, block by block of tokens.
 
     Args:
         experts: int64 `[T, K]`, in 0 .. count - 1.
@@ -244,7 +257,7 @@ def _group_by_sorting(experts: torch.Tensor, count: int, block: int) -> tuple[to
     return place.view(tokens, k), ends
 
 
-def _why_not_counted(experts, count, block) -> str | None:
+def _why_not_counted(experts: torch.Tensor, count: int, block: int) -> str | None:
     return None if count <= MAX_COUNTED else f"it counts at most {MAX_COUNTED} experts"
 
 

@@ -1,7 +1,7 @@
 """The passes of a mixture of experts in Triton: two matrix-vector kernels for a few tokens, and for many tokens what
 stands around grouped matmuls: copying rows to their experts, the gate, and the weighted sum back by token.
 
-Legend: D hidden width, I width of a routed expert, J width of the shared expert, K experts a token.
+Legend: D hidden width, I width of a routed expert, J width of the shared expert, K experts per token.
 """
 
 from __future__ import annotations
@@ -26,29 +26,17 @@ def experts_vector(
     down: torch.Tensor,
     shared: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
     base: torch.Tensor | None,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A few tokens through their experts, reading each chosen expert's weights once a token.
+    """A few tokens through their experts, reading each chosen expert's weights once per token.
 
-    Args:
-        x: `[T, D]`.
-        experts: int64 `[T, K]`.
-        weights: fp32 `[T, K]`.
-        gate_up: `[E, 2 I, D]`.
-        down: `[E, D, I]`.
-        shared: `gate [J, D]`, `up [J, D]`, `down [D, J]` of the shared expert, or None.
-        base: `[T, D]` to add, or None.
-        out: contiguous `[T, D]` to write, may be `base`; made when None.
-
-    Returns:
-        `[T, D]`: `out`.
+    Arguments and result as `kernels.routed_experts.routed_experts`, with `base` for its `accumulate`.
     """
     tokens, width = x.shape
     inner, k = down.shape[2], experts.shape[1]
     gate, up, shared_down = shared if shared is not None else (gate_up, gate_up, down)
     shared_inner = gate.shape[0] if shared is not None else 0
     hidden = torch.empty(tokens, k * inner + shared_inner, dtype=x.dtype, device=x.device)
-    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if base is None else base
     if tokens == 0:
         return out
     tiles, shared_tiles = triton.cdiv(inner, VECTOR_ROWS), triton.cdiv(shared_inner, VECTOR_ROWS)
@@ -211,6 +199,17 @@ if triton is not None:
         tl.store(hidden + token * (K * INNER + SHARED) + part * INNER + row, value.to(dtype), mask=real)
 
     @triton.jit
+    def _products(rows, vector, at: tl.constexpr, real, column, WIDTH: tl.constexpr):
+        """Of rows of a weight and WIDTH entries of a vector from `at` on: `[rows, columns]`, to be summed by row."""
+        acc = tl.zeros([rows.shape[0], column.shape[0]], tl.float32)
+        for first in tl.static_range(0, WIDTH, column.shape[0]):
+            inside = first + column < WIDTH
+            value = tl.load(vector + at + first + column, mask=inside, other=0.0).to(tl.float32)
+            tile = tl.load(rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
+            acc += tile.to(tl.float32) * value[None, :]
+        return acc
+
+    @triton.jit
     def experts_down_vector_kernel(
         hidden,
         experts,
@@ -244,26 +243,12 @@ if triton is not None:
         for part in tl.static_range(K):
             expert = tl.load(experts + token * K + part)
             rows = down + expert * expert_stride + row * row_stride
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for first in tl.static_range(0, INNER, COLUMNS):
-                inside = first + column < INNER
-                value = tl.load(hidden + part * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
-                tile = tl.load(
-                    rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
-                )
-                acc += tile.to(tl.float32) * value[None, :]
+            acc = _products(rows, hidden, part * INNER, real, column, INNER)
             total += tl.sum(acc, 1).to(dtype).to(tl.float32) * tl.load(weights + token * K + part)
         total = total.to(dtype).to(tl.float32)
         if SHARED > 0:
             rows = shared_down + row.to(tl.int64) * shared_stride
-            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for first in tl.static_range(0, SHARED, COLUMNS):
-                inside = first + column < SHARED
-                value = tl.load(hidden + K * INNER + first + column, mask=inside, other=0.0).to(tl.float32)
-                tile = tl.load(
-                    rows[:, None] + first + column[None, :], mask=real[:, None] & inside[None, :], other=0.0
-                )
-                acc += tile.to(tl.float32) * value[None, :]
+            acc = _products(rows, hidden, K * INNER, real, column, SHARED)
             total += tl.sum(acc, 1).to(dtype).to(tl.float32)
         if HAS_BASE:
             total += tl.load(base + token * base_stride + row, mask=real, other=0.0).to(tl.float32)

@@ -151,7 +151,7 @@ def attention_lse(
 ) -> torch.Tensor:
     """`log sum exp(scale * q . kv)` of every query and head over all the keys that the query sees.
 
-    What `dense_indexer_kl` computes for itself when no `attn_lse` is given, and what turns `selected_attention` into
+    What `dense_indexer_kl` computes for itself when no `attn_lse` is given, and what makes of `selected_attention`
     the recall of the attention mass. Arguments as for `dense_indexer_kl`; no gradient flows.
 
     Returns:
@@ -182,8 +182,8 @@ def dense_indexer_kl(
 
     `p` is the mean over heads, and over the served layers, of the attention probabilities. It is computed in tiles,
     forward and again backward; nothing of size `[S, T]` is kept. Several served layers cost one attention pass each
-    and a single index pass: give lists. (The mean of one KL a layer has the same gradient and pays for the index
-    scores once a layer.)
+    and a single index pass: give lists. (The mean of one KL per layer has the same gradient and pays for the index
+    scores once per layer.)
 
     A key is visible to query i of batch b when its slot is at most `query_start[b] + i`, at least `key_start[b, i]`,
     and `key_mask` allows it.
@@ -192,7 +192,7 @@ def dense_indexer_kl(
         q: indexer queries of shape `[B, S, H, D]`, RoPE applied; bf16, fp16, fp32 or fp64.
         k: indexer keys of shape `[B, T, D]`.
         weights: head weights of shape `[B, S, H]`, any float dtype.
-        q_attn: absorbed attention queries of shape `[B, S, H_attn, D_attn]`, or a list of them, one a served layer.
+        q_attn: absorbed attention queries of shape `[B, S, H_attn, D_attn]`, or a list of them, one per served layer.
         kv: latents of shape `[B, T, D_attn]`, or a list as long as `q_attn`'s.
         scale: factor on the index dot products. Default: `D**-0.5`.
         attn_scale: factor on the attention dot products.
@@ -243,7 +243,7 @@ def dense_indexer_kl(
     return _run(DENSE_KL, allow_triton, *arguments)
 
 
-def _run(operation: Operation, allow_triton: bool, *arguments: Any) -> torch.Tensor:
+def _run(operation: Operation[torch.Tensor], allow_triton: bool, *arguments: Any) -> torch.Tensor:
     """Run an operation; inside `torch.compile`, which keeps no record of failures, the first backend that takes."""
     device, (kernels, reference) = arguments[0].device, operation.backends
     if torch.compiler.is_compiling() and allow_triton and device.type == "cuda":
@@ -253,7 +253,8 @@ def _run(operation: Operation, allow_triton: bool, *arguments: Any) -> torch.Ten
 
 def _index_scale(operation: str, q: torch.Tensor, scale: float | None) -> float:
     if scale is None:
-        return q.shape[-1] ** -0.5
+        default: float = q.shape[-1] ** -0.5
+        return default
     check_scale(operation, scale, positive=True)
     return scale
 

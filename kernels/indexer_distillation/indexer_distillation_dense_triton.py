@@ -15,8 +15,8 @@ from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS
 from ..common.kernel_launch import launcher, tile_options
 from ..common.triton_support import tl, triton
-from .indexer_distillation_teacher_triton import DenseTile, teacher_targets, visibility_arguments
-from .indexer_distillation_triton import GRADIENT_SCALE
+from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets
+from .indexer_distillation_triton import GRADIENT_SCALE, index_form
 
 
 def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
@@ -29,7 +29,17 @@ def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
 
 
 def dense_kl_triton(
-    q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    q_attn: list[torch.Tensor],
+    kv: list[torch.Tensor],
+    attn_lse: list[torch.Tensor],
+    scale: float,
+    attn_scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL `[B, S]` and the lse of the index scores that its gradient needs, both fp32."""
     B, S, H, D = q.shape
@@ -38,12 +48,12 @@ def dense_kl_triton(
     lse = torch.zeros_like(kl)
     if B * S * H * k.shape[1] == 0:
         return kl, lse
-    tile = index_tile(device_target(q.device), H)
+    tile, visible = index_tile(device_target(q.device), H), Visibility(query_start, key_start, key_mask)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        tensors = (q, k, weights, target, kl, lse, *visibility_arguments(visible))
-        sizes = (scale, first, last, S, k.shape[1])
+        tensors = (q, k, weights, target, kl, lse, visible.for_kernels())
+        sizes = (scale, first, last, S, k.shape[1], target.stride(0))
         launcher(_dense_kl_forward_kernel, (triton.cdiv(last - first, tile.block_q), B), q)(
-            *tensors, *sizes, target.stride(0), **_index_blocks(H, D, tile)
+            *tensors, *sizes, FORM=index_form(H, D), **tile_options(tile)
         )
     return kl, lse
 
@@ -62,60 +72,41 @@ def dense_kl_backward_triton(
     # Upstream gradients enter 16-bit operands relative to the largest.
     largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
     tile = index_tile(device_target(q.device), H)
-    visibility = visibility_arguments(visible)
+    constants = {"GRADIENT_SCALE": GRADIENT_SCALE, "FORM": index_form(H, D), **tile_options(tile)}
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        tensors = (grad, q, k, weights, target, lse, grad_q, grad_weights, *visibility)
-        sizes = (scale, first, last, S, T)
+        inputs, sizes = (q, k, weights, target, lse), (scale, first, last, S, T, target.stride(0))
+        seen = visible.for_kernels()
         launcher(_dense_kl_grad_q_kernel, (triton.cdiv(last - first, tile.block_q), B), grad)(
-            *tensors, *sizes, target.stride(0), GRADIENT_SCALE=GRADIENT_SCALE, **_index_blocks(H, D, tile)
+            grad, *inputs, grad_q, grad_weights, seen, *sizes, **constants
         )
-        tensors = (grad, largest, q, k, weights, target, lse, grad_k, *visibility)
         launcher(_dense_kl_grad_k_kernel, (triton.cdiv(T, tile.block_n), B), grad)(
-            *tensors,
-            *sizes,
-            target.stride(0),
-            GRADIENT_SCALE=GRADIENT_SCALE,
-            **_index_blocks(H, D, tile),
+            grad, largest, *inputs, grad_k, seen, *sizes, **constants
         )
     return grad_q, grad_k.to(k.dtype), grad_weights
 
 
-def _index_blocks(H: int, D: int, tile: DenseTile) -> dict[str, int]:
-    return {
-        "H": H,
-        "D": D,
-        "BLOCK_H": max(16, triton.next_power_of_2(H)),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        **tile_options(tile),
-    }
-
-
 if triton is not None:
-    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
+    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys, slots_of_queries
 
     @triton.jit
-    def _index_rows(
-        q,
-        weights,
-        batch,
-        query,
-        last_query,
-        S,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
-    ):
-        """Index queries `[BQ * BH, BD]` and weights `[BQ * BH]` of some queries, zero where there is no such head."""
+    def _index_rows(q, weights, scale, batch, query, last_query, S, form):
+        """Index queries `[BQ * BH, BD]` and weights `[BQ * BH]` of some queries, zero where there is no such head.
+
+        Weights are times the scale. Rows of both, and which of them there are.
+        """
         BLOCK_Q: tl.constexpr = query.shape[0]
+        H: tl.constexpr = form.H
+        D: tl.constexpr = form.D
+        BLOCK_H: tl.constexpr = form.BLOCK_H
         offs_h = tl.arange(0, BLOCK_H)
         row = (batch * S + query)[:, None] * H + offs_h[None, :]
         mask = (query < last_query)[:, None] & (offs_h < H)[None, :]
         row = tl.reshape(row, [BLOCK_Q * BLOCK_H])
         mask = tl.reshape(mask, [BLOCK_Q * BLOCK_H])
-        offs_d = tl.arange(0, BLOCK_D)
+        offs_d = tl.arange(0, form.BLOCK_D)
         tile = tl.load(q + row[:, None] * D + offs_d[None, :], mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
         weight = tl.load(weights + row, mask=mask, other=0.0).to(tl.float32)
+        weight *= scale
         return tile, weight, row, mask
 
     @triton.jit
@@ -125,10 +116,10 @@ if triton is not None:
         return tl.sum(tl.reshape(weighted, [BLOCK_N, BLOCK_Q, BLOCK_H]), 2)
 
     @triton.jit
-    def _keys(k, batch, key, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-        offs_d = tl.arange(0, BLOCK_D)
-        k_ptr = k + (batch * T + key)[:, None] * D + offs_d[None, :]
-        return tl.load(k_ptr, mask=(key < T)[:, None] & (offs_d < D)[None, :], other=0.0)
+    def _keys(k, batch, key, T, form):
+        offs_d = tl.arange(0, form.BLOCK_D)
+        k_ptr = k + (batch * T + key)[:, None] * form.D + offs_d[None, :]
+        return tl.load(k_ptr, mask=(key < T)[:, None] & (offs_d < form.D)[None, :], other=0.0)
 
     @triton.jit
     def _dense_kl_forward_kernel(
@@ -138,19 +129,14 @@ if triton is not None:
         target,
         kl,
         lse,
-        query_start,
-        key_start,
-        key_mask,
+        visible,
         scale,
         first_query,
         last_query,
         S,
         T,
         target_stride_b,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        FORM: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
@@ -158,11 +144,8 @@ if triton is not None:
         block = tl.num_programs(0) - 1 - tl.program_id(0)
         query = (first_query + block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         real = query < last_query
-        q_tile, weight, _, _ = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-        weight *= scale
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        q_tile, weight, _, _ = _index_rows(q, weights, scale, batch, query, last_query, S, FORM)
+        last_slot, first_slot, begin, end = slots_of_queries(visible, batch, query, real, S, T, BLOCK_N)
 
         # Kept by lane of the tile and reduced over keys once, at the end.
         top = tl.full([BLOCK_N, BLOCK_Q], float("-inf"), tl.float32)
@@ -171,15 +154,15 @@ if triton is not None:
         mass = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
         for first in range(begin, end, BLOCK_N):
             key = first + tl.arange(0, BLOCK_N)
-            exists = seen_keys(key, key_mask, batch, T)
-            dots = tl.dot(_keys(k, batch, key, T, D, BLOCK_D), tl.trans(q_tile))
-            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)
-            visible = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
+            exists = seen_keys(key, visible, batch, T)
+            dots = tl.dot(_keys(k, batch, key, T, FORM), tl.trans(q_tile))
+            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, FORM.BLOCK_H)
+            seen = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
             p_ptr = target + batch * target_stride_b + (query - first_query)[None, :] * T + key[:, None]
-            p = tl.load(p_ptr, mask=visible, other=0.0)
+            p = tl.load(p_ptr, mask=seen, other=0.0)
             cross += tl.where(p > 0, p * (tl.log(p) - score), 0.0)
             mass += p
-            score = tl.where(visible, score, float("-inf"))
+            score = tl.where(seen, score, float("-inf"))
             new_top = tl.maximum(top, score)
             reference = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp(top - reference) + tl.exp(score - reference)
@@ -226,19 +209,14 @@ if triton is not None:
         lse,
         grad_q,
         grad_weights,
-        query_start,
-        key_start,
-        key_mask,
+        visible,
         scale,
         first_query,
         last_query,
         S,
         T,
         target_stride_b,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        FORM: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_N: tl.constexpr,
         GRADIENT_SCALE: tl.constexpr,
@@ -247,30 +225,27 @@ if triton is not None:
         block = tl.num_programs(0) - 1 - tl.program_id(0)
         query = (first_query + block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         real = query < last_query
-        q_tile, weight, row, mask = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-        weight *= scale
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        q_tile, weight, row, mask = _index_rows(q, weights, scale, batch, query, last_query, S, FORM)
+        last_slot, first_slot, begin, end = slots_of_queries(visible, batch, query, real, S, T, BLOCK_N)
 
         # With u[h] = sum_n dI[n] [dots > 0] k[n]: dq[h] = w[h] u[h] and dw[h] = q[h] . u[h], both times the scale.
-        u_t = tl.zeros([BLOCK_D, BLOCK_Q * BLOCK_H], tl.float32)
+        u_t = tl.zeros([FORM.BLOCK_D, BLOCK_Q * FORM.BLOCK_H], tl.float32)
         for first in range(begin, end, BLOCK_N):
             key = first + tl.arange(0, BLOCK_N)
-            exists = seen_keys(key, key_mask, batch, T)
-            k_tile = _keys(k, batch, key, T, D, BLOCK_D)
+            exists = seen_keys(key, visible, batch, T)
+            k_tile = _keys(k, batch, key, T, FORM)
             dots = tl.dot(k_tile, tl.trans(q_tile))
-            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)
+            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, FORM.BLOCK_H)
             rows = (batch, query, first_query, last_query, last_slot, first_slot)
             d_score = _score_gradient(score, target, lse, rows, key, exists, S, T, target_stride_b)
-            active = _active(dots, d_score * GRADIENT_SCALE, k_tile.dtype, BLOCK_N, BLOCK_Q, BLOCK_H)
+            active = _active(dots, d_score * GRADIENT_SCALE, k_tile.dtype, BLOCK_N, BLOCK_Q, FORM.BLOCK_H)
             u_t = tl.dot(tl.trans(k_tile), active, acc=u_t)
         upstream = tl.load(grad + batch * S + query, mask=real, other=0.0) / GRADIENT_SCALE
-        upstream = tl.reshape(tl.broadcast_to(upstream[:, None], [BLOCK_Q, BLOCK_H]), [BLOCK_Q * BLOCK_H])
+        upstream = tl.reshape(tl.broadcast_to(upstream[:, None], [BLOCK_Q, FORM.BLOCK_H]), [BLOCK_Q * FORM.BLOCK_H])
         u_t *= upstream[None, :]
-        offs_d = tl.arange(0, BLOCK_D)
-        offs = row[None, :] * D + offs_d[:, None]
-        offs_mask = mask[None, :] & (offs_d < D)[:, None]
+        offs_d = tl.arange(0, FORM.BLOCK_D)
+        offs = row[None, :] * FORM.D + offs_d[:, None]
+        offs_mask = mask[None, :] & (offs_d < FORM.D)[:, None]
         q_t = tl.load(q + offs, mask=offs_mask, other=0.0).to(tl.float32)
         dw = tl.sum(u_t * q_t, 0) * scale
         tl.store(grad_weights + row, dw.to(grad_weights.dtype.element_ty), mask=mask)
@@ -286,19 +261,14 @@ if triton is not None:
         target,
         lse,
         grad_k,
-        query_start,
-        key_start,
-        key_mask,
+        visible,
         scale,
         first_query,
         last_query,
         S,
         T,
         target_stride_b,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        FORM: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_N: tl.constexpr,
         GRADIENT_SCALE: tl.constexpr,
@@ -306,30 +276,29 @@ if triton is not None:
         batch = tl.program_id(1).to(tl.int64)
         lowest_key = tl.program_id(0) * BLOCK_N
         key = lowest_key + tl.arange(0, BLOCK_N)
-        exists = seen_keys(key, key_mask, batch, T)
-        k_tile = _keys(k, batch, key, T, D, BLOCK_D)
+        exists = seen_keys(key, visible, batch, T)
+        k_tile = _keys(k, batch, key, T, FORM)
         top_grad = tl.load(largest)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dk = tl.zeros([BLOCK_N, FORM.BLOCK_D], tl.float32)
         # Queries before the first that can see a key of this block have nothing to add.
-        reach = tl.maximum(lowest_key - tl.load(query_start + batch), first_query).to(tl.int32)
+        reach = tl.maximum(lowest_key - tl.load(visible[0] + batch), first_query).to(tl.int32)
         begin = first_query + (reach - first_query) // BLOCK_Q * BLOCK_Q
         for start in range(begin, last_query, BLOCK_Q):
             query = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
             real = query < last_query
-            q_tile, weight, _, _ = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-            weight *= scale
-            last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
+            q_tile, weight, _, _ = _index_rows(q, weights, scale, batch, query, last_query, S, FORM)
+            last_slot, first_slot = last_and_first_slot(visible, batch, query, real, S)
             dots = tl.dot(k_tile, tl.trans(q_tile))
-            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)
+            score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, FORM.BLOCK_H)
             rows = (batch, query, first_query, last_query, last_slot, first_slot)
             d_score = _score_gradient(score, target, lse, rows, key, exists, S, T, target_stride_b)
             upstream = tl.load(grad + batch * S + query, mask=real, other=0.0) / top_grad
             d_score = d_score * (upstream * GRADIENT_SCALE)[None, :]
-            active = _active(dots, d_score, k_tile.dtype, BLOCK_N, BLOCK_Q, BLOCK_H)
+            active = _active(dots, d_score, k_tile.dtype, BLOCK_N, BLOCK_Q, FORM.BLOCK_H)
             weighted = (q_tile.to(tl.float32) * weight[:, None]).to(k_tile.dtype)
             dk = tl.dot(active, weighted, acc=dk)
-        offs_d = tl.arange(0, BLOCK_D)
-        dk_ptr = grad_k + (batch * T + key)[:, None] * D + offs_d[None, :]
-        dk_mask = (key < T)[:, None] & (offs_d < D)[None, :]
+        offs_d = tl.arange(0, FORM.BLOCK_D)
+        dk_ptr = grad_k + (batch * T + key)[:, None] * FORM.D + offs_d[None, :]
+        dk_mask = (key < T)[:, None] & (offs_d < FORM.D)[None, :]
         dk = tl.load(dk_ptr, mask=dk_mask, other=0.0) + dk * (top_grad / GRADIENT_SCALE)
         tl.store(dk_ptr, dk, mask=dk_mask)

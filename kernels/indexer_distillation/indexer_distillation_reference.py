@@ -74,7 +74,7 @@ def attention_lse_reference(
     key_start_BS: torch.Tensor | None,
     key_mask_BT: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Arguments and result as `attention_lse`; `query_start` one entry a batch row."""
+    """Arguments and result as `attention_lse`; `query_start` one entry per batch row."""
     chunked = (q_BSHD, *_slots(q_BSHD, query_start_B, key_start_BS))
 
     def lse(q, slots, starts, kv):
@@ -99,7 +99,7 @@ def dense_indexer_kl_reference(
     key_start_BS: torch.Tensor | None,
     key_mask_BT: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Arguments and result as `dense_indexer_kl`; a list entry a served layer, `query_start` one entry a batch row."""
+    """Arguments and result as `dense_indexer_kl`: one list entry per served layer, one `query_start` per batch row."""
     layers, T = len(q_attn), k_BTD.shape[1]
     chunked = (q_BSHD, weights_BSH, *_slots(q_BSHD, query_start_B, key_start_BS), *q_attn, *attn_lse)
 

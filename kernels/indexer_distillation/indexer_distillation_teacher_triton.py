@@ -15,8 +15,9 @@ import torch
 
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LN_2, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
+from .indexer_distillation_triton import latent_form
 
 # Teacher probabilities of a chunk of queries, fp32.
 TARGET_SCRATCH_BYTES = 256 * 2**20
@@ -38,18 +39,15 @@ class Visibility(NamedTuple):
     key_start: torch.Tensor | None
     key_mask: torch.Tensor | None
 
-
-def lse_tile(target: DeviceTarget, width: int) -> DenseTile:
-    """Default tile of the attention's lse."""
-    return _latent_tile(target, width)
-
-
-def target_tile(target: DeviceTarget, width: int) -> DenseTile:
-    """Default tile of the teacher's probabilities."""
-    return _latent_tile(target, width)
+    def for_kernels(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The same as the kernels take it: contiguous, a slot as int64, a mask as bytes."""
+        key_start = None if self.key_start is None else self.key_start.contiguous()
+        key_mask = None if self.key_mask is None else self.key_mask.contiguous().view(torch.uint8)
+        return self.query_start.to(torch.int64).contiguous(), key_start, key_mask
 
 
-def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+def latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+    """Default tile of the attention's lse and probabilities, for latents `width` entries wide."""
     backend, arch, _ = target
     if width <= WIDE_LATENT:
         return DenseTile(64, 32, 4, 1) if backend == "hip" else DenseTile(64, 64, 4, 1)
@@ -60,24 +58,26 @@ def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
     return DenseTile(64, 32, 4, 1) if arch == 80 else DenseTile(32, 32, 4, 1)
 
 
-def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visible: Visibility) -> torch.Tensor:
+def attention_lse_triton(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
     """Arguments and result as `attention_lse`; bf16 or fp16."""
     B, S, H, D = q.shape
-    q, kv = _rows_contiguous(q), _rows_contiguous(kv)
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
-    tile = lse_tile(device_target(q.device), D)
-    tensors = (q, kv, lse, *visibility_arguments(visible))
-    sizes = (scale * LOG2_E, S, kv.shape[1])
+    tile = latent_tile(device_target(q.device), D)
+    visible = Visibility(query_start, key_start, key_mask)
+    tensors, sizes = (q, kv, lse, visible.for_kernels()), (scale * LOG2_E, S, kv.shape[1])
+    strides = (q.stride()[:3], kv.stride()[:2])
     launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
-        *tensors,
-        *sizes,
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        H=H,
-        **_latent_blocks(D),
-        **tile_options(tile),
+        *tensors, *sizes, *strides, FORM=latent_form(H, D), **tile_options(tile)
     )
     return lse
 
@@ -95,52 +95,30 @@ def teacher_targets(
     step = max(16, TARGET_SCRATCH_BYTES // (B * T * 4))
     buffer = torch.empty(B, min(step, queries), T, dtype=torch.float32, device=kv[0].device)
     layers = [
-        (_rows_contiguous(x), _rows_contiguous(y), z.float().contiguous()) for x, y, z in zip(q_attn, kv, attn_lse)
+        (rows_contiguous(x), rows_contiguous(y), z.float().contiguous()) for x, y, z in zip(q_attn, kv, attn_lse)
     ]
     for first in range(0, queries, step):
         last = min(first + step, queries)
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
-            tile = target_tile(device_target(one_q.device), D)
-            tensors = (one_q, one_kv, one_lse, buffer, *visibility_arguments(visible))
+            tile = latent_tile(device_target(one_q.device), D)
+            tensors = (one_q, one_kv, one_lse, buffer, visible.for_kernels())
             sizes = (attn_scale * LOG2_E, 1.0 / (H * len(layers)), first, last, queries, T)
-            strides = (*one_q.stride()[:3], *one_kv.stride()[:2], buffer.stride(0))
-            launcher(
-                _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
-            )(
-                *tensors,
-                *sizes,
-                *strides,
-                H=H,
-                ADD=number > 0,
-                **_latent_blocks(D),
-                **tile_options(tile),
+            strides = (one_q.stride()[:3], one_kv.stride()[:2], buffer.stride(0))
+            grid = (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B)
+            launcher(_head_mean_kernel, grid, one_q)(
+                *tensors, *sizes, *strides, FORM=latent_form(H, D), ADD=number > 0, **tile_options(tile)
             )
         yield first, last, buffer
-
-
-def visibility_arguments(visible: Visibility) -> tuple:
-    """`query_start`, `key_start` and `key_mask` as the kernels take them."""
-    key_start = None if visible.key_start is None else visible.key_start.contiguous()
-    key_mask = None if visible.key_mask is None else visible.key_mask.contiguous().view(torch.uint8)
-    return visible.query_start.to(torch.int64).contiguous(), key_start, key_mask
-
-
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _latent_blocks(D: int) -> dict[str, int]:
-    main = 1 << (D.bit_length() - 1)
-    return {"MAIN": main, "REST": D - main, "BLOCK_REST": max(16, triton.next_power_of_2(max(1, D - main)))}
 
 
 if triton is not None:
     _LOG2_E, _LN_2 = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
     @triton.jit
-    def last_and_first_slot(query_start, key_start, batch, query, real, S):
+    def last_and_first_slot(visible, batch, query, real, S):
         """Last and first slot that each query sees; queries that do not exist see nothing."""
+        query_start, key_start, _ = visible
         last = tl.where(real, tl.load(query_start + batch) + query, -1)
         first = tl.zeros_like(last)
         if key_start is not None:
@@ -148,8 +126,17 @@ if triton is not None:
         return last, first
 
     @triton.jit
-    def seen_keys(key, key_mask, batch, T):
+    def slots_of_queries(visible, batch, query, real, S, T, BLOCK_N: tl.constexpr):
+        """Last and first slot of each query, and the keys that they see between them: from a block's first on."""
+        last_slot, first_slot = last_and_first_slot(visible, batch, query, real, S)
+        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
+        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        return last_slot, first_slot, begin, end
+
+    @triton.jit
+    def seen_keys(key, visible, batch, T):
         """Which keys exist and are not masked."""
+        _, _, key_mask = visible
         seen = key < T
         if key_mask is not None:
             seen = seen & (tl.load(key_mask + batch * T + key, mask=seen, other=0) != 0)
@@ -160,24 +147,19 @@ if triton is not None:
         q,
         kv,
         lse,
-        query_start,
-        key_start,
-        key_mask,
+        visible,
         scale_log2,
         S,
         T,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_t,
-        H: tl.constexpr,
-        MAIN: tl.constexpr,
-        REST: tl.constexpr,
-        BLOCK_REST: tl.constexpr,
+        q_strides,
+        kv_strides,
+        FORM: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
+        H: tl.constexpr = FORM.H
+        MAIN: tl.constexpr = FORM.MAIN
+        REST: tl.constexpr = FORM.REST
         # Heads of the same queries are neighbours and read the same keys; the longest rows start first.
         batch = tl.program_id(1).to(tl.int64)
         block = tl.num_programs(0) // H - 1 - tl.program_id(0) // H
@@ -185,29 +167,27 @@ if triton is not None:
         query = (block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         real = query < S
         offs_d = tl.arange(0, MAIN)
-        offs_r = tl.arange(0, BLOCK_REST)
-        q_rows = (q + batch * q_stride_b + query * q_stride_s + head * q_stride_h)[:, None]
+        offs_r = tl.arange(0, FORM.BLOCK_REST)
+        q_rows = (q + batch * q_strides[0] + query * q_strides[1] + head * q_strides[2])[:, None]
         q_main = tl.load(q_rows + offs_d[None, :], mask=real[:, None], other=0.0)
         if REST > 0:
             r_mask = (offs_r < REST)[None, :]
             q_rest = tl.load(q_rows + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        last_slot, first_slot, begin, end = slots_of_queries(visible, batch, query, real, S, T, BLOCK_N)
 
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         for first in range(begin, end, BLOCK_N):
             key = first + tl.arange(0, BLOCK_N)
-            exists = seen_keys(key, key_mask, batch, T)
-            kv_rows = (kv + batch * kv_stride_b + key.to(tl.int64) * kv_stride_t)[:, None]
+            exists = seen_keys(key, visible, batch, T)
+            kv_rows = (kv + batch * kv_strides[0] + key.to(tl.int64) * kv_strides[1])[:, None]
             main = tl.load(kv_rows + offs_d[None, :], mask=exists[:, None], other=0.0)
             s = tl.dot(q_main, tl.trans(main))  # [BQ, BN]
             if REST > 0:
                 rest = tl.load(kv_rows + MAIN + offs_r[None, :], mask=exists[:, None] & r_mask, other=0.0)
                 s = tl.dot(q_rest, tl.trans(rest), acc=s)
-            visible = exists[None, :] & (key[None, :] <= last_slot[:, None]) & (key[None, :] >= first_slot[:, None])
-            s = tl.where(visible, s * scale_log2, float("-inf"))
+            seen = exists[None, :] & (key[None, :] <= last_slot[:, None]) & (key[None, :] >= first_slot[:, None])
+            s = tl.where(seen, s * scale_log2, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             reference = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(s - reference[:, None]), 1)
@@ -221,35 +201,30 @@ if triton is not None:
         kv,
         lse,
         target,
-        query_start,
-        key_start,
-        key_mask,
+        visible,
         scale_log2,
         factor,
         first_query,
         last_query,
         S,
         T,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_t,
+        q_strides,
+        kv_strides,
         target_stride_b,
-        H: tl.constexpr,
+        FORM: tl.constexpr,
         ADD: tl.constexpr,
-        MAIN: tl.constexpr,
-        REST: tl.constexpr,
-        BLOCK_REST: tl.constexpr,
         BLOCK_Q: tl.constexpr,
         BLOCK_N: tl.constexpr,
     ):
+        H: tl.constexpr = FORM.H
+        MAIN: tl.constexpr = FORM.MAIN
+        REST: tl.constexpr = FORM.REST
         batch = tl.program_id(1).to(tl.int64)
         q_blocks = tl.cdiv(last_query - first_query, BLOCK_Q)
         query = (first_query + tl.program_id(0) % q_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         key = tl.program_id(0) // q_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         real = query < last_query
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
+        last_slot, first_slot = last_and_first_slot(visible, batch, query, real, S)
         # A tile that no query sees is not read either.
         lowest_key = tl.program_id(0) // q_blocks * BLOCK_N
         if tl.max(last_slot, 0) < lowest_key:
@@ -257,23 +232,23 @@ if triton is not None:
         if tl.min(tl.where(real, first_slot, T), 0) >= lowest_key + BLOCK_N:
             return
         offs_d = tl.arange(0, MAIN)
-        offs_r = tl.arange(0, BLOCK_REST)
+        offs_r = tl.arange(0, FORM.BLOCK_REST)
         r_mask = (offs_r < REST)[None, :]
-        exists = seen_keys(key, key_mask, batch, T)
-        kv_rows = (kv + batch * kv_stride_b + key.to(tl.int64) * kv_stride_t)[:, None]
+        exists = seen_keys(key, visible, batch, T)
+        kv_rows = (kv + batch * kv_strides[0] + key.to(tl.int64) * kv_strides[1])[:, None]
         main = tl.load(kv_rows + offs_d[None, :], mask=exists[:, None], other=0.0)
         if REST > 0:
             rest = tl.load(kv_rows + MAIN + offs_r[None, :], mask=exists[:, None] & r_mask, other=0.0)
         p = tl.zeros([BLOCK_N, BLOCK_Q], tl.float32)
-        q_rows = (q + batch * q_stride_b + query * q_stride_s)[:, None]
+        q_rows = (q + batch * q_strides[0] + query * q_strides[1])[:, None]
         to_head = batch * 0  # in 64 bits: head-major queries lie far apart
         for head in range(H):
             q_head = q_rows + to_head
-            to_head += q_stride_h
+            to_head += q_strides[2]
             q_main = tl.load(q_head + offs_d[None, :], mask=real[:, None], other=0.0)
             s = tl.dot(main, tl.trans(q_main))  # [BN, BQ]
             if REST > 0:
-                if BLOCK_REST == REST:
+                if FORM.BLOCK_REST == REST:
                     q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None], other=0.0)
                 else:
                     q_rest = tl.load(q_head + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
@@ -281,8 +256,8 @@ if triton is not None:
             row_lse = tl.load(lse + (batch * S + query) * H + head, mask=real, other=float("inf"))
             row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
             p += tl.exp2(s * scale_log2 - row_lse[None, :])
-        visible = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
-        p = tl.where(visible, p * factor, 0.0)
+        seen = exists[:, None] & (key[:, None] <= last_slot[None, :]) & (key[:, None] >= first_slot[None, :])
+        p = tl.where(seen, p * factor, 0.0)
         p_ptr = target + batch * target_stride_b + (query - first_query)[None, :] * T + key[:, None]
         written = real[None, :] & (key < T)[:, None]
         if ADD:

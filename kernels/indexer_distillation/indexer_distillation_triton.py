@@ -1,6 +1,6 @@
 """Index scores and attention of selected keys in Triton, with the KL between them and its gradient.
 
-One program a query walks its selected keys in blocks of `BLOCK_N`, which lie on the long side of every product (the
+One program per query walks its selected keys in blocks of `BLOCK_N`, which lie on the long side of every product (the
 heads of one query would not fill it). Forward, the KL is one pass: with t the target and I the scores,
 `KL = sum(t (log t - I)) / sum(t) - log sum(t) + log sum(exp I)`. Backward computes the scores again;
 `dI = softmax(I) - t / sum(t)` never leaves the chip. Key gradients are added by fp32 atomics, or in the deterministic
@@ -17,7 +17,7 @@ import torch
 
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from ..sparse_mla.sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
 from ..sparse_mla.sparse_mla_union_triton import count_keys
@@ -34,6 +34,35 @@ class SelectedTile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+
+
+class IndexForm(NamedTuple):
+    """Constants of the indexer's queries and keys: heads, their width, and both as powers of two."""
+
+    H: int
+    D: int
+    BLOCK_H: int
+    BLOCK_D: int
+
+
+class LatentForm(NamedTuple):
+    """Constants of attention's queries and latents: heads, and the latents' width MAIN (a power of two) + REST."""
+
+    H: int
+    MAIN: int
+    REST: int
+    BLOCK_REST: int
+
+
+def index_form(heads: int, width: int) -> IndexForm:
+    """The form of `heads` heads of `width` entries."""
+    return IndexForm(heads, width, *(max(16, triton.next_power_of_2(size)) for size in (heads, width)))
+
+
+def latent_form(heads: int, width: int) -> LatentForm:
+    """The form of `heads` heads of latents of `width` entries."""
+    main = 1 << (width.bit_length() - 1)
+    return LatentForm(heads, main, width - main, max(16, triton.next_power_of_2(max(1, width - main))))
 
 
 def index_tile(target: DeviceTarget, backward: bool) -> SelectedTile:
@@ -56,14 +85,23 @@ def attention_tile(target: DeviceTarget, width: int) -> SelectedTile:
     return SelectedTile(64, 4, 2)
 
 
-def selected_scores_triton(q, k, weights, indices, scale: float) -> torch.Tensor:
+def selected_scores_triton(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Arguments and result as `selected_index_scores`; bf16 or fp16, no gradient."""
     scores = torch.full(indices.shape, float("-inf"), dtype=torch.float32, device=q.device)
     _index_forward(q, k, weights, indices, None, scale, scores, None)
     return scores
 
 
-def indexer_kl_triton(q, k, weights, indices, target, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def indexer_kl_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    target: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL `[B, S]`, and what its gradient needs: lse of the scores and `1 / sum(target)`, `[2, B, S]`, both fp32."""
     kl = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
     stats = torch.zeros(2, *q.shape[:2], dtype=torch.float32, device=q.device)
@@ -84,52 +122,44 @@ def index_backward_triton(
     if B * S * H * T * K == 0:
         return grad_q, grad_k.to(k.dtype), grad_weights
     target = None if target is None else target.contiguous()
+    inputs, results = (grad, q, k, weights, indices, target, stats), (grad_q, grad_weights)
     if not deterministic:
-        _launch_backward(
-            grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, slice(0, B * S), False
-        )
+        _launch_backward(inputs, results, grad_k, scale, slice(0, B * S), per_entry=False)
         return grad_q, grad_k.to(k.dtype), grad_weights
     step = min(S, max(1, DETERMINISTIC_SCRATCH_BYTES // (K * D * 4)))
     buffer = torch.empty(step, 1, K, D, dtype=torch.float32, device=k.device)
     for batch in range(B):
         for first in range(0, S, step):
             last = min(first + step, S)
-            rows = slice(batch * S + first, batch * S + last)
             scratch = buffer[: last - first]
-            _launch_backward(
-                grad, q, k, weights, indices, target, stats, grad_q, scratch, grad_weights, scale, rows, True
-            )
+            rows = slice(batch * S + first, batch * S + last)
+            _launch_backward(inputs, results, scratch, scale, rows, per_entry=True)
             add_rows_by_slot(scratch, indices[batch, first:last], grad_k[batch])
     return grad_q, grad_k.to(k.dtype), grad_weights
 
 
-def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor:
+def selected_attention_triton(
+    q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Arguments and result as `selected_attention`; bf16 or fp16."""
     B, S, H, D = q.shape
     K = indices.shape[-1]
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     indices, lse = indices.contiguous(), lse.float().contiguous()
     probabilities = torch.zeros(B, S, K, dtype=torch.float32, device=q.device)
     if probabilities.numel() == 0 or kv.shape[1] == 0:
         return probabilities
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
-    main = 1 << (D.bit_length() - 1)
     tile = attention_tile(device_target(q.device), D)
     tensors = (q, kv, lse, indices, probabilities)
     sizes = (scale * LOG2_E, 1.0 / H, S, kv.shape[1], K)
     launcher(_selected_attention_kernel, (B * S,), q)(
         *tensors,
         *sizes,
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        H=H,
-        MAIN=main,
-        REST=D - main,
+        q.stride()[:3],
+        kv.stride()[:2],
+        FORM=latent_form(H, D),
         BLOCK_H=heads,
-        BLOCK_REST=max(16, triton.next_power_of_2(max(1, D - main))),
         BLOCK_K=triton.next_power_of_2(K),
         **tile_options(tile),
     )
@@ -146,40 +176,48 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     tensors = (q, k, weights, indices, target, result, stats)
     sizes = (scale, B * S, S, T, K)
     launcher(_index_forward_kernel, (B * S,), q)(
-        *tensors, *sizes, KL=target is not None, **_index_blocks(H, D, K, tile)
+        *tensors,
+        *sizes,
+        KL=target is not None,
+        FORM=index_form(H, D),
+        BLOCK_K=triton.next_power_of_2(K),
+        **tile_options(tile),
     )
 
 
-def _launch_backward(
-    grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
-) -> None:
+def _launch_backward(inputs, results, grad_k, scale: float, rows: slice, per_entry: bool) -> None:
+    """Gradients of some queries: add to `grad_k`, or if `per_entry` write a row for every list entry there."""
+    grad, q, k, _, indices, target, _ = inputs
+    grad_q, grad_weights = results
     B, S, H, D = q.shape
+    K = indices.shape[-1]
     tile = index_tile(device_target(q.device), backward=True)
-    tensors = (grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights)
-    sizes = (scale, rows.start, B * S, S, k.shape[1], indices.shape[-1])
+    tensors = (*inputs, grad_q, grad_k, grad_weights)
+    sizes = (scale, rows.start, B * S, S, k.shape[1], K)
     launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
         *tensors,
         *sizes,
         KL=target is not None,
         PER_ENTRY=per_entry,
         GRADIENT_SCALE=GRADIENT_SCALE,
-        **_index_blocks(H, D, indices.shape[-1], tile),
-    )
-
-
-def _index_blocks(H: int, D: int, K: int, tile: SelectedTile) -> dict[str, int]:
-    return {
-        "H": H,
-        "D": D,
-        "BLOCK_H": max(16, triton.next_power_of_2(H)),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_K": triton.next_power_of_2(K),
+        FORM=index_form(H, D),
+        BLOCK_K=triton.next_power_of_2(K),
         **tile_options(tile),
-    }
+    )
 
 
 if triton is not None:
     _LOG2_E = tl.constexpr(LOG2_E)
+
+    @triton.jit
+    def _listed_keys(k_batch, key, listed, offs_d, form):
+        """Index keys `[BN, BD]` of a block, zeros where a key is not listed; whole rows need no mask of columns."""
+        k_ptr = k_batch + key.to(tl.int64)[:, None] * form.D + offs_d[None, :]
+        if form.BLOCK_D == form.D:
+            k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
+        else:
+            k_tile = tl.load(k_ptr, mask=listed[:, None] & (offs_d < form.D)[None, :], other=0.0)
+        return k_tile
 
     @triton.jit
     def _index_forward_kernel(
@@ -195,18 +233,17 @@ if triton is not None:
         S,
         T,
         K,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        FORM: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         KL: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
+        H: tl.constexpr = FORM.H
+        D: tl.constexpr = FORM.D
         offs_n = tl.arange(0, BLOCK_N)
-        offs_h = tl.arange(0, BLOCK_H)
-        offs_d = tl.arange(0, BLOCK_D)
+        offs_h = tl.arange(0, FORM.BLOCK_H)
+        offs_d = tl.arange(0, FORM.BLOCK_D)
         keys_row = indices + row * K
         count = count_keys(keys_row, K, BLOCK_K)
         # Padded heads have a weight of zero.
@@ -227,11 +264,7 @@ if triton is not None:
             offs_next = first + BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_next, mask=offs_next < count, other=-1)
             listed = (key >= 0) & (key < T)
-            k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
-            if BLOCK_D == D:
-                k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
-            else:
-                k_tile = tl.load(k_ptr, mask=listed[:, None] & (offs_d < D)[None, :], other=0.0)
+            k_tile = _listed_keys(k_batch, key, listed, offs_d, FORM)
             dots = tl.dot(k_tile, tl.trans(q_tile))  # [BN, BH]
             score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1)  # [BN]
             score = tl.where(listed, score, float("-inf"))
@@ -276,10 +309,7 @@ if triton is not None:
         S,
         T,
         K,
-        H: tl.constexpr,
-        D: tl.constexpr,
-        BLOCK_H: tl.constexpr,
-        BLOCK_D: tl.constexpr,
+        FORM: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
         KL: tl.constexpr,
@@ -287,9 +317,11 @@ if triton is not None:
         GRADIENT_SCALE: tl.constexpr,
     ):
         row = first_row + tl.program_id(0).to(tl.int64)
+        H: tl.constexpr = FORM.H
+        D: tl.constexpr = FORM.D
         offs_n = tl.arange(0, BLOCK_N)
-        offs_h = tl.arange(0, BLOCK_H)
-        offs_d = tl.arange(0, BLOCK_D)
+        offs_h = tl.arange(0, FORM.BLOCK_H)
+        offs_d = tl.arange(0, FORM.BLOCK_D)
         keys_row = indices + row * K
         count = count_keys(keys_row, K, BLOCK_K)
         weight = tl.load(weights + row * H + offs_h, mask=offs_h < H, other=0.0).to(tl.float32) * scale
@@ -310,18 +342,14 @@ if triton is not None:
 
         # With u[h] = sum_n dI[n] [dots > 0] k[n]: dq[h] = w[h] u[h] and dw[h] = q[h] . u[h], both times the scale.
         q_weighted = (q_tile.to(tl.float32) * weight[:, None]).to(q_tile.dtype)
-        u_t = tl.zeros([BLOCK_D, BLOCK_H], tl.float32)
+        u_t = tl.zeros([FORM.BLOCK_D, FORM.BLOCK_H], tl.float32)
         next_key = tl.load(keys_row + offs_n, mask=offs_n < count, other=-1)
         for first in range(0, count, BLOCK_N):
             key = next_key
             offs_k = first + offs_n
             next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
             listed = (key >= 0) & (key < T)
-            k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
-            if BLOCK_D == D:
-                k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
-            else:
-                k_tile = tl.load(k_ptr, mask=listed[:, None] & (offs_d < D)[None, :], other=0.0)
+            k_tile = _listed_keys(k_batch, key, listed, offs_d, FORM)
             dots = tl.dot(k_tile, tl.trans(q_tile))  # [BN, BH]
             if KL:
                 score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1)
@@ -360,32 +388,29 @@ if triton is not None:
         S,
         T,
         K,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_t,
-        H: tl.constexpr,
-        MAIN: tl.constexpr,
-        REST: tl.constexpr,
+        q_strides,
+        kv_strides,
+        FORM: tl.constexpr,
         BLOCK_H: tl.constexpr,
-        BLOCK_REST: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
+        H: tl.constexpr = FORM.H
+        MAIN: tl.constexpr = FORM.MAIN
+        REST: tl.constexpr = FORM.REST
         batch, query = row // S, row % S
         offs_n = tl.arange(0, BLOCK_N)
         offs_d = tl.arange(0, MAIN)
-        offs_r = tl.arange(0, BLOCK_REST)
+        offs_r = tl.arange(0, FORM.BLOCK_REST)
         keys_row = indices + row * K
         out_row = probabilities + row * K
         count = count_keys(keys_row, K, BLOCK_K)
-        kv_batch = kv + batch * kv_stride_b
+        kv_batch = kv + batch * kv_strides[0]
         for head_block in range(0, H, BLOCK_H):
             head = head_block + tl.arange(0, BLOCK_H)
             real = head < H
-            q_rows = (q + batch * q_stride_b + query * q_stride_s + head.to(tl.int64) * q_stride_h)[:, None]
+            q_rows = (q + batch * q_strides[0] + query * q_strides[1] + head.to(tl.int64) * q_strides[2])[:, None]
             q_main = tl.load(q_rows + offs_d[None, :], mask=real[:, None], other=0.0)
             if REST > 0:
                 q_rest = tl.load(
@@ -399,11 +424,11 @@ if triton is not None:
                 offs_k = first + offs_n
                 next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
                 listed = (key >= 0) & (key < T)
-                kv_rows = (kv_batch + key.to(tl.int64) * kv_stride_t)[:, None]
+                kv_rows = (kv_batch + key.to(tl.int64) * kv_strides[1])[:, None]
                 main = tl.load(kv_rows + offs_d[None, :], mask=listed[:, None], other=0.0)
                 s = tl.dot(main, tl.trans(q_main))  # [BN, BH]
                 if REST > 0:
-                    if BLOCK_REST == REST:
+                    if FORM.BLOCK_REST == REST:
                         rest = tl.load(kv_rows + MAIN + offs_r[None, :], mask=listed[:, None], other=0.0)
                     else:
                         rest_mask = listed[:, None] & (offs_r < REST)[None, :]

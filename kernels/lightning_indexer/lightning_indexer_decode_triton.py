@@ -84,7 +84,7 @@ def indexer_score_slab(q, k, weights, topk, scale, starts, first_keys, mask, out
             mask_part = None if mask is None else mask[b : b + nb]
             grid = (-(-tiles // tiles_each), -(-ns // config["BQ"]), nb)
             tensors = (q_part, k_part, w_part, starts_part, first_part, mask_part, scores)
-            strides = (*q_part.stride()[:3], *k_part.stride()[:2], *w_part.stride()[:2])
+            strides = (q_part.stride()[:3], k_part.stride()[:2], *w_part.stride()[:2])
             sizes = (s, ns, T, scale, tiles_each)
             given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None}
             launcher(indexer_scores_kernel, grid, q_part)(
@@ -125,11 +125,8 @@ if triton is not None:
         first_keys,
         mask,
         scores,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        k_stride_b,
-        k_stride_t,
+        q_strides,
+        k_strides,
         w_stride_b,
         w_stride_s,
         s,
@@ -163,7 +160,7 @@ if triton is not None:
             dim = tl.arange(0, DP)
             query = (first_query + column // HP).to(tl.int64)
             real = (query < S) & (head < H)
-            q_rows = q + b * q_stride_b + query * q_stride_s + head * q_stride_h
+            q_rows = q + b * q_strides[0] + query * q_strides[1] + head * q_strides[2]
             q_tile = tl.load(q_rows[:, None] + dim[None, :], mask=real[:, None] & (dim < D)[None, :], other=0.0)
             q_tile = tl.trans(q_tile)  # [DP, BQ * HP]
             w = tl.load(weights + b * w_stride_b + query * w_stride_s + head, mask=real, other=0.0)
@@ -173,8 +170,8 @@ if triton is not None:
                 first_slot = tl.load(first_keys + slab_row, mask=first_query + row < S, other=0)
             for first in tl.range(begin, end, BK, num_stages=STAGES):
                 key = first + tl.arange(0, BK)
-                k_tile_start = k + b * k_stride_b + first * k_stride_t.to(tl.int64)
-                k_rows = k_tile_start + tl.minimum(tl.arange(0, BK), T - 1 - first) * k_stride_t
+                k_tile_start = k + b * k_strides[0] + first * k_strides[1].to(tl.int64)
+                k_rows = k_tile_start + tl.minimum(tl.arange(0, BK), T - 1 - first) * k_strides[1]
                 if D == DP:
                     k_tile = tl.load(k_rows[:, None] + dim[None, :])  # [BK, DP]
                 else:

@@ -8,15 +8,15 @@ A program owns BQ queries (BQ * heads = 256 columns) and visits their keys in pa
   is a chain of waits, a pair of tiles long, so nothing that can be done elsewhere is done here, and it leaves its
   registers to the score groups, which keep their heads' weights in them.
 
-A launch fills the lists of some thousand rows, and another kernel selects from them, a program a row.
+A launch fills the lists of some thousand rows, and another kernel selects from them, one program per row.
 
 The bound comes from a sample: the same kernel first scores every `SAMPLE_STRIDE`-th key and gives for each query the
 score of a rank that should leave a little more than `topk` of all keys above it. Nothing rests on the guess: a list
 that ends with `topk` entries or more holds the exact selection (`lightning_indexer_select_triton.py`), and the rows of
 the others are marked in `redo` for the portable kernel.
 
-Legend: B batch, S queries, T keys, H heads, D width; BQ queries of a block; STRIDE of a sample; a list has CAPACITY
-entries; see `Sizes`, `Buffers` and `Bars` for what travels together.
+Legend: B batch, S queries, T keys, H heads, D width; see `Form` for the constants, and `Rows`, `Sizes`, `Buffers` and
+`Bars` for what travels together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from ..common.gluon_support import TensorDescriptor, barrier, gl, gluon, mbarrier
 from ..common.kernel_launch import launcher
 from ..common.triton_support import triton
-from .lightning_indexer_blocks_gluon import TILE, TILE_KEYS, Bars, Buffers, Sizes
+from .lightning_indexer_blocks_gluon import TILE, TILE_KEYS, Bars, Buffers, Form, Rows, Sizes
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_scores_gluon import SLOT_LAYOUT, WEIGHTS_LAYOUT, score_group
 from .lightning_indexer_select_gluon import LIST_EXTRA, finish_rows_kernel, select_group
@@ -125,24 +125,30 @@ def lightning_indexer_hopper(
     return None if guesses is None else redo
 
 
-def kernel_constants(H: int, element_bytes: int, sampling: bool, masked: bool) -> dict[str, int]:
-    """The kernel's constants but for what is given or not (HAS_...); `masked`: a mask or first keys are."""
+def kernel_form(
+    H: int, element_bytes: int, sampling: bool, *, first: bool, mask: bool, scale: bool, guess: bool
+) -> Form:
+    """The kernel's constants, of H heads and keys of so many bytes per entry; the rest is what is given."""
     BQ = COLUMNS // H
     capacity = sample_list_keys(BQ) if sampling else LIST_KEYS
-    keep_weights = BQ <= 8 and not sampling and not (masked and BQ < 8)
+    keep_weights = BQ <= 8 and not sampling and not ((first or mask) and BQ < 8)
     registers = SCORE_REGISTERS_64 if BQ < 8 and element_bytes == 2 else SCORE_REGISTERS
-    return {
-        "H": H,
-        "BQ": BQ,
-        "CAPACITY": capacity,
-        "STRIDE": SAMPLE_STRIDE if sampling else 1,
-        "SAMPLING": sampling,
-        "STAGES": key_stages(element_bytes),
-        "SLOTS": score_slots(BQ),
-        "CHECK": capacity // 128 if sampling else CHECK_TILES,
-        "REGISTERS": registers if keep_weights else SCORE_REGISTERS_ALONE,
-        "KEEP_WEIGHTS": keep_weights,
-    }
+    return Form(
+        H=H,
+        BQ=BQ,
+        CAPACITY=capacity,
+        STRIDE=SAMPLE_STRIDE if sampling else 1,
+        SAMPLING=sampling,
+        STAGES=key_stages(element_bytes),
+        SLOTS=score_slots(BQ),
+        CHECK=capacity // 128 if sampling else CHECK_TILES,
+        REGISTERS=registers if keep_weights else SCORE_REGISTERS_ALONE,
+        KEEP_WEIGHTS=keep_weights,
+        HAS_FIRST=first,
+        HAS_MASK=mask,
+        HAS_SCALE=scale,
+        HAS_GUESS=guess and not sampling,
+    )
 
 
 def _launch(
@@ -150,9 +156,9 @@ def _launch(
 ) -> None:
     B, S, H, D = q.shape
     T = k.shape[1]
-    masked = first_keys is not None or mask is not None
-    constants = kernel_constants(H, k.element_size(), sampling, masked)
-    BQ, capacity = constants["BQ"], constants["CAPACITY"]
+    given = {"first": first_keys, "mask": mask, "scale": k_scale, "guess": guesses}
+    form = kernel_form(H, k.element_size(), sampling, **{name: value is not None for name, value in given.items()})
+    BQ, capacity = form.BQ, form.CAPACITY
     turns = launch_turns = triton.cdiv(triton.cdiv(S, BQ) * B, programs)
     if sampling:
         lists = torch.empty(programs, BQ, capacity, dtype=torch.int32, device=q.device)
@@ -168,17 +174,12 @@ def _launch(
     q_block, k_block = [H, BQ, D], [TILE_KEYS, D]
     q_desc = TensorDescriptor.from_tensor(q_rows, q_block, gl.NVMMASharedLayout.get_default_for(q_block, element))
     k_desc = TensorDescriptor.from_tensor(k_rows, k_block, gl.NVMMASharedLayout.get_default_for(k_block, element))
-    has_guess = guesses is not None and not sampling
     for first_turn in range(0, turns, launch_turns):
         number = min(launch_turns, turns - first_turn)
         launcher(lightning_indexer_hopper_kernel, (programs,), q)(
             *(q_desc, k_desc, k_scale, weights, starts, first_keys, mask, guesses, out, lists),
             *(B, S, T, last_slot, topk, number, first_turn),
-            HAS_FIRST=first_keys is not None,
-            HAS_MASK=mask is not None,
-            HAS_SCALE=k_scale is not None,
-            HAS_GUESS=has_guess,
-            **constants,
+            FORM=form,
             num_warps=4,
             # Products and sums as one instruction, which is Triton's default until 3.9 only.
             enable_fp_fusion=True,
@@ -189,7 +190,7 @@ def _launch(
                 BQ=BQ,
                 CAPACITY=capacity,
                 ROW=lists.shape[2],
-                HAS_GUESS=has_guess,
+                HAS_GUESS=form.HAS_GUESS,
                 num_warps=4,
             )
 
@@ -197,40 +198,11 @@ def _launch(
 if gluon is not None:
 
     @gluon.jit
-    def _third_group(
-        q_desc,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        out,
-        lists,
-        buffers,
-        bars,
-        sizes,
-        topk,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-    ):
-        if SAMPLING:
-            sample_group(
-                *(q_desc, weights, starts, first_keys, mask, guesses, lists, buffers, bars, sizes, topk),
-                *(H, BQ, CAPACITY, STRIDE, HAS_FIRST, HAS_MASK, SLOTS, CHECK),
-            )
+    def _third_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form):
+        if form.SAMPLING:
+            sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, topk, form)
         else:
-            select_group(
-                *(q_desc, weights, starts, first_keys, mask, guesses, out, lists, buffers, bars, sizes, topk),
-                *(H, BQ, CAPACITY, HAS_FIRST, HAS_MASK, HAS_GUESS, SLOTS, CHECK),
-            )
+            select_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form)
 
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "turns", "first_turn"])
     def lightning_indexer_hopper_kernel(
@@ -251,26 +223,17 @@ if gluon is not None:
         topk,
         turns,
         first_turn,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        HAS_SCALE: gl.constexpr,
-        HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
-        STAGES: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-        REGISTERS: gl.constexpr,
-        KEEP_WEIGHTS: gl.constexpr,
+        FORM: gl.constexpr,
     ):
-        """Lists of whole query blocks, or with SAMPLING their guesses, as the head of this file tells.
+        """Lists of whole query blocks, or in a sampling pass their guesses, as described above.
 
         Of every program those of `turns` turns from `first_turn` on.
         """
         D: gl.constexpr = k_desc.block_type.shape[1]
+        H: gl.constexpr = FORM.H
+        BQ: gl.constexpr = FORM.BQ
+        STAGES: gl.constexpr = FORM.STAGES
+        SLOTS: gl.constexpr = FORM.SLOTS
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, H, BQ, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
         w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
@@ -297,78 +260,16 @@ if gluon is not None:
         sizes = Sizes(turns, first_turn, B, S, T, last_slot)
         buffers = Buffers(q_tiles, w_tiles, k_tiles, slots)
         bars = Bars(q_full, k_full, slot_full, slot_empty, (first_turns, second_turns))
+        rows = Rows(starts, first_keys)
         gl.warp_specialize(
             [
                 (
                     _third_group,
-                    (
-                        q_desc,
-                        weights,
-                        starts,
-                        first_keys,
-                        mask,
-                        guesses,
-                        out,
-                        lists,
-                        buffers,
-                        bars,
-                        sizes,
-                        topk,
-                        H,
-                        BQ,
-                        CAPACITY,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_MASK,
-                        HAS_GUESS,
-                        SAMPLING,
-                        SLOTS,
-                        CHECK,
-                    ),
+                    (q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, FORM),
                 ),
-                (
-                    score_group,
-                    (
-                        0,
-                        k_desc,
-                        k_scale,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_SCALE,
-                        STAGES,
-                        SLOTS,
-                        KEEP_WEIGHTS,
-                    ),
-                ),
-                (
-                    score_group,
-                    (
-                        1,
-                        k_desc,
-                        k_scale,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_SCALE,
-                        STAGES,
-                        SLOTS,
-                        KEEP_WEIGHTS,
-                    ),
-                ),
+                (score_group, (0, k_desc, k_scale, rows, buffers, bars, sizes, FORM)),
+                (score_group, (1, k_desc, k_scale, rows, buffers, bars, sizes, FORM)),
             ],
             [4, 4],  # warps
-            [REGISTERS, REGISTERS],
+            [FORM.REGISTERS, FORM.REGISTERS],
         )

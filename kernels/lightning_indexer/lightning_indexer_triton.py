@@ -4,7 +4,7 @@ Prefill: a program owns BQ queries (BQ * heads = 256 columns of a matrix product
 their keys in epochs. A loop scores an epoch into a buffer that stays in L2 and notes, a bit for each key, the scores
 above the row's bound, which never exceeds the k-th best so far; the keys noted are then appended to the row's list; a
 list that could overflow in the next epoch is cut to little more than its `topk` best, which raises the bound. Bounds
-come from genuine scores, so any order of scores is selected exactly, at worst with one cut an epoch. Two programs
+come from genuine scores, so any order of scores is selected exactly, at worst with one cut per epoch. Two programs
 share an SM: one multiplies while the other reduces, appends or cuts.
 
 Few queries (decode, short chunks): `lightning_indexer_decode_triton.py`.
@@ -20,7 +20,7 @@ import torch
 from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_constants import GREATEST_INT
-from ..common.kernel_launch import launcher
+from ..common.kernel_launch import launcher, rows_contiguous
 from ..common.triton_support import tl, triton
 from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import (
@@ -70,7 +70,7 @@ def lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, 
     out = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    q, k, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, weights))
+    q, k, weights = map(rows_contiguous, (q, k, weights))
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
@@ -168,7 +168,7 @@ def _prefill(q, k, weights, topk, scale, starts, first_keys, mask, redo, out, co
     exchange = torch.empty(programs, 2, BQ, config["BK"], dtype=torch.int32, device=q.device)
     lists = torch.empty(programs, BQ, CAP, dtype=torch.int64, device=q.device)
     tensors = (q, k, weights, starts, first_keys, mask, redo, out, buffer, exchange, lists)
-    strides = (*q.stride()[:3], *k.stride()[:2], *weights.stride()[:2])
+    strides = (q.stride()[:3], k.stride()[:2], *weights.stride()[:2])
     sizes = (B, S, k.shape[1], out.shape[2], scale)
     given = {"HAS_FIRST": first_keys is not None, "HAS_MASK": mask is not None, "HAS_REDO": redo is not None}
     launcher(lightning_indexer_prefill_kernel, (programs,), q)(
@@ -258,7 +258,7 @@ if triton is not None:
             passed &= ~((tl.full(hidden.shape, 1, tl.int64) << hidden.to(tl.int64)) - 1).to(tl.int32)
         number = bits_set(passed)
         place = (row * CAP + count)[:, None] + tl.cumsum(number, 1) - number
-        # Through memory into one entry a thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
+        # Through memory into one entry per thread: gathers and scatters then need no exchange of layouts. `tiles >> 6`
         # is 0, unknown to the compiler, which would otherwise load four neighbours at once.
         spots = row[:, None] * BK + lane[None, :]
         tl.store(exchange + spots, passed)
@@ -297,11 +297,8 @@ if triton is not None:
         buffer,
         exchange,
         lists,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        k_stride_b,
-        k_stride_t,
+        q_strides,
+        k_strides,
         w_stride_b,
         w_stride_s,
         B,
@@ -323,7 +320,7 @@ if triton is not None:
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
     ):
-        """Scores and selection of whole query blocks, as the head of this file tells; `TOPK` is the width of `out`."""
+        """Scores and selection of whole query blocks, as described above; `TOPK` is the width of `out`."""
         program = tl.program_id(0)
         programs = tl.num_programs(0)
         blocks = tl.cdiv(S, BQ) * B
@@ -356,7 +353,10 @@ if triton is not None:
                     first_slot = tl.maximum(first_slot, 0)
                 begin = tl.min(first_slot)
 
-                rows, strides = (q + b * q_stride_b, weights + b * w_stride_b), (q_stride_s, q_stride_h, w_stride_s)
+                rows, strides = (
+                    (q + b * q_strides[0], weights + b * w_stride_b),
+                    (q_strides[1], q_strides[2], w_stride_s),
+                )
                 q_tile, w = load_queries(rows, strides, first_query, S, scale, H, HP, D, DP, BQ // PARTS)
                 if PARTS == 2:
                     second = first_query + BQ // 2
@@ -373,8 +373,8 @@ if triton is not None:
                     passed1 = tl.zeros([BK, BQ // PARTS], tl.int32)
                     bound0, bound1 = halves(bound, BQ, PARTS)
                     for i in tl.range(0, tiles, num_stages=STAGES):
-                        k_start = k + b * k_stride_b + (epoch + i) * k_stride_t.to(tl.int64)
-                        k_rows = k_start + tl.minimum(lane * tiles, T - 1 - epoch - i) * k_stride_t
+                        k_start = k + b * k_strides[0] + (epoch + i) * k_strides[1].to(tl.int64)
+                        k_rows = k_start + tl.minimum(lane * tiles, T - 1 - epoch - i) * k_strides[1]
                         if D == DP:
                             k_tile = tl.load(k_rows[:, None] + dim[None, :])  # [BK, DP]
                         else:

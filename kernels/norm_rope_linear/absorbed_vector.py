@@ -1,7 +1,7 @@
 """Absorbed queries and expanded values of Multi-head Latent Attention for one or two tokens, as decoding has them.
 
 Source: the absorbed form (DeepSeek-V2, section 2.1); each kernel reads a head's weight once and fills the GPU, where
-a batched matmul of one row a head does neither.
+a batched matmul of one row per head does neither.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs.
+"""Rotary position embedding in Triton: one program rotates the rows of a few (token, head) pairs.
 
-Legend: H heads, R turned entries.
+Legend: H heads, R rotated entries.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rotate_into_triton(
         return
     cos, sin = cos.contiguous(), sin.contiguous()
     tensors = (x, out, cos, sin)
-    strides = (*x.stride(), *out.stride(), 0 if cos.shape[0] == 1 else cos.stride(0))
+    strides = (x.stride(), out.stride(), 0 if cos.shape[0] == 1 else cos.stride(0))
     launcher(rotate_kernel, (triton.cdiv(tokens * heads, PAIRS), batch), x)(
         *tensors,
         tokens,
@@ -47,14 +47,8 @@ if triton is not None:
         cos,
         sin,
         tokens,
-        x_stride_b,
-        x_stride_s,
-        x_stride_h,
-        x_stride_r,
-        out_stride_b,
-        out_stride_s,
-        out_stride_h,
-        out_stride_r,
+        x_strides,
+        out_strides,
         angle_stride_b,
         H: tl.constexpr,
         R: tl.constexpr,
@@ -62,28 +56,28 @@ if triton is not None:
         INTERLEAVED: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """The R entries of PAIRS (token, head) pairs turned."""
+        """The R entries of PAIRS (token, head) pairs rotated."""
         wait_for_kernels_ahead(EARLY)
         batch = tl.program_id(1).to(tl.int64)
         pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
         token, head = pair // H, pair % H
         real = (token < tokens)[:, None]
         half = tl.arange(0, R // 2)
-        rows = x + batch * x_stride_b + token * x_stride_s + head * x_stride_h  # [PAIRS]
+        rows = x + batch * x_strides[0] + token * x_strides[1] + head * x_strides[2]  # [PAIRS]
         if INTERLEAVED:
-            both = tl.load(rows[:, None] + tl.arange(0, R)[None, :] * x_stride_r, mask=real, other=0.0)
+            both = tl.load(rows[:, None] + tl.arange(0, R)[None, :] * x_strides[3], mask=real, other=0.0)
             first, second = tl.split(tl.reshape(both, [PAIRS, R // 2, 2]))
         else:
-            first = tl.load(rows[:, None] + half[None, :] * x_stride_r, mask=real, other=0.0)
-            second = tl.load(rows[:, None] + (half[None, :] + R // 2) * x_stride_r, mask=real, other=0.0)
+            first = tl.load(rows[:, None] + half[None, :] * x_strides[3], mask=real, other=0.0)
+            second = tl.load(rows[:, None] + (half[None, :] + R // 2) * x_strides[3], mask=real, other=0.0)
         angle = batch * angle_stride_b + token[:, None] * R + half[None, :]
         c = tl.load(cos + angle, mask=real, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=real, other=0.0).to(tl.float32)
         first, second = first.to(tl.float32), second.to(tl.float32)
-        out_rows = out + batch * out_stride_b + token * out_stride_s + head * out_stride_h
-        low = out_rows[:, None] + half[None, :] * out_stride_r
+        out_rows = out + batch * out_strides[0] + token * out_strides[1] + head * out_strides[2]
+        low = out_rows[:, None] + half[None, :] * out_strides[3]
         # `out` may be `x`: every entry is read before one is written.
         tl.debug_barrier()
         dtype = out.dtype.element_ty
         tl.store(low, (first * c - second * s).to(dtype), mask=real)
-        tl.store(low + R // 2 * out_stride_r, (second * c + first * s).to(dtype), mask=real)
+        tl.store(low + R // 2 * out_strides[3], (second * c + first * s).to(dtype), mask=real)

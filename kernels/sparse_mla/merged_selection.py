@@ -23,7 +23,7 @@ class MergedSelection(NamedTuple):
     Attributes:
         keys: int32 of shape `[B, ceil(S / group), group * K]`, see `sparse_mla_union_triton.py`.
         counts: int32 of shape `[B, ceil(S / group)]`, leading entries of `keys` that are listed.
-        group: adjacent queries a list.
+        group: adjacent queries per list.
         queries: S.
     """
 
@@ -48,8 +48,8 @@ class MergedSelection(NamedTuple):
 
     def fill(self, first: int, indices: torch.Tensor, slots: int) -> None:
         """Merge the selection int32 `[B, n, K]` among `slots` key slots of the queries from `first` on."""
-        # Two programs a multiprocessor merge, so that launches of as many waves leave none idle. Scratch memory grows
-        # with the batch.
+        # Two programs per multiprocessor merge, so that launches of as many waves leave none idle. Scratch memory
+        # grows with the batch.
         wave = 2 * queries_per_wave(indices.device, 1, self.group)
         step = QUERIES_PER_LAUNCH // indices.shape[0]
         step = step // wave * wave or max(self.group, step // self.group * self.group)

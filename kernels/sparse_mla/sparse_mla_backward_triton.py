@@ -20,14 +20,14 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
-from .sparse_mla_triton import GROUPING_ARCHITECTURES, QUERIES_PER_LAUNCH, Tile
+from .sparse_mla_triton import QUERIES_PER_LAUNCH, Tile, selection_group
 from .sparse_mla_union_triton import (
-    count_keys,
-    group_size,
+    list_form,
+    list_of,
     merge_key_lists,
     owner_shift,
     program_place,
@@ -54,10 +54,7 @@ def sparse_mla_backward_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `q` and `kv`, in their dtypes, of `sparse_mla` whose results were `out` and `lse`."""
     B, S, H, D = q.shape
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     grad_out, indices, lse = grad_out.contiguous(), indices.contiguous(), lse.contiguous()
     grad_q = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device)
     grad_kv = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
@@ -75,10 +72,8 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic: bool) -> None:
     """One launch's worth of queries."""
-    group, keys, counts = 1, indices, None
-    backend, arch, _ = device_target(q.device)
-    if backend == "cuda" and arch in GROUPING_ARCHITECTURES:
-        group = group_size(q.shape[2], HOPPER_ROWS, q.shape[1], indices.shape[-1], kv.shape[1])
+    group = selection_group(q.device, q.shape[2], q.shape[1], indices.shape[-1], kv.shape[1])
+    keys, counts = indices, None
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
@@ -177,35 +172,24 @@ def _launch(q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, g
     written = grad_kv if per_entry is None else per_entry
     if tile is None:
         arguments = (q, kv, keys, counts, grad_out, lse, delta, scale, scale * LOG2_E, grad_q, written)
-        sparse_mla_backward_hopper(*arguments, per_entry is not None, group, owner_shift(group))
+        sparse_mla_backward_hopper(*arguments, per_entry is not None, group)
         return
-    head_blocks = triton.cdiv(group * H, tile.block_m)
-    lists = triton.cdiv(S, group)
+    lists, form = triton.cdiv(S, group), list_form(H, group, tile.block_m, keys.shape[-1])
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
     tensors = (q, kv, keys, counts, grad_out, lse, delta, grad_q, written)
     sizes = (scale, scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
-    strides = (
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        *keys.stride()[:2],
-        *grad_out.stride()[:3],
-        *lse.stride()[:2],
-        *grad_q.stride()[:3],
-        grad_kv.stride(0),
-    )
-    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
+    strides = (q.stride()[:3], kv.stride()[:2], keys.stride()[:2], grad_out.stride()[:3], *lse.stride()[:2])
+    launcher(_sparse_mla_bwd_kernel, (B * lists * form.HEAD_BLOCKS,), q)(
         *tensors,
         *sizes,
         *strides,
-        H=H,
+        grad_q.stride()[:3],
+        grad_kv.stride(0),
         V=V,
         R=D - V,
         HALF_V=half,
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
-        GROUP=group,
-        OWNER_SHIFT=owner_shift(group),
-        HEAD_BLOCKS=head_blocks,
+        FORM=form,
         PER_ENTRY=per_entry is not None,
         **tile_options(tile),
     )
@@ -278,36 +262,24 @@ if triton is not None:
         lists,
         K,
         T,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_t,
-        keys_stride_b,
-        keys_stride_s,
-        do_stride_b,
-        do_stride_s,
-        do_stride_h,
+        q_strides,
+        kv_strides,
+        keys_strides,
+        do_strides,
         lse_stride_b,
         lse_stride_s,
-        dq_stride_b,
-        dq_stride_s,
-        dq_stride_h,
+        dq_strides,
         dkv_stride_b,
-        H: tl.constexpr,
         V: tl.constexpr,
         R: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         HALF_V: tl.constexpr,
         BLOCK_R: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        GROUP: tl.constexpr,
-        OWNER_SHIFT: tl.constexpr,
-        HEAD_BLOCKS: tl.constexpr,
+        FORM: tl.constexpr,
         PER_ENTRY: tl.constexpr,
     ):
-        list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
+        list_id, head_block, batch = program_place(lists, FORM.HEAD_BLOCKS)
         offs_m = head_block * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         lo = tl.arange(0, HALF_V)
@@ -315,17 +287,12 @@ if triton is not None:
         lo_mask, hi_mask = lo < V, hi < V
         offs_r = tl.arange(0, BLOCK_R)
         r_mask = offs_r < R
-        query, head, member, row_mask = row_of(offs_m, list_id, S, H, GROUP)
-
-        keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
-        if GROUP > 1:
-            count = tl.load(counts + batch * lists + list_id)
-        else:
-            count = count_keys(keys_row, K, BLOCK_K)
+        query, head, member, row_mask = row_of(offs_m, list_id, S, FORM)
+        keys_row, count = list_of(keys, counts, batch, list_id, lists, K, keys_strides, FORM)
 
         rows = row_mask[:, None]
-        q_rows = (q + batch * q_stride_b + query * q_stride_s + head.to(tl.int64) * q_stride_h)[:, None]
-        do_rows = (grad_out + batch * do_stride_b + query * do_stride_s + head.to(tl.int64) * do_stride_h)[:, None]
+        q_rows = _rows_at(q, q_strides, batch, query, head)
+        do_rows = _rows_at(grad_out, do_strides, batch, query, head)
         q_lo = tl.load(q_rows + lo[None, :], mask=rows & lo_mask[None, :], other=0.0)
         q_hi = tl.load(q_rows + hi[None, :], mask=rows & hi_mask[None, :], other=0.0)
         do_lo = tl.load(do_rows + lo[None, :], mask=rows & lo_mask[None, :], other=0.0)
@@ -335,9 +302,9 @@ if triton is not None:
         row_lse = tl.load(lse + lse_rows, mask=row_mask, other=float("inf"))
         row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * _LOG2_E
         row_delta = tl.load(delta + lse_rows, mask=row_mask, other=0.0)
-        kv_batch = kv + batch * kv_stride_b
+        kv_batch = kv + batch * kv_strides[0]
         if PER_ENTRY:
-            grad_rows = grad_kv + (list_id.to(tl.int64) * HEAD_BLOCKS + head_block) * K * (V + R)
+            grad_rows = grad_kv + (list_id.to(tl.int64) * FORM.HEAD_BLOCKS + head_block) * K * (V + R)
         else:
             grad_rows = grad_kv + batch * dkv_stride_b
 
@@ -349,8 +316,8 @@ if triton is not None:
         for first in range(0, count, BLOCK_N):
             offs_k = first + offs_n
             key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
-            slot, listed = slot_of(key, T, GROUP, OWNER_SHIFT)
-            kv_rows = (kv_batch + slot.to(tl.int64) * kv_stride_t)[:, None]
+            slot, listed = slot_of(key, T, FORM)
+            kv_rows = (kv_batch + slot.to(tl.int64) * kv_strides[1])[:, None]
             c_lo = tl.load(kv_rows + lo[None, :], mask=listed[:, None] & lo_mask[None, :], other=0.0)
             c_hi = tl.load(kv_rows + hi[None, :], mask=listed[:, None] & hi_mask[None, :], other=0.0)
             s = tl.dot(q_lo, tl.trans(c_lo))  # [BM, BN]
@@ -361,8 +328,8 @@ if triton is not None:
             dp = tl.dot(do_lo, tl.trans(c_lo))
             dp = tl.dot(do_hi, tl.trans(c_hi), acc=dp)
             visible = listed[None, :]
-            if GROUP > 1:
-                visible = visible & (((key[None, :] >> (OWNER_SHIFT + member[:, None])) & 1) != 0)
+            if FORM.GROUP > 1:
+                visible = visible & (((key[None, :] >> (FORM.OWNER_SHIFT + member[:, None])) & 1) != 0)
             p = tl.where(visible, tl.exp2(s * scale_log2 - row_lse[:, None]), 0.0)
             ds = (p * (dp - row_delta[:, None]) * scale).to(q_lo.dtype)
             p = p.to(q_lo.dtype)
@@ -384,11 +351,16 @@ if triton is not None:
                 dkv_r = tl.dot(ds_t, q_r)
                 _add_or_store(out_rows + V + offs_r[None, :], dkv_r, listed[:, None] & r_mask[None, :], PER_ENTRY)
 
-        dq_rows = (grad_q + batch * dq_stride_b + query * dq_stride_s + head * dq_stride_h)[:, None]
+        dq_rows = (grad_q + batch * dq_strides[0] + query * dq_strides[1] + head * dq_strides[2])[:, None]
         tl.store(dq_rows + lo[None, :], dq_lo.to(grad_q.dtype.element_ty), mask=rows & lo_mask[None, :])
         tl.store(dq_rows + hi[None, :], dq_hi.to(grad_q.dtype.element_ty), mask=rows & hi_mask[None, :])
         if R > 0:
             tl.store(dq_rows + V + offs_r[None, :], dq_r.to(grad_q.dtype.element_ty), mask=rows & r_mask[None, :])
+
+    @triton.jit
+    def _rows_at(pointer, strides, batch, query, head):
+        """Where the rows of queries and heads begin, `[BM, 1]`."""
+        return (pointer + batch * strides[0] + query * strides[1] + head.to(tl.int64) * strides[2])[:, None]
 
     @triton.jit
     def _add_or_store(pointers, values, mask, PER_ENTRY: tl.constexpr):

@@ -2,7 +2,7 @@
 
 One program holds `BLOCK_M` rows (heads of one query, or of `GROUP` adjacent queries) and walks one key list in
 blocks of `BLOCK_N`. A row's keys are the raw selection when `GROUP == 1`, or a merged list whose entries carry one
-ownership bit a query (`sparse_mla_union_triton.py`).
+ownership bit per query (`sparse_mla_union_triton.py`).
 
 Legend: B batch, S queries, T keys, H heads, D latent width with RoPE, V value width, R = D - V, K selected keys.
 """
@@ -17,21 +17,21 @@ from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LN_2, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import (
-    count_keys,
     group_size,
+    list_form,
+    list_of,
     merge_key_lists,
-    owner_shift,
     program_place,
     row_of,
     slot_of,
 )
 
-# Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes a selected key).
+# Queries of one launch, about: bounds the merged lists and their scratch memory (10 bytes per selected key).
 QUERIES_PER_LAUNCH = 4096
 # Parts that the keys of a decoding query are split into at most, and entries that a program adds up of them.
 MOST_SPLITS, COMBINED_ENTRIES = 64, 64
@@ -73,11 +73,7 @@ def sparse_mla_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as `kernels.sparse_mla.sparse_mla`; bf16 or fp16, no gradient."""
     B, S, H, _ = q.shape
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
-    indices = indices.contiguous()
+    q, kv, indices = rows_contiguous(q), rows_contiguous(kv), indices.contiguous()
     out = q.new_empty(B, S, H, value_dim)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -136,7 +132,7 @@ def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
 
 
 def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
-    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group)
 
 
 def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
@@ -173,34 +169,23 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
 def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits: int) -> None:
     B, S, H, D = q.shape
     V = out.shape[-1]
-    head_blocks = 1 if group > 1 else triton.cdiv(H, tile.block_m)
+    form = list_form(H, group, tile.block_m, max(LEAST_BLOCK_K, keys.shape[-1]))
     lists = triton.cdiv(S, group)
-    split_stride = out.stride(0) if splits > 1 else 0
-    split_lse_stride = lse.stride(0) if splits > 1 else 0
+    split_stride, split_lse_stride = (out.stride(0), lse.stride(0)) if splits > 1 else (0, 0)
     tensors = (q, kv, keys, counts, out, lse)
     sizes = (scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
-    strides = (
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        *keys.stride()[:2],
-        split_stride,
-        *out.stride()[-4:-1],
-        split_lse_stride,
-        *lse.stride()[-3:-1],
-    )
-    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
+    strides = (q.stride()[:3], kv.stride()[:2], keys.stride()[:2], (split_stride, *out.stride()[-4:-1]))
+    launcher(_sparse_mla_fwd_kernel, (B * lists * form.HEAD_BLOCKS, splits), q)(
         *tensors,
         *sizes,
         *strides,
-        H=H,
+        split_lse_stride,
+        *lse.stride()[-3:-1],
         V=V,
         R=D - V,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
-        GROUP=group,
-        OWNER_SHIFT=owner_shift(group),
-        HEAD_BLOCKS=head_blocks,
+        FORM=form,
         SPLIT=splits > 1,
         **tile_options(tile),
         **early_launch(),
@@ -230,48 +215,33 @@ if triton is not None:
         lists,
         K,
         T,
-        q_stride_b,
-        q_stride_s,
-        q_stride_h,
-        kv_stride_b,
-        kv_stride_t,
-        keys_stride_b,
-        keys_stride_s,
-        out_stride_split,
-        out_stride_b,
-        out_stride_s,
-        out_stride_h,
+        q_strides,
+        kv_strides,
+        keys_strides,
+        out_strides,
         lse_stride_split,
         lse_stride_b,
         lse_stride_s,
-        H: tl.constexpr,
         V: tl.constexpr,
         R: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
         BLOCK_V: tl.constexpr,
         BLOCK_R: tl.constexpr,
-        BLOCK_K: tl.constexpr,
-        GROUP: tl.constexpr,
-        OWNER_SHIFT: tl.constexpr,
-        HEAD_BLOCKS: tl.constexpr,
+        FORM: tl.constexpr,
         SPLIT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
         wait_for_kernels_ahead(EARLY)
         # Head blocks of one query are neighbours: the second gather finds the latents in L2.
-        list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
+        list_id, head_block, batch = program_place(lists, FORM.HEAD_BLOCKS)
         offs_m = head_block * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_n = tl.arange(0, BLOCK_N)
         offs_v = tl.arange(0, BLOCK_V)
         offs_r = tl.arange(0, BLOCK_R)
-        query, head, member, row_mask = row_of(offs_m, list_id, S, H, GROUP)
+        query, head, member, row_mask = row_of(offs_m, list_id, S, FORM)
 
-        keys_row = keys + batch * keys_stride_b + list_id.to(tl.int64) * keys_stride_s
-        if GROUP > 1:
-            count = tl.load(counts + batch * lists + list_id)
-        else:
-            count = count_keys(keys_row, K, BLOCK_K)
+        keys_row, count = list_of(keys, counts, batch, list_id, lists, K, keys_strides, FORM)
         blocks = tl.cdiv(count, BLOCK_N)
         first = 0
         if SPLIT:
@@ -279,13 +249,13 @@ if triton is not None:
             first = tl.program_id(1) * blocks_per_split
             blocks = tl.minimum(first + blocks_per_split, blocks)
 
-        q_rows = q + batch * q_stride_b + query * q_stride_s + head.to(tl.int64) * q_stride_h
+        q_rows = q + batch * q_strides[0] + query * q_strides[1] + head.to(tl.int64) * q_strides[2]
         v_mask = offs_v < V
         q_v = tl.load(q_rows[:, None] + offs_v[None, :], mask=row_mask[:, None] & v_mask[None, :], other=0.0)
         if R > 0:
             r_mask = offs_r < R
             q_r = tl.load(q_rows[:, None] + V + offs_r[None, :], mask=row_mask[:, None] & r_mask[None, :], other=0.0)
-        kv_batch = kv + batch * kv_stride_b
+        kv_batch = kv + batch * kv_strides[0]
 
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -298,8 +268,8 @@ if triton is not None:
             key = next_key
             offs_k = (block + 1) * BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_k, mask=offs_k < count, other=-1)
-            slot, listed = slot_of(key, T, GROUP, OWNER_SHIFT)
-            kv_rows = kv_batch + slot.to(tl.int64) * kv_stride_t
+            slot, listed = slot_of(key, T, FORM)
+            kv_rows = kv_batch + slot.to(tl.int64) * kv_strides[1]
             if BLOCK_V == V:
                 c = tl.load(kv_rows[:, None] + offs_v[None, :], mask=listed[:, None], other=0.0)  # [BN, BV]
             else:
@@ -312,8 +282,8 @@ if triton is not None:
                     r_ptr = kv_rows[:, None] + V + offs_r[None, :]
                     k_r = tl.load(r_ptr, mask=listed[:, None] & r_mask[None, :], other=0.0)
                 s = tl.dot(q_r, tl.trans(k_r), acc=s)
-            if GROUP > 1:
-                owned = ((key[None, :] >> (OWNER_SHIFT + member[:, None])) & 1) != 0
+            if FORM.GROUP > 1:
+                owned = ((key[None, :] >> (FORM.OWNER_SHIFT + member[:, None])) & 1) != 0
                 s = tl.where(owned & listed[None, :], s * scale_log2, float("-inf"))
             else:
                 s = tl.where(listed[None, :], s * scale_log2, float("-inf"))
@@ -328,7 +298,9 @@ if triton is not None:
         acc = acc * tl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
         row_lse = tl.where(row_sum > 0, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
         split = tl.program_id(1).to(tl.int64)
-        out_rows = out + split * out_stride_split + batch * out_stride_b + query * out_stride_s + head * out_stride_h
+        out_rows = (
+            out + split * out_strides[0] + batch * out_strides[1] + query * out_strides[2] + head * out_strides[3]
+        )
         out_ptr = out_rows[:, None] + offs_v[None, :]
         tl.store(out_ptr, acc.to(out.dtype.element_ty), mask=row_mask[:, None] & v_mask[None, :])
         lse_rows = lse + split * lse_stride_split + batch * lse_stride_b + query * lse_stride_s + head

@@ -1,13 +1,15 @@
 """Merge the key lists of adjacent queries, so that a latent that several of them select is gathered once.
 
 A group of G queries gets one list: the union of its members' keys in ascending order, each entry
-`key | owners << shift` with one bit a member. Lists that are not strictly ascending (-1 anywhere but at the end,
+`key | owners << shift` with one bit per member. Lists that are not strictly ascending (-1 anywhere but at the end,
 repeated keys) are laid end to end instead, each entry owned by its own query: longer, equally exact.
 
-Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries a list.
+Legend: as `sparse_mla_triton.py`; K selected keys of a query, GROUP queries per list.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +17,31 @@ from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 
 MAX_GROUP = 8
-# Two programs a multiprocessor: the kernel waits for memory most of the time.
+# Two programs per multiprocessor: the kernel waits for memory most of the time.
 MERGE_WARPS, MERGE_REGISTERS = 16, 64
+
+
+class ListForm(NamedTuple):
+    """Constants of a kernel over key lists.
+
+    Attributes:
+        H: heads.
+        GROUP: queries per list; 1: lists are the selection itself.
+        OWNER_SHIFT: position of the first ownership bit of a merged list's entries.
+        HEAD_BLOCKS: programs of a list.
+        BLOCK_K: entries of a list at most, a power of two.
+    """
+
+    H: int
+    GROUP: int
+    OWNER_SHIFT: int
+    HEAD_BLOCKS: int
+    BLOCK_K: int
+
+
+def list_form(heads: int, group: int, rows: int, topk: int) -> ListForm:
+    """The form of lists of `group` queries and `topk` entries, for programs of `rows` rows."""
+    return ListForm(heads, group, owner_shift(group), triton.cdiv(group * heads, rows), triton.next_power_of_2(topk))
 
 
 def owner_shift(group: int) -> int:
@@ -42,7 +67,7 @@ def merge_key_lists(
     Args:
         indices: int32 of shape `[B, S, K]`, -1 where a query has fewer keys, its last dimension contiguous. A key that
             is not below `slots` is taken for -1.
-        group: queries a list, 2 to `MAX_GROUP`.
+        group: queries per list, 2 to `MAX_GROUP`.
         slots: number of key slots; at most `1 << owner_shift(group)`.
         packed: int32 of shape `[B, ceil(S / group), group * K]` to write to, its last dimension contiguous; made when
             None.
@@ -119,7 +144,7 @@ if triton is not None:
         # [GROUP, GROUP, K + 1]: at (g, g) `before` of member g, at (g, h) where g's entries stand or would stand in h;
         # for h > g only of those that h lists too, -1 of others.
         scratch += list_id * GROUP * GROUP * (K + 1)
-        # One layout, an entry a thread, for contiguous and gathered accesses alike: `zero` hides the contiguity, for
+        # One layout, an entry per thread, for contiguous and gathered accesses alike: `zero` hides the contiguity, for
         # which the compiler would change the layout through shared memory at every access.
         offs = tl.arange(0, BLOCK_K) ^ zero
 
@@ -203,15 +228,25 @@ if triton is not None:
         return list_id % lists, head_block, batch
 
     @triton.jit
-    def row_of(offs_m, list_id, S, H: tl.constexpr, GROUP: tl.constexpr):
+    def row_of(offs_m, list_id, S, form):
         """Query (int64), head and member of the group of each row, and which rows exist."""
-        if GROUP > 1:
-            member, head = offs_m // H, offs_m % H
+        if form.GROUP > 1:
+            member, head = offs_m // form.H, offs_m % form.H
         else:
             member, head = offs_m * 0, offs_m
-        query = list_id * GROUP + member
-        row_mask = (head < H) & (member < GROUP) & (query < S)
+        query = list_id * form.GROUP + member
+        row_mask = (head < form.H) & (member < form.GROUP) & (query < S)
         return query.to(tl.int64), head, member, row_mask
+
+    @triton.jit
+    def list_of(keys, counts, batch, list_id, lists, K, strides, form):
+        """A list's entries, and their number up to the last key."""
+        keys_row = keys + batch * strides[0] + list_id.to(tl.int64) * strides[1]
+        if form.GROUP > 1:
+            count = tl.load(counts + batch * lists + list_id)
+        else:
+            count = count_keys(keys_row, K, form.BLOCK_K)
+        return keys_row, count
 
     @triton.jit
     def count_keys(keys_row, K, BLOCK_K: tl.constexpr):
@@ -221,15 +256,15 @@ if triton is not None:
         return tl.max(tl.where(all_keys >= 0, offs_all + 1, 0), 0)
 
     @triton.jit
-    def slot_of(key, T, GROUP: tl.constexpr, OWNER_SHIFT: tl.constexpr):
+    def slot_of(key, T, form):
         """The slots of entries, and which are one of T keys; merged lists hold no others."""
         listed = key >= 0
         slot = key
-        if GROUP > 1:
-            slot = key & ((1 << OWNER_SHIFT) - 1)
+        if form.GROUP > 1:
+            slot = key & ((1 << form.OWNER_SHIFT) - 1)
         else:
             listed = listed & (key < T)
         return slot, listed
 
 else:  # Without Triton the kernels that call these do not exist either; importing their names must work.
-    count_keys = program_place = row_of = slot_of = None
+    count_keys = list_of = program_place = row_of = slot_of = None

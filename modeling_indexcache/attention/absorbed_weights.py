@@ -1,6 +1,6 @@
 """`kv_b_proj` by head, for attention in absorbed form: a view where it is a plain weight, else made once and kept.
 
-What a quantised, adapted or sharded `kv_b_proj` multiplies by, only a call of it tells: the identity goes through it.
+What a quantised, adapted or sharded `kv_b_proj` multiplies by is known from calling it on the identity alone.
 The result is kept for as long as nothing that the call depends on changes: the modules, their tensors (which ones,
 where, in-place changes that PyTorch counts) and their settings (adapters switched, merged or scaled). Nothing is kept
 while gradients are wanted, while a compiler traces, where hooks watch, or of weights that accelerate fetches for the
@@ -16,9 +16,8 @@ import torch
 from torch import nn
 
 from ...kernels.common.kernel_launch import is_capturing
-from ..eligibility import is_plain_block_fp8, is_plain_linear
-from ..parallel.layer_placement import is_visiting, onloaded
-from ..parallel.module_hooks import hooks_of
+from ..eligibility import is_plain_block_fp8, is_plain_linear, why_not_kept
+from ..parallel.layer_placement import onloaded
 
 Made = tuple[tuple[Any, ...], torch.Tensor]
 # Kept outside of the modules, so that no copy, pickle or state dict of a model carries them.
@@ -29,13 +28,13 @@ def multiplier(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tenso
     """What a linear layer without bias multiplies by, `[out, width]`.
 
     Args:
-        module: `nn.Linear` or whatever stands in its place.
+        module: `nn.Linear` or what replaced it.
         width: of its inputs.
         like: dtype and device of the result, unless `module` is a plain linear layer.
     """
     if is_plain_linear(module):
         return module.weight  # type: ignore[return-value]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_visiting(module) or _is_watched(module):
+    if why_not_kept(module) is not None:
         _kept.pop(module, None)
         with onloaded(module):
             return module.weight if is_plain_linear(module) else _made(module, width, like)  # type: ignore[return-value]
@@ -67,15 +66,6 @@ def still_holds(module: nn.Module, kept: Made) -> bool:
     return _kept.get(module) is kept and kept[0][2:] == state_of(module)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks are there that want to see every call: anyone's but those by which transformers shards modules."""
-    return any(
-        not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers.")
-        for part in module.modules()
-        for hook in hooks_of(part)
-    )
-
-
 def _made(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tensor:
     if is_plain_block_fp8(module):
         return module.dequantised(like.dtype)  # type: ignore[operator]
@@ -83,7 +73,7 @@ def _made(module: nn.Module, width: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def state_of(module: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a module and its parts compute what they did: comparable, and holds none of their tensors."""
+    """Equal for as long as a module and its parts compute the same; holds none of their tensors."""
     found: list[Any] = []
     for part in module.modules():
         tensors = [tensor for kept in (part._parameters, part._buffers) for tensor in kept.values()]

@@ -1,7 +1,7 @@
 """Attention to every visible key, or to the selected ones by a mask, in the form that costs less: S x T either way.
 
 All forms of attention are called alike, by `(module, q, latents, selection, plan)`: an `IndexCacheAttention`; queries
-`[B, S, H, nope]` and `[B, S, H, R]`, turned; latents `[B, T, C + R]`; which keys were selected; what the forward
+`[B, S, H, nope]` and `[B, S, H, R]`, after RoPE; latents `[B, T, C + R]`; which keys were selected; what the forward
 decided. Every one returns `[B, S, H, V]`, and what it knows besides.
 
 Legend: B batch, S new tokens, T key slots, H attention heads, C latent width, R RoPE width, V value width.
@@ -19,8 +19,7 @@ from ..forward_plan import ForwardPlan
 from ..selection import Selection
 from .absorbed_attention import share_latent_gradients
 from .absorbed_weights import absorbed_weights
-from .attention_backends import EAGER_ATTENTION, TRITON_ATTENTION
-from .eager_attention import eager_attention_forward
+from .attention_backends import EAGER_ATTENTION, TRITON_ATTENTION, eager_attention_forward
 from .query_chunks import Queries, chunks, joined
 
 # Attention functions that may be replaced by one on latents; any other was registered by the user.
@@ -39,8 +38,8 @@ def absorbed_is_cheaper(module: Any, num_queries: int, num_keys: int) -> bool:
     """Whether `num_queries` attend to `num_keys` latents with fewer products in the absorbed form.
 
     Expanding every latent to keys and values of each head costs once what it costs to absorb so many queries; each
-    pair of query and key is dearer in the latent space. So many queries expand, and the few of a decoding step absorb.
-    Slots that are empty or padded count.
+    pair of query and key costs more in the latent space. So many queries expand, and the few of a decoding step
+    absorb. Slots that are empty or padded count.
     """
     # Equal in a forward without a cache, whose length may be a symbol: no guard on it then.
     if num_queries == num_keys or module.config._attn_implementation not in _OWN:

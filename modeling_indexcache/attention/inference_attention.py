@@ -73,7 +73,10 @@ def attend_streamed(
         index_keys = indexer.append_keys(normed, plan)
         selection = EVERY_KEY
         if not indexer.selects_all(index_keys):
-            group = _merging_group(module, normed, index_keys.shape[1]) if plan.merge_selections else 1
+            group, rank = 1, module.kv_lora_rank
+            if plan.merge_selections:
+                sizes = config.num_attention_heads, rank + module.rope_dim, rank, normed.shape[1]
+                group = merging_group(normed, *sizes, config.index_topk, index_keys.shape[1])
             weights = indexer.head_weights(normed)
             choose = partial(indexer.choose, queries_from, weights, index_keys, plan, group)
     del normed
@@ -86,22 +89,16 @@ def attend_streamed(
     return attend(module, queries, latents, selection, plan), selection
 
 
-def _merging_group(module: Any, like: torch.Tensor, slots: int) -> int:
-    heads, rank = module.config.num_attention_heads, module.kv_lora_rank
-    topk = module.config.index_topk
-    return merging_group(like, heads, rank + module.rope_dim, rank, like.shape[1], topk, slots)
-
-
 def _latents(module: Any, kv: torch.Tensor, plan: ForwardPlan, slot: CacheSlot | None) -> torch.Tensor:
     """The rows to cache, `[B, S, C + R]`, of the projected `kv`; written to the `slot` if given, then all rows."""
     norm = module.kv_a_layernorm
-    turns = (*plan.angles, module.config.rope_interleave)
+    rope = (*plan.angles, module.config.rope_interleave)
     if not is_plain_norm(norm):
         # Offloaded, watched or another module: its weight may be elsewhere until it is called, or there is none.
         latent, k_rope = kv.split([module.kv_lora_rank, module.rope_dim], dim=-1)
-        rows = torch.cat((norm(latent), rotate(k_rope, *turns)), dim=-1)
+        rows = torch.cat((norm(latent), rotate(k_rope, *rope)), dim=-1)
         return rows if slot is None else slot.write(rows)
-    return latent_rows(kv, norm.weight, norm.variance_epsilon, *turns, plan.allow_triton, slot)
+    return latent_rows(kv, norm.weight, norm.variance_epsilon, *rope, plan.allow_triton, slot)
 
 
 class _Queries(NamedTuple):
@@ -113,7 +110,7 @@ class _Queries(NamedTuple):
     residual: torch.Tensor | None
 
     def projected(self, first: int, last: int) -> torch.Tensor:
-        """Queries `first` to `last`, before they are turned, `[B, last - first, H head_dim]`."""
+        """Queries `first` to `last`, before RoPE, `[B, last - first, H head_dim]`."""
         part = self.x[:, first:last]
         return self.proj(part if self.norm is None else self.norm(part))
 
@@ -150,14 +147,15 @@ def _attend_to_selected(
 ) -> torch.Tensor:
     """Absorbed form on the selected latents, chunk by chunk of queries, added to the residual if there is one."""
     to_latent, to_value = absorbed_weights(module, latents)
-    allow_triton = plan.allow_triton
+    allow_triton, listed = plan.allow_triton, selection.listed
+    assert listed is not None
     batch, num_queries = queries.x.shape[:2]
     heads, rank = to_latent.shape[0], module.kv_lora_rank
     if allow_triton and takes_absorbed_vector(queries.x, to_latent, to_value):
         (q,) = linears(queries.x, (queries.proj,), allow_triton, norm=queries.norm)
         q = q.view(batch, num_queries, heads, module.head_dim)
         absorbed = absorb_queries(q, to_latent, *plan.angles, module.config.rope_interleave)
-        few_out, _ = sparse_mla(absorbed, latents, selection.listed, scale=module.scaling, value_dim=rank)
+        few_out, _ = sparse_mla(absorbed, latents, listed, scale=module.scaling, value_dim=rank)
         values = expand_values(few_out, to_value).flatten(2)
         return linears(values, (module.o_proj,), allow_triton, base=queries.residual)[0]
     out = queries.residual
@@ -165,27 +163,18 @@ def _attend_to_selected(
         out = queries.x.new_empty(batch, num_queries, module.config.hidden_size)
     elif not plan.overwrites(module.layer_idx):
         out = out.clone()
-    for first, last in _sparse_chunks(heads, num_queries, latents, selection.listed, allow_triton):
+    for first, last in _sparse_chunks(heads, num_queries, latents, listed, allow_triton):
         rows = batch * (last - first)
         q = queries.projected(first, last).view(rows, heads, module.head_dim)
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
         torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
-        rotate_into(
-            absorbed.view(batch, -1, *absorbed.shape[1:])[..., rank:],
-            q.view(batch, -1, *q.shape[1:])[..., module.nope_dim :],
-            *(angles[:, first:last] for angles in plan.angles),
-            module.config.rope_interleave,
-            allow_triton,
-        )
-        del q
-        latent_out, _ = sparse_mla(
-            absorbed.view(batch, last - first, heads, -1),
-            latents,
-            selection.of_queries(first, last),
-            scale=module.scaling,
-            value_dim=rank,
-            allow_triton=allow_triton,
-        )
+        absorbed = absorbed.view(batch, last - first, heads, -1)
+        q_rope = q.view(batch, last - first, heads, -1)[..., module.nope_dim :]
+        cos, sin = (angles[:, first:last] for angles in plan.angles)
+        rotate_into(absorbed[..., rank:], q_rope, cos, sin, module.config.rope_interleave, allow_triton)
+        del q, q_rope
+        part, options = selection.of_queries(first, last), {"scale": module.scaling, "value_dim": rank}
+        latent_out, _ = sparse_mla(absorbed, latents, part, **options, allow_triton=allow_triton)
         del absorbed
         values = latent_out.new_empty(rows, heads, module.v_head_dim)
         latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)

@@ -6,6 +6,7 @@ Legend: B batch, S queries, T key slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class KeyVisibility:
         """Read what `forward` was given.
 
         Args:
-            attention_mask: `[B, >= past + S]` (1 or True: a token), a prepared 4-D mask `[B, 1, S, T]` (bool, or
+            attention_mask: `[B, >= past + S]` (1 or True: no padding), a prepared 4-D mask `[B, 1, S, T]` (bool, or
                 additive with 0 where visible), or a dict of such by layer type, as `generate` prepares.
             cache: the cache before this forward, or None.
             num_queries: S.
@@ -75,7 +76,7 @@ class KeyVisibility:
                 f"got {tuple(attention_mask.shape)}"
             )
         key_mask = attention_mask.to(torch.bool)
-        # One look (a synchronisation on a GPU) a prefill saves every layer the mask; decoding never waits for it.
+        # One look (a synchronisation on a GPU) per prefill saves every layer the mask; decoding never waits for it.
         if not torch.compiler.is_compiling() and (device.type == "cpu" or num_queries > 1) and bool(key_mask.all()):
             return cls(query_start, None, is_triangle=cache is None)
         return cls(query_start, key_mask)
@@ -105,13 +106,14 @@ class KeyVisibility:
         key_start = None if self.key_start is None else self.key_start[:, first:last].contiguous()
         return KeyVisibility(self.query_start + first, mask, key_start)
 
+    def limits(self) -> dict[str, Any]:
+        """The tensors by the names under which kernels take them."""
+        return {"query_start": self.query_start, "key_start": self.key_start, "key_mask": self.key_mask}
+
     def rows(self, first: int, last: int, num_keys: int) -> torch.Tensor:
         """The `[B or 1, last - first, T]` bool mask of queries `first` to `last`."""
-        mask = self.key_mask
-        if mask is not None and mask.dim() == 3:
-            mask = mask[:, first:last]
-        key_start = None if self.key_start is None else self.key_start[:, first:last]
-        return visible_keys(self.query_start + first, last - first, num_keys, mask, key_start)
+        part = self.of_queries(first, last)
+        return visible_keys(part.query_start, last - first, num_keys, part.key_mask, part.key_start)
 
     def every_index(self, num_queries: int, num_keys: int, batch: int) -> torch.Tensor:
         """The selection when nothing need be left out: int32 `[B, S, T]`, visible slots ascending, then -1."""

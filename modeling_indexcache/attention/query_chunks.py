@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-#: `[B, S, H, nope]` and `[B, S, H, R]`, turned.
+#: `[B, S, H, nope]` and `[B, S, H, R]`, after RoPE.
 Queries = tuple[torch.Tensor, torch.Tensor]
 
 # Largest temporary of attention in bytes: masks and scores, or absorbed queries. Queries are taken in chunks that fit.

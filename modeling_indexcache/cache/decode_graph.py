@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..attention.key_visibility import KeyVisibility
 from ..eligibility import is_fast, why_not_plain_step, why_not_recorded
 from ..forward_arguments import ForwardOptions
 from ..forward_plan import ForwardPlan, angles_of
-from ..model_census import ModelCensus
+from ..model_census import ModelCensus, NotCopied
 from ..parallel.layer_placement import DeviceRange, device_ranges, runs_on_one_device
 from ..selection import EVERY_KEY, Selection
 from .growing_cache import Buffer, buffer_of
@@ -68,13 +69,6 @@ class _BufferLayer:
     def indexer_slot(self) -> CacheSlot:
         assert self.indexer_keys is not None
         return CacheSlot(self.indexer_keys, self.position)
-
-
-class _BufferCache:
-    """What the layers see of a cache while they are captured."""
-
-    def __init__(self, layers: list[_BufferLayer]) -> None:
-        self.layers = layers
 
 
 class _Handed(NamedTuple):
@@ -140,7 +134,8 @@ class _Segment:
 
     def capture(self, model: Any, rows: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
         """Run the layers once as they are and once to record them; both write what a replay writes."""
-        cache = _BufferCache([_BufferLayer(*pair, self.position) for pair in rows])
+        # What the layers see of a cache while they are captured.
+        cache = SimpleNamespace(layers=[_BufferLayer(*pair, self.position) for pair in rows])
         # A static cache counts its rows on the device, each layer for itself and all alike.
         lengths = [length for length, _ in self.lengths]
         if lengths and len(set(torch.stack(lengths).tolist())) > 1:
@@ -176,23 +171,20 @@ class _Segment:
             torch._foreach_sub_([length for length, _ in self.lengths], 1)
 
 
-class DecodeGraph:
-    """One captured step for one cache, in one recording or in one for each device.
-
-    Belongs to the cache that it was made for: copies of the cache carry it along and do not use it.
-    """
+class DecodeGraph(NotCopied):
+    """One captured step for the cache that holds it, in one recording or in one for each device."""
 
     def __init__(self, model: Any, cache: Any, inputs: StepInputs) -> None:
         self.cache = weakref.ref(cache)
         self.is_static = isinstance(cache, StaticCache)
         self.circumstances = _circumstances(model, inputs)
         #: Of a dynamic cache: its buffers, and the rows in them.
-        self.buffers: list[dict[str, Buffer]] = []
+        self.buffers: list[dict[str, Any]] = []
         self.length = 0
         if self.is_static:
             self.capacity = cache.get_max_length()
         else:
-            self.buffers = [_buffers(layer) for layer in cache.layers]
+            self.buffers = [{name: _buffer(layer, name) for name in _rows_of(layer)} for layer in cache.layers]
             self.capacity = min(buffer.rows.shape[-2] for buffers in self.buffers for buffer in buffers.values())
             self.length = cache.get_seq_length()
         device = inputs.hidden_states.device
@@ -207,12 +199,6 @@ class DecodeGraph:
             for segment in self.segments:
                 segment.count_on(cache.layers)
         self.tensors = _tensors(cache)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()
 
     def serves(self, model: Any, cache: Any, inputs: StepInputs) -> bool:
         """Whether the next step may be replayed: nobody touched the cache since the last one, and memory is there."""
@@ -340,7 +326,7 @@ def record(
 
 @lru_cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream a device for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
+    """One stream per device for all recordings: cuBLAS keeps a workspace of 32 MiB for every stream it has seen."""
     return torch.cuda.Stream(device)
 
 
@@ -354,13 +340,7 @@ def decode_graph(
 ) -> torch.Tensor | None:
     """The step's last hidden states `[B, 1, hidden_size]` from a graph, or None: run it step by step.
 
-    Args:
-        model: the decoder.
-        hidden_states: embedded tokens.
-        attention_mask: as `forward` was given it.
-        position_ids: as `forward` was given it.
-        cache: as `forward` was given it.
-        options: of `forward`.
+    `hidden_states` are the embedded tokens; everything else is as the decoder's `forward` was given it.
 
     Raises:
         torch.OutOfMemoryError: in a recording or a replay. The cache is as before, and the next call tries the same.
@@ -437,13 +417,10 @@ def _memory(cache: Any) -> tuple[int, ...] | None:
     for layer in cache.layers:
         if type(layer) not in (DynamicIndexedLayer, StaticIndexedLayer) or layer.keys is None:
             return None
-        for name, tensor in zip(_ROWS, (layer.keys, layer.indexer_keys)):
-            if tensor is None:
-                continue
-            grows = type(layer) is DynamicIndexedLayer
-            if grows and buffer_of(layer, name, tensor, tensor.shape[-2] + 1) is None:
-                return None
-            addresses.append(tensor.data_ptr())
+        rows = _rows_of(layer)
+        if type(layer) is DynamicIndexedLayer and None in (_buffer(layer, name) for name in rows):
+            return None
+        addresses += [tensor.data_ptr() for tensor in rows.values()]
     return tuple(addresses)
 
 
@@ -465,20 +442,19 @@ def _circumstances(model: Any, inputs: StepInputs) -> tuple[Any, ...]:
     )
 
 
-def _buffers(layer: Any) -> dict[str, Buffer]:
-    found = {}
-    for name in _ROWS:
-        tensor = getattr(layer, name)
-        if tensor is not None:
-            buffer = buffer_of(layer, name, tensor, tensor.shape[-2] + 1)
-            assert buffer is not None
-            found[name] = buffer
-    return found
+def _rows_of(layer: Any) -> dict[str, torch.Tensor]:
+    """What a cache layer holds, by the name of the attribute."""
+    return {name: tensor for name in _ROWS if (tensor := getattr(layer, name)) is not None}
+
+
+def _buffer(layer: Any, name: str) -> Buffer | None:
+    """The buffer of a dynamic layer's rows, with room for one more; or None."""
+    rows = getattr(layer, name)
+    return buffer_of(layer, name, rows, rows.shape[-2] + 1)
 
 
 def _tensors(cache: Any) -> list[torch.Tensor]:
-    pairs = ((layer.keys, layer.indexer_keys) for layer in cache.layers)
-    return [tensor for pair in pairs for tensor in pair if tensor is not None]
+    return [tensor for layer in cache.layers for tensor in _rows_of(layer).values()]
 
 
 def _static_lengths(layer: Any) -> list[torch.Tensor]:

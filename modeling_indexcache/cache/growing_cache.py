@@ -1,8 +1,8 @@
 """Appending to a dynamic cache in place: rows are written behind the last ones instead of copying all of them.
 
-transformers' dynamic layers concatenate at every step, which at 200K tokens moves the whole cache once a token. Here a
-layer's tensor is a view of a longer buffer. Rows that were handed out are never written again: a layer that was
-cropped, reordered, copied or moved gets a new buffer at its next append.
+transformers' dynamic layers concatenate at every step, which moves the whole cache for each token. Here a layer's
+tensor is a view of a longer buffer. Rows that were handed out are never written again: a layer that was cropped,
+reordered, copied or moved gets a new buffer at its next append.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How MLA latents and index keys live in transformers' own caches, dynamic, static or offloaded.
 
-One row a token, `[c | rope(k)]`, stands in the cache's `keys`; its `values` are zero wide. Kernels gather whole rows,
-and crop, reorder and offload act on them as on any keys. Index keys use the indexer slot of `indexed_attention`
+One row per token, `[c | rope(k)]`, is kept in the cache's `keys`; its `values` are zero wide. Kernels gather whole
+rows, and crop, reorder and offload act on them as on any keys. Index keys use the indexer slot of `indexed_attention`
 layers, which allocates on first use: shared layers never touch it and hold none.
 """
 
@@ -85,14 +85,19 @@ def _make_room(cache: Cache, layer_idx: int) -> None:
 
 def latent_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
     """Where a kernel may write the latents of new tokens itself: while a decoding step is recorded."""
-    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    layer = _layer(cache, layer_idx)
     return layer.slot() if hasattr(layer, "slot") else None
 
 
 def index_key_slot(cache: Any, layer_idx: int) -> CacheSlot | None:
     """The same of index keys."""
-    layer: Any = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
+    layer = _layer(cache, layer_idx)
     return layer.indexer_slot() if hasattr(layer, "indexer_slot") else None
+
+
+def _layer(cache: Any, layer_idx: int) -> Any:
+    """A layer of a cache; None where there is no cache, or where it makes its layers at their first use."""
+    return cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
 
 
 def _count_on_device(cache: Cache, layer_idx: int, device: torch.device) -> None:
@@ -100,7 +105,7 @@ def _count_on_device(cache: Cache, layer_idx: int, device: torch.device) -> None
 
     It would copy its count there itself, and wait for all that is queued, in every layer of a prefill.
     """
-    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer = _layer(cache, layer_idx)
     if cache.offloading or torch.compiler.is_compiling() or type(layer) is not StaticIndexedLayer:
         return
     count = layer.cumulative_length
@@ -112,5 +117,5 @@ def _growing_layer(cache: Cache, new: torch.Tensor, layer_idx: int) -> DynamicIn
     """The layer when it may be appended to in place: transformers' own dynamic one, resident, without gradient."""
     if cache.offloading or torch.compiler.is_compiling() or (torch.is_grad_enabled() and new.requires_grad):
         return None
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    layer = _layer(cache, layer_idx)
     return layer if type(layer) is DynamicIndexedLayer else None

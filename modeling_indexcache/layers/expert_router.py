@@ -33,7 +33,7 @@ class IndexCacheTopkRouter(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts a token]`."""
+        """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts per token]`."""
         config = self.config
         masked = float("-inf") if config.masked_group_score is None else config.masked_group_score
         with _without_autocast(hidden_states):
@@ -45,7 +45,7 @@ class IndexCacheTopkRouter(nn.Module):
                 scaling=config.routed_scaling_factor,
                 normalise=config.norm_topk_prob,
                 groups=config.n_group,
-                topk_groups=config.topk_group,
+                topk_groups=config.topk_group or 1,
                 masked_score=masked,
                 allow_triton=config._attn_implementation == TRITON_ATTENTION,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,45 +29,39 @@ def linears(
         norm: an RMSNorm that `x` has yet to pass, or None.
         base: what is added to the output of a single module, or None.
     """
-    if allow_triton and x.shape[:-1].numel() <= 2 and all(map(is_plain_linear, modules)):
-        weights: list[Any] = [module.weight for module in modules]
-        rows = x.reshape(-1, x.shape[-1])
-        if all(module.bias is None for module in modules) and takes_vector_linear(rows, *weights):
-            gain: Any = None
-            eps: Any = 0.0
-            if norm is not None:
-                if is_plain_norm(norm) and norm.weight.dtype == x.dtype:
-                    gain, eps = norm.weight, norm.variance_epsilon
-                else:
-                    rows = norm(x).view_as(rows)
-            added = None if base is None else base.reshape(rows.shape[0], -1)
-            out = vector_linear(rows, weights, gain, eps, added).view(*x.shape[:-1], -1)
-            return out.split([weight.shape[0] for weight in weights], dim=-1)
-    if allow_triton and x.shape[:-1].numel() <= 2 and all(map(is_plain_block_fp8, modules)):
-        made = _block_fp8_vectors(x, modules, norm, base)
-        if made is not None:
-            return made
+    rows = x.reshape(-1, x.shape[-1])
+    multiply = _in_one_launch(rows, modules) if allow_triton and rows.shape[0] <= 2 else None
+    if multiply is None:
+        if norm is not None:
+            x = norm(x)
+        outs = [module(x) for module in modules]
+        return outs if base is None else [base + outs[0]]
+    gain, eps = None, 0.0
     if norm is not None:
-        x = norm(x)
-    outs = [module(x) for module in modules]
-    return outs if base is None else [base + outs[0]]
-
-
-def _block_fp8_vectors(
-    x: torch.Tensor, modules: Sequence[nn.Module], norm: Any, base: torch.Tensor | None
-) -> Sequence[torch.Tensor] | None:
-    """As `linears`, of plain block fp8 layers; None where the kernel does not take them."""
+        given: Any = norm
+        if is_plain_norm(norm) and given.weight.dtype == x.dtype:
+            gain, eps = given.weight, given.variance_epsilon
+        else:
+            rows = norm(x).view_as(rows)
+    out = multiply(rows, gain, eps, None if base is None else base.reshape(rows.shape[0], -1))
     layers: Any = modules
-    weights, scales = [layer.weight for layer in layers], [layer.weight_scale_inv for layer in layers]
-    fuses = norm is not None and is_plain_norm(norm) and norm.weight.dtype == x.dtype
-    rows = (x if norm is None or fuses else norm(x)).reshape(-1, x.shape[-1])
-    gain, eps = (norm.weight, norm.variance_epsilon) if fuses else (None, 0.0)
-    if len({(layer.block_size, grid.dtype) for layer, grid in zip(layers, scales)}) > 1:
-        return None
-    if any(layer.bias is not None for layer in layers):
-        return None
-    if not takes_block_fp8_vector_linear(rows, weights, layers[0].block_size):
-        return None
-    added = None if base is None else base.reshape(rows.shape[0], -1)
-    out = block_fp8_vector_linear(rows, weights, scales, gain, eps, added)
-    return out.view(*x.shape[:-1], -1).split([weight.shape[0] for weight in weights], dim=-1)
+    return out.view(*x.shape[:-1], -1).split([layer.weight.shape[0] for layer in layers], dim=-1)
+
+
+def _in_one_launch(rows: torch.Tensor, modules: Sequence[nn.Module]) -> Callable[..., torch.Tensor] | None:
+    """What multiplies `rows [T, D]`, an RMSNorm's weight and epsilon and what is to be added by all modules at once.
+
+    None where they are not plain layers of one kind without bias, or no kernel takes them.
+    """
+    layers: Any = modules
+    if all(map(is_plain_linear, modules)):
+        weights = [layer.weight for layer in layers]
+        if all(layer.bias is None for layer in layers) and takes_vector_linear(rows, *weights):
+            return lambda rows, *rest: vector_linear(rows, weights, *rest)
+    elif all(map(is_plain_block_fp8, modules)):
+        weights, scales = [layer.weight for layer in layers], [layer.weight_scale_inv for layer in layers]
+        alike = len({(layer.block_size, layer.weight_scale_inv.dtype, layer.bias is None) for layer in layers}) == 1
+        fits = alike and layers[0].bias is None
+        if fits and takes_block_fp8_vector_linear(rows, weights, layers[0].block_size):
+            return lambda rows, *rest: block_fp8_vector_linear(rows, weights, scales, *rest)
+    return None

@@ -6,19 +6,18 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.utils import is_torch_greater_or_equal
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.lightning_indexer.indexer_quantization import quantized_rows
 from ...kernels.lightning_indexer.lightning_indexer import lightning_indexer
 from ...kernels.norm_rope_linear.index_keys import index_key_rows
 from ...kernels.norm_rope_linear.rotary import rotate_into, rotate_leading
-from ...kernels.norm_rope_linear.vector_linear import takes_wide_vector_linear, wide_vector_linear
+from ...kernels.norm_rope_linear.vector_linear import wide_vector_linear
 from ...kernels.sparse_mla.merged_selection import MergedSelection
 from ..attention.attention_backends import TRITON_ATTENTION
 from ..attention.key_visibility import KeyVisibility
 from ..cache.latent_cache import append_index_keys, index_key_slot
-from ..eligibility import is_plain_linear, why_not_as_written
+from ..eligibility import is_plain_layer_norm, why_not_in_parts, why_not_wide_vectors
 from ..forward_plan import ForwardPlan
 from .few_token_linears import linears
 
@@ -28,10 +27,6 @@ QUERY_BLOCK_BYTES = 512 * 2**20
 QUERY_MULTIPLE = 8
 # Tokens whose hidden states are widened at once for fp32 head weights.
 WIDENED_TOKENS = 16384
-# From so many tokens on the fp32 weight is taken apart instead.
-LEAST_PARTED_TOKENS = 1024
-# torch.mm(..., out_dtype=) of bf16 on CUDA.
-_HAS_WIDE_PRODUCTS = is_torch_greater_or_equal("2.8") and torch.version.hip is None
 
 
 class IndexCacheIndexer(nn.Module):
@@ -39,10 +34,12 @@ class IndexCacheIndexer(nn.Module):
 
     def __init__(self, config: IndexCacheConfig, layer_idx: int) -> None:
         super().__init__()
+        assert config.q_lora_rank is not None
+        assert config.index_topk is not None
         self.config, self.layer_idx = config, layer_idx
         self.n_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.rope_dim, self.interleaved = config.qk_rope_head_dim, config.indexer_rope_interleave
-        self.index_topk = config.index_topk
+        self.index_topk: int = config.index_topk
         self.wq_b = nn.Linear(config.q_lora_rank, self.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=config.index_k_norm_eps)
@@ -74,13 +71,13 @@ class IndexCacheIndexer(nn.Module):
         (k,) = linears(hidden_states, (self.wk,), plan.allow_triton)
         norm = self.k_norm
         slot = None if self.config.indexer_fp8 else index_key_slot(plan.cache, self.layer_idx)
-        if type(norm) is nn.LayerNorm and why_not_as_written(norm) is None:
-            turns = (*plan.angles, self.interleaved)
-            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *turns, plan.allow_triton, slot)
+        if is_plain_layer_norm(norm):
+            rope = (*plan.angles, self.interleaved)
+            k = index_key_rows(k, norm.weight, norm.bias, norm.eps, *rope, plan.allow_triton, slot)
             if slot is not None:
                 return k
         else:
-            k = self._turn(norm(k), plan.angles)
+            k = rotate_leading(norm(k), *plan.angles, self.interleaved)
         if self.config.indexer_fp8:
             k = quantized_rows(k, plan.allow_triton)
         return append_index_keys(plan.cache, k, self.layer_idx)
@@ -109,20 +106,19 @@ class IndexCacheIndexer(nn.Module):
         # Blocks of equal size, and of whole groups.
         blocks = -(-num_queries // step)
         step = -(-num_queries // (blocks * group * QUERY_MULTIPLE)) * group * QUERY_MULTIPLE
-        device, merged = q_resid.device, None
-        chosen = torch.empty(0)
+        chosen: torch.Tensor | MergedSelection
         if group > 1:
-            merged = MergedSelection.empty(batch, num_queries, self.index_topk, group, device)
+            chosen = MergedSelection.empty(batch, num_queries, self.index_topk, group, q_resid.device)
         else:
-            chosen = torch.empty(batch, num_queries, self.index_topk, dtype=torch.int32, device=device)
+            chosen = torch.empty(batch, num_queries, self.index_topk, dtype=torch.int32, device=q_resid.device)
         for first in range(0, num_queries, step):
             rows = slice(first, first + step)
             selected = self._select(q_resid[:, rows], weights[:, rows], keys, plan.of_queries(first, first + step))
-            if merged is not None:
-                merged.fill(first, selected, keys.shape[1])
+            if isinstance(chosen, MergedSelection):
+                chosen.fill(first, selected, keys.shape[1])
             else:
                 chosen[:, rows] = selected
-        return chosen if merged is None else merged
+        return chosen
 
     def _select(
         self, q_resid: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, plan: ForwardPlan
@@ -130,8 +126,8 @@ class IndexCacheIndexer(nn.Module):
         """The selection of some queries among `keys [B, T, D_I]`."""
         (q,) = linears(q_resid, (self.wq_b,), plan.allow_triton)
         q = q.view(*q_resid.shape[:2], self.n_heads, self.head_dim)
-        turned = q[..., : self.rope_dim]
-        rotate_into(turned, turned, *plan.angles, self.interleaved, plan.allow_triton)
+        q_rope = q[..., : self.rope_dim]
+        rotate_into(q_rope, q_rope, *plan.angles, self.interleaved, plan.allow_triton)
         return self.select(q, keys, weights, plan.visibility, quantized_keys=True)
 
     @torch.no_grad()
@@ -153,9 +149,7 @@ class IndexCacheIndexer(nn.Module):
             keys,
             weights,
             self.index_topk,
-            query_start=seen.query_start,
-            key_start=seen.key_start,
-            key_mask=seen.key_mask,
+            **seen.limits(),
             fp8=self.config.indexer_fp8,
             quantized_keys=quantized_keys,
             allow_triton=self.config._attn_implementation == TRITON_ATTENTION,
@@ -165,21 +159,19 @@ class IndexCacheIndexer(nn.Module):
         self, hidden_states: torch.Tensor, q_resid: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For training: queries `[B, S, H, D]`, keys `[B, S, D]` and head weights `[B, S, H]`, differentiable."""
-        batch, num_queries = hidden_states.shape[:2]
-        q = self.wq_b(q_resid).view(batch, num_queries, self.n_heads, self.head_dim)
-        q = self._turn(q, angles)
-        k = self._turn(self.k_norm(self.wk(hidden_states)), angles).to(q.dtype)
+        q = self.wq_b(q_resid).view(*hidden_states.shape[:2], self.n_heads, self.head_dim)
+        q = rotate_leading(q, *angles, self.interleaved)
+        k = rotate_leading(self.k_norm(self.wk(hidden_states)), *angles, self.interleaved).to(q.dtype)
         weights = self.weights_proj(hidden_states.to(_dtype(self.weights_proj, hidden_states)))
         return q, k, weights.to(torch.promote_types(weights.dtype, torch.float32)) * self.n_heads**-0.5
 
     def head_weights(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """fp32 `[B, S, H]`, of an fp32 weight in fp32 arithmetic."""
-        module = self.weights_proj
+        module, rows = self.weights_proj, hidden_states.flatten(0, -2)
         dtype = _dtype(module, hidden_states)
-        rows = hidden_states.flatten(0, -2)
-        if self._reads_as_vectors(rows):
+        if why_not_wide_vectors(self.config, module, rows) is None:
             return wide_vector_linear(rows, module.weight, self.n_heads**-0.5).view(*hidden_states.shape[:-1], -1)
-        if not torch.compiler.is_compiling() and _multiplies_in_parts(hidden_states, module):
+        if why_not_in_parts(module, rows) is None:
             # An fp32 number is the sum of three bf16 numbers, and their products with bf16 are exact in fp32.
             high = module.weight.to(rows.dtype)
             middle = (module.weight - high).to(rows.dtype)
@@ -193,44 +185,18 @@ class IndexCacheIndexer(nn.Module):
         made = [module(block.to(dtype)).float() for block in blocks]
         return (made[0] if len(made) == 1 else torch.cat(made, dim=1)) * self.n_heads**-0.5
 
-    def _reads_as_vectors(self, rows: torch.Tensor) -> bool:
-        """Whether head weights of a few tokens, `[tokens, hidden_size]`, take one launch."""
-        module = self.weights_proj
-        return (
-            self.config._attn_implementation == TRITON_ATTENTION
-            and is_plain_linear(module)
-            and module.bias is None
-            and takes_wide_vector_linear(rows, module.weight)
-        )
-
-    def _turn(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return rotate_leading(x, *angles, self.interleaved)
-
 
 def _dtype(module: nn.Module, like: torch.Tensor) -> torch.dtype:
     """Of the weights of a linear layer, whatever wraps it; `like`'s where there are none."""
-    weight = next(module.parameters(), like)
+    weight: torch.Tensor = next(module.parameters(), like)
     return weight.dtype
-
-
-def _multiplies_in_parts(x: torch.Tensor, linear: nn.Linear) -> bool:
-    """Whether an fp32 weight meets so many bf16 rows on a GPU that widening them would take long."""
-    return (
-        _HAS_WIDE_PRODUCTS
-        and x.is_cuda
-        and x.dtype == torch.bfloat16
-        and linear.weight.dtype == torch.float32
-        and x.shape[:-1].numel() >= LEAST_PARTED_TOKENS
-        and is_plain_linear(linear)
-        and linear.bias is None
-    )
 
 
 def refuse_missing_indexers(config: IndexCacheConfig, missing_keys: Iterable[str], source: object) -> None:
     """Loading found no indexer weights for a full layer.
 
     Raises:
-        ValueError: naming the layers and the mend.
+        ValueError: naming the layers and the fix.
     """
     layers = {int(key.split("layers.")[1].split(".")[0]) for key in missing_keys if ".indexer." in key}
     if layers:

@@ -23,6 +23,7 @@ class IndexCacheRotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        assert config.rope_parameters is not None
         self.rope_type = config.rope_parameters["rope_type"]
         inv_freq, self.attention_scaling = self._frequencies(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -30,15 +31,13 @@ class IndexCacheRotaryEmbedding(nn.Module):
 
     @property
     def _frequencies(self) -> Callable[..., tuple[torch.Tensor, float]]:
-        return (
-            self.compute_default_rope_parameters
-            if self.rope_type == "default"
-            else ROPE_INIT_FUNCTIONS[self.rope_type]
-        )
+        own = self.compute_default_rope_parameters
+        return own if self.rope_type == "default" else ROPE_INIT_FUNCTIONS[self.rope_type]
 
     @staticmethod
     def compute_default_rope_parameters(config: IndexCacheConfig, **_: Any) -> tuple[torch.Tensor, float]:
         """Inverse frequencies `[R / 2]` of plain RoPE, and the factor 1 on cosines and sines."""
+        assert config.rope_parameters is not None
         powers = torch.arange(0, config.qk_rope_head_dim, 2, dtype=torch.float) / config.qk_rope_head_dim
         return config.rope_parameters["rope_theta"] ** -powers, 1.0
 
@@ -51,10 +50,10 @@ class IndexCacheRotaryEmbedding(nn.Module):
         return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
 
 
-def yarn_softmax_factor(rope_parameters: dict[str, Any]) -> float:
+def yarn_softmax_factor(rope_parameters: dict[str, Any] | None) -> float:
     """YaRN's factor on the attention scale, mscale squared (DeepSeek-V3's code); 1 without `mscale_all_dim`."""
-    if rope_parameters.get("rope_type", "default") == "default" or not rope_parameters.get("mscale_all_dim"):
+    given = rope_parameters or {}
+    mscale = given.get("mscale_all_dim")
+    if given.get("rope_type", "default") == "default" or not mscale or given["factor"] <= 1:
         return 1.0
-    if rope_parameters["factor"] <= 1:
-        return 1.0
-    return (0.1 * rope_parameters["mscale_all_dim"] * math.log(rope_parameters["factor"]) + 1.0) ** 2
+    return (0.1 * mscale * math.log(given["factor"]) + 1.0) ** 2

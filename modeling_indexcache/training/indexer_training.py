@@ -78,7 +78,7 @@ def compare_attention(
     Args:
         attention: the layer's `IndexCacheAttention`.
         trace: what its full layer handed on.
-        q: `[B, S, H, nope]` and `[B, S, H, R]`, turned.
+        q: `[B, S, H, nope]` and `[B, S, H, R]`, after RoPE.
         latents: `[B, S, C + R]`.
         plan: of the forward.
         training: what to compute.
@@ -98,17 +98,24 @@ def compare_attention(
     step = max(1, BLOCK_BYTES // (batch * heads * latents.shape[-1] * latents.element_size()))
     visibility, latents = plan.visibility.for_keys(latents.shape[1]), latents.detach()
     parts, recall = [], None
+    with torch.no_grad():
+        # Adapters on `kv_b_proj` are called with inputs of autocast's dtype, as attention calls them.
+        to_latent = absorbed_weights(attention, q_nope)[0].to(q_nope.dtype)
     # What the ops compute in fp32 stays fp32 under autocast.
     with torch.autocast(latents.device.type, enabled=False):
         for first in range(0, num_queries, step):
             rows = slice(first, min(first + step, num_queries))
-            queries = _absorb(attention, q_nope[:, rows], q_rope[:, rows])
+            queries = _absorb(to_latent, q_nope[:, rows], q_rope[:, rows])
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                kl = _token_kl(attention, trace, queries, latents, visibility, training.stage, rows, lse, plan)
-                parts.append(kl)
+                if training.stage == "dense":
+                    seen = visibility.of_queries(rows.start, rows.stop)
+                    parts.append(_dense_kl(attention, trace, queries, latents, seen, rows, plan.allow_triton))
+                else:
+                    known = None if lse is None else lse[:, rows]
+                    parts.append(_sparse_kl(attention, trace, queries, latents, known, rows, plan.allow_triton))
         if training.recall_queries:
             first = max(0, num_queries - training.recall_queries)
-            queries = _absorb(attention, q_nope[:, first:], q_rope[:, first:])
+            queries = _absorb(to_latent, q_nope[:, first:], q_rope[:, first:])
             assert trace.indices is not None
             seen = visibility.of_queries(first, num_queries)
             recall = _selected_mass(attention.scaling, queries, latents, trace.indices, seen, plan.allow_triton)
@@ -116,58 +123,44 @@ def compare_attention(
 
 
 @torch.no_grad()
-def _absorb(attention: Any, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
-    """Queries in the latent space, `[B, S, H, C + R]`."""
-    to_latent, _ = absorbed_weights(attention, q_nope)
-    return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent.to(q_nope.dtype)), q_rope), dim=-1)
+def _absorb(to_latent: torch.Tensor, q_nope: torch.Tensor, q_rope: torch.Tensor) -> torch.Tensor:
+    """Queries in the latent space, `[B, S, H, C + R]`, by `W_UK [H, nope, C]`."""
+    return torch.cat((torch.einsum("bshn,hnc->bshc", q_nope, to_latent), q_rope), dim=-1)
 
 
-def _token_kl(
+def _dense_kl(
     attention: Any,
     trace: IndexerTrace,
     queries: torch.Tensor,
     latents: torch.Tensor,
-    visibility: KeyVisibility,
-    stage: str,
+    seen: KeyVisibility,
     rows: slice,
-    lse: torch.Tensor | None,
-    plan: ForwardPlan,
+    allow_triton: bool,
 ) -> torch.Tensor:
-    """fp32 `[B, rows]`: KL of the head-averaged attention of some queries to the indexer's softmax."""
-    allow_triton = plan.allow_triton
-    index_q, index_weights = trace.q[:, rows], trace.weights[:, rows]
-    if stage == "dense":
-        seen = visibility.of_queries(rows.start, rows.stop)
-        return dense_indexer_kl(
-            index_q,
-            trace.k,
-            index_weights,
-            queries,
-            latents,
-            attn_scale=attention.scaling,
-            query_start=seen.query_start,
-            key_start=seen.key_start,
-            key_mask=seen.key_mask,
-            allow_triton=allow_triton,
-        )
+    """fp32 `[B, rows]`: KL of the head-averaged attention of some queries, to all keys, to the indexer's softmax."""
+    options: dict[str, Any] = {"attn_scale": attention.scaling, "allow_triton": allow_triton, **seen.limits()}
+    return dense_indexer_kl(trace.q[:, rows], trace.k, trace.weights[:, rows], queries, latents, **options)
+
+
+def _sparse_kl(
+    attention: Any,
+    trace: IndexerTrace,
+    queries: torch.Tensor,
+    latents: torch.Tensor,
+    lse: torch.Tensor | None,
+    rows: slice,
+    allow_triton: bool,
+) -> torch.Tensor:
+    """The same over the selected keys; `lse [B, rows, H]` of attention's scores on them is computed when None."""
     assert trace.indices is not None
     indices = trace.indices[:, rows]
+    options: dict[str, Any] = {"scale": attention.scaling, "allow_triton": allow_triton}
     with torch.no_grad():
         if lse is None:
-            known = sparse_mla(
-                queries,
-                latents,
-                indices,
-                scale=attention.scaling,
-                value_dim=attention.kv_lora_rank,
-                allow_triton=allow_triton,
-            )[1]
-        else:
-            known = lse[:, rows]
-        target = selected_attention(
-            queries, latents, known, indices, scale=attention.scaling, allow_triton=allow_triton
-        )
-    return indexer_kl(index_q, trace.k, index_weights, indices, target, allow_triton=allow_triton)
+            _, lse = sparse_mla(queries, latents, indices, value_dim=attention.kv_lora_rank, **options)
+        target = selected_attention(queries, latents, lse, indices, **options)
+    options = {"allow_triton": allow_triton}
+    return indexer_kl(trace.q[:, rows], trace.k, trace.weights[:, rows], indices, target, **options)
 
 
 def _mean_over_tokens(kl: torch.Tensor, visibility: KeyVisibility) -> torch.Tensor:
@@ -193,14 +186,7 @@ def _selected_mass(
     `queries [B, Q, H, C + R]` are the last of the sequence, and `indices [B, >= Q, K]` end with theirs.
     """
     options: dict[str, Any] = {"scale": scale, "allow_triton": allow_triton}
-    lse = attention_lse(
-        queries,
-        latents,
-        query_start=visibility.query_start,
-        key_start=visibility.key_start,
-        key_mask=visibility.key_mask,
-        **options,
-    )
+    lse = attention_lse(queries, latents, **visibility.limits(), **options)
     chosen = indices[:, indices.shape[1] - queries.shape[1] :]
     mass = selected_attention(queries, latents, lse, chosen.contiguous(), **options).sum(-1)
     real = lse[..., 0] > float("-inf")

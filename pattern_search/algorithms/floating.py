@@ -32,7 +32,7 @@ def refine(
         pattern: where to begin; its number of full layers stays.
         passes: moves to make at most.
         by_loss: better is a lower language-model loss; otherwise the evaluator's objective decides. Loss is what one
-            wants and KL what a few windows can tell: its differences between patterns are two to three times less
+            wants and KL what a few windows can measure: its differences between patterns are two to three times less
             noisy.
         on_move: called with the patterns before and after each move.
 

@@ -19,7 +19,7 @@ class Step:
     Attributes:
         layer: which.
         pattern: the letters after it fell.
-        cost: the objective of that pattern, a token, on the windows that the search looked at.
+        cost: the objective of that pattern, per token, on the windows that the search looked at.
         candidates: the costs by layer that it was chosen among (layers given up early at the cost they had reached).
     """
 

@@ -1,4 +1,4 @@
-"""Greedy search that scores few candidates a step: last known costs decide which are worth another look.
+"""Greedy search that scores few candidates per step: last known costs decide which are worth another look.
 
 What a layer costs when it falls changes little from step to step, except where the last fall changed who reads whose
 selection. So a step looks at candidates in the order of the costs they had when last scored, and commits the best
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...configuration.share_pattern import FULL, SharePattern
+from ...evaluation.perplexity import paired_rise
 from ..measure.evaluator import Evaluation, Evaluator
 from .greedy import Step, removable, share
 
@@ -62,14 +63,11 @@ class Race:
 
 
 def trails(costs: list[float], leader: list[float]) -> bool:
-    """Whether a candidate's costs a window are above the leader's on the same windows by more than chance."""
-    differences = [cost - best for cost, best in zip(costs, leader)]
-    count = len(differences)
-    if count < TRAILING_WINDOWS:
+    """Whether a candidate's costs per window are above the leader's on the same windows by more than chance."""
+    if min(len(costs), len(leader)) < TRAILING_WINDOWS:
         return False
-    mean = math.fsum(differences) / count
-    variance = math.fsum((difference - mean) ** 2 for difference in differences) / (count - 1)
-    return mean > TRAILING_ERRORS * math.sqrt(variance / count)
+    mean, error = paired_rise(costs, leader)
+    return error is not None and mean > TRAILING_ERRORS * error
 
 
 def lazy_greedy(
@@ -79,17 +77,9 @@ def lazy_greedy(
     rounds: int | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
 ) -> list[Step]:
-    """Make layer after layer shared, as `greedy` does, with few evaluations a step.
+    """Make layer after layer shared, with arguments and result as `greedy`, and few evaluations per step.
 
-    Args:
-        evaluator: scores patterns.
-        start: the pattern to begin with, all full for a DSA model.
-        keep: full layers to end with.
-        rounds: of windows that decide, at most; all when None.
-        on_step: called after every step.
-
-    Returns:
-        The steps, each with one full layer less.
+    At most so many `rounds` of windows decide; all when None.
     """
     rounds = min(rounds or len(evaluator.rounds), len(evaluator.rounds))
     evaluator.pin(start)
@@ -124,6 +114,6 @@ def neighbours(letters: str, fallen: int) -> set[int]:
 
 
 def _rise(candidate: Evaluation, current: Evaluation) -> float:
-    """What a candidate costs more than the current pattern on the windows it was run on, a window."""
+    """What a candidate costs more than the current pattern on the windows it was run on, per window."""
     seen = len(candidate.costs)
     return (math.fsum(candidate.costs) - math.fsum(current.costs[:seen])) / seen / candidate.tokens

@@ -12,7 +12,7 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
 
     Args:
         value: of a JSON file.
-        shape: a type; a list of one shape, that of every entry; or a dict of shapes by key, where `str` stands for
+        shape: a type; a list of one shape, that of every entry; or a dict of shapes by key, where `str` means
             every key and `key?` for one that may be missing.
         where: how the sentence names the value.
     """

@@ -36,8 +36,8 @@ class Evaluation:
         costs: the objective summed over the tokens of each window that was run, fp64.
         weight: what those sums are divided by, over all windows: tokens, or their weights.
         complete: all windows were run.
-        scores: sums a window, fp64 `[windows run, 4]`, columns as in `objective`.
-        tokens: tokens a window.
+        scores: sums per window, fp64 `[windows run, 4]`, columns as in `objective`.
+        tokens: tokens per window.
         recall_tokens: tokens to be recalled in the windows that were run.
         total_windows: how many windows there are.
     """
@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def cost(self) -> float:
-        """The objective's mean a token; of windows not run, as if they were like the others."""
+        """The objective's mean per token; of windows not run, as if they were like the others."""
         return math.fsum(self.costs) / self.weight * (self.total_windows / len(self.costs))
 
     @property
@@ -63,12 +63,12 @@ class Evaluation:
 
     @property
     def kl(self) -> float:
-        """Mean KL a token to the teacher, in nats; zero when the objective is `lm`."""
+        """Mean KL per token to the teacher, in nats; zero when the objective is `lm`."""
         return self._mean(KL, self.tokens * len(self.costs))
 
     @property
     def loss(self) -> float:
-        """Mean language-model loss a token, in nats."""
+        """Mean language-model loss per token, in nats."""
         return self._mean(LOSS, self.tokens * len(self.costs))
 
     @property
@@ -138,7 +138,7 @@ class Evaluator:
         )
         self.scorer = TokenScorer(model, self.batches, reference_bytes=reference_bytes)
         self.rounds = _rounds(len(self.batches), round_size)
-        # With rounds of a few batches, no pattern is the one that the others start like: each is in its turn.
+        # With rounds of a few batches no pattern is the one that the others start like: each is pinned as it runs.
         self._follows = round_size is not None
         self._on_evaluation = on_evaluation
         # Batches that an interrupted run has run the teacher on.
@@ -185,7 +185,7 @@ class Evaluator:
 
         Args:
             pattern: its letters.
-            stop_above: leave off once the pattern is certain to cost more than this a token.
+            stop_above: leave off once the pattern is certain to cost more than this per token.
             give_up: asked after every round but the last whether to leave off.
             rounds: run so many rounds at most.
             by_loss: take language-model loss for the cost, whatever the objective.
@@ -220,7 +220,7 @@ class Evaluator:
     # ---- one round ----------------------------------------------------------------------------------------------
 
     def _round(self, pattern: str, number: int) -> torch.Tensor:
-        # Every process must take part in the choice, also one that has no batch in this round, and in its turn.
+        # Every process must take part in the choice, also one that has no batch in this round, at the same point.
         teacher = self.teacher
         batches = self.rounds[number]
         resumed = not self.journal.was_used(self.name, pattern, number)

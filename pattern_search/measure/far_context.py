@@ -10,7 +10,7 @@ import torch
 from .layer_engine import LayerEngine
 from .objective import TokenScorer
 
-# Chunks a window, and the most nats that far context may count for one token.
+# Chunks per window, and the most nats that far context may count for one token.
 CHUNKS, MOST_NATS = 8, 8.0
 
 

@@ -90,17 +90,18 @@ class LayerEngine:
     def dense_hidden(self, batch: int) -> torch.Tensor:
         """As `last_hidden` with dense attention in every layer; nothing is cached, a layer counts as any other."""
         ids = self.batches[batch]
-        # A shared layer that no full layer stands before reads everything.
-        states = self._run(self._embed(ids), SHARED * self.num_layers, 0)
-        hidden = self.model.model.norm(deque(states, maxlen=1)[0].hidden)
         self.layer_forwards += ids.shape[0] * self.num_layers
-        return hidden
+        # A shared layer with no full layer before it reads everything.
+        return self._all_layers(ids, SHARED * self.num_layers)
 
     @torch.inference_mode()
     def last_hidden_of(self, ids: torch.Tensor) -> torch.Tensor:
         """The same for other tokens `[B, S]`, all layers full, nothing cached and nothing counted."""
-        states = self._run(self._embed(ids), self.model.config.share_pattern.letters, 0)
-        return self.model.model.norm(deque(states, maxlen=1)[0].hidden)
+        return self._all_layers(ids, self.model.config.share_pattern.letters)
+
+    def _all_layers(self, ids: torch.Tensor, letters: str) -> torch.Tensor:
+        (last,) = deque(self._run(self._embed(ids), letters, 0), maxlen=1)
+        return self.model.model.norm(last.hidden)
 
     def _embed(self, ids: torch.Tensor) -> LayerState:
         return LayerState(self.model.model.embed_tokens(ids.to(self._input_device)), None)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 matplotlib.rcParams["text.parse_math"] = False
 
 INK, BLUE, ORANGE, GREY, PALE = "#1b1f24", "#1f5fa8", "#d1622b", "#9a9fa6", "#e9edf2"
-# Of lines that are told apart, in order.
+# Of lines in one figure, in order.
 LINES = (BLUE, ORANGE, GREY, "#2e8b57", "#8e5ea2", INK)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 from ..errors import RunError
 from .tokenizer import Tokenizer
 from .window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
-from .windows import Windows
+from .windows import Windows, refuse_foreign_tokens
 
-# Below so many times top-k tokens a window, selection is nearly everything and patterns score alike.
+# Below so many times top-k tokens per window, selection is nearly everything and patterns score alike.
 SHORT_WINDOW = 4
 # Share of the samples that is held out for checks, unless held-out data are given.
 HELD_OUT_SHARE = 4
@@ -53,17 +53,12 @@ def load_windows(
             "take fewer --nsamples"
         )
     for part in (kept, checks):
-        low, high = int(part.ids.min()), int(part.ids.max())
-        if low < 0 or high >= config.vocab_size:
-            raise RunError(
-                f"{part.origin} holds tokens {low} .. {high}, the model knows 0 .. {config.vocab_size - 1}: the "
-                "windows were made with another tokenizer"
-            )
+        refuse_foreign_tokens(part.ids, config.vocab_size, f"{part.origin} holds")
     return kept, checks
 
 
 def short_window_warning(seqlen: int, topk: int | None) -> str | None:
-    """What to say when windows are too short to tell patterns apart, or None."""
+    """What to say when windows are too short for patterns to differ, or None."""
     if topk is None or seqlen >= SHORT_WINDOW * topk:
         return None
     nothing = " Here selection is everything and EVERY PATTERN SCORES THE SAME." if seqlen <= topk else ""

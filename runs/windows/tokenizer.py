@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 
 class UnusableTokenizer:
-    """Stands where a checkpoint has a tokenizer that cannot be loaded: whatever is asked of it raises the reason.
+    """In place of a tokenizer that cannot be loaded: whatever is asked of it raises the reason.
 
     So windows of tokens are read without it, and text is not.
 
@@ -81,7 +81,7 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
     except Exception as error:  # the tokenizers library raises bare Exceptions at damaged files
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConversionError(
-            f"the tokenizer of {source.location} cannot be loaded: {reason}. Mend tokenizer.json and "
+            f"the tokenizer of {source.location} cannot be loaded: {reason}. Fix tokenizer.json and "
             "tokenizer_config.json, or give windows in .safetensors"
         ) from error
     return cast(Tokenizer, tokenizer)

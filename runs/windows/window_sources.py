@@ -24,12 +24,12 @@ from .text_sources import DEFAULT_FIELD, Document, documents_of
 from .tokenizer import Tokenizer
 from .windows import INTEGERS, Windows
 
-# Unless told: so many times top-k tokens a window, and so many windows.
+# By default: so many times top-k tokens per window, and so many windows.
 DEFAULT_WINDOW = 32
 DEFAULT_SAMPLES = 16
 # Windows to choose one from, unless there is less text.
 CANDIDATES = 4
-# Characters (of files: bytes) that are tokenised at once, at least, and so many a token of a window.
+# Characters (of files: bytes) that are tokenised at once, at least, and so many per token of a window.
 PART_SIZE, PART_PER_TOKEN = 2**20, 32
 
 
@@ -38,7 +38,7 @@ class Sampling:
     """How windows are taken from data.
 
     Attributes:
-        seqlen: tokens a window; None for `DEFAULT_WINDOW` times top-k, at most the model's longest context, or for
+        seqlen: tokens per window; None for `DEFAULT_WINDOW` times top-k, at most the model's longest context, or for
             what a file of windows holds.
         nsamples: calibration windows; None for `DEFAULT_SAMPLES`, or for all windows of a file.
         seed: of the choice of windows.
@@ -59,7 +59,7 @@ class Sampling:
 
 
 def default_seqlen(max_position_embeddings: int, topk: int | None) -> int:
-    """Tokens a window unless told: `DEFAULT_WINDOW` times top-k, at most the model's longest context."""
+    """Tokens per window by default: `DEFAULT_WINDOW` times top-k, at most the model's longest context."""
     return min(max_position_embeddings, DEFAULT_WINDOW * (topk or 64))
 
 
@@ -112,13 +112,9 @@ def windows_of_file(path: Path, name: str, sampling: Sampling, count: int | None
             f"{path}:{name} holds windows of {windows.seqlen:,} tokens, shorter than --seqlen {sampling.seqlen:,}"
         )
     if sampling.seqlen is not None:
-        stop = sampling.seqlen + 1
-        recall = None if windows.recall is None else windows.recall[:, :stop]
-        windows = Windows(windows.ids[:, :stop], recall, windows.origin)
+        windows = windows.select((slice(None), slice(sampling.seqlen + 1)))
     if count is not None and count < len(windows):
-        chosen = torch.tensor(random.Random(sampling.seed).sample(range(len(windows)), count))
-        recall = None if windows.recall is None else windows.recall[chosen]
-        windows = Windows(windows.ids[chosen], recall, windows.origin)
+        windows = windows.select(torch.tensor(random.Random(sampling.seed).sample(range(len(windows)), count)))
     return windows
 
 

@@ -12,6 +12,35 @@ from ..errors import RunError
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
+def refuse_foreign_tokens(ids: torch.Tensor, vocab_size: int, holder: str, model: str = "the model") -> None:
+    """Check that a model's vocabulary has the tokens `ids`.
+
+    Args:
+        ids: integers of any shape.
+        vocab_size: of the model.
+        holder: the beginning of the message, such as "FILE holds".
+        model: what the message calls it.
+
+    Raises:
+        RunError: a token is negative or too large.
+    """
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RunError(
+            f"{holder} tokens {low} .. {high}, {model} knows 0 .. {vocab_size - 1}: the windows were made with "
+            "another tokenizer"
+        )
+
+
+def tokens_sha256(ids: torch.Tensor, marks: torch.Tensor | None) -> str:
+    """A hash of tokens, in the dtype they have, and of what marks them."""
+    digest = hashlib.sha256(repr(tuple(ids.shape)).encode())
+    for tensor in (ids, marks):
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Windows:
     """Windows of tokens; token i+1 is predicted from tokens 0 .. i.
@@ -52,14 +81,10 @@ class Windows:
         """Tokens marked for recall, the unpredicted first column aside."""
         return 0 if self.recall is None else int(self.recall[:, 1:].sum())
 
-    def select(self, rows: slice) -> Windows:
-        """Some of the windows."""
-        return Windows(self.ids[rows], None if self.recall is None else self.recall[rows], self.origin)
+    def select(self, part: slice | torch.Tensor | tuple[slice, slice]) -> Windows:
+        """Some of the windows, or of rows and columns some of each."""
+        return Windows(self.ids[part], None if self.recall is None else self.recall[part], self.origin)
 
     def sha256(self) -> str:
         """A hash of the tokens and the marks."""
-        digest = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        digest.update(self.ids.to(torch.int64).contiguous().numpy().tobytes())
-        if self.recall is not None:
-            digest.update(self.recall.to(torch.bool).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return tokens_sha256(self.ids.long(), None if self.recall is None else self.recall.bool())

@@ -244,3 +244,17 @@ def test_adapters_train_all_but_the_base_weights_and_are_merged(finished, folder
     run(tmp_path, tmp_path / "killed", resume=True, lora_rank=4, dtype="float32")
     for name, value in weights(tmp_path / "killed").items():
         assert torch.equal(value, after[name]), name
+
+
+def test_adapters_train_in_bf16_on_the_losses_of_the_model_that_they_adapt(tmp_path):
+    pytest.importorskip("peft")
+    write_source(tmp_path)
+    steps = dict(precision="bf16", dense_steps=0, sparse_steps=2, accumulation=1)
+    run(tmp_path, tmp_path / "plain", **steps)
+    run(tmp_path, tmp_path / "adapted", lora_rank=4, **steps)
+    plain, adapted = (entries(tmp_path / name)["sparse"] for name in ("plain", "adapted"))
+    # At the first step adapters add nothing; behind it they have learned.
+    assert (adapted[0]["kl"], adapted[0]["lm_loss"]) == (plain[0]["kl"], plain[0]["lm_loss"])
+    before, after = load_file(tmp_path / "source/model.safetensors"), weights(tmp_path / "adapted")
+    name = "model.layers.1.self_attn.kv_b_proj.weight"
+    assert not torch.equal(after[name], before[name].to(after[name].dtype))

@@ -23,6 +23,8 @@ READERS = {
     "dry run": 2,
     "inspect": 2,
     "inspect json": 1,
+    "plan": 2,
+    "plan json": 1,
     "verify": 2,
     "eval": 2,
     "search": 1,
@@ -30,7 +32,17 @@ READERS = {
     "distill": 1,
 }
 # Verbs that take the converted checkpoint.
-CONVERTED = {"inspect": 2, "verify": 2, "eval": 2, "generate": 1, "export": 3, "push": 3, "convert": 2, "search": 1}
+CONVERTED = {
+    "inspect": 2,
+    "plan": 1,
+    "verify": 2,
+    "eval": 2,
+    "generate": 1,
+    "export": 3,
+    "push": 3,
+    "convert": 2,
+    "search": 1,
+}
 # Fields that decide a weight's shape: of another type they cannot mean anything.
 SIZES = {
     "hidden_size",
@@ -282,7 +294,7 @@ def _reading(box: Path, verb: str, file: str, spoilt: Spoilt, fatal: bool | None
     # A file that is valid, of weights that are not, cannot be told from the others: the checkpoint is named.
     names = (*spoilt.names, file, "quantised", *(["source"] if spoilt.what == FLIPPED else []))
     # Damage of an indexer that the pattern drops, or of what a verb does not look at, may pass.
-    must = True if fatal and verb != "inspect" else None
+    must = True if fatal and verb not in ("inspect", "plan", "plan json") else None
     return Try(f"{file}: {spoilt.what}; {verb}", box, words(verb), must, names)
 
 
@@ -296,7 +308,7 @@ def _of_converted(
     elif verb not in ("verify", "export", "push"):
         argv = ["converted" if word == "source" else word for word in argv]
     check = _nothing_pushed if verb == "push" else None
-    must = True if fatal and verb != "inspect" else None
+    must = True if fatal and verb not in ("inspect", "plan", "plan json") else None
     what = f"converted/{file}: {spoilt.what}; {verb}"
     return Try(what, box, argv, must, (*spoilt.names, file, "converted"), always=check)
 

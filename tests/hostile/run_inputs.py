@@ -416,6 +416,7 @@ _OPTIONS = {
     ],
     "generate": ["--max-new-tokens", "--temperature", "--top-p", "--seed", "--pattern", "--device"],
     "inspect": ["--overlap", "--seqlen", "--nsamples", "--overlap-picture", "--revision"],
+    "plan": ["--gpus", "--gpu", "--memory", "--length", "--batch", "--pattern", "--prefill-chunk", "--revision"],
     "export": ["--to", "--keep"],
     "push": ["--revision", "--commit-message"],
 }

@@ -25,6 +25,8 @@ VERBS: dict[str, str] = {
     "dry run": "convert source output --keep 1/2 --dry-run --json",
     "inspect": "inspect source",
     "inspect json": "inspect source --json",
+    "plan": "plan source --gpus 2",
+    "plan json": "plan source --json",
     "verify": "verify source converted",
     "eval": f"eval source {_SMALL} --task perplexity --output output",
     "search": f"search source {_SMALL} --keep 2 --no-curve --output output",

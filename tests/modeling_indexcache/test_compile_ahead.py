@@ -228,7 +228,7 @@ def test_nothing_begins_on_a_cpu_nor_where_it_is_turned_off(monkeypatch):
         model(torch.zeros(1, 5, dtype=torch.int64))
     assert not begun
     monkeypatch.setenv(compile_ahead.COMPILE_AHEAD, "0")
-    monkeypatch.setattr(compile_ahead, "_serves", lambda *_: True)
+    monkeypatch.setattr(compile_ahead, "why_not_compiled_ahead", lambda *_: None)
     compile_ahead.compile_ahead(model.model, torch.zeros(1, 5, 8))
     assert not begun
 
@@ -244,7 +244,7 @@ def test_a_kind_of_model_is_compiled_once_on_each_device(monkeypatch):
             pass
 
     monkeypatch.setattr(compile_ahead.threading, "Thread", Thread)
-    monkeypatch.setattr(compile_ahead, "_serves", lambda *_: True)
+    monkeypatch.setattr(compile_ahead, "why_not_compiled_ahead", lambda *_: None)
     monkeypatch.setattr(compile_ahead, "_started", set())
     monkeypatch.setattr(compile_ahead, "_mark", lambda *_: None)
     monkeypatch.setenv(compile_ahead.COMPILE_AHEAD, "2")
@@ -252,6 +252,18 @@ def test_a_kind_of_model_is_compiled_once_on_each_device(monkeypatch):
     for device in ("cpu", "cpu", "meta", "cpu"):
         compile_ahead.compile_ahead(model, torch.zeros(1, 5, 8, device=device))
     assert begun == [torch.device("cpu"), torch.device("meta")]
+
+
+def test_a_config_is_hashed_only_when_it_changed(monkeypatch):
+    model, hashed = tiny_model(index_share_pattern="FS", num_hidden_layers=2).model, []
+    whole = type(model.config).to_dict
+    monkeypatch.setattr(type(model.config), "to_dict", lambda self: hashed.append(self) or whole(self))
+    kind = compile_ahead._kind_of(model)
+    assert compile_ahead._kind_of(model) == kind and len(hashed) == 1
+    model.config.rope_parameters["rope_theta"] *= 2
+    assert compile_ahead._kind_of(model) != kind and len(hashed) == 2
+    model.config.rope_parameters["rope_theta"] /= 2
+    assert compile_ahead._kind_of(model) == kind
 
 
 PROGRAM = """

@@ -67,20 +67,20 @@ def test_eager_attention_runs_module_by_module(model):
 @pytest.mark.parametrize(
     ("path", "runs", "reason"),
     [
-        ("layers.1", "module by module", "layer 1: Wrapper stands in its place"),
-        ("layers.2.self_attn", "module by module", "layer 2: self_attn: Wrapper stands in its place"),
-        ("layers.2.input_layernorm", "streamed", "layer 2: input_layernorm: Wrapper stands in its place"),
-        ("layers.3.mlp.gate", "streamed, in place", "layer 3: mlp.gate: Wrapper stands in its place"),
+        ("layers.1", "module by module", "layer 1: replaced by Wrapper"),
+        ("layers.2.self_attn", "module by module", "layer 2: self_attn: replaced by Wrapper"),
+        ("layers.2.input_layernorm", "streamed", "layer 2: input_layernorm: replaced by Wrapper"),
+        ("layers.3.mlp.gate", "streamed, in place", "layer 3: mlp.gate: replaced by Wrapper"),
         (
             "layers.0.self_attn.indexer",
             "streamed, in place",
-            "layer 0: self_attn.indexer: Wrapper stands in its place",
+            "layer 0: self_attn.indexer: replaced by Wrapper",
         ),
-        ("layers.0.self_attn.o_proj", "streamed, in place", "layer 0: self_attn.o_proj: Wrapper stands in its place"),
+        ("layers.0.self_attn.o_proj", "streamed, in place", "layer 0: self_attn.o_proj: replaced by Wrapper"),
         (
             "layers.1.self_attn.kv_a_layernorm",
             "streamed, in place",
-            "layer 1: self_attn.kv_a_layernorm: Wrapper stands in its place",
+            "layer 1: self_attn.kv_a_layernorm: replaced by Wrapper",
         ),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_slower_path_on_a_gpu_is_said_once_with_its_reason(model, monkeypatch,
             with torch.no_grad():
                 eligibility.say_slower(model.model, hidden_states, "steps are slow", "it rains")
         eligibility.say_slower(model.model, somewhere, "steps are slow", "gradients are wanted")
-    assert said(caplog) == ["IndexCache: steps are slow: it rains. model.explain_paths() tells what runs"]
+    assert said(caplog) == ["IndexCache: steps are slow: it rains. model.explain_paths() says what runs"]
 
 
 def test_prefill_and_decoding_say_what_keeps_them_slow(model, on_cuda, monkeypatch):
@@ -156,8 +156,8 @@ def test_prefill_and_decoding_say_what_keeps_them_slow(model, on_cuda, monkeypat
     assert heard == []
     model.model.layers[1] = Wrapper(model.model.layers[1])
     model.generate(ids(), max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
-    assert ("prefill keeps every layer's input", "layers.1: Wrapper stands in its place") in heard
-    assert ("decoding steps are not recorded", "layers.1: a module of another class stands in its place") in heard
+    assert ("prefill keeps every layer's input", "layers.1: replaced by Wrapper") in heard
+    assert ("decoding steps are not recorded", "layers.1: replaced by a module of another class") in heard
 
 
 def test_attention_and_experts_say_what_keeps_them_slow(model, on_cuda, monkeypatch):

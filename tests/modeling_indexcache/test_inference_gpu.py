@@ -11,6 +11,7 @@ from transformers.generation import CompileConfig
 from indexcache.kernels.common import early_launch
 from indexcache.kernels.sparse_mla import merged_selection
 from indexcache.kernels.sparse_mla.merged_selection import MergedSelection
+from indexcache.modeling_indexcache import eligibility
 from indexcache.modeling_indexcache.attention import inference_attention
 from indexcache.modeling_indexcache.cache.decode_graph import DecodeGraph
 from indexcache.modeling_indexcache.layers import indexer
@@ -185,7 +186,7 @@ def test_a_long_prefill_attends_by_merged_lists_as_by_single_ones(model, monkeyp
 @torch.no_grad()
 def test_fp32_head_weights_of_many_bf16_tokens_are_exact_in_fp32(model):
     made = model.model.layers[0].self_attn.indexer
-    x = torch.randn(1, indexer.LEAST_PARTED_TOKENS, 48, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(1, eligibility.LEAST_PARTED_TOKENS, 48, device="cuda", dtype=torch.bfloat16)
     bf16 = made.weights_proj.weight.data
     made.weights_proj.to(torch.float32).weight.data.normal_()
     got = made.head_weights(x)

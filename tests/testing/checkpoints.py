@@ -57,10 +57,14 @@ def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
     return config
 
 
-def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
-    """Random tensors in the order of a release; fp8 weights are followed by their scales."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = config["quantization_config"]["weight_block_size"] if fp8 else BLOCK
+def stored_shapes(config, *, mtp=0, lacking=()):
+    """Shapes by name, in the order of a release; layers for multi-token prediction come behind the last.
+
+    Args:
+        config: of the release.
+        mtp: layers for multi-token prediction.
+        lacking: layers without an indexer.
+    """
     c, layers = config, config["num_hidden_layers"]
     hidden, heads, latent, rope = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["qk_rope_head_dim"]
     shapes = {"model.embed_tokens.weight": (c["vocab_size"], hidden)}
@@ -101,6 +105,19 @@ def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
     shapes["model.norm.weight"] = (hidden,)
     shapes["lm_head.weight"] = (c["vocab_size"], hidden)
 
+    return shapes
+
+
+def stored_wide(name):
+    """Whether a release keeps a weight out of fp8."""
+    return any(mark in name for mark in _KEPT_WIDE)
+
+
+def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
+    """Random tensors in the order of a release; fp8 weights are followed by their scales."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = config["quantization_config"]["weight_block_size"] if fp8 else BLOCK
+    shapes = stored_shapes(config, mtp=mtp, lacking=lacking)
     tensors = {}
     for name, shape in shapes.items():
         value = torch.randn(shape, generator=generator) * 0.1
@@ -108,7 +125,7 @@ def tiny_tensors(config, *, fp8=False, mtp=0, lacking=(), seed=0):
             value += 1
         if name.endswith(("e_score_correction_bias", "k_norm.weight", "k_norm.bias")):
             tensors[name] = value
-        elif fp8 and not any(mark in name for mark in _KEPT_WIDE):
+        elif fp8 and not stored_wide(name):
             grid = [-(-side // block) for side, block in zip(shape, blocks)]
             tensors[name] = (value * 20).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = torch.rand(grid, generator=generator) * 0.1 + 0.01

@@ -17,7 +17,7 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}
 def compile_kernel(function, arch, constants, types, source=ASTSource, **options):
     """Compile with every pointer and stride divisible by 16, as the production shapes have them.
 
-    `types` are those of pointers and floats by argument name; other arguments are int32.
+    `types` are those of pointers and floats by argument name, and of tuples; other arguments are int32.
     """
     signature, attributes = {}, {}
     if "EARLY" in function.arg_names:
@@ -27,7 +27,9 @@ def compile_kernel(function, arch, constants, types, source=ASTSource, **options
             signature[name] = "constexpr"
             continue
         signature[name] = types.get(name, "i32")
-        if signature[name].startswith("*") or "stride" in name:
+        if isinstance(signature[name], tuple):
+            attributes |= {(position, i): [["tt.divisibility", 16]] for i in range(len(signature[name]))}
+        elif signature[name].startswith("*") or "stride" in name:
             attributes[(position,)] = [["tt.divisibility", 16]]
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     return triton.compile(source(function, signature, constants, attributes), target=target, options=options)

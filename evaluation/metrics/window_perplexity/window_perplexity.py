@@ -16,7 +16,7 @@ from indexcache.runs.loading import Placement, load_model
 
 _DESCRIPTION = """
 Language-model loss and perplexity on fixed windows of tokens: token i+1 is predicted from tokens 0 .. i. Tokens that
-must be recalled from far back can be marked; their loss and accuracy are then told apart. Any share pattern whose full
+must be recalled from far back can be marked; their loss and accuracy are given apart. Any share pattern whose full
 layers have an indexer can be run.
 """
 

@@ -13,9 +13,9 @@ from indexcache.kernels.indexer_distillation import indexer_distillation_triton 
 
 TYPES = {
     "indices": "*i32",
-    "query_start": "*i64",
-    "key_start": "*i32",
-    "key_mask": "*u8",
+    "visible": ("*i64", "*i32", "*u8"),
+    "q_strides": ("i32",) * 3,
+    "kv_strides": ("i32",) * 2,
     **dict.fromkeys(["q", "k", "kv", "weights", "grad_q", "grad_weights"], "*bf16"),
     **dict.fromkeys(["target", "result", "stats", "kl", "lse", "probabilities", "grad", "largest", "grad_k"], "*fp32"),
     **dict.fromkeys(["scale", "scale_log2", "inverse_heads", "factor"], "fp32"),
@@ -25,8 +25,7 @@ TYPES = {
 def kernels(arch):
     """Every kernel of the 30B shape with its constants and default tile."""
     target = DeviceTarget("hip" if isinstance(arch, str) else "cuda", arch, 132)
-    index = {"H": 32, "D": 128, "BLOCK_H": 32, "BLOCK_D": 128}
-    latent = {"H": 20, "MAIN": 512, "REST": 64, "BLOCK_REST": 64}
+    index, latent = {"FORM": selected.index_form(32, 128)}, {"FORM": selected.latent_form(20, 576)}
     lists = {"BLOCK_K": 2048}
     for backward in (False, True):
         tile = selected.index_tile(target, backward)
@@ -39,8 +38,8 @@ def kernels(arch):
     tile = selected.attention_tile(target, 576)
     yield selected._selected_attention_kernel, {**latent, **lists, "BLOCK_H": 32, "BLOCK_N": tile.block_n}, tile
     for function, tile, extra in (
-        (teacher._attention_lse_kernel, teacher.lse_tile(target, 576), {}),
-        (teacher._head_mean_kernel, teacher.target_tile(target, 576), {"ADD": True}),
+        (teacher._attention_lse_kernel, teacher.latent_tile(target, 576), {}),
+        (teacher._head_mean_kernel, teacher.latent_tile(target, 576), {"ADD": True}),
     ):
         yield function, {**latent, **extra, "BLOCK_Q": tile.block_q, "BLOCK_N": tile.block_n}, tile
     tile = dense.index_tile(target, 32)

@@ -44,19 +44,18 @@ POINTERS = {
     "counts": "*i32",
     "guesses": "*fp32",
 }
-ALIGNED = {"q_stride_b", "q_stride_s", "q_stride_h", "k_stride_b", "k_stride_t"}
+STRIDES = {"q_strides": 3, "k_strides": 2}
 
 
 def compiled(kernel, target, warps, **constants):
     if "EARLY" in kernel.arg_names:
         constants = {"EARLY": 0, **constants}
     types = {name: POINTERS.get(name, "fp32" if name == "scale" else "i32") for name in kernel.arg_names}
+    types |= {name: ("i32",) * number for name, number in STRIDES.items() if name in types}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name in ALIGNED or (name in POINTERS and name not in constants)
-    }
+    places = [(i,) for i, name in enumerate(kernel.arg_names) if name in POINTERS and name not in constants]
+    places += [(kernel.arg_names.index(name), i) for name in STRIDES if name in types for i in range(STRIDES[name])]
+    aligned = {place: [["tt.divisibility", 16]] for place in places}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()}, aligned)
     return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 3})
 
@@ -134,8 +133,8 @@ def test_other_shapes_compile_for_sm90(H, D):
 
 def hopper_compiled(H, D, dtype="bf16", sampling=False, masked=False):
     kernel, fp8 = hopper.lightning_indexer_hopper_kernel, dtype.startswith("fp8")
-    constants = hopper.kernel_constants(H, 1 if fp8 else 2, sampling, masked)
-    constants |= {"HAS_FIRST": masked, "HAS_MASK": masked, "HAS_SCALE": fp8, "HAS_GUESS": not sampling}
+    form = hopper.kernel_form(H, 1 if fp8 else 2, sampling, first=masked, mask=masked, scale=fp8, guess=True)
+    constants = {"FORM": form}
     constants |= {} if masked else {"first_keys": None, "mask": None}
     constants |= {} if fp8 else {"k_scale": None}
     element = gl.float8e4nv if fp8 else gl.bfloat16

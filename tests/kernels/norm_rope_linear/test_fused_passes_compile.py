@@ -29,6 +29,7 @@ TYPES = {
     **dict.fromkeys(("chosen", "experts", "place", "position"), "*i64"),
     **dict.fromkeys(("counts", "starts", "ends"), "*i32"),
     **dict.fromkeys(("eps", "scale", "scaling"), "fp32"),
+    **dict.fromkeys(("x_strides", "out_strides"), ("i32",) * 4),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
 WIDTH, INNER = 2048, 1536

@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
 from testing.compiled_kernels import SHARED_KB, compile_kernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -16,7 +15,7 @@ from indexcache.kernels.common.dispatch import no_fallback
 from indexcache.kernels.common.pretended_tensors import pretended_launches
 from indexcache.kernels.sparse_mla import sparse_mla_backward_triton as kernels
 from indexcache.kernels.sparse_mla.sparse_mla_backward_hopper_gluon import _sparse_mla_backward_hopper_kernel
-from indexcache.kernels.sparse_mla.sparse_mla_union_triton import owner_shift
+from indexcache.kernels.sparse_mla.sparse_mla_union_triton import list_form
 
 TYPES = {
     "scale": "fp32",
@@ -30,6 +29,8 @@ TYPES = {
     "delta": "*fp32",
     "grad_q": "*bf16",
     "grad_kv": "*fp32",
+    **dict.fromkeys(("q_strides", "do_strides", "dq_strides"), ("i32",) * 3),
+    **dict.fromkeys(("kv_strides", "keys_strides"), ("i32",) * 2),
 }
 
 
@@ -37,17 +38,13 @@ def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
     backend = "hip" if isinstance(arch, str) else "cuda"
     tile = tile or kernels.sparse_mla_backward_tile(DeviceTarget(backend, arch, 132), group * heads, 576)
     constants = {
-        "H": heads,
         "V": 512,
         "R": 64,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "HALF_V": 256,
         "BLOCK_R": 64,
-        "BLOCK_K": 2048,
-        "GROUP": group,
-        "OWNER_SHIFT": owner_shift(group),
-        "HEAD_BLOCKS": triton.cdiv(group * heads, tile.block_m),
+        "FORM": list_form(heads, group, tile.block_m, 2048),
         "PER_ENTRY": per_entry,
     }
     if group == 1:
@@ -57,14 +54,7 @@ def compile_backward(arch, heads, group=1, per_entry=False, tile=None):
 
 
 def compile_hopper(heads, group=1, per_entry=False):
-    constants = {
-        "H": heads,
-        "GROUP": group,
-        "OWNER_SHIFT": owner_shift(group),
-        "HEAD_BLOCKS": 1 if group > 1 else triton.cdiv(heads, 64),
-        "BLOCK_K": triton.next_power_of_2(2048 * group),
-        "PER_ENTRY": per_entry,
-    }
+    constants = {"FORM": list_form(heads, group, 64, 2048 * group), "PER_ENTRY": per_entry}
     if group == 1:
         constants["counts"] = None
     return compile_kernel(_sparse_mla_backward_hopper_kernel, 90, constants, TYPES, GluonASTSource, num_warps=8)
@@ -105,5 +95,5 @@ def test_the_hopper_launch_passes_what_the_kernel_takes(deterministic):
     names = _sparse_mla_backward_hopper_kernel.arg_names
     given = dict(zip(names, arguments)) | {name: value for name, value in options.items() if name != "num_warps"}
     assert list(given) == names and grid == (S * 2,)
-    assert given["PER_ENTRY"] == deterministic and given["HEAD_BLOCKS"] == 2
+    assert given["PER_ENTRY"] == deterministic and given["FORM"].HEAD_BLOCKS == 2
     assert given["grad_kv"].shape == ((S, 2, K, 576) if deterministic else (B, 20, 576))

@@ -58,9 +58,10 @@ def run(q, kv, indices, grad_out, grad_lse, scale, deterministic=False):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("groups", [(), (80,)])
-def test_slots_that_there_are_not_have_no_gradient(monkeypatch, deterministic, groups):
-    monkeypatch.setattr(kernels, "GROUPING_ARCHITECTURES", groups)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_slots_that_there_are_not_have_no_gradient(monkeypatch, deterministic, grouped):
+    if not grouped:
+        monkeypatch.setattr(kernels, "selection_group", lambda *_: 1)
     arguments = problem(2, 5, 40, 8, 40, 32, 24, "scattered")
     q, kv, indices, *grads = arguments
     out, lse, expected = exact(*arguments, 0.2)
@@ -82,7 +83,7 @@ def test_gradients_match_fp64(B, S, T, H, D, V, K, order, deterministic):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [20, 70])
 def test_without_grouping_they_are_the_same(monkeypatch, heads, deterministic):
-    monkeypatch.setattr(kernels, "GROUPING_ARCHITECTURES", ())
+    monkeypatch.setattr(kernels, "selection_group", lambda *_: 1)
     assert_gradients(*run(*problem(1, 4, 40, heads, 40, 32, 20, "scattered"), 0.2, deterministic))
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from indexcache.kernels.common.device_target import DeviceTarget
 from indexcache.kernels.sparse_mla import sparse_mla_triton as kernels
 from indexcache.kernels.sparse_mla.sparse_mla_hopper_gluon import _sparse_mla_hopper_kernel
-from indexcache.kernels.sparse_mla.sparse_mla_union_triton import _merge_key_lists_kernel, owner_shift
+from indexcache.kernels.sparse_mla.sparse_mla_union_triton import _merge_key_lists_kernel, list_form, owner_shift
 
 TYPES = {
     "q": "*bf16",
@@ -23,6 +23,8 @@ TYPES = {
     "out": "*bf16",
     "lse": "*fp32",
     "scale_log2": "fp32",
+    **dict.fromkeys(("kv_strides", "keys_strides"), ("i32",) * 2),
+    "q_strides": ("i32",) * 3,
 }
 
 
@@ -30,20 +32,16 @@ def compile_forward(arch, heads, splits, value_dim=512, rope_dim=64, group=1):
     backend = "hip" if isinstance(arch, str) else "cuda"
     tile = kernels.sparse_mla_tile(DeviceTarget(backend, arch, 132), group * heads, value_dim + rope_dim)
     constants = {
-        "H": heads,
         "V": value_dim,
         "R": rope_dim,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_V": triton.next_power_of_2(value_dim),
         "BLOCK_R": max(16, triton.next_power_of_2(rope_dim)),
-        "BLOCK_K": 2048,
-        "GROUP": group,
-        "OWNER_SHIFT": owner_shift(group),
-        "HEAD_BLOCKS": triton.cdiv(heads, tile.block_m),
+        "FORM": list_form(heads, group, tile.block_m, 2048),
         "SPLIT": splits > 1,
     }
-    types = dict(TYPES, out="*fp32") if splits > 1 else TYPES
+    types = TYPES | {"out_strides": ("i32",) * 4} | ({"out": "*fp32"} if splits > 1 else {})
     if group == 1:
         constants["counts"] = None
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
@@ -65,16 +63,11 @@ def test_default_tiles_do_not_spill_and_copy_asynchronously(arch, heads, splits)
 
 @pytest.mark.parametrize(("heads", "group"), [(64, 1), (20, 3)])
 def test_the_hopper_kernel_does_not_spill_and_uses_its_instructions(heads, group):
-    constants = {
-        "H": heads,
-        "GROUP": group,
-        "OWNER_SHIFT": owner_shift(group),
-        "HEAD_BLOCKS": 1 if group > 1 else triton.cdiv(heads, 64),
-        "BLOCK_K": triton.next_power_of_2(2048 * group),
-    }
+    constants = {"FORM": list_form(heads, group, 64, 2048 * group)}
     if group == 1:
         constants["counts"] = None
-    compiled = compile_kernel(_sparse_mla_hopper_kernel, 90, constants, TYPES, GluonASTSource, num_warps=4)
+    types = TYPES | {"out_strides": ("i32",) * 3}
+    compiled = compile_kernel(_sparse_mla_hopper_kernel, 90, constants, types, GluonASTSource, num_warps=4)
     assert stack_bytes(compiled) == 0
     assert compiled.metadata.shared <= SHARED_KB[90] * 1024
     ptx = compiled.asm["ptx"]
