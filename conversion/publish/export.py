@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...configuration.configuration_indexcache import PATTERN_FIELDS, IndexCacheConfig
-from ...configuration.share_pattern import SharePattern
 from ..convert.companion_files import copy_companions
 from ..convert.families import INDEXCACHE, ROUTER, check_router, family_of, load_config
 from ..convert.journal import check_apart
@@ -26,6 +25,9 @@ from ..io.open_checkpoint import check_layer_count, check_weights
 from ..io.shard_writer import DiskFullError, pass_whole, sync_folder, write_json
 from ..io.sources import ConversionError, FolderSource, check_file_name, refuse_pipes
 from .card import write_export_card
+from .export_engines import ENGINES, Contents, engine_named
+
+__all__ = ["ENGINES", "STAGING_FOLDER", "export", "export_pattern"]
 
 STAGING_FOLDER = ".indexcache_export"
 _PLACED_FILE = ".indexcache_export.json"
@@ -57,8 +59,8 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     """Write a checkpoint folder that another engine serves with the same weights and the same sharing.
 
     Weight files are linked where the file system can, else copied; their names on disk are the source family's own,
-    which every engine reads. The pattern is always spelled layer by layer, except for Megatron, which has no such
-    field.
+    which every engine reads. The config holds every field that the engine reads (`ENGINES`), so that none is left to
+    its default. The pattern is always spelled layer by layer, except for Megatron, which has no such field.
 
     Args:
         path: an IndexCache checkpoint of the family `deepseek_v32` or `glm_moe_dsa`.
@@ -70,12 +72,11 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
         The output folder.
 
     Raises:
-        ConversionError: unknown engine, a pattern or switch that it cannot run, a source that is damaged or lacks
-            weights, or an output that is taken.
+        ConversionError: unknown engine, a pattern, switch or surplus indexer that it cannot run, a source that is
+            damaged or lacks weights, or an output that is taken.
     """
     output = Path(output)
-    if to not in ENGINES:
-        raise ConversionError(f"{to!r} is no engine that exports are made for: choose one of {', '.join(ENGINES)}")
+    engine = engine_named(to)
     source = FolderSource(path)
     check_apart(source.folder, output)
     checkpoint = read_checkpoint(source)
@@ -84,7 +85,8 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     check_layer_count(checkpoint)
     check_weights(checkpoint, ours)
     pattern = ours.share_pattern
-    config = {**fields, **ENGINES[to](fields["model_type"], pattern)}
+    contents = Contents.of(checkpoint, pattern)
+    config = engine.config(fields, ours, contents, str(path))
     card = None
     if "README.md" in checkpoint.files:
         card = source.read_range("README.md", 0, source.size("README.md")).decode("utf-8", errors="replace")
@@ -171,7 +173,7 @@ def export_pattern(
     Args:
         path: JSON, as `pattern_file.read_pattern_file` takes.
         output: the JSON file to write; what it holds goes into the engine's config.json, or is given to it as
-            overrides (vLLM: `--hf-overrides`).
+            overrides (`--hf-overrides`); vLLM on CUDA loads no checkpoint that still has indexers in shared layers.
         to: the engine, as for `export`.
         keep: which of several patterns: a count or a share of full layers.
 
@@ -182,8 +184,7 @@ def export_pattern(
         ConversionError: unknown engine, no such pattern, one that the engine cannot run, or an output that is taken.
     """
     path, output = Path(path), Path(output)
-    if to not in ENGINES:
-        raise ConversionError(f"{to!r} is no engine that exports are made for: choose one of {', '.join(ENGINES)}")
+    engine = engine_named(to)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -195,7 +196,7 @@ def export_pattern(
         raise ConversionError(f"{path} holds no pattern of F and S: give what `indexcache search` wrote")
     pattern = read_pattern_file(path, len(spelled[0]), keep)
     source = content.get("source")
-    fields = ENGINES[to](str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    fields = engine.spell(str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
     if not fields:
         raise ConversionError(f"{path} does not say which family it is for: convert the checkpoint and export that")
     if output.exists():
@@ -238,42 +239,3 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
         # vLLM and others take half-split RoPE in the indexer unless told otherwise.
         "indexer_rope_interleave": family.indexer_rope_interleave,
     }
-
-
-def _for_serving(model_type: str, pattern: SharePattern) -> dict[str, Any]:
-    """vLLM, SGLang and TensorRT-LLM read `index_topk_pattern`; others of their forks `indexer_types`."""
-    return pattern.engine_fields()
-
-
-def _for_transformers(model_type: str, pattern: SharePattern) -> dict[str, Any]:
-    if model_type == "deepseek_v32" and pattern.shared_layers:
-        raise ConversionError(
-            f"transformers' own deepseek_v32 runs an indexer in every layer and cannot share (pattern {pattern}): "
-            "load the IndexCache checkpoint itself with trust_remote_code=True, or export an all-F one"
-        )
-    return {"indexer_types": pattern.indexer_types} if model_type == "glm_moe_dsa" else {}
-
-
-def _for_megatron(model_type: str, pattern: SharePattern) -> dict[str, Any]:
-    """Megatron-LM: layer n, counted from 1, is full iff `max(n - max(offset, 1), 0) % freq == 0`.
-
-    For an offset of at least 1 that is the schedule of `SharePattern.from_frequency`.
-    """
-    layers = range(1, len(pattern) + 1)
-    for freq in layers:
-        for offset in layers:
-            if SharePattern.from_frequency(len(pattern), freq, offset) == pattern:
-                return {"dsa_indexer_topk_freq": freq, "dsa_indexer_skip_topk_offset": offset}
-    raise ConversionError(
-        f"Megatron-LM has only a frequency and an offset (leading full layers, then one full layer in so many), and "
-        f"{pattern} is no such schedule: export it for another engine, or convert with an evenly spaced pattern"
-    )
-
-
-ENGINES: dict[str, Callable[[str, SharePattern], dict[str, Any]]] = {
-    "vllm": _for_serving,
-    "sglang": _for_serving,
-    "trtllm": _for_serving,
-    "transformers": _for_transformers,
-    "megatron": _for_megatron,
-}

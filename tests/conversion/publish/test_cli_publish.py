@@ -99,4 +99,4 @@ def test_export_refusals(checkpoint, tmp_path):
     assert run("export", checkpoint, tmp_path / "out", "--to", "ollama").exit_code == 2
     result = run("export", checkpoint, tmp_path / "out", "--to", "megatron")
     assert result.exit_code == 1
-    assert "is no such schedule" in result.stderr
+    assert "has no bridge for deepseek_v32 in its release" in result.stderr

@@ -134,16 +134,18 @@ def test_weights_are_the_same_files_and_companions_come_along(checkpoint, tmp_pa
     [("FSSSFSSS", 4, 1), ("FFFSSSFSSSFS", 4, 3), ("FFFF", 1, 1), ("FSSS", 4, 1), ("FFSSS", 4, 2)],
 )
 def test_megatron_gets_the_schedule_that_its_formula_gives(checkpoint, tmp_path, pattern, freq, offset):
-    source = checkpoint(pattern, **DEEPSEEK)
+    source = checkpoint(pattern, **GLM)
     config = config_of(export(source, tmp_path / "out", "megatron"))
-    assert (config["dsa_indexer_topk_freq"], config["dsa_indexer_skip_topk_offset"]) == (freq, offset)
+    assert (config["index_topk_freq"], config["index_skip_topk_offset"]) == (freq, offset)
+    assert config["indexer_types"] == SharePattern(pattern).indexer_types
+    assert not {"index_topk_pattern", "dsa_indexer_topk_freq"} & config.keys()
     full = [max(n - max(offset, 1), 0) % freq == 0 for n in range(1, len(pattern) + 1)]
     assert "".join("F" if is_full else "S" for is_full in full) == pattern
 
 
 def test_megatron_refuses_what_it_cannot_spell(checkpoint, tmp_path):
     with pytest.raises(ConversionError, match=r"only a frequency and an offset .* FSSFSF is no such schedule"):
-        export(checkpoint("FSSFSF", **DEEPSEEK), tmp_path / "out", "megatron")
+        export(checkpoint("FSSFSF", **GLM), tmp_path / "out", "megatron")
 
 
 @pytest.mark.parametrize(
