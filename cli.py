@@ -32,12 +32,18 @@ from .runs.command_line import fail, print_json, show
 
 
 class _Verbs(TyperGroup):
-    """The verbs, and what is the same for all: no argument holds a NUL, which no path and no name can hold."""
+    """The verbs, and what is the same for all: no argument holds a NUL, and none is empty but a prompt.
+
+    No path and no name can hold a NUL; an empty path would be the current folder.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for argument in args:
             if "\0" in argument:
                 raise typer.BadParameter(f"{argument!r} holds a NUL character: give a path or a value without it")
+            is_empty = not argument or (argument.startswith("--") and argument.endswith("="))
+            if is_empty and args[0] != "generate":
+                raise typer.BadParameter(f"{argument!r} gives an empty value: give a path or a value")
         return super().parse_args(ctx, args)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ from .training.sharded_training import gather_whole_states
 from .training.trainer import DistillationTrainer, freeze_for, training_arguments
 
 BEFORE_FILE, TENSORBOARD_FOLDER = "before.json", "runs"
+# In a folder of checkpoints that a finished run is about to remove.
+_DONE_WITH = ".done_with"
 
 
 @dataclass(frozen=True)
@@ -129,11 +132,25 @@ def run_distillation(
 
             quiet.note("writing the checkpoint")
             write_checkpoint(_merged(work, found), source, run, document, scores, logs, score)
-            journal.remove()
             if not run.keep_checkpoints:
-                shutil.rmtree(work.training, ignore_errors=True)
+                (work.training / _DONE_WITH).touch()
+            journal.remove()
+            _remove_checkpoints(work.training)
     processes.wait()
     return _read_object(run.output / RECIPE_FILE)
+
+
+def _remove_checkpoints(training: Path) -> None:
+    """Remove checkpoints that are marked as done with, the mark last: after a kill the next run goes on."""
+    if (training / _DONE_WITH).exists():
+        for path in training.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _DONE_WITH:
+                path.unlink(missing_ok=True)
+        (training / _DONE_WITH).unlink()
+    with suppress(OSError):  # one that is not empty
+        training.rmdir()
 
 
 def _begin(run: DistillationRun, journal: Journal, document: dict[str, Any]) -> bool:
@@ -145,6 +162,7 @@ def _begin(run: DistillationRun, journal: Journal, document: dict[str, Any]) -> 
             raise ConversionError(
                 f"{run.output} holds another finished checkpoint: give another output, or --overwrite"
             )
+        _remove_checkpoints(run.output / TRAINING_FOLDER)
         return True
     take_output(
         run.output,

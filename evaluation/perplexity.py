@@ -158,7 +158,9 @@ def largest_weight(model: torch.nn.Module) -> str:
     for name, weight in model.named_parameters():
         if not weight.numel() or weight.is_meta:
             continue
-        value = float(weight.detach().abs().max())
+        # Of fp8, which has no maximum.
+        wide = weight.float() if weight.element_size() == 1 else weight
+        value = float(wide.abs().max())
         if not math.isfinite(value):
             return f"{name} holds values that are not finite"
         if value > largest:

@@ -129,7 +129,7 @@ def read_result(path: Path) -> dict[str, Any]:
         RunError: unreadable, of another format, or with a field that is missing or holds something else.
     """
     try:
-        document: dict[str, Any] = parse_json(path.read_bytes(), allow_nan=True)
+        document: dict[str, Any] = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is no readable result of a search: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

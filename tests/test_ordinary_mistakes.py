@@ -246,6 +246,27 @@ def test_no_verb_takes_a_nul(arguments, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("export", "", "out", "--to", "vllm"), ("push", "", "tester/pushed"), ("convert", DEMO, "", "--keep", "1/2")],
+    ids=lambda arguments: arguments[0],
+)
+def test_no_empty_path_is_the_current_folder(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "'' gives an empty value" in refused(*arguments)
+    assert "'--output=' gives an empty value" in refused("search", DEMO, "--data", "text.txt", "--output=")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_escape_sequence_of_a_setting_reaches_the_terminal(tmp_path):
+    """The tokenizers library prints names that it does not know, itself."""
+    source = Path(shutil.copytree(DEMO, tmp_path / "model"))
+    name = "\x1b[2J"
+    token = {"content": "<unk>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    (source / "special_tokens_map.json").write_text(json.dumps({"unk_token": {**token, name: True}}))
+    assert r"special_tokens_map.json has a setting called '\x1b[2J'" in refused("generate", source, "w1", codes=(1,))
+
+
 def test_no_escape_sequence_of_a_name_reaches_the_terminal(text, tmp_path):
     source = Path(shutil.copytree(DEMO, tmp_path / "a\x1b[2Jb"))
     given = ["--data", text, "--seqlen", 80, "--nsamples", 2]

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ...configuration.share_pattern import SharePattern
 from ..convert.families import INDEXCACHE, Family, family_of
 from ..convert.journal import RECIPE_FILE
 from ..io.checkpoint import Checkpoint, read_checkpoint, read_json
 from ..io.open_checkpoint import open_checkpoint
 from ..io.sources import ConversionError, Source
 from .doctor_config import config_findings
-from .doctor_findings import ERROR, Diagnosis, Finding, Reading, errors_first
+from .doctor_findings import ERROR, Diagnosis, Finding, errors_first
 from .doctor_indexers import Layers, count_layers, layer_findings, value_findings
 from .doctor_probe import probe as run_probe
 from .doctor_schedule import READERS, read_schedule, schedule_findings, spelled_schedules
@@ -54,12 +53,11 @@ def diagnose(source: Source, engines: Sequence[str] | None = None, *, probe: boo
         )
     diagnosis = _compare(checkpoint, family, layers, engines)
     measured: dict[str, Any] | None = None
-    pattern = _pattern_to_run(diagnosis.readings)
-    found = _not_whole(source, pattern) if diagnosis.ok or probe else []
+    found = _not_whole(source) if diagnosis.ok or probe else []
     if probe and found:
         measured = {"not_run": found[0].what}
     elif probe:
-        measured, found = run_probe(source, pattern)
+        measured, found = run_probe(source)
     if found and found[0].code == "not_whole" and not diagnosis.ok:
         # What was found before says why, and better.
         found = []
@@ -108,17 +106,10 @@ def _recipe(checkpoint: Checkpoint, spelled: dict[str, str]) -> list[Finding]:
     ]  # fmt: skip
 
 
-def _pattern_to_run(readings: Sequence[Reading]) -> SharePattern | None:
-    """What the config spells in Megatron-LM's fields, which IndexCache does not read; else None, its own reading."""
-    spelled = {reading.engine: reading.letters for reading in readings if reading.field is not None}
-    letters = spelled.get("megatron")
-    return SharePattern(letters) if letters and spelled.keys() == {"megatron"} else None
-
-
-def _not_whole(source: Source, pattern: SharePattern | None) -> list[Finding]:
+def _not_whole(source: Source) -> list[Finding]:
     """Whatever else keeps a model from being made of the checkpoint: tensors missing, unknown or of a wrong shape."""
     try:
-        open_checkpoint(source, pattern)
+        open_checkpoint(source)
     except ConversionError as error:
         return [
             Finding(

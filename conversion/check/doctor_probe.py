@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from ...configuration.share_pattern import SharePattern
 from ..convert.families import load_config
 from ..io.load_source import load_source
 from ..io.open_checkpoint import OpenedCheckpoint, open_checkpoint
@@ -30,12 +29,11 @@ _WINDOWS, _MOST_TOKENS = 2, 1024
 _STANDARD_ERRORS = 5
 
 
-def probe(source: Source, pattern: SharePattern | None = None) -> tuple[dict[str, Any], list[Finding]]:
+def probe(source: Source) -> tuple[dict[str, Any], list[Finding]]:
     """Run the model on text that every Python has (its help topics), with the checkpoint's own tokenizer.
 
     Args:
         source: a checkpoint that is whole.
-        pattern: to run; the checkpoint's own when None.
 
     Returns:
         `tokens` (that a loss is a mean of), `window` (tokens), `index_topk` (and `index_topk_lowered_from`) and
@@ -44,7 +42,7 @@ def probe(source: Source, pattern: SharePattern | None = None) -> tuple[dict[str
     Raises:
         ConversionError: no tokenizer.json, too little memory, or a checkpoint that does not load.
     """
-    opened = open_checkpoint(source, pattern)
+    opened = open_checkpoint(source)
     config = opened.config
     needed, free = bytes_to_run(opened.checkpoint), free_memory()
     if free is not None and needed > free:

@@ -1,7 +1,8 @@
 """Which schedule each engine reads from a config, and whether the indexers that the weights hold fit it.
 
-Sources: transformers' own classes are asked; vLLM, SGLang and TensorRT-LLM (PR 15574) read `index_topk_pattern`, else
-`index_topk_freq` with `index_skip_topk_offset`, and never `indexer_types`; Megatron-LM reads fields of its own.
+Sources: transformers' own classes are asked; what the others read is said in `publish/export_engines.py`, with files
+and versions: vLLM and TensorRT-LLM `index_topk_pattern`, else `index_topk_freq` with `index_skip_topk_offset` (2 where
+absent); SGLang the same behind `indexer_types`; Megatron-Bridge only the frequency and the offset (0 where absent).
 """
 
 from __future__ import annotations
@@ -55,20 +56,11 @@ def _frequency(config: dict[str, Any], layers: int) -> str:
     return frequency_letters(layers, freq, offset)
 
 
-def _megatron(config: dict[str, Any], layers: int) -> str:
-    """Layer n, counted from 1, is full iff `max(n - max(offset, 1), 0) % freq == 0`."""
-    freq = _count("dsa_indexer_topk_freq", config["dsa_indexer_topk_freq"], 1)
-    offset = config.get("dsa_indexer_skip_topk_offset")
-    offset = 0 if offset is None else _count("dsa_indexer_skip_topk_offset", offset, 0)
-    return frequency_letters(layers, freq, max(offset, 1))
-
-
 _SPELLINGS: dict[str, Callable[[dict[str, Any], int], str]] = {
     "index_share_pattern": lambda config, layers: _list_letters("index_share_pattern", config["index_share_pattern"]),
     "indexer_types": lambda config, layers: _list_letters("indexer_types", config["indexer_types"]),
     "index_topk_pattern": lambda config, layers: _list_letters("index_topk_pattern", config["index_topk_pattern"]),
     "index_topk_freq": _frequency,
-    "dsa_indexer_topk_freq": _megatron,
 }
 
 
@@ -135,14 +127,24 @@ def _disagreements(found: dict[str, str], layers: int) -> list[Finding]:
         Finding(
             "spellings_disagree", ERROR, ", ".join(whole),
             f"{first} ({letters}) and {name} ({other}) disagree from layer {layer} on",
-            "transformers takes indexer_types; vLLM, SGLang and TensorRT-LLM index_topk_pattern, else "
-            "index_topk_freq; Megatron-LM dsa_indexer_topk_freq: the same checkpoint is several models",
+            "transformers and SGLang take indexer_types; vLLM and TensorRT-LLM index_topk_pattern, else "
+            "index_topk_freq; Megatron-Bridge index_topk_freq alone: the same checkpoint is several models",
             "keep the spelling that the weights were trained with, and write the others from it (`indexcache export`)",
         )
     ]  # fmt: skip
 
 
 # ---- what an engine reads -------------------------------------------------------------------------------------------
+
+
+def _sglang(engine: str, config: dict[str, Any], layers: int) -> Reading:
+    if config.get("indexer_types") is None:
+        return _serving(engine, config, layers)
+    try:
+        letters = _list_letters("indexer_types", config["indexer_types"])
+    except ValueError as error:
+        return Reading(engine, None, "indexer_types", str(error))
+    return Reading(engine, letters[:layers].ljust(layers, "F"), "indexer_types")
 
 
 def _serving(engine: str, config: dict[str, Any], layers: int) -> Reading:
@@ -194,17 +196,21 @@ def _transformers(engine: str, config: dict[str, Any], layers: int) -> Reading:
     return Reading(engine, letters, field)
 
 
-def _megatron_reading(engine: str, config: dict[str, Any], layers: int) -> Reading:
-    if config.get("dsa_indexer_topk_freq") is None:
+def _megatron(engine: str, config: dict[str, Any], layers: int) -> Reading:
+    """Layer n, counted from 1, is full iff `max(n - max(offset, 1), 0) % freq == 0`."""
+    if config.get("index_topk_freq") is None:
         return Reading(engine, "F" * layers, None)
     try:
-        return Reading(engine, _megatron(config, layers), "dsa_indexer_topk_freq")
-    except ValueError as error:
-        return Reading(engine, None, "dsa_indexer_topk_freq", str(error))
+        letters = _frequency(
+            {**config, "index_skip_topk_offset": max(config.get("index_skip_topk_offset") or 0, 1)}, layers
+        )
+    except (ValueError, TypeError) as error:
+        return Reading(engine, None, "index_topk_freq", str(error))
+    return Reading(engine, letters, "index_topk_freq")
 
 
 def _indexcache(engine: str, config: dict[str, Any], layers: int) -> Reading:
-    names = [name for name in list(_SPELLINGS)[:4] if config.get(name) is not None]
+    names = [name for name in _SPELLINGS if config.get(name) is not None]
     field = names[0] if names else None
     try:
         letters = source_pattern(config, "config.json").letters
@@ -216,10 +222,10 @@ def _indexcache(engine: str, config: dict[str, Any], layers: int) -> Reading:
 READERS: dict[str, Callable[[str, dict[str, Any], int], Reading]] = {
     "indexcache": _indexcache,
     "vllm": _serving,
-    "sglang": _serving,
+    "sglang": _sglang,
     "trtllm": _serving,
     "transformers": _transformers,
-    "megatron": _megatron_reading,
+    "megatron": _megatron,
 }
 
 

@@ -63,8 +63,11 @@ class FolderSource:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise ConversionError(f"{folder} is no folder: give a checkpoint's folder or a Hub id such as org/name")
+        # An empty name would be the current folder.
+        if not os.fspath(folder) or not self.folder.is_dir():
+            raise ConversionError(
+                f"{str(folder) or repr('')} is no folder: give a checkpoint's folder or a Hub id such as org/name"
+            )
         self.location = str(folder)
         if not is_unicode(str(self.folder.resolve())):
             raise ConversionError(f"{str(folder)!r} is no name in UTF-8: rename the folder")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn, Protocol, cast
 
 from ...conversion.convert.companion_files import companion_files
-from ...conversion.io.checkpoint import CONFIG_FILE
+from ...conversion.io.checkpoint import CONFIG_FILE, read_json
 from ...conversion.io.hub_source import HubSource
 from ...conversion.io.open_checkpoint import open_source
 from ...conversion.io.sources import ConversionError, FolderSource, Source
@@ -74,6 +74,8 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
         assert isinstance(source, HubSource)
         wanted = [CONFIG_FILE, *companion_files(files), *_FILES]
         folder = source.fetch([name for name in dict.fromkeys(wanted) if name in files])
+    for name in {"tokenizer_config.json", "special_tokens_map.json"}.intersection(files):
+        _check_names(read_json(source, name), f"{source.location}: {name}")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         _check_settings(tokenizer)
@@ -85,6 +87,18 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
             "tokenizer_config.json, or give windows in .safetensors"
         ) from error
     return cast(Tokenizer, tokenizer)
+
+
+def _check_names(value: Any, where: str) -> None:
+    """Refuse names of settings with control characters: the tokenizers library prints those that it does not know."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if not name.isprintable():
+                raise ConversionError(f"{where} has a setting called {name!r}: fix it")
+            _check_names(inner, where)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_names(inner, where)
 
 
 def _check_settings(tokenizer: Any) -> None:

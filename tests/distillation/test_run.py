@@ -88,6 +88,34 @@ def test_the_config_keeps_the_sources_wish_for_a_cache(tmp_path, use_cache):
         assert (model(torch.arange(9)[None]).past_key_values is not None) is use_cache
 
 
+def test_killed_while_checkpoints_are_removed_a_run_is_finished_by_the_next(folder, tmp_path, monkeypatch):
+    from indexcache.distillation import run as module
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*where, **how):
+        raise Killed
+
+    write_source(tmp_path)
+    output, settings = tmp_path / "out", dict(dense_steps=1, sparse_steps=1, save_every=1)
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "_remove_checkpoints", kill)
+        with pytest.raises(Killed):
+            run(tmp_path, output, **settings)
+    assert (output / "training/dense").exists() and (output / "config.json").exists()
+    with monkeypatch.context() as killed:
+        killed.setattr(module.Path, "rmdir", kill)
+        with pytest.raises(Killed):
+            run(tmp_path, output, resume=True, **settings)
+    run(tmp_path, output, resume=True, **settings)
+    assert not (output / "training").exists()
+    kept = tmp_path / "kept"
+    run(tmp_path, kept, keep_checkpoints=True, **settings)
+    run(tmp_path, kept, resume=True, **settings)
+    assert list((kept / "training").glob("*/checkpoint-1"))
+
+
 def test_killed_twice_and_resumed_equals_undisturbed(finished, folder):
     _, undisturbed = finished
     output = folder / "killed"

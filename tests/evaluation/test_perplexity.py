@@ -52,6 +52,12 @@ def test_the_weight_that_stands_out_is_named(model):
     assert perplexity.largest_weight(spoilt) == "model.norm.weight holds values that are not finite"
 
 
+def test_a_weight_in_fp8_may_be_the_one_that_stands_out():
+    layer = torch.nn.Linear(4, 4, bias=False)
+    layer.weight = torch.nn.Parameter(torch.full((4, 4), 448.0).to(torch.float8_e4m3fn), requires_grad=False)
+    assert perplexity.largest_weight(layer) == "its largest weight, in weight, is 448"
+
+
 @pytest.fixture
 def windows():
     generator = torch.Generator().manual_seed(1)

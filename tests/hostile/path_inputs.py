@@ -217,7 +217,7 @@ def source_path(shop: Workshop, chance: random.Random) -> Try:
     argv = [new if word == old else word for word in words(verb)]
     if new == "-":
         argv = [argv[0], "--", *argv[1:]] if verb == "generate" else argv
-    names = (*_shown(new), old, "model-0000", "json", "Hub")
+    names = (*_shown(new or "''"), old, "model-0000", "json", "Hub")
     writable: tuple[str, ...] = ("output",)
     return Try(f"source {way} ({new[:40]!a}); {verb}", box, argv, must, names, writable)
 

@@ -81,6 +81,7 @@ def test_the_verbs_say_it(tmp_path):
         (json.dumps(changed(("cost", "search_layer_forwards"), None)), "cost.search_layer_forwards is missing"),
         (json.dumps(changed(("patterns", "1"), "FFS")), "FFS does not have 1 full layers"),
         ("[" * 100_000, "is no readable result"),
+        (json.dumps(changed(("cost", "search_layer_forwards"), float("nan"))), "NaN is no JSON number"),
     ):
         path.write_text(content)
         finished = CliRunner().invoke(app, ["inspect", str(path)])

@@ -83,9 +83,8 @@ def test_released_checkpoints_are_sound(tmp_path, name):
     lacking = [layer for layer, letter in enumerate(pattern) if letter == "S"]
     tensors = tiny_tensors(config, fp8="quantization_config" in config, mtp=1, lacking=lacking)
     folder = write_checkpoint(tmp_path / "s", config, tensors)
-    # Megatron-LM takes its schedule from arguments of its own.
-    assert codes(check(folder)) == (["no_sharing_field"] if shares else [])
-    for engine in ("indexcache", *SERVING, "transformers"):
+    assert codes(check(folder)) == []
+    for engine in READERS:
         assert codes(check(folder, engine)) == [], engine
     assert [reading.letters for reading in check(folder, "vllm", "transformers").readings] == [pattern, pattern]
 
@@ -97,7 +96,7 @@ def test_conversions_and_their_exports_are_sound(tmp_path, family, pattern):
     convert(FolderSource(source), tmp_path / "o", ConvertOptions(SharePattern(pattern)))
     assert codes(check(tmp_path / "o")) == []
     for engine in ENGINES:
-        if engine == "transformers" and family is DEEPSEEK and "S" in pattern:
+        if family is DEEPSEEK and (engine == "megatron" or (engine == "transformers" and "S" in pattern)):
             continue
         out = export(tmp_path / "o", tmp_path / engine, engine)
         assert codes(check(out, engine)) == [], engine
@@ -132,7 +131,9 @@ def test_a_frequency_without_the_offset_that_the_weights_need(tmp_path):
     weights = SharePattern.from_frequency(9, 4, 3).letters
     folder = glm(tmp_path / "a", weights, index_topk_freq=4)
     diagnosis = check(folder)
-    assert codes(diagnosis, "error") == ["wrong_offset"]
+    # Megatron-Bridge takes another offset than the others where there is none.
+    assert codes(diagnosis, "error") == ["wrong_offset", "indexer_missing"]
+    assert diagnosis.findings[1].engines == ("megatron",)
     found = diagnosis.findings[0]
     assert found.fix.startswith("set index_skip_topk_offset to 3")
     assert set(found.engines) == {"vllm", "sglang", "trtllm", "transformers", "indexcache"}
@@ -169,13 +170,12 @@ def test_two_spellings_that_disagree(tmp_path):
         "types and pattern": {"indexer_types": types("FFSSSF"), "index_topk_pattern": "FSSSFF"},
         "types and frequency": {"indexer_types": types("FFSSSF"), "index_topk_freq": 2},
         "pattern and frequency": {"index_topk_pattern": "FFSSSF", "index_topk_freq": 3},
-        "types and Megatron's": {"indexer_types": types("FFSSSF"), "dsa_indexer_topk_freq": 4},
     }
     for name, fields in cases.items():
         diagnosis = check(glm(tmp_path / name, **fields))
         assert codes(diagnosis)[0] == "spellings_disagree", name
         assert set(fields) == set(diagnosis.findings[0].where.split(", "))
-    agreeing = {**both("FFSSSF"), "index_topk_freq": 4, "dsa_indexer_topk_freq": 4, "dsa_indexer_skip_topk_offset": 2}
+    agreeing = {**both("FFSSSF"), "index_topk_freq": 4, "index_skip_topk_offset": 2}
     assert codes(check(glm(tmp_path / "agreeing", **agreeing))) == []
 
 
@@ -192,7 +192,6 @@ def test_a_schedule_that_does_not_begin_full(tmp_path, fields):
     ({"index_topk_pattern": 7}, "index_topk_pattern"),
     ({"index_topk_freq": "4"}, "index_topk_freq"),
     ({"index_topk_freq": 0}, "index_topk_freq"),
-    ({"dsa_indexer_topk_freq": -1}, "dsa_indexer_topk_freq"),
 ])  # fmt: skip
 def test_a_spelling_that_is_none(tmp_path, fields, where):
     found = [found for found in check(glm(tmp_path, "FFFFFF", **fields)).findings if found.severity == "error"]
@@ -208,11 +207,12 @@ def test_an_engine_without_a_sharing_field_is_told_of(tmp_path):
     assert only(check(sharing, "transformers"), "no_sharing_field", "error").engines == ("transformers",)
 
 
-def test_types_alone_are_not_read_by_serving_engines(tmp_path):
+def test_types_alone_are_read_by_transformers_and_sglang(tmp_path):
     folder = glm(tmp_path, indexer_types=types("FFSSSF"))
-    assert only(check(folder), "no_sharing_field", "note").engines == (*SERVING, "megatron")
-    assert codes(check(folder, "transformers", "indexcache")) == []
-    for engine in SERVING:
+    deaf = ("vllm", "trtllm", "megatron")
+    assert only(check(folder), "no_sharing_field", "note").engines == deaf
+    assert codes(check(folder, "transformers", "sglang", "indexcache")) == []
+    for engine in deaf:
         only(check(folder, engine), "no_sharing_field", "error")
 
 
