@@ -77,9 +77,12 @@ class PromptMaker:
         """
         draw = random.Random(f"{seed}/{length}/{sample}")
         start = draw.randrange(len(self._filler))
-        if self.kind == "records":
-            return [self._records(length, draw, start)]
-        return [self._passkey(length, depth, draw, start) for depth in self.depths]
+        match self.kind:
+            case "records":
+                return [self._records(length, draw, start)]
+            case "passkey":
+                return [self._passkey(length, depth, draw, start) for depth in self.depths]
+        raise NotImplementedError(f"prompts of the kind {self.kind!r}")
 
     def _records(self, length: int, draw: random.Random, start: int) -> Prompt:
         words: dict[str, None] = {}

@@ -46,7 +46,7 @@ from .eligibility import why_no_graphs, why_not_in_place
 from .explain_paths import Paths, explain_paths
 from .forward_arguments import ForwardOptions, refuse_lost_history, refuse_pipeline, refuse_unknown_options
 from .forward_plan import ForwardPlan, LayerReport
-from .layers.expert_router import ROUTER_IN_FP32, IndexCacheTopkRouter
+from .layers.expert_router import IndexCacheTopkRouter
 from .layers.feed_forward import IndexCacheMLP, add_feed_forward, run_expert_kernels, runs_expert_kernels
 from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
@@ -57,7 +57,7 @@ from .parallel.layer_placement import onloaded
 from .selection import Selection
 from .training.causal_lm_loss import causal_lm_loss
 from .training.indexer_training import compare_attention, trace_indexer, training_outputs
-from .transformers_compat import CACHE_NAME, one_cache
+from .transformers_compat import CACHE_NAME, ROUTER_IN_FP32, one_cache
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(

@@ -9,12 +9,19 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import TransformersKwargs
 
 #: What this transformers calls the cache in outputs, and passes it as in `generate`.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(MoeModelOutputWithPast)} else "past_key_values"
+
+#: What loading leaves in fp32 of a router. Of its weight transformers' own classes did so from 5.24 on.
+ROUTER_IN_FP32 = ["e_score_correction_bias"]
+if Version(transformers.__version__) >= Version("5.24"):
+    ROUTER_IN_FP32.append("gate.weight")
 
 #: Options of a forward that transformers itself may pass to any model.
 TRANSFORMERS_OPTIONS = frozenset(TransformersKwargs.__optional_keys__) | {

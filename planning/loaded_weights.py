@@ -15,7 +15,7 @@ from ..configuration.configuration_indexcache import IndexCacheConfig
 from ..conversion.convert.families import expected_indexer, expected_tensors, layer_of
 from ..conversion.io.checkpoint import DTYPE_BITS, FLOAT_DTYPES
 from ..conversion.io.fp8 import FP8, SCALE_SUFFIX
-from ..modeling_indexcache.layers.expert_router import ROUTER_IN_FP32
+from ..modeling_indexcache.transformers_compat import ROUTER_IN_FP32
 
 EXPERTS, SHARED_EXPERTS, DENSE, ATTENTION, INDEXERS, EMBEDDINGS, NORMS = (
     "routed experts",

@@ -6,19 +6,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 
 from ...configuration.configuration_indexcache import IndexCacheConfig
 from ...kernels.experts.expert_topk import expert_topk, normed_expert_topk, takes_normed_expert_topk
 from ..attention.attention_backends import TRITON_ATTENTION
 from ..eligibility import why_not_router_kernel
-
-# What loading leaves in fp32. Of the weight transformers' own classes did so from 5.24 on.
-ROUTER_IN_FP32 = ["e_score_correction_bias"]
-if Version(transformers.__version__) >= Version("5.24"):
-    ROUTER_IN_FP32.append("gate.weight")
 
 
 class IndexCacheTopkRouter(nn.Module):
