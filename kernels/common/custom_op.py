@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,21 @@ def custom_op(shapes: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]
         return operation
 
     return register
+
+
+@contextmanager
+def differentiable_again() -> Iterator[None]:
+    """Let autograd record inside a custom operation, which PyTorch runs below it; `enable_grad` alone does not."""
+    keys = [torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView]
+    excluded = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in excluded:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key in excluded:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
 def function_of(operation: Any) -> Callable[..., Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..common.custom_op import custom_op
+from ..common.custom_op import custom_op, differentiable_again
 from ..common.device_target import why_too_old
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import HALF_PRECISION
@@ -88,7 +88,7 @@ def _index_backward_in_pytorch(grad, q, k, weights, indices, target, stats, scal
 
 
 def _gradients_in_pytorch(function: Callable[..., torch.Tensor], grad: torch.Tensor, *inputs: torch.Tensor) -> tuple:
-    with torch.enable_grad():
+    with differentiable_again():
         leaves = [x.detach().requires_grad_() for x in inputs]
         result = function(*leaves)
         # What is minus infinity depends on nothing.

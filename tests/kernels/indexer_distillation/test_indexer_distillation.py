@@ -112,6 +112,33 @@ def test_gradients_over_selected_keys_are_exact(operation):
         assert all((grad[0, [1, 2]] == 0).all() for grad in (grads[0], grads[2]))
 
 
+@pytest.mark.parametrize("way", ["scores", "kl", "dense"])
+def test_kernels_whose_gradient_s_kernel_was_set_aside_get_the_references_gradients(way):
+    """Such a gradient runs in PyTorch inside the custom operation, where autograd is off unless it is asked back."""
+    q, k, weights = (x.requires_grad_() for x in indexer())
+    indices = selection().int()
+    if way == "scores":
+        result = reference.selected_index_scores_reference(q, k, weights, indices, 0.3)
+        rest = (indices, None, None, 0.3)
+    elif way == "kl":
+        target = torch.rand(indices.shape)
+        result = reference.indexer_kl_reference(q, k, weights, indices, target, 0.3)
+        rest = (indices, target, None, 0.3)
+    else:
+        layers, query_start = attention(), torch.full((2,), 14, dtype=torch.int64)
+        lse = reference.attention_lse_reference(*layers, 0.2, query_start, None, None)
+        result = reference.dense_indexer_kl_reference(
+            q, k, weights, [layers[0]], [layers[1]], [lse], 0.3, 0.2, query_start, None, None
+        )
+        rest = ([layers[0]], [layers[1]], [lse], lse.new_empty(2, 6), 0.3, 0.2, query_start, None, None)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(3))
+    expected = torch.autograd.grad(result, (q, k, weights), grad.masked_fill(result.detach() == float("-inf"), 0.0))
+    run = ops._dense_indexer_kl_backward if way == "dense" else ops._index_backward
+    with torch.no_grad():
+        found = run(grad, q.detach(), k.detach(), weights.detach(), *rest)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def naive_dense(q, k, weights, layers, scale, attn_scale, seen):
     """Mean over layers and heads of the attention, and its KL, with full matrices."""
     p = 0
