@@ -74,9 +74,9 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
         assert isinstance(source, HubSource)
         wanted = [CONFIG_FILE, *companion_files(files), *_FILES]
         folder = source.fetch([name for name in dict.fromkeys(wanted) if name in files])
-    for name in {"tokenizer_config.json", "special_tokens_map.json"}.intersection(files):
-        _check_names(read_json(source, name), f"{source.location}: {name}")
     try:
+        for name in {"tokenizer_config.json", "special_tokens_map.json"}.intersection(files):
+            _check_names(read_json(source, name), name)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         _check_settings(tokenizer)
         tokenizer.encode("a b", add_special_tokens=False, verbose=False)
@@ -90,11 +90,11 @@ def _load(source: Source, files: list[str]) -> Tokenizer:
 
 
 def _check_names(value: Any, where: str) -> None:
-    """Refuse names of settings with control characters: the tokenizers library prints those that it does not know."""
+    """ValueError for names of settings with control characters: the tokenizers library prints unknown ones."""
     if isinstance(value, dict):
         for name, inner in value.items():
             if not name.isprintable():
-                raise ConversionError(f"{where} has a setting called {name!r}: fix it")
+                raise ValueError(f"{where} has a setting called {name!r}")
             _check_names(inner, where)
     elif isinstance(value, list):
         for inner in value:

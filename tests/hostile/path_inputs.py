@@ -133,7 +133,7 @@ def output_path(shop: Workshop, chance: random.Random) -> Try:
         ):
             return output_path(shop, chance)
     argv = [output if word == "output" else word for word in words(verb)]
-    names = (*_shown(output), "output", source)
+    names = (*_shown(output or "''"), "output", source)
     check = _foreign_stays if way == "foreign files" else None
     return Try(f"output {way} ({output[:40]!a}); {verb}", box, argv, must, names, writable, always=check)
 
