@@ -13,6 +13,7 @@ from ..conversion.io.checkpoint import CONFIG_FILE, read_json
 from ..conversion.io.load_source import GENERATION_FILE
 from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..conversion.io.sources import ConversionError
+from ..conversion.io.terminal_text import shown
 
 _Rule = tuple[Callable[[Any], bool], str]
 _MOST = 2**31 - 1
@@ -140,7 +141,7 @@ def check_generation_settings(opened: OpenedCheckpoint, sample: bool, tokenizer:
     for name, value in settings.items():
         holds, what = rules.get(name, (_is_free, "left out: it is no setting"))
         if value is not None and not holds(value if name in rules else name):
-            raise ConversionError(f"{source.location}: {file} has {name}={_shortened(value)}: it must be {what}")
+            raise ConversionError(f"{source.location}: {file} has {name}={shown(value)}: it must be {what}")
     if settings.get("exponential_decay_length_penalty") is not None and settings.get("eos_token_id") is None:
         raise ConversionError(
             f"{source.location}: {file} has exponential_decay_length_penalty and no eos_token_id that it favours: "
@@ -151,7 +152,7 @@ def check_generation_settings(opened: OpenedCheckpoint, sample: bool, tokenizer:
             StopStringCriteria(tokenizer, settings["stop_strings"])
         except (ValueError, LookupError, RuntimeError) as error:
             raise ConversionError(
-                f"{source.location}: {file} has stop_strings={_shortened(settings['stop_strings'])}, which cannot be "
+                f"{source.location}: {file} has stop_strings={shown(settings['stop_strings'])}, which cannot be "
                 f"looked for with its tokenizer ({error}): take them out"
             ) from error
 
@@ -174,8 +175,3 @@ def _of_vocabulary(size: int) -> dict[str, _Rule]:
 def _is_free(name: str) -> bool:
     """Whether a name that transformers knows no setting by means nothing to it."""
     return not name.startswith("__") and not hasattr(GenerationConfig, name)
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

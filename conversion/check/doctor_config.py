@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..convert.families import INDEXCACHE, ROUTER, Family
-from .doctor_findings import ERROR, NOTE, Finding, shown
+from ..io.terminal_text import shown
+from .doctor_findings import ERROR, NOTE, Finding
 
 # Engines that rotate indexer halves as the config says (half-split when it says nothing), and those that route so.
 _READ_INDEXER_LAYOUT = ("vllm", "sglang", "trtllm")

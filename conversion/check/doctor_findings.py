@@ -107,12 +107,6 @@ def layers_text(layers: Iterable[int]) -> str:
     return ", ".join(parts)
 
 
-def shown(value: Any) -> str:
-    """A config's value in a sentence, shortened."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def draw_diagnosis(diagnosis: Diagnosis) -> RenderableType:
     """What `inspect --check` prints."""
     parts: list[RenderableType] = [_engines(diagnosis)]

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..convert.families import CONFIG_FAULTS, INDEXCACHE, source_pattern
 from ..io.sources import ConversionError
-from .doctor_findings import ERROR, NOTE, Finding, Reading, layers_text, shown
+from ..io.terminal_text import shown
+from .doctor_findings import ERROR, NOTE, Finding, Reading, layers_text
 
 _LETTERS = {"F": "F", "S": "S", "full": "F", "shared": "S"}
 DEFAULT_OFFSET = 2

@@ -15,6 +15,7 @@ from ...configuration.configuration_indexcache import PATTERN_FIELDS, IndexCache
 from ...configuration.hub_code import code_version
 from ...configuration.share_pattern import SharePattern
 from ..io.sources import ConversionError
+from ..io.terminal_text import shown
 
 INDEXCACHE = IndexCacheConfig.model_type
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.(.+)")
@@ -66,6 +67,8 @@ DENSE_FAMILIES = {"glm4_moe_lite": FAMILIES["glm_moe_dsa"], "deepseek_v3": FAMIL
 
 # Wider than any head's; a config's word alone is not enough to make so many angles.
 _WIDEST_ROPE = 2**16
+# Characters of a value in a message.
+_LONGEST_VALUE = 200
 
 # What transformers' configs raise at values of a wrong kind.
 CONFIG_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, StrictDataclassError)
@@ -151,11 +154,11 @@ def _check_parts(config: IndexCacheConfig) -> None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={_shortened(config.dtype)} is no type of floats that torch has")
+        raise ValueError(f"dtype={shown(config.dtype, _LONGEST_VALUE)} is no type of floats that torch has")
     rope = dict(config.rope_parameters or {})
     theta = rope.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float):
-        raise ValueError(f"rope_theta={_shortened(theta)} is no number")
+        raise ValueError(f"rope_theta={shown(theta, _LONGEST_VALUE)} is no number")
     if config.qk_rope_head_dim > _WIDEST_ROPE:
         # The weights will contradict it; no memory is taken for it before.
         return
@@ -166,14 +169,9 @@ def _check_parts(config: IndexCacheConfig) -> None:
         is_finite = bool(angles.isfinite().all()) and math.isfinite(factor)
     except (*CONFIG_FAULTS, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"rope_parameters={_shortened(rope)} cannot be used ({reason})") from None
+        raise ValueError(f"rope_parameters={shown(rope, _LONGEST_VALUE)} cannot be used ({reason})") from None
     if not is_finite:
-        raise ValueError(f"rope_parameters={_shortened(rope)} give angles that are not finite")
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+        raise ValueError(f"rope_parameters={shown(rope, _LONGEST_VALUE)} give angles that are not finite")
 
 
 def source_pattern(config: dict[str, Any], location: str) -> SharePattern:

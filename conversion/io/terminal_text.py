@@ -18,6 +18,12 @@ def printable(text: str) -> str:
     )
 
 
+def shown(value: Any, most: int = 100) -> str:
+    """A value in a sentence: its `repr`, of which at most so many characters."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def tell(text: object, *, err: bool = False) -> None:
     """Print one line for a person, `printable`, on stdout or stderr."""
     print(printable(str(text)), file=sys.stderr if err else sys.stdout, flush=True)

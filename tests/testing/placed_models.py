@@ -9,9 +9,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import DynamicCache, StaticCache
 
+from indexcache.conversion.io.load_source import load_source
+
 DEMO = Path(__file__).parents[2] / "demo"
 # All indexers, and a pattern of the demo checkpoint's layers.
 PATTERNS = ("F" * 12, "FFSSSSFFSSSS")
+
+
+def save_demo(folder: Path) -> Path:
+    """The demo checkpoint in bf16 as an IndexCache checkpoint, written to `folder`."""
+    load_source(DEMO / "dsa_demo", dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def demo_windows(count: int = 2) -> torch.Tensor:

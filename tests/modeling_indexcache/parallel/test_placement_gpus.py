@@ -8,11 +8,10 @@ import time
 
 import pytest
 import torch
-from testing.placed_models import DEMO, PATTERNS, demo_windows, means, measured
+from testing.placed_models import PATTERNS, demo_windows, means, measured, save_demo
 from transformers import DynamicCache
 
 from indexcache import IndexCacheConfig, IndexCacheForCausalLM
-from indexcache.conversion.io.load_source import load_source
 from indexcache.modeling_indexcache.cache.decode_graph import DecodeGraph
 
 accelerate = pytest.importorskip("accelerate")
@@ -48,9 +47,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("indexcache")
-    load_source(DEMO / "dsa_demo", dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_demo(tmp_path_factory.mktemp("indexcache"))
 
 
 @pytest.fixture(scope="module")

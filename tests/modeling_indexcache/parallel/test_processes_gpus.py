@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing.placed_models import DEMO, PATTERNS, demo_windows, means, measured
+from testing.placed_models import DEMO, PATTERNS, demo_windows, means, measured, save_demo
 from testing.small_run import run, run_processes
 from testing.time_limits import PROCESS_SECONDS
 
 from indexcache import IndexCacheForCausalLM
-from indexcache.conversion.io.load_source import load_source
 
 pytest.importorskip("accelerate")
 pytestmark = [
@@ -42,9 +41,7 @@ def launch(*command):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("indexcache")
-    load_source(DEMO / "dsa_demo", dtype=torch.bfloat16).save_pretrained(folder)
-    return folder
+    return save_demo(tmp_path_factory.mktemp("indexcache"))
 
 
 @pytest.fixture(scope="module")
