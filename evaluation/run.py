@@ -27,6 +27,7 @@ from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
+from ..runs.streaming.streamed_forwards import StreamedForwards, free_bytes, stream_model, streamed_sha256
 from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
@@ -112,6 +113,7 @@ def run_evaluation(
     resume: bool = False,
     overwrite: bool = False,
     monitor: Monitor | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Run every task on every checkpoint and pattern, write `evaluation.json`; the document.
 
@@ -123,10 +125,11 @@ def run_evaluation(
         resume: go on from the journal in `output`.
         overwrite: forget it.
         monitor: shows progress.
+        stream: take the layers from the checkpoint one by one, with two in memory at most.
 
     Returns:
         `models` (name, pattern and hash of each column), `perplexity`, `retrieval` and `overlap` (scores by model's
-        number), `data`, `recipe`, `versions`.
+        number), `data`, `recipe`, `versions`; `streaming` (sweeps, bytes read and seconds waited for them, by model).
 
     Raises:
         RunError: data, patterns or settings that cannot be used, before any model is loaded where possible.
@@ -148,8 +151,13 @@ def run_evaluation(
     try:
         with monitor:
             for source, checkpoint, name, given, patterns in zip(sources, opened, names, inputs, columns):
-                model = load_model(checkpoint, placement)
-                runner = _Runner(model, options, journal, monitor, name)
+                forwards = None
+                if stream:
+                    layers = stream_model(checkpoint, placement)
+                    forwards = StreamedForwards(layers, free_bytes(layers.device) // 4)
+                model = load_model(checkpoint, placement) if forwards is None else forwards.source.model
+                runner = _Runner(model, options, journal, monitor, name, forwards)
+                runner.expect_windows(patterns, given)
                 for pattern in patterns:
                     number = len(document["models"])
                     document["models"].append(_about(source, name, pattern, model, runner.sha256))
@@ -157,7 +165,10 @@ def run_evaluation(
                         scores = getattr(runner, task)(pattern, given)
                         if scores is not None:
                             document[task].append({"model": number, **scores})
-                del runner, model
+                if forwards is not None:
+                    document.setdefault("streaming", []).append(forwards.source.record())
+                    forwards.source.close()
+                del runner, model, forwards
     finally:
         journal.close()
     _compare(document)
@@ -255,10 +266,28 @@ class _Runner:
         journal: ScoreJournal,
         monitor: Monitor,
         name: str,
+        forwards: StreamedForwards | None = None,
     ) -> None:
         self.model, self.options, self.journal, self.monitor, self.name = model, options, journal, monitor, name
-        self.sha256 = model_sha256(model)
+        self._forwards = forwards
+        self.sha256 = model_sha256(model) if forwards is None else streamed_sha256(forwards.source)
         self._where = f"{self.sha256[:24]}/{model.dtype}/{model.config._attn_implementation}"
+
+    def expect_windows(self, patterns: list[SharePattern], given: Inputs) -> None:
+        """Let the windows of all patterns pass a layer together, where layers are streamed."""
+        if self._forwards is None or given.windows is None or "perplexity" not in self.options.wanted:
+            return
+        windows, size = given.windows, self.options.batch_size
+        key = self._perplexity_key(windows)
+        self._forwards.expect(
+            (pattern.letters, windows.ids[first : first + size, :-1])
+            for pattern in patterns
+            for number, first in enumerate(range(0, len(windows), size))
+            if not self.journal.knows(key, pattern.letters, number)
+        )
+
+    def _perplexity_key(self, windows: Windows) -> str:
+        return f"perplexity/{windows.sha256()[:24]}/{self.options.batch_size}/{self._where}"
 
     def perplexity(self, pattern: SharePattern, given: Inputs) -> dict[str, Any]:
         """Losses over the windows, and by their place in a window."""
@@ -266,7 +295,7 @@ class _Runner:
         assert windows is not None
         size = self.options.batch_size
         firsts = range(0, len(windows), size)
-        key = f"perplexity/{windows.sha256()[:24]}/{size}/{self._where}"
+        key = self._perplexity_key(windows)
         tables = []
         self._begin("perplexity", pattern, len(firsts))
         for number, first in enumerate(firsts):

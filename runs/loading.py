@@ -83,19 +83,23 @@ def load_model(source: str | OpenedCheckpoint, placement: Placement | None = Non
     """
     placement = placement or Placement()
     opened = open_model(source, placement) if isinstance(source, str) else source
-    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
-    automatic = torch.bfloat16 if on_cuda else torch.float32
-    arguments: dict[str, Any] = {
-        "dtype": automatic if placement.dtype == "auto" else getattr(torch, placement.dtype),
-        "token": placement.token,
-    }
+    dtype, device = dtype_and_device(placement)
+    arguments: dict[str, Any] = {"dtype": dtype, "token": placement.token}
     if placement.tensor_parallel:
         arguments["tp_plan"] = "auto"
     elif placement.device_map:
         arguments["device_map"] = placement.device_map
     model = load_source(opened, **arguments)
     if not (placement.tensor_parallel or placement.device_map):
-        local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-        model.to(placement.device or local)  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def dtype_and_device(placement: Placement) -> tuple[torch.dtype, str]:
+    """What a model is loaded in, and where it goes when nothing is said of it."""
+    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
+    automatic = torch.bfloat16 if on_cuda else torch.float32
+    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
+    dtype = automatic if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    return dtype, placement.device or local

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -46,6 +46,7 @@ class LayerSource:
         alive, most_alive: layers whose weights are in memory now, and at most so far.
         seconds_waited: spent waiting for layers that were not there yet.
         sweeps: begun so far.
+        watchers: called with every layer's number and the layer, when it is in place.
 
     Raises:
         ConversionError: as `load_source`.
@@ -69,6 +70,7 @@ class LayerSource:
         self._empty: list[Any] = list(decoder.layers)
         self.layers_read = self.alive = self.most_alive = self.sweeps = 0
         self.seconds_waited = 0.0
+        self.watchers: list[Callable[[int, nn.Module], None]] = []
         self._fill_root()
 
     @property
@@ -84,6 +86,15 @@ class LayerSource:
     def layer_bytes(self) -> int:
         """Of the largest layer's weights in memory."""
         return max(sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in self._empty)
+
+    def record(self) -> dict[str, Any]:
+        """What streaming took so far, as JSON values."""
+        return {
+            "sweeps": self.sweeps,
+            "layers_read": self.layers_read,
+            "bytes_read": self.bytes_read,
+            "seconds_waited": round(self.seconds_waited, 2),
+        }
 
     def close(self) -> None:
         """Stop reading; the model has no layers any more."""
@@ -114,6 +125,8 @@ class LayerSource:
                 self._hand_over(layer)
                 decoder.layers[number] = layer
                 self.layers_read += 1
+                for watch in self.watchers:
+                    watch(number, layer)
                 pending = self._begin(wanted[place + 1]) if place + 1 < len(wanted) else None
                 del layer
                 try:
@@ -121,10 +134,9 @@ class LayerSource:
                 finally:
                     self._take_away(number)
         finally:
-            if pending is not None:
-                # Left early: what is on its way is let go.
-                if pending.exception() is None:
-                    self.alive -= 1
+            # Left early: what is on its way is let go.
+            if pending is not None and not pending.exception():
+                self.alive -= 1
 
     # ---- one layer ----------------------------------------------------------------------------------------------
 
@@ -134,7 +146,7 @@ class LayerSource:
         return self._ahead.submit(self._make, number)
 
     def _make(self, number: int) -> nn.Module:
-        """The layer with its weights on the device; on CUDA they come with the copies queued on the reader's stream."""
+        """The layer with its weights on the device."""
         empty = self._empty[number]
         # A copy, so that nothing that a module keeps of its weights outlives them; the config stays the model's.
         layer: nn.Module = copy.deepcopy(empty, {id(self.model.config): self.model.config})
