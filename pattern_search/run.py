@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,11 +19,12 @@ from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
 from ..runs.processes import Processes
 from ..runs.run_options import RunOptions
+from ..runs.streaming.streamed_forwards import StreamedForwards, free_bytes, stream_model, streamed_sha256
 from ..runs.windows.calibration import load_windows, short_window_warning
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.windows import Windows
 from .result import JOURNAL_FILE, result_document, write_result
-from .search import SearchOptions, search, search_identity
+from .search import SearchOptions, check_streamable, search, search_identity
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -38,12 +38,14 @@ class SearchRun(RunOptions):
         parallel: what several processes share: the windows, or the model (tensor parallelism).
         cache_memory: for states between layers, such as `8GB`; None for a fourth of what is free.
         cache_on: `device`, or `host` to keep the states in host memory.
+        stream: take the layers from the checkpoint one by one, with two in memory at most.
     """
 
     placement: Placement = field(default_factory=Placement)
     parallel: Literal["windows", "tensor"] = "windows"
     cache_memory: str | None = None
     cache_on: Literal["device", "host"] = "device"
+    stream: bool = False
 
 
 def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Monitor) -> dict[str, Any]:
@@ -58,6 +60,10 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     opened = open_model(source, run.placement)
     config = opened.config
     options.counts(config.share_pattern)
+    if run.stream:
+        check_streamable(options)
+        if processes.count > 1:
+            raise RunError("--stream runs in one process: start it without torchrun")
     tokenizer = load_tokenizer(opened.source)
     calibration, held_out = load_windows(run.data, config, tokenizer, run.sampling, run.held_out)
     warning = short_window_warning(calibration.seqlen, config.index_topk)
@@ -67,10 +73,20 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     if processes.is_first:
         prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
     sharded = processes.count > 1 and run.parallel == "tensor"
-    model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
-    # Every comparison with a loss that is no number would be settled by chance.
-    check_loss(evaluate_windows(model, calibration.ids[:1]).loss, source, model)
-    identity = processes.share(search_identity(model, calibration, held_out, options))
+    layers = stream_model(opened, run.placement) if run.stream else None
+    if layers is None:
+        model = load_model(opened, replace(run.placement, tensor_parallel=sharded))
+    else:
+        model = StreamedForwards(layers, room=0).source.model
+
+    def check() -> None:
+        # Every comparison with a loss that is no number would be settled by chance.
+        check_loss(evaluate_windows(model, calibration.ids[:1]).loss, source, model)
+
+    if layers is None:
+        check()
+    sha256 = None if layers is None else streamed_sha256(layers, while_running=check)
+    identity = processes.share(search_identity(model, calibration, held_out, options, sha256))
     if processes.is_first:
         journal = ScoreJournal(journal_path, identity, run.resume, overwrite=run.overwrite)
     else:
@@ -94,10 +110,15 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
                 monitor=quiet,
                 cache_bytes=_free_bytes(run, model) // 4 if cache_bytes is None else cache_bytes,
                 cache_device=torch.device("cpu") if run.cache_on == "host" else None,
+                source=layers,
             )
         overlap = _overlap(model, calibration)
+        if layers is not None:
+            outcome.cost["streaming"] |= layers.record()
     finally:
         journal.close()
+        if layers is not None:
+            layers.close()
     name = source if not Path(source).exists() else Path(source).resolve().name
     document = result_document(
         outcome,
@@ -136,6 +157,4 @@ def _bytes(size: str | None) -> int | None:
 
 def _free_bytes(run: SearchRun, model: IndexCacheForCausalLM) -> int:
     """What is free where the states are kept."""
-    if model.device.type == "cuda" and run.cache_on == "device":
-        return torch.cuda.mem_get_info(model.device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_bytes(model.device if run.cache_on == "device" else torch.device("cpu"))

@@ -15,6 +15,7 @@ from ..runs.fingerprint import model_sha256
 from ..runs.journal import ScoreJournal
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
+from ..runs.streaming.layer_source import LayerSource
 from ..runs.windows.windows import Windows
 from .algorithms.floating import refine
 from .algorithms.greedy import Step, greedy
@@ -22,6 +23,7 @@ from .algorithms.lazy_greedy import lazy_greedy
 from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .measure.prefix_cache import PrefixCache
 from .measure.similarity import output_similarity, similarity_patterns
+from .measure.streamed_engine import StreamedEngine
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 # Batches of held-out windows that all patterns are checked on before the next ones.
@@ -130,6 +132,7 @@ def search(
     monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
     cache_device: torch.device | None = None,
+    source: LayerSource | None = None,
 ) -> SearchOutcome:
     """Search a model's share patterns without training.
 
@@ -143,16 +146,25 @@ def search(
         monitor: shows progress.
         cache_bytes: memory for states between layers, and as much again at most for the reference's predictions.
         cache_device: where the states are kept; None leaves them on their layers' devices.
+        source: of the model's layers, where the model is not in memory; the outcome and the journal are the same.
 
     Raises:
-        RunError: numbers of full layers that the model cannot have.
+        RunError: numbers of full layers that the model cannot have; what cannot be streamed.
     """
     start = model.config.share_pattern
     journal = journal or ScoreJournal(None, {})
     monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)
+    if source is not None:
+        check_streamable(options)
     begun = time.monotonic()
+    engines: list[StreamedEngine] = []
+
+    def streamed(batches: list[torch.Tensor], cache: PrefixCache, together: int | None) -> StreamedEngine:
+        assert source is not None
+        engines.append(StreamedEngine(source, batches, cache, together, cache_bytes, cache_device))
+        return engines[-1]
 
     def evaluator(name: str, windows: Windows, objective: str, round_size: int | None = None) -> Evaluator:
         return Evaluator(
@@ -168,6 +180,7 @@ def search(
             reference_bytes=cache_bytes,
             processes=processes,
             on_evaluation=monitor.advance,
+            make_engine=None if source is None else streamed,
         )
 
     calibrating = evaluator("calibration", calibration, options.scored_by)
@@ -193,15 +206,36 @@ def search(
         "evaluations_resumed": journal.resumed,
         "seconds": round(time.monotonic() - begun, 2),
     }
+    if source is not None:
+        outcome.cost["streaming"] = source.record() | {"layer_forwards": sum(one.layers_run for one in engines)}
     return outcome
 
 
+def check_streamable(options: SearchOptions) -> None:
+    """Refuse what would take a sweep over the layers for every little thing.
+
+    Raises:
+        RunError: naming the option, and what to take instead.
+    """
+    if options.scored_by == "far-kl":
+        raise RunError("--objective far-kl cannot be streamed: take kl or lm, or run without --stream")
+    if "similarity" in options.baselines:
+        raise RunError("--baseline similarity cannot be streamed: leave it out, or run without --stream")
+
+
 def search_identity(
-    model: IndexCacheForCausalLM, calibration: Windows, held_out: Windows, options: SearchOptions
+    model: IndexCacheForCausalLM,
+    calibration: Windows,
+    held_out: Windows,
+    options: SearchOptions,
+    sha256: str | None = None,
 ) -> dict[str, Any]:
-    """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores."""
+    """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores.
+
+    `sha256` is the model's hash, where it is known.
+    """
     return {
-        "model_sha256": model_sha256(model),
+        "model_sha256": sha256 or model_sha256(model),
         "calibration_sha256": calibration.sha256(),
         "held_out_sha256": held_out.sha256(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -254,6 +288,7 @@ def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutc
 def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Refine the patterns asked for, and score them on all calibration windows."""
     monitor.begin("refinement" if options.refines else "calibration loss", len(outcome.counts))
+    evaluator.expect([outcome.patterns[count] for count in outcome.counts])
     for count in outcome.counts:
         pattern = outcome.patterns[count]
         found = _refined(evaluator, pattern, options) if count < outcome.start.count(FULL) else None
@@ -262,6 +297,7 @@ def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome
         outcome.calibration[found.pattern] = found
         monitor.step(f"{count} full: {found.pattern} loss {found.loss:.4f}")
     if options.algorithm == "greedy":
+        evaluator.expect(outcome.patterns.values())
         for pattern in outcome.patterns.values():
             outcome.calibration[pattern] = evaluator.evaluate(pattern)
 

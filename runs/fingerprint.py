@@ -48,6 +48,6 @@ def tensor_print(name: str, tensor: torch.Tensor) -> list[bytes]:
     return [*parts, sample.view(torch.uint8).numpy().tobytes()]
 
 
-def _of_config(model: IndexCacheForCausalLM) -> Any:
+def _of_config(model: IndexCacheForCausalLM) -> hashlib._Hash:
     fields: dict[str, Any] = {name: value for name, value in model.config.to_dict().items() if name not in _UNRELATED}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())

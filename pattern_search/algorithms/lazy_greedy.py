@@ -83,6 +83,8 @@ def lazy_greedy(
     """
     rounds = min(rounds or len(evaluator.rounds), len(evaluator.rounds))
     evaluator.pin(start)
+    evaluator.expect([start], rounds)
+    evaluator.expect([share(start, layer) for layer in removable(start)], 1, further=True)
     current = evaluator.evaluate(start, rounds=rounds)
     stale = {layer: _rise(evaluator.evaluate(share(start, layer), rounds=1), current) for layer in removable(start)}
     suspects: set[int] = set()
@@ -90,10 +92,20 @@ def lazy_greedy(
     while current.pattern.count(FULL) > keep and stale:
         evaluator.pin(current.pattern)
         race = Race(evaluator, rounds)
-        for layer in sorted(stale, key=lambda layer: (stale[layer], layer)):
-            bound = stale[layer] - SLACK * abs(stale[layer])
-            if race.leader is not None and layer not in suspects and bound >= _rise(race.leader, current):
+        order = sorted(stale, key=lambda layer: (stale[layer], layer))
+        bounds = {layer: stale[layer] - SLACK * abs(stale[layer]) for layer in order}
+        # The leader will rise about as much as the best has when last scored.
+        likely = [
+            layer for layer in order if layer in suspects or bounds[layer] < stale[order[0]] or layer == order[0]
+        ]
+        evaluator.expect([share(current.pattern, layer) for layer in likely], rounds)
+        for place, layer in enumerate(order):
+            rise = None if race.leader is None else _rise(race.leader, current)
+            if rise is not None and layer not in suspects and bounds[layer] >= rise:
                 continue
+            if layer not in likely and rise is not None:
+                likely += [other for other in order[place:] if bounds[other] < rise]
+                evaluator.expect([share(current.pattern, other) for other in likely if other in order[place:]], rounds)
             stale[layer] = _rise(race.run(share(current.pattern, layer)), current)
         assert race.leader is not None
         fallen = next(layer for layer in stale if race.leader.pattern[layer] != current.pattern[layer])

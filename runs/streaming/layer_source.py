@@ -85,7 +85,8 @@ class LayerSource:
 
     def layer_bytes(self) -> int:
         """Of the largest layer's weights in memory."""
-        return max(sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in self._empty)
+        sizes: list[int] = [sum(tensor.nbytes for tensor in layer.state_dict().values()) for layer in self._empty]
+        return max(sizes)
 
     def record(self) -> dict[str, Any]:
         """What streaming took so far, as JSON values."""
@@ -155,7 +156,7 @@ class LayerSource:
             self._fill(layer, f"model.layers.{number}.", {})
             for module in layer.modules():
                 if isinstance(module, IndexCacheTopkRouter):
-                    module.store_exactly(self.model.get_input_embeddings().weight.dtype)
+                    module.store_exactly(self.model.dtype)
             if stream is not None:
                 stream.synchronize()
         return layer

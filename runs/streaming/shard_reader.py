@@ -134,7 +134,7 @@ class ShardReader:
         return found
 
     def _read_into(self, target: torch.Tensor, file: str, offset: int) -> None:
-        view, done = memoryview(target.numpy()), 0
+        view, done = memoryview(target.numpy().data), 0
         try:
             while done < len(view):
                 count = os.preadv(self._descriptor(file), [view[done:]], offset + done)

@@ -61,7 +61,8 @@ class StreamedForwards:
     def _sweep(self) -> None:
         """Run the first of those expected, as many as there is room for."""
         decoder: Any = self.source.model.model
-        jobs, bytes_left = [], self.room
+        jobs: list[tuple[tuple[str, bytes], torch.Tensor]] = []
+        bytes_left = self.room
         for key, ids in list(self._expected.items()):
             bytes_left -= self._state_bytes(ids)
             if jobs and bytes_left < 0:
@@ -91,7 +92,7 @@ class StreamedForwards:
     def _state_bytes(self, ids: torch.Tensor) -> int:
         """Of hidden values, of the next layer's beside them, and of a selection."""
         config = self.source.model.config
-        size = self.source.model.get_input_embeddings().weight.element_size()
+        size = self.source.model.dtype.itemsize
         return ids.numel() * (2 * config.hidden_size * size + 4 * (config.index_topk or 0))
 
 

@@ -60,6 +60,9 @@ class TableEvaluator:
     def pin(self, pattern):
         pass
 
+    def expect(self, patterns, rounds=None, further=False):
+        pass
+
     def evaluate(self, pattern, *, stop_above=float("inf"), give_up=None, rounds=None, by_loss=False):
         costs = []
         for number, batches in enumerate(self.rounds[:rounds]):
