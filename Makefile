@@ -23,7 +23,7 @@ demo-checkpoint: venv
 	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT) $(ARGS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus and not ecosystem"
 
 # mypy reads the package under its own name, whatever this folder is called.
 $(VENV)/types/indexcache: venv

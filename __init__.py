@@ -29,15 +29,21 @@ def __getattr__(name: str) -> Any:
 
 
 def register_auto_classes() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `indexcache` checkpoints. Safe to call twice."""
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `indexcache` checkpoints, and `transformers serve` too.
+
+    Safe to call twice.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from .configuration.architecture_attribute import offer_architecture
     from .configuration.configuration_indexcache import IndexCacheConfig
     from .modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM, IndexCacheModel
 
     AutoConfig.register(IndexCacheConfig.model_type, IndexCacheConfig, exist_ok=True)
     AutoModel.register(IndexCacheConfig, IndexCacheModel, exist_ok=True)
     AutoModelForCausalLM.register(IndexCacheConfig, IndexCacheForCausalLM, exist_ok=True)
+    # Once more, now that transformers is imported in whole.
+    offer_architecture()
 
 
 def _is_the_command_line() -> bool:

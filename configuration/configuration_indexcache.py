@@ -16,8 +16,12 @@ from typing import Any, ClassVar  # noqa: E402
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
+from .architecture_attribute import offer_architecture  # noqa: E402
 from .hub_code import AUTO_MAP, code_version, write_hub_code  # noqa: E402
 from .share_pattern import SharePattern  # noqa: E402
+
+# Here, because the server of transformers has read a checkpoint's config when it looks, and not yet its model's code.
+offer_architecture()
 
 # Every way a config may spell its pattern, besides the canonical first one.
 PATTERN_FIELDS = (

@@ -428,6 +428,13 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
             return self.__call__
         return super().get_compiled_call(compile_config)
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """What `generate_batch` and `transformers serve --continuous-batching` begin with: not for these models."""
+        raise NotImplementedError(
+            "IndexCache has no continuous batching: transformers' pages hold keys and values by head, not latents and "
+            "index keys. Use `generate`, or `indexcache export` and serve the weights with vLLM or SGLang"
+        )
+
     @staticmethod
     def create_masks_for_generate(
         config: IndexCacheConfig,
