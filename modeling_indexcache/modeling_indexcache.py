@@ -52,6 +52,7 @@ from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
 from .layers.normalization import IndexCacheRMSNorm
 from .layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+from .layers.stacked_experts import with_stacked_experts
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .parallel.layer_placement import onloaded
 from .selection import Selection
@@ -156,6 +157,9 @@ class IndexCacheExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(with_stacked_experts(state_dict, prefix, self.num_experts), prefix, *rest)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
