@@ -62,13 +62,13 @@ def test_lm_eval_command(checkpoint, run_tool, tmp_path):
     assert json.loads(result.read_text())["results"]["local_continuation"]["acc,none"] == 1.0, finished.stdout
 
 
-@pytest.mark.row("evaluate", "the package's window perplexity and a metric of accuracy", package="evaluate")
+@pytest.mark.row("evaluate", "accuracy of next tokens by a metric of one's own", package="evaluate")
 def test_evaluate(load, ids, tmp_path):
     import evaluate
     import torch
 
     (tmp_path / "next_token.py").write_text(
-        "import datasets, evaluate\n"
+        "import datasets\nimport evaluate\n"
         "class NextToken(evaluate.Metric):\n"
         "    def _info(self):\n"
         "        features = datasets.Features({'predictions': datasets.Value('int64'),"

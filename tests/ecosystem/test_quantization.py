@@ -68,13 +68,26 @@ def test_quanto_config(load, ids):
     _stays_near(model, load, ids, 0.02)
 
 
+@pytest.mark.row("hqq", "4-bit in place", package="hqq")
+def test_hqq_in_place(load, ids):
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model = load()
+    config = BaseQuantizeConfig(nbits=4, group_size=32)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = HQQLinear(layer.self_attn.o_proj, config, compute_dtype=torch.float32, device="cpu")
+    assert len(_quantised_linears(model, "HQQLinear")) == 12
+    _stays_near(model, load, ids, 1.0)
+
+
 @pytest.mark.row("hqq", "4-bit by `quantization_config`", package="hqq")
-def test_hqq(load, ids):
+def test_hqq(load, limit):
     from transformers import HqqConfig
 
-    model = load(quantization_config=HqqConfig(nbits=4, group_size=16), device_map="cpu")
-    assert _quantised_linears(model, "HQQLinear")
-    _stays_near(model, load, ids, 1.0)
+    with pytest.raises(NotImplementedError, match="HQQ is not available yet"):
+        load(quantization_config=HqqConfig(nbits=4, group_size=16), device_map="cpu")
+    limit("transformers 5.23 refuses it for every model: `HQQ is not available yet`; in place it works")
 
 
 @pytest.mark.row("bitsandbytes", "8-bit by `quantization_config`", package="bitsandbytes")
@@ -87,15 +100,25 @@ def test_bitsandbytes_8bit(load, ids):
 
 
 @pytest.mark.row("bitsandbytes", "4-bit NF4, QLoRA step", package=["bitsandbytes", "peft"])
-def test_bitsandbytes_4bit(load, ids):
+def test_bitsandbytes_4bit(load, checkpoint, ids, tmp_path):
     import torch
+    from ecosystem.ways import REMOTE
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = load(quantization_config=config, device_map="cpu")
+    # On a CPU bitsandbytes packs whole blocks alone, of 64 columns and 32 rows; some of the demo's have others.
+    sizes = dict(hidden_size=128, q_lora_rank=64, moe_intermediate_size=64)
+    shape = AutoConfig.from_pretrained(checkpoint, trust_remote_code=REMOTE, **sizes)
+    AutoModelForCausalLM.from_config(shape, trust_remote_code=REMOTE).float().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=["indexer", "kv_a_proj_with_mqa", "lm_head"],
+    )
+    model = load(tmp_path, quantization_config=config, device_map="cpu")
     assert _quantised_linears(model, "Linear4bit")
-    _stays_near(model, load, ids, 1.0)
+    _stays_near(model, lambda: load(tmp_path), ids, 0.1)
     model = get_peft_model(
         prepare_model_for_kbit_training(model), LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM")
     )
