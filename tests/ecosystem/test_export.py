@@ -25,7 +25,11 @@ def test_export_of_any_length(load, ids):
     model, length = load(attn_implementation="eager"), torch.export.Dim("length", min=65, max=4096)
     with torch.no_grad():
         program = torch.export.export(
-            model, (ids,), {"use_cache": False}, dynamic_shapes={"input_ids": {1: length}, "use_cache": None}, strict=False
+            model,
+            (ids,),
+            {"use_cache": False},
+            dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+            strict=False,
         )
         other = ids[:, :80]
         found, expected = program.module()(other, use_cache=False), model(other, use_cache=False)
