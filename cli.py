@@ -52,7 +52,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="IndexCache for Transformers: share the lightning indexer of DeepSeek Sparse Attention models across layers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

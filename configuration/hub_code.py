@@ -1,11 +1,11 @@
 """The code that travels with a saved checkpoint, so that it loads with `trust_remote_code=True` and nothing installed.
 
 transformers' loader takes single files that import only their siblings, two requests for each. The package keeps its
-shipped code in three folders (`configuration`, `kernels`, `modeling_indexcache`) and folders in them, so saving flattens
-it: what the config needs, and what is imported by its name from elsewhere, stays a file (`_FILES`), with each relative
-import turned into an import of a sibling; all other modules that the model imports become sections of one file a folder,
-see `module_sections.py`. A copy that was loaded from a checkpoint is flat already and writes itself out again, byte for
-byte, so a model loaded from the Hub saves and pushes as one from the installed package does.
+shipped code in three folders (`configuration`, `kernels`, `modeling_indexcache`) and folders in them, so saving
+flattens it: what the config needs, and what is imported by its name from elsewhere, stays a file (`_FILES`), with each
+relative import turned into an import of a sibling; all other modules that the model imports become sections of one
+file a folder, see `module_sections.py`. A copy that was loaded from a checkpoint is flat already and writes itself out
+again, byte for byte, so a model loaded from the Hub saves and pushes as one from the installed package does.
 
 Contract for the shipped classes: `IndexCacheConfig.save_pretrained` sets `auto_map = dict(AUTO_MAP)` and calls
 `write_hub_code(save_directory)` before its parent. transformers saves the config in the middle of saving a model,

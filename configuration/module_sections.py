@@ -1,9 +1,10 @@
 """The modules that a saved checkpoint holds as sections of a few files; in the package they are files of their own.
 
-A first load from the Hub takes two requests a file. So `hub_code.py` saves what is under `kernels/` in one file and what
-is under `modeling_indexcache/` in another, each module as it is, as plain source behind a line with its name; transformers
-copies these files and never imports them. Here a section becomes a module, when it is first imported: compiled by itself,
-at its lines of the file, so that tracebacks, `inspect` and Triton, which read source by file and line, find it.
+A first load from the Hub takes two requests a file. So `hub_code.py` saves what is under `kernels/` in one file and
+what is under `modeling_indexcache/` in another, each module as it is, as plain source behind a line with its name;
+transformers copies these files and never imports them. Here a section becomes a module, when it is first imported:
+compiled by itself, at its lines of the file, so that tracebacks, `inspect` and Triton, which read source by file and
+line, find it.
 
 What the package writes `from .rotary import rotate` is `from .module_sections import rotary__rotate as rotate` in a
 checkpoint: transformers follows that to this file, and from here to those with the sections.

@@ -22,8 +22,9 @@ def with_stacked_experts(
         num_experts: of the module.
 
     Returns:
-        `state` itself unless all of `{prefix}{expert}.{gate,up,down}_proj.weight` are in it; else a copy without them
-        and with `gate_up_proj [num_experts, 2 * intermediate, hidden]`, `down_proj [num_experts, hidden, intermediate]`.
+        `state` itself unless all of `{prefix}{expert}.{gate,up,down}_proj.weight` are in it; else a copy without
+        them and with `gate_up_proj [num_experts, 2 * intermediate, hidden]` and `down_proj [num_experts, hidden,
+        intermediate]`.
     """
     names = {
         part: [f"{prefix}{expert}.{part}_proj.weight" for expert in range(num_experts)]
