@@ -8,7 +8,8 @@ LOAD = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
 options = dict(revision=sys.argv[1], trust_remote_code={REMOTE})
 model = AutoModelForCausalLM.from_pretrained("tester/dsa", **options)
-ids = AutoTokenizer.from_pretrained("tester/dsa", revision=sys.argv[1])("Return the", return_tensors="pt").input_ids
+tokenizer = AutoTokenizer.from_pretrained("tester/dsa", revision=sys.argv[1], trust_remote_code=False)
+ids = tokenizer("Return the", return_tensors="pt").input_ids
 print(type(model).__module__.partition(".")[0], model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[1])
 """
 

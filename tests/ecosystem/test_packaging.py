@@ -1,4 +1,4 @@
-"""What is published: sdist and wheel, checked as the package index does, and the command of the wheel in a new venv."""
+"""What is published: sdist and wheel, checked as a package index does; the command of the wheel in a new venv."""
 
 import subprocess
 import sys

@@ -131,7 +131,11 @@ def test_dpo(load, texts, tokenizer, tmp_path):
     pairs = {"prompt": ["Return "] * len(texts), "chosen": texts, "rejected": [text[::-1] for text in texts]}
     arguments = DPOConfig(**_arguments(tmp_path / "run", learning_rate=1e-4), max_length=64, bf16=False)
     trainer = DPOTrainer(
-        model=load(), args=arguments, train_dataset=Dataset.from_dict(pairs), processing_class=tokenizer
+        model=load(),
+        ref_model=load(),
+        args=arguments,
+        train_dataset=Dataset.from_dict(pairs),
+        processing_class=tokenizer,
     )
     trainer.train()
     _losses(trainer)

@@ -1,6 +1,8 @@
 """transformers' own tools: pipeline, chat template, streamers, the server with the openai client, the chat."""
 
 import os
+import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import time
 import urllib.request
 
 import pytest
+from ecosystem.conftest import PATTERN, ROOT, run
 from ecosystem.ways import BEGIN, REMOTE
 from testing.time_limits import PROCESS_SECONDS
 
@@ -154,3 +157,24 @@ def test_chat(server, checkpoint, tmp_path):
     )
     assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
     assert "8 tokens in" in finished.stdout, finished.stdout
+
+
+@pytest.mark.row("encoding/", "DeepSeek-V3.2's chat format, called in place of a template", package="transformers")
+def test_encoding_folder(load, tokenizer, tmp_path):
+    """The code of a release's `encoding/` comes along with a conversion, and what it encodes is generated from."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "demo" / "dsa_demo", source)
+    (source / "encoding").mkdir()
+    # In the manner of the release's: a function from messages to text.
+    (source / "encoding" / "encoding_dsv32.py").write_text(
+        "def encode_messages(messages, thinking_mode='chat'):\n"
+        "    turns = ''.join(f'<{m[\"role\"]}>{m[\"content\"]}' for m in messages)\n"
+        "    return turns + '<assistant>'\n"
+    )
+    command = ["convert", source, tmp_path / "out", "--pattern", PATTERN]
+    finished = run([sys.executable, "-m", "indexcache.cli", *command], cwd=tmp_path)
+    told = " ".join((finished.stdout + finished.stderr).split())
+    assert "its chat format is the code in encoding/" in told
+    encoding = runpy.run_path(str(tmp_path / "out" / "encoding" / "encoding_dsv32.py"))
+    ids = tokenizer(encoding["encode_messages"](MESSAGES), return_tensors="pt").input_ids
+    assert load(tmp_path / "out").generate(ids, max_new_tokens=4, min_new_tokens=4).shape[1] == ids.shape[1] + 4
