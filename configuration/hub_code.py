@@ -24,6 +24,7 @@ import ast
 import os
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def hub_code() -> dict[str, str]:
     if not in_package:
         return {f"{module}.py": text for module, text in sorted(needed.items())}
     header = f"# IndexCache for Transformers {code_version()}. {_LICENCE}\n"
-    files = {*_FILES, *_imported_from((_CONFIG,), sources, folders)}
+    files = frozenset({*_FILES, *_imported_from((_CONFIG,), sources, folders)})
     sections: dict[str, list[str]] = {}
     for module in sorted(needed.keys() - files, key=lambda module: sources[module]):
         top = sources[module].relative_to(here.parent).parts[0]
@@ -118,7 +119,8 @@ def _imported_from(entries: tuple[str, ...], sources: dict[str, Path], folders: 
     return found
 
 
-def _flat(text: str, files: set[str]) -> str:
+@cache
+def _flat(text: str, files: frozenset[str]) -> str:
     """A module's source with its relative imports as they are in a checkpoint: from siblings, or from sections."""
     lines = text.splitlines(keepends=True)
     nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
