@@ -40,7 +40,8 @@ def test_the_wheels_command(built, tmp_path):
     assert {"indexcache", "torch", "transformers"} <= {line.split()[0] for line in told.splitlines()}
     where = "import indexcache; print(indexcache.__file__)"
     assert run([bin_folder / "python", "-c", where], cwd=tmp_path).stdout.startswith(str(site))
-    assert "indexcache" in run([bin_folder / "indexcache", "--show-completion", "bash"], cwd=tmp_path).stdout
+    completion = run([bin_folder / "indexcache"], cwd=tmp_path, _INDEXCACHE_COMPLETE="source_bash").stdout
+    assert "_indexcache_completion" in completion
 
 
 def _also_here():

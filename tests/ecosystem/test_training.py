@@ -184,12 +184,15 @@ def test_data_of_datasets(texts, tokenizer, tmp_path, run_tool, limit):
         assert read == texts, path
 
 
-@pytest.mark.row("datasets", "a model mapped over a dataset", package="datasets")
+@pytest.mark.row("datasets", "a model mapped over a dataset; by remote code with `new_fingerprint`", package="datasets")
 def test_mapped_over_a_dataset(load, texts, tokenizer):
     import torch
     from datasets import Dataset
+    from ecosystem.ways import REMOTE
 
     model = load()
+    # To name its cache datasets digests what a function uses, by value where a class is of remote code: for minutes.
+    named = {"new_fingerprint": "scored"} if REMOTE else {}
 
     def score(batch):
         encoded = tokenizer(batch["text"], return_tensors="pt", padding=True)
@@ -197,6 +200,6 @@ def test_mapped_over_a_dataset(load, texts, tokenizer):
             logits = model(**encoded).logits
         return {"entropy": torch.distributions.Categorical(logits=logits[:, -1]).entropy().tolist()}
 
-    scored = Dataset.from_dict({"text": texts}).map(score, batched=True, batch_size=8)
+    scored = Dataset.from_dict({"text": texts}).map(score, batched=True, batch_size=8, **named)
     assert len(scored) == len(texts) and all(value > 0 for value in scored["entropy"])
     assert json.dumps(scored[0])
