@@ -95,6 +95,11 @@ def tile_options(tile: Any) -> dict[str, int]:
     return {name if name.startswith("num_") else name.upper(): value for name, value in tile._asdict().items()}
 
 
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the entries of a row next to each other, as kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def is_capturing(tensor: torch.Tensor) -> bool:
     """Whether the stream that runs work on `tensor` is being recorded as a CUDA graph."""
     if not tensor.is_cuda or are_recorded():

@@ -1,7 +1,7 @@
 """The variants of kernels that launches ask for, and their compilation before they are needed.
 
 Triton compiles a kernel anew for other dtypes and constants, and for integers that are 1, a multiple of 16 or neither,
-unless told not to look. A variant is one such case.
+unless it is to ignore them. A variant is one such case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     Attributes:
         kernel: the kernel.
-        key: what Triton tells apart, by argument.
+        key: what Triton distinguishes, by argument.
         grid: of the launch.
         arguments: of the launch, in the kernel's order.
         options: of the launch: constants and compiler options by name.
@@ -82,7 +82,7 @@ class VariantList:
 
 
 def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Key:
-    """What Triton tells apart of a launch: the kernel, and the case of each argument and option by name."""
+    """What Triton distinguishes of a launch: the kernel, and the case of each argument and option by name."""
     known = {parameter.name: parameter for parameter in kernel.params}
     given = dict(zip(known, arguments)) | options
     cases = (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}",)

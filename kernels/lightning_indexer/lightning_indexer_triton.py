@@ -323,7 +323,7 @@ if triton is not None:
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
     ):
-        """Scores and selection of whole query blocks, as the head of this file tells; `TOPK` is the width of `out`."""
+        """Scores and selection of whole query blocks, as described above; `TOPK` is the width of `out`."""
         program = tl.program_id(0)
         programs = tl.num_programs(0)
         blocks = tl.cdiv(S, BQ) * B

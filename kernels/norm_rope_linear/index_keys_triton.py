@@ -1,6 +1,6 @@
 """LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows.
 
-Legend: D width of a key, R turned entries at its front.
+Legend: D width of a key, R rotated entries at its front.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ TILE = 2048
 
 
 def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
-    """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of turned entries."""
-    width, turned = k.shape[-1], cos.shape[-1]
+    """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of rotated entries."""
+    width, rotated = k.shape[-1], cos.shape[-1]
     rows = k.reshape(-1, width)
     out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if slot is None else slot.rows
     if rows.numel() == 0:
@@ -36,7 +36,7 @@ def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None
         out.stride(0),
         0 if slot is None else out.shape[1],
         D=width,
-        R=turned,
+        R=rotated,
         ROWS=rows_each,
         BLOCK=block,
         INTERLEAVED=interleaved,
@@ -74,7 +74,7 @@ if triton is not None:
         HAS_SLOT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """ROWS rows: D entries normed, then the first R turned."""
+        """ROWS rows: D entries normed, then the first R rotated."""
         wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]

@@ -1,6 +1,6 @@
 """RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows.
 
-Legend: N normed entries, R turned ones behind them.
+Legend: N normed entries, R rotated ones behind them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ if triton is not None:
         HAS_SLOT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """ROWS rows: N entries normed, the R behind them turned."""
+        """ROWS rows: N entries normed, the R behind them rotated."""
         wait_for_kernels_ahead(EARLY)
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         real = (row < num_rows)[:, None]

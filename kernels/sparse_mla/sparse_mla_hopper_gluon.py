@@ -60,7 +60,7 @@ class Tiles(NamedTuple):
         q_rope: their rotary columns, `[1, M, 64]`.
         lo: latents likewise, `[2, N, 256]`.
         hi: their upper half.
-        rope: their rotary part `[2, N, 64]`, and in its place, once the scores are known, probabilities `[2, M, N]`.
+        rope: their rotary part `[2, N, 64]`, overwritten, once the scores are known, by probabilities `[2, M, N]`.
         stats: `[4, M]` maxima after the left and the right block, sums of the left and the right group.
     """
 
