@@ -191,6 +191,11 @@ def _dense(new: Callable[..., torch.Tensor], *lse: Any) -> tuple:
     return *_index(new)[:3], [q], [kv], [new(1, 2048, 20)], *lse, 1.0, 1.0, start, None, None
 
 
+def _index_gradient(new: Callable[..., torch.Tensor]) -> tuple:
+    stats = new(2, 1, 2048, dtype=torch.float32)
+    return new(1, 2048), *_index(new), new(1, 2048, 2048), stats, 1.0, False
+
+
 SCORES = Operation(
     "selected_index_scores",
     Backend("Triton", _why_not_index, _selected_index_scores),
@@ -207,7 +212,7 @@ _INDEX_GRADIENT = Operation(
     "indexer_kl's gradient",
     Backend("Triton", takes_all, index_backward_triton),
     Backend("PyTorch", takes_all, _index_backward_in_pytorch),
-    training=lambda new: (new(1, 2048), *_index(new), None, None, 1.0, False),
+    training=_index_gradient,
 )
 ATTENTION = Operation(
     "selected_attention",
@@ -231,5 +236,5 @@ _DENSE_GRADIENT = Operation(
     "dense_indexer_kl's gradient",
     Backend("Triton", takes_all, dense_kl_backward_triton),
     Backend("PyTorch", takes_all, _dense_backward_in_pytorch),
-    training=lambda new: (new(1, 2048), *_dense(new, new(1, 2048))),
+    training=lambda new: (new(1, 2048), *_dense(new, new(1, 2048, dtype=torch.float32))),
 )

@@ -98,9 +98,10 @@ def _in_triton(deterministic, q, *arguments) -> None:
 
 
 def _example(new) -> tuple:
-    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20)
+    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20, dtype=torch.float32)
     q, kv, grad_out = new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 20, 512)
-    return False, q, kv, keys, None, grad_out, rows, rows, q, kv, 1.0, 1
+    grad_q, grad_kv = new(1, 8192, 20, 576), new(1, 8192, 576, dtype=torch.float32)
+    return False, q, kv, keys, None, grad_out, rows, rows, grad_q, grad_kv, 1.0, 1
 
 
 _KERNELS = Operation(
