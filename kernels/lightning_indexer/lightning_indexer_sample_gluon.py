@@ -9,7 +9,7 @@ Legend: as `lightning_indexer_hopper_gluon.py`.
 
 from __future__ import annotations
 
-from ..common.gluon_support import barrier, gl, gluon, mbarrier
+from ..common.gluon_support import barrier, gl, gluon
 from ..common.kernel_constants import GREATEST_INT, LEAST_INT
 from .lightning_indexer_blocks_gluon import (
     TILE,
@@ -128,11 +128,7 @@ if gluon is not None:
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
-                at = pair % form.SLOTS
-                mbarrier.wait(bars.slot_full.index(at), (pair // form.SLOTS) & 1)
-                scores = load_scores(buffers.scores, at, tile)
-                barrier()
-                mbarrier.arrive(bars.slot_empty.index(at), count=1)
+                scores = load_scores(buffers, bars, pair, tile, form)
                 for side in gl.static_range(4):
                     score = scores[side]
                     key = begin + t * TILE + side * 32 + lane  # [32]

@@ -181,14 +181,19 @@ if gluon is not None:
         return inside, room
 
     @gluon.jit
-    def load_scores(slots, at, layout: gl.constexpr):
-        """The scores of a pair of tiles, as four `[BQ, 32]`."""
-        return (
+    def load_scores(buffers, bars, pair, layout: gl.constexpr, form: gl.constexpr):
+        """The scores of a pair of tiles, as four `[BQ, 32]`, once they are there; their slot is free then."""
+        slots, at = buffers.scores, pair % form.SLOTS
+        mbarrier.wait(bars.slot_full.index(at), (pair // form.SLOTS) & 1)
+        scores = (
             slots.index(2 * at).slice(0, 32, dim=1).load(layout),
             slots.index(2 * at).slice(32, 32, dim=1).load(layout),
             slots.index(2 * at + 1).slice(0, 32, dim=1).load(layout),
             slots.index(2 * at + 1).slice(32, 32, dim=1).load(layout),
         )
+        barrier()
+        mbarrier.arrive(bars.slot_empty.index(at), count=1)
+        return scores
 
     @gluon.jit
     def rank_in_warp(keep):
@@ -364,11 +369,7 @@ if gluon is not None:
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
-                at = pair % form.SLOTS
-                mbarrier.wait(bars.slot_full.index(at), (pair // form.SLOTS) & 1)
-                scores = load_scores(buffers.scores, at, tile)
-                barrier()
-                mbarrier.arrive(bars.slot_empty.index(at), count=1)
+                scores = load_scores(buffers, bars, pair, tile, form)
                 for side in gl.static_range(4):
                     score = scores[side]
                     key = begin + t * TILE + side * 32 + lane  # [32]

@@ -10,6 +10,7 @@ import torch
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
+from .rms_norm_triton import rows_of_program
 
 # Entries that a program holds: rows times their width.
 TILE = 2048
@@ -76,14 +77,10 @@ if triton is not None:
     ):
         """ROWS rows: D entries normed, then the first R rotated."""
         wait_for_kernels_ahead(EARLY)
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = (row < num_rows)[:, None]
-        if HAS_SLOT:
-            place = tl.load(position) + row % tokens
-            real &= (place < capacity)[:, None]
-            out_rows = (out + row // tokens * out_stride_b + place * D)[:, None]
-        else:
-            out_rows = (out + row * D)[:, None]
+        row, real, out_rows = rows_of_program(
+            out, num_rows, tokens, position, out_stride_b, capacity, D, ROWS, HAS_SLOT
+        )
+        out_rows = out_rows[:, None]
         column = tl.arange(0, BLOCK)
         inside = real & (column < D)[None, :]
         x_rows = (x + row * x_stride_row)[:, None]  # [ROWS, 1]
