@@ -226,14 +226,16 @@ if gluon is not None:
             [
                 (_left_group, (tiles, bars, listed, scale_log2, out, lse, place, lse_stride_s, form)),
                 (_right_group, (tiles, bars, listed, scale_log2, out, place, form)),
-                (_gather_group, (lo, hi, rope, full, empty, keys, count, pairs, kv, kv_stride_t, T, form)),
+                (_gather_group, (tiles, bars, listed, kv, kv_stride_t, form)),
             ],
             [4, 4],  # warps
             [RIGHT, GATHER],
         )
 
     @gluon.jit
-    def _gather_group(lo, hi, rope, full, empty, keys, count, pairs, kv, kv_stride_t, T, form: gl.constexpr):
+    def _gather_group(tiles, bars, listed, kv, kv_stride_t, form: gl.constexpr):
+        lo, hi, rope, full, empty = tiles.lo, tiles.hi, tiles.rope, bars.full, bars.empty
+        keys, count, pairs, T = listed
         copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         offs_n = gl.arange(0, N, layout=gl.SliceLayout(1, copy))
         half = gl.arange(0, HALF, layout=gl.SliceLayout(0, copy))
@@ -245,16 +247,16 @@ if gluon is not None:
                 key = next_key
                 offs_k = pair * PAIR + (b + 1) * N + offs_n
                 next_key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-                listed = is_listed(key, T, form)[:, None]
+                wanted = is_listed(key, T, form)[:, None]
                 slot = slot_of(key, form)
                 kv_rows = (kv + slot.to(gl.int64) * kv_stride_t)[:, None]
                 # Entries of keys that are not listed are filled with zeros.
                 mbarrier.wait(empty.index(b), free)
-                async_load(lo.index(b), kv_rows + half[None, :], mask=listed)
+                async_load(lo.index(b), kv_rows + half[None, :], mask=wanted)
                 async_copy.mbarrier_arrive(full.index(b), increment_count=False)
                 mbarrier.wait(empty.index(2 + b), free)
-                async_load(hi.index(b), kv_rows + (HALF + half)[None, :], mask=listed)
-                async_load(rope.index(b), kv_rows + (ROPE_AT + tail)[None, :], mask=listed)
+                async_load(hi.index(b), kv_rows + (HALF + half)[None, :], mask=wanted)
+                async_load(rope.index(b), kv_rows + (ROPE_AT + tail)[None, :], mask=wanted)
                 async_copy.mbarrier_arrive(full.index(2 + b), increment_count=False)
 
     @gluon.jit
