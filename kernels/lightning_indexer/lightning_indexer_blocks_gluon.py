@@ -118,7 +118,7 @@ if gluon is not None:
         return slot // STRIDE + (slot % STRIDE > 0).to(gl.int32)
 
     @gluon.jit
-    def block_of(turn, rows, sizes, form):
+    def block_of(turn, rows, sizes, form: gl.constexpr):
         """Batch, first query (negative: no block), first key and even number of tiles of a program's block at a turn.
 
         Longest rows first, back and forth, so that programs end together.
@@ -146,7 +146,7 @@ if gluon is not None:
         return b, first_query, begin, tiles
 
     @gluon.jit
-    def load_queries(q_desc, weights, buffers, bars, turn, b, first_query, S, form):
+    def load_queries(q_desc, weights, buffers, bars, turn, b, first_query, S, form: gl.constexpr):
         """Start to copy a block's queries, heads outermost, and write its weights, into the buffers of the parity."""
         # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
         zero = turn >> 24
@@ -164,7 +164,7 @@ if gluon is not None:
             mbarrier.arrive(bars.q_full.index(parity), count=1)
 
     @gluon.jit
-    def begin_block(turn, q_desc, weights, rows, buffers, bars, sizes, form):
+    def begin_block(turn, q_desc, weights, rows, buffers, bars, sizes, form: gl.constexpr):
         """As `block_of`; the queries of the block after it are on their way, as of the first block when that begins.
 
         Their buffer is free: all tiles of the block before are scored.
@@ -174,7 +174,7 @@ if gluon is not None:
         return block_of(turn, rows, sizes, form)
 
     @gluon.jit
-    def is_kept(score, bound, key, slot, first_slot, mask, b, T, form):
+    def is_kept(score, bound, key, slot, first_slot, mask, b, T, form: gl.constexpr):
         """Which scores `[BQ, 32]` of keys [32] are above their row's bound and visible."""
         keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
         if form.HAS_FIRST:
@@ -185,7 +185,7 @@ if gluon is not None:
         return keep
 
     @gluon.jit
-    def load_keys(k_desc, rows, buffers, bars, sizes, number, group: gl.constexpr, place, form):
+    def load_keys(k_desc, rows, buffers, bars, sizes, number, group: gl.constexpr, place, form: gl.constexpr):
         """Start to copy a score group's tile of this number, sought from a block on; returns the block it is in.
 
         Either group has every other tile, and half of the stages for them. Such a `place` is the block's turn, the

@@ -197,7 +197,7 @@ def _launch(
 if gluon is not None:
 
     @gluon.jit
-    def _third_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form):
+    def _third_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form: gl.constexpr):
         if form.SAMPLING:
             sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, topk, form)
         else:

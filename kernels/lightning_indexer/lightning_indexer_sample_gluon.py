@@ -99,7 +99,7 @@ if gluon is not None:
         return gl.where(count > rank, float_of_ordered(least), float("-inf")), kept
 
     @gluon.jit
-    def sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, rank, form):
+    def sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, rank, form: gl.constexpr):
         """The third warp group of a sampling pass, as the head of this file tells."""
         turns, first_turn, B, S, T, last_slot = sizes
         BQ: gl.constexpr = form.BQ

@@ -37,7 +37,7 @@ if gluon is not None:
         return score
 
     @gluon.jit
-    def score_group(group: gl.constexpr, k_desc, k_scale, rows, buffers, bars, sizes, form):
+    def score_group(group: gl.constexpr, k_desc, k_scale, rows, buffers, bars, sizes, form: gl.constexpr):
         """A score group: every other tile of every block of the program, from the load of its keys to its scores."""
         D: gl.constexpr = k_desc.block_type.shape[1]
         H: gl.constexpr = form.H

@@ -333,7 +333,7 @@ if gluon is not None:
             write_row(list_i, kth, room, topk, width, redo, out, row, HAS_GUESS, CAPACITY, line)
 
     @gluon.jit
-    def select_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form):
+    def select_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form: gl.constexpr):
         """The third warp group: appends what passes to the rows' lists, and cuts a list that is full."""
         turns, first_turn, B, S, T, last_slot = sizes
         BQ: gl.constexpr = form.BQ
