@@ -5,8 +5,9 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-# What is left over in memory that the allocator has already is taken in pieces down to its smallest.
-PIECES = tuple(2**exponent for exponent in range(26, 8, -1))
+# What is left over in memory that the allocator has already is taken in pieces down to its smallest; up to 1 MB they
+# come from other memory than larger ones, so that one of these is little above.
+PIECES = (*(2**exponent for exponent in range(26, 20, -1)), 5 * 2**18, *(2**exponent for exponent in range(20, 8, -1)))
 
 
 @contextmanager
