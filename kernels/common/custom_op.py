@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -35,7 +35,7 @@ def custom_op(
         if backward is not None:
             operation.register_autograd(backward, setup_context=keep)
         _functions[operation._opoverload] = function
-        return operation
+        return cast(_Function, operation)
 
     return register
 

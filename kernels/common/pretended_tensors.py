@@ -89,7 +89,7 @@ class _Pretending(TorchFunctionMode):
 
 @contextmanager
 def pretended_launches(
-    target: DeviceTarget, record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]
+    target: DeviceTarget, record: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
     """Let CUDA tensors that are made in this thread have no memory, and its launches only be recorded.
 
