@@ -130,6 +130,7 @@ def test_a_gradient_without_memory_raises_and_runs_as_before(name):
     results = forward()
     with full_memory(), pytest.raises(torch.OutOfMemoryError), no_fallback() as failed:
         torch.autograd.grad(results, leaves, upstream)
-    assert failed and failed == ran[: len(failed)] and not why_set_aside()
+    # What comes before the kernels may be the first that finds no memory.
+    assert failed == ran[: len(failed)] and not why_set_aside()
     again, ran_again = backward(forward())
     assert ran_again == ran and all(equal_bits(*pair) for pair in zip(again, expected, strict=True))
