@@ -59,7 +59,7 @@ from .parallel.layer_placement import onloaded
 from .selection import Selection
 from .training.causal_lm_loss import causal_lm_loss
 from .training.indexer_training import compare_attention, trace_indexer, training_outputs
-from .transformers_compat import CACHE_NAME, ROUTER_IN_FP32, one_cache
+from .transformers_compat import CACHE_NAME, ROUTER_IN_FP32, one_cache, refuse_continuous_batching
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
@@ -419,6 +419,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    init_continuous_batching = refuse_continuous_batching
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)
@@ -436,13 +437,6 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
         if compile_config is None and why_no_graphs(self.model) is None:
             return self.__call__
         return super().get_compiled_call(compile_config)
-
-    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
-        """What `generate_batch` and `transformers serve --continuous-batching` begin with: not for these models."""
-        raise NotImplementedError(
-            "IndexCache has no continuous batching: transformers' pages hold keys and values by head, not latents and "
-            "index keys. Use `generate`, or `indexcache export` and serve the weights with vLLM or SGLang"
-        )
 
     @staticmethod
     def create_masks_for_generate(

@@ -54,13 +54,15 @@ def settings_of(path: Path, verbs: Mapping[str, Any]) -> dict[str, dict[str, Any
     settings: dict[str, dict[str, Any]] = {}
     for verb, table in tables.items():
         if verb not in verbs or not isinstance(table, dict):
-            raise typer.BadParameter(f"{path}: {verb!r} is no verb's table: write [search], say, and its options below")
+            raise typer.BadParameter(
+                f"{path}: {verb!r} is no verb's table: write [search], say, and its options below"
+            )
         names = {name: param.name for param in verbs[verb].params for name in _settable(param)}
         settings[verb] = {}
         for key, value in table.items():
             if key not in names or isinstance(value, dict):
                 raise typer.BadParameter(
-                    f"{path}: {verb} has no option {key!r}{_nearest(key, names)}: its options are in `{verb} --help`"
+                    f"{path}: {verb} has no option {key!r}{_nearest(key, names)}: see `{verb} --help`"
                 )
             settings[verb][names[key]] = value
     return settings

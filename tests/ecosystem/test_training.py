@@ -184,14 +184,16 @@ def test_data_of_datasets(texts, tokenizer, tmp_path, run_tool, limit):
         assert read == texts, path
 
 
-@pytest.mark.row("datasets", "a model mapped over a dataset; by remote code with `new_fingerprint`", package="datasets")
+@pytest.mark.row(
+    "datasets", "a model mapped over a dataset; by remote code with `new_fingerprint`", package="datasets"
+)
 def test_mapped_over_a_dataset(load, texts, tokenizer):
     import torch
     from datasets import Dataset
     from ecosystem.ways import REMOTE
 
     model = load()
-    # To name its cache datasets digests what a function uses, by value where a class is of remote code: for minutes.
+    # To name its cache datasets digests what a function uses, classes of remote code by value: for minutes.
     named = {"new_fingerprint": "scored"} if REMOTE else {}
 
     def score(batch):
