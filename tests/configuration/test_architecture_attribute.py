@@ -49,6 +49,6 @@ def test_releases_that_were_not_read_get_nothing(monkeypatch):
     from indexcache.configuration import architecture_attribute
 
     monkeypatch.delattr(transformers, architecture_attribute.ARCHITECTURE, raising=False)
-    monkeypatch.setattr(transformers, "__version__", "6.0.0")
+    monkeypatch.setattr(architecture_attribute.transformers, "__version__", "6.0.0")
     architecture_attribute.offer_architecture()
     assert architecture_attribute.ARCHITECTURE not in vars(transformers)

@@ -127,9 +127,7 @@ def test_bitsandbytes_4bit(load, checkpoint, ids, tmp_path):
     assert gradients and all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
-@pytest.mark.row(
-    "compressed-tensors", "int8 weights by its own config, compressed, saved", package="compressed-tensors"
-)
+@pytest.mark.row("compressed-tensors", "int8 scheme on every linear layer", package="compressed-tensors")
 def test_compressed_tensors(load, ids):
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 

@@ -12,7 +12,7 @@ BEGIN, END = "<!-- table: written by make test-ecosystem -->", "<!-- end of the 
 # Not installed here for a reason that is the tool's; the row runs where it is.
 ABSENT = {
     "llmcompressor": "not installed: 0.14 wants transformers 5.17 or older",
-    "gptqmodel": "not installed: its build asks for a CUDA toolkit and finds no torch in pip's isolated build",
+    "gptqmodel": "not installed: its build looks for torch, which pip's isolated build has not",
 }
 
 
