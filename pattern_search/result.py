@@ -34,6 +34,8 @@ _SHAPE = {
     "cost": {"search_layer_forwards": int, "held_out_layer_forwards": int},
 }
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
+# Scores that sweeps of streamed layers made before they were asked for.
+SWEEPS_FILE = "sweeps.jsonl"
 
 
 def result_document(

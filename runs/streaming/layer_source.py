@@ -30,6 +30,8 @@ from ...modeling_indexcache.block_fp8_loading import E4M3_NAME, Stored, stored_s
 from ...modeling_indexcache.layers.block_fp8_modules import put_block_fp8
 from ...modeling_indexcache.layers.expert_router import IndexCacheTopkRouter
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
+from ..errors import RunError
+from ..loading import Placement, dtype_and_device
 
 # Threads that read one layer's tensors.
 READERS = 8
@@ -70,6 +72,7 @@ class LayerSource:
     Attributes:
         model: a model in evaluation mode whose layers are on `meta`, but for those in use; the rest is on `device`.
         reading: what was read.
+        location: of the checkpoint, as messages name it.
 
     Args:
         opened: of `open_checkpoint`.
@@ -90,11 +93,11 @@ class LayerSource:
     ) -> None:
         self.device, self.dtype, self.reading = torch.device(device), dtype, Reading()
         self._tensors = opened.checkpoint.tensors
-        self._location = opened.source.location
+        self.location = opened.source.location
         quantisation = opened.fields.get("quantization_config")
         if quantisation is not None and not (is_fp8(opened.fields) and not quantisation.get("dequantize")):
             raise ConversionError(
-                f"{self._location}: layers can be streamed of block fp8 and of weights that are not quantised: "
+                f"{self.location}: layers can be streamed of block fp8 and of weights that are not quantised: "
                 "load this checkpoint whole, without --stream"
             )
         self._folder = Path(where_to_load(opened.source))
@@ -206,7 +209,7 @@ class LayerSource:
         try:
             self.reading.nbytes += sum(job.result() for job in jobs)
         except OSError as error:
-            raise ConversionError(f"{self._location}: {prefix} cannot be read ({error}): fetch it again") from error
+            raise ConversionError(f"{self.location}: {prefix} cannot be read ({error}): fetch it again") from error
         for part, name, empty, value in made:
             moved = value.to(device, non_blocking=True)
             if isinstance(empty, nn.Parameter):
@@ -230,7 +233,7 @@ class LayerSource:
                 column.append(stored)
             found.append(column)
         if not found or not found[0]:
-            raise ConversionError(f"{self._location} lacks {place}.{name}: fetch it again")
+            raise ConversionError(f"{self.location} lacks {place}.{name}: fetch it again")
         return [list(parts) for parts in zip(*found, strict=True)]
 
     def _dtype_of(self, name: str, empty: torch.Tensor) -> torch.dtype:
@@ -275,6 +278,18 @@ class LayerSource:
             if self._files.setdefault(name, opened) != opened:
                 os.close(opened)
         return self._files[name]
+
+
+def stream_model(opened: OpenedCheckpoint, placement: Placement) -> LayerSource:
+    """A source whose layers are those of `load_model` with this placement.
+
+    Raises:
+        RunError: a placement on several devices.
+        ConversionError: as `LayerSource`.
+    """
+    if placement.device_map or placement.tensor_parallel:
+        raise RunError("--stream runs on one device: leave --device-map and --parallel out, or leave --stream out")
+    return LayerSource(opened, *dtype_and_device(placement))
 
 
 def stream_layers(opened: OpenedCheckpoint, dtype: torch.dtype, device: torch.device | str) -> closing[LayerSource]:
