@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ...conversion.io.checkpoint import TensorInfo
 from ...conversion.io.fp8 import is_fp8
@@ -314,4 +315,9 @@ def _skeleton(opened: OpenedCheckpoint, dtype: torch.dtype, attention: str | Non
             return None if kind is None else torch.float32 if kind == "F32" else torch.float8_e8m0fnu
 
         put_block_fp8(model, (int(size[0]), int(size[1])), scale_dtype)
+    if opened.fields.get("quantization_config") is not None:
+        # As loading leaves it: a model is known by its config, too.
+        given = AutoQuantizationConfig.from_dict(copy.deepcopy(opened.fields["quantization_config"]))
+        given.fmt = "e4m3"
+        model.config.quantization_config = given
     return model.eval()  # type: ignore[no-untyped-call,no-any-return]

@@ -12,6 +12,7 @@ from testing.checkpoints import as_bytes, build
 from indexcache.conversion.io.load_source import load_source
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
 from indexcache.conversion.io.sources import ConversionError
+from indexcache.runs.fingerprint import model_sha256, state_sha256
 from indexcache.runs.streaming.layer_source import LayerSource, stream_layers
 
 DEMO = Path(__file__).parents[3] / "demo" / "dsa_demo"
@@ -44,6 +45,7 @@ def test_every_weight_is_that_of_a_resident_load(folder, dtype):
     with stream_layers(open_checkpoint(folder), dtype, "cpu") as source:
         assert source.model.config._attn_implementation == resident.config._attn_implementation
         assert source.model.dtype == resident.dtype
+        assert state_sha256(source.model, source.state_items()) == model_sha256(resident)
         names = []
         for name, value in source.state_items():
             names.append(name)
@@ -73,7 +75,7 @@ def test_two_layers_are_alive_at_most_and_bytes_are_counted(folder, monkeypatch)
     gc.disable()  # Layers must go without the collector's help.
     try:
         with stream_layers(opened, torch.float32, "cpu") as source:
-            skeletons = list(source.model.model.layers)
+            skeletons, depth = list(source.model.model.layers), source.num_layers
             for sweep in range(2):
                 for layer in source.layers():
                     for other, module in enumerate(source.model.model.layers):
