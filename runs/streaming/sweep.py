@@ -72,6 +72,8 @@ class Sweeper:
             on_state: told of every new state that enters a layer under a prefix.
         """
         passes = list(dict.fromkeys(passes))
+        if not passes:
+            return
         waiting: dict[Pass, Passing] = {}
         needed: set[Pass] = set()
         for batch, letters in passes:
