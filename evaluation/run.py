@@ -381,7 +381,9 @@ class _Runner:
         }
 
     def _overlap_of(self, ids: torch.Tensor) -> torch.Tensor:
-        return (selection_overlap(self.model, ids) if self.source is None else streamed_overlap(self.source, ids)).matrix
+        return (
+            selection_overlap(self.model, ids) if self.source is None else streamed_overlap(self.source, ids)
+        ).matrix
 
     def _hits(self, prompts: list[Prompt]) -> torch.Tensor:
         answers = recalled(self.model, prompts, self.options.batch_size)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import torch
 
+from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..evaluation.perplexity import check_loss, evaluate_windows
-from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..evaluation.streamed import streamed_overlap
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.errors import RunError

@@ -1,12 +1,11 @@
 """Evaluation on streamed layers: every number that of the resident model, and one sweep for all patterns and windows."""
 
-import json
 from pathlib import Path
 
 import pytest
-from testing.checkpoints import build
-from safetensors.torch import save_file
 import torch
+from safetensors.torch import save_file
+from testing.checkpoints import build
 
 from indexcache.evaluation.run import EvaluationOptions, run_evaluation
 from indexcache.runs.errors import RunError
@@ -45,8 +44,10 @@ def test_every_number_is_the_resident_one(checkpoint, tmp_path):
     expected, _ = evaluated(checkpoint, tmp_path / "resident", False)
     found, document = evaluated(checkpoint, tmp_path / "streamed", True)
     assert found == expected
-    records = [set((tmp_path / name / "journal.jsonl").read_text().count(word) for word in ("perplexity", "overlap"))
-               for name in ("resident", "streamed")]
+    records = [
+        set((tmp_path / name / "journal.jsonl").read_text().count(word) for word in ("perplexity", "overlap"))
+        for name in ("resident", "streamed")
+    ]
     assert records[0] == records[1]
     # The model's hash, the windows of both patterns, and two windows for overlap.
     assert document["streamed"][0]["sweeps"] == 4

@@ -139,7 +139,11 @@ def test_the_command_streams_the_demo(tmp_path):
     for stream in (False, True):
         output = tmp_path / f"stream_{stream}"
         settings = SearchRun(
-            str(text), output, sampling=Sampling(80, 4), placement=Placement(device="cpu"), cache_memory="1GB",
+            str(text),
+            output,
+            sampling=Sampling(80, 4),
+            placement=Placement(device="cpu"),
+            cache_memory="1GB",
             stream=stream,
         )
         document = run_search(str(DEMO), settings, SearchOptions(keep=("1/3",)), Monitor())
@@ -148,9 +152,7 @@ def test_the_command_streams_the_demo(tmp_path):
         documents.append((document, (output / "journal.jsonl").read_text()))
     assert documents[0] == documents[1]
     assert documents[0][0]["overlap"]["layers"] == list(range(12))
-    assert cost["streamed_layer_forwards"] <= 1.3 * (
-        cost["search_layer_forwards"] + cost["held_out_layer_forwards"]
-    )
+    assert cost["streamed_layer_forwards"] <= 1.3 * (cost["search_layer_forwards"] + cost["held_out_layer_forwards"])
 
 
 @pytest.mark.parametrize(

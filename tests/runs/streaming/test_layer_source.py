@@ -93,7 +93,7 @@ def test_two_layers_are_alive_at_most_and_bytes_are_counted(folder, monkeypatch)
     stored = sum(info.nbytes for info in own if int(info.name.split(".")[2]) < layers)
     assert source.reading.layers == 2 * layers
     assert source.reading.nbytes == 2 * stored
-    assert 0 < source.reading.seconds_waited
+    assert source.reading.seconds_waited > 0
 
 
 def test_a_sweep_that_is_left_leaves_nothing_behind(folder):
