@@ -101,8 +101,9 @@ def token_scores(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each token's loss and whether it is the model's first choice, batch by batch, on the CPU.
 
-    Args and errors: as `evaluate_windows`; `hidden_of` gives the last hidden states `[B, L, E]` of tokens `[B, L]` where
-    layers are streamed, the model's forward where it is None. Of tokens that the mask does not mark, the first choice is not looked at.
+    Args and errors: as `evaluate_windows`; `hidden_of` gives the last hidden states `[B, L, E]` of tokens `[B, L]`
+    where layers are streamed, the model's forward where it is None. Of tokens that the mask does not mark, the first
+    choice is not looked at.
 
     Yields:
         Losses in nats, fp64 `[B, L]`, and hits, bool `[B, L]`.

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -288,7 +289,7 @@ class _Runner:
         ]
         self.monitor.begin(f"sweep through {self.name}", len(missing))
         for (number, letters), hidden in last_hidden_states(self.source, parts, missing):
-            table = _window_table(self.model, parts[number], lambda ids, hidden=hidden: hidden)
+            table = _window_table(self.model, parts[number], partial(_given, hidden))
             self.journal.add(key, letters, number, table, 0)
             self.monitor.step()
 
@@ -399,6 +400,11 @@ class _Runner:
             known = run()
             self.journal.add(key, pattern.letters, number, known, 0)
         return known
+
+
+def _given(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states that a sweep has made of `ids`."""
+    return hidden
 
 
 def _window_table(

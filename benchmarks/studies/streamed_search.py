@@ -32,8 +32,8 @@ from indexcache.runs.streaming.sweep import Sweeper
 from indexcache.runs.versions import stamp
 
 LAYERS_OF_V3_2, BLOCK = 61, (128, 128)
-# A default search of 16 windows: sweeps a step of the path, steps for 1/8 of 61 layers, what refinement of three
-# numbers and checks take (docs/streaming.md); layer-forwards in units of one window through all layers.
+# A default search of 16 windows: sweeps a step of the path and beside it, as the demo's 12 layers took them
+# (docs/streaming.md), and the steps from 61 full layers to an eighth of them.
 SWEEPS_A_STEP, STEPS, OTHER_SWEEPS = 2, 53, 40
 WIDE: dict[str, Any] = {
     "model_type": "deepseek_v32",

@@ -184,7 +184,7 @@ class LayerSource:
 
     def _load(self, layer: int) -> nn.Module:
         begun = time.monotonic()
-        made = copy.deepcopy(self._skeletons[layer])
+        made: nn.Module = copy.deepcopy(self._skeletons[layer])
         if self._stream is None:
             self._fill(made, f"{_LAYERS}{layer}", self.device)
         else:
@@ -262,7 +262,7 @@ class LayerSource:
         stored = _DTYPES[info.dtype]
         place = target if stored == target.dtype else torch.empty(info.shape, dtype=stored)
         # numpy knows neither bf16 nor fp8.
-        view = memoryview(place.view(-1).view(torch.uint8).numpy())
+        view = place.view(-1).view(torch.uint8).numpy().data
         begin = 0
         while begin < len(view):
             count = os.preadv(self._file(info.file), [view[begin:]], info.begin + begin)
@@ -303,9 +303,8 @@ def _skeleton(opened: OpenedCheckpoint, dtype: torch.dtype, attention: str | Non
     config = copy.deepcopy(opened.config)
     config.dtype = dtype
     with torch.device("meta"):
-        model: IndexCacheForCausalLM = IndexCacheForCausalLM._from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
+        make: Any = IndexCacheForCausalLM._from_config
+        model: IndexCacheForCausalLM = make(config, dtype=dtype, attn_implementation=attention)
     stored = {name: Stored(info.dtype, info.shape) for name, info in opened.checkpoint.tensors.items()}
     if any(found.dtype == E4M3_NAME for found in stored.values()):
         size = opened.fields["quantization_config"].get("weight_block_size", [128, 128])

@@ -1,4 +1,4 @@
-"""A search on streamed layers: results, scores and journal of the resident one, in few sweeps; killed and gone on with."""
+"""A search on streamed layers: the resident one's result, scores and journal, in few sweeps; killed and resumed."""
 
 import json
 from pathlib import Path

@@ -31,9 +31,9 @@ def folder(request, tmp_path_factory):
     return build(tmp_path_factory.mktemp("checkpoint") / request.param, **LAYOUTS[request.param])
 
 
-def wait_for(is_done):
+def wait_for_layers(source, count):
     end = time.monotonic() + 20
-    while not is_done():
+    while source.reading.layers < count:
         assert time.monotonic() < end
         time.sleep(0.001)
 
@@ -82,7 +82,7 @@ def test_two_layers_are_alive_at_most_and_bytes_are_counted(folder, monkeypatch)
                         assert all(weight.is_meta == (other != layer) for weight in module.parameters())
                     del module
                     # The next one is on its way before this one is gone.
-                    wait_for(lambda: source.reading.layers >= min(sweep * depth + layer + 2, (sweep + 1) * depth))
+                    wait_for_layers(source, min(sweep * depth + layer + 2, (sweep + 1) * depth))
                 assert list(source.model.model.layers) == skeletons
                 assert source.reading.sweeps == sweep + 1
     finally:
@@ -111,5 +111,5 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
     with stream_layers(opened, torch.float32, "cpu") as source:
         (shard,) = folder.glob("*.safetensors")
         shard.write_bytes(shard.read_bytes()[:-20_000])
-        with pytest.raises(ConversionError, match="cannot be read.*ends within"):
+        with pytest.raises(ConversionError, match=r"cannot be read.*ends within"):
             list(source.layers())
