@@ -19,6 +19,7 @@ from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 from .hub_code import AUTO_MAP, code_version, write_hub_code  # noqa: E402
 from .share_pattern import SharePattern  # noqa: E402
 
+LARGEST_FP32 = 3.4028234663852886e38
 # Every way a config may spell its pattern, besides the canonical first one.
 PATTERN_FIELDS = (
     "index_share_pattern",
@@ -51,6 +52,9 @@ class IndexCacheConfig(PreTrainedConfig):
         rope_interleave: RoPE layout in the main attention: `True` for DeepSeek and GLM.
         q_lora_rank: rank of the query latent; `None` projects queries directly and forbids indexers.
         mla_norm_eps: epsilon of the RMSNorms on the query and key-value latents.
+        gated_norm_rank: rank of the gates on the norms before attention and before experts (A.X-K2); `None` has none.
+        attention_output_gate: whether `q_b_proj` also makes a gate on each head's output, and reads the query latent
+            before its norm too (A.X-K2).
         n_group: router groups; `None` skips the choice of groups.
         topk_group: groups that stay eligible for each token.
         masked_group_score: choice score given to experts of the other groups; `None` is minus infinity.
@@ -119,6 +123,8 @@ class IndexCacheConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     mla_norm_eps: float = 1e-6
+    gated_norm_rank: int | None = None
+    attention_output_gate: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = 0
@@ -223,6 +229,26 @@ class IndexCacheConfig(PreTrainedConfig):
                 f"index_head_dim ({self.index_head_dim}) must be at least qk_rope_head_dim ({self.qk_rope_head_dim}): "
                 "RoPE turns that many of its entries"
             )
+
+    def validate_numbers(self) -> None:
+        """Numbers that arithmetic in fp32 can hold."""
+        for name in (
+            "routed_scaling_factor",
+            "rms_norm_eps",
+            "mla_norm_eps",
+            "index_k_norm_eps",
+            "masked_group_score",
+        ):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= LARGEST_FP32:
+                raise ValueError(f"{name} must be a finite number of fp32 (got {value})")
+
+    def validate_gates(self) -> None:
+        """Gates have a rank, and a query latent to be made of."""
+        if self.gated_norm_rank is not None and self.gated_norm_rank < 1:
+            raise ValueError(f"gated_norm_rank must be at least 1, or None for no gates (got {self.gated_norm_rank})")
+        if self.attention_output_gate and self.q_lora_rank is None:
+            raise ValueError("attention_output_gate is made of the query latent: set q_lora_rank")
 
     def validate_router(self) -> None:
         """Each token has experts, groups divide the experts and leave enough of them to choose from."""

@@ -38,6 +38,7 @@ from .attention.attention_backends import (
 from .attention.dense_attention import attend_densely
 from .attention.inference_attention import attend_streamed
 from .attention.key_visibility import KeyVisibility, mask_at_capacity, packed_key_start
+from .attention.output_gate import gated, query_inputs, split_gate
 from .block_fp8_loading import loading_block_fp8, refuse_missing_scales
 from .cache.decode_graph import decode_graph
 from .cache.latent_cache import append_latents
@@ -50,7 +51,7 @@ from .layers.expert_router import IndexCacheTopkRouter
 from .layers.feed_forward import IndexCacheMLP, add_feed_forward, run_expert_kernels, runs_expert_kernels
 from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
-from .layers.normalization import IndexCacheRMSNorm
+from .layers.normalization import IndexCacheRMSNorm, layer_norm_of
 from .layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .parallel.layer_placement import onloaded
@@ -75,13 +76,16 @@ class IndexCacheAttention(nn.Module):
         self.is_causal = True
         self.kv_lora_rank, self.v_head_dim, self.head_dim = config.kv_lora_rank, config.v_head_dim, config.qk_head_dim
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        # What the projection of queries gives each head.
+        self.query_dim = self.head_dim + (self.v_head_dim if config.attention_output_gate else 0)
         num_heads, hidden, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=False)
         else:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = IndexCacheRMSNorm(config, config.q_lora_rank, config.mla_norm_eps)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, num_heads * self.head_dim, bias=False)
+            inputs = config.q_lora_rank * (2 if config.attention_output_gate else 1)
+            self.q_b_proj = nn.Linear(inputs, num_heads * self.query_dim, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope_dim, bias=bias)
         self.kv_a_layernorm = IndexCacheRMSNorm(config, self.kv_lora_rank, config.mla_norm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, num_heads * (self.nope_dim + self.v_head_dim), bias=False)
@@ -114,8 +118,9 @@ class IndexCacheAttention(nn.Module):
         else:
             q_a, kv = linears(hidden_states, (self.q_a_proj, self.kv_a_proj_with_mqa), plan.allow_triton)
             q_resid = self.q_a_layernorm(q_a)
-            (q,) = linears(q_resid, (self.q_b_proj,), plan.allow_triton)
-        q_nope, q_rope = q.view(batch, num_queries, -1, self.head_dim).split([self.nope_dim, self.rope_dim], dim=-1)
+            (q,) = linears(query_inputs(self.config, q_resid, q_a), (self.q_b_proj,), plan.allow_triton)
+        q, gate = split_gate(self.config, q.view(batch, num_queries, -1, self.query_dim))
+        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         queries = q_nope, rotate(q_rope, *plan.angles, self.config.rope_interleave)
         latent, k_rope = kv.split([self.kv_lora_rank, self.rope_dim], dim=-1)
         k_rope = rotate(k_rope, *plan.angles, self.config.rope_interleave)
@@ -136,7 +141,7 @@ class IndexCacheAttention(nn.Module):
             out, lse = attend_absorbed(self, queries, latents, selection, plan)
         if plan.training is not None and selection.trace is not None:
             report = compare_attention(self, selection.trace, queries, latents, plan, plan.training, lse)
-        (out,) = linears(out.flatten(2), (self.o_proj,), plan.allow_triton)
+        (out,) = linears(gated(out, gate).flatten(2), (self.o_proj,), plan.allow_triton)
         return out, weights, selection, report
 
     def attention_function(self, backend: str) -> Callable[..., Any]:
@@ -208,8 +213,8 @@ class IndexCacheDecoderLayer(GradientCheckpointingLayer):
         assert config.mlp_layer_types is not None
         sparse = config.mlp_layer_types[layer_idx] == "sparse"
         self.mlp = IndexCacheMoE(config) if sparse else IndexCacheMLP(config, config.intermediate_size)
-        self.input_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = IndexCacheRMSNorm(config, config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = layer_norm_of(config, True)
+        self.post_attention_layernorm = layer_norm_of(config, sparse)
 
     def forward(
         self, hidden_states: torch.Tensor, selection: Selection, plan: ForwardPlan

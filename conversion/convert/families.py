@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -48,10 +48,17 @@ ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 @dataclass(frozen=True)
 class Family:
-    """A family of DSA checkpoints that IndexCacheForCausalLM serves with switches alone."""
+    """A family of DSA checkpoints that IndexCacheForCausalLM serves with switches alone.
+
+    Attributes:
+        model_type: as its config.json has it.
+        indexer_rope_interleave: RoPE layout in its indexers, where config.json does not say.
+        switches: fields of IndexCacheConfig that the family has built in, otherwise than IndexCacheConfig's defaults.
+    """
 
     model_type: str
     indexer_rope_interleave: bool
+    switches: dict[str, Any] = field(default_factory=dict)
 
 
 FAMILIES = {
@@ -59,6 +66,7 @@ FAMILIES = {
     for family in (
         Family("deepseek_v32", indexer_rope_interleave=False),
         Family("glm_moe_dsa", indexer_rope_interleave=True),
+        Family("axk2", False, {"attention_output_gate": True, "masked_group_score": 0.0}),
     )
 }
 
@@ -80,7 +88,7 @@ _REFUSED = {
         "(`indexcache distill`)",
     ),
     **dict.fromkeys(
-        ("axk2", "dots3_note", "hy_v4", "mistral_large4"),
+        ("dots3_note", "hy_v4", "mistral_large4"),
         "it has lightning indexers, but attention that IndexCacheForCausalLM does not have",
     ),
     **dict.fromkeys(
@@ -229,7 +237,7 @@ def convert_config(
         fields["dtype"] = dtype
     config = load_config(fields, location)
     if source["model_type"] != INDEXCACHE:
-        fields |= _family_defaults(source, family, config, location)
+        fields |= family.switches | _family_defaults(source, family, config, location)
         load_config(fields, location)
     return fields
 
@@ -353,8 +361,8 @@ def expected_tensors(config: IndexCacheConfig) -> dict[str, ExpectedTensor]:
         expected["lm_head.weight"] = ExpectedTensor((config.vocab_size, hidden))
     for layer, kind in enumerate(config.mlp_layer_types or []):
         prefix = f"model.layers.{layer}."
-        expected[f"{prefix}input_layernorm.weight"] = ExpectedTensor((hidden,))
-        expected[f"{prefix}post_attention_layernorm.weight"] = ExpectedTensor((hidden,))
+        expected |= _layer_norm(config, f"{prefix}input_layernorm.", True)
+        expected |= _layer_norm(config, f"{prefix}post_attention_layernorm.", kind == "sparse")
         expected |= _attention(config, f"{prefix}self_attn.")
         if kind == "sparse":
             expected |= _experts(config, f"{prefix}mlp.")
@@ -363,14 +371,26 @@ def expected_tensors(config: IndexCacheConfig) -> dict[str, ExpectedTensor]:
     return expected
 
 
+def _layer_norm(config: IndexCacheConfig, prefix: str, may_be_gated: bool) -> dict[str, ExpectedTensor]:
+    hidden, rank = config.hidden_size, config.gated_norm_rank
+    if rank is None or not may_be_gated:
+        return {f"{prefix}weight": ExpectedTensor((hidden,))}
+    return {
+        f"{prefix}norm.weight": ExpectedTensor((hidden,)),
+        f"{prefix}W_down.weight": ExpectedTensor((rank, hidden)),
+        f"{prefix}W_up.weight": ExpectedTensor((hidden, rank)),
+    }
+
+
 def _attention(config: IndexCacheConfig, prefix: str) -> dict[str, ExpectedTensor]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     query_rank, latent, rope = config.q_lora_rank or 0, config.kv_lora_rank, config.qk_rope_head_dim
     nope, value = config.qk_nope_head_dim, config.v_head_dim
+    gate, inputs = (value, 2) if config.attention_output_gate else (0, 1)
     expected = {
         f"{prefix}q_a_proj.weight": ExpectedTensor((query_rank, hidden), True),
         f"{prefix}q_a_layernorm.weight": ExpectedTensor((query_rank,)),
-        f"{prefix}q_b_proj.weight": ExpectedTensor((heads * (nope + rope), query_rank), True),
+        f"{prefix}q_b_proj.weight": ExpectedTensor((heads * (nope + rope + gate), inputs * query_rank), True),
         f"{prefix}kv_a_proj_with_mqa.weight": ExpectedTensor((latent + rope, hidden), True),
         f"{prefix}kv_a_layernorm.weight": ExpectedTensor((latent,)),
         f"{prefix}kv_b_proj.weight": ExpectedTensor((heads * (nope + value), latent), True),

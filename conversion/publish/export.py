@@ -37,6 +37,7 @@ _BUILT_IN = (
     "mla_norm_eps",
     "index_k_norm_eps",
     "masked_group_score",
+    "attention_output_gate",
     "shared_experts_intermediate_size",
     "rope_interleave",
 )
@@ -63,7 +64,7 @@ def export(path: str | os.PathLike[str], output: str | os.PathLike[str], to: str
     its default. The pattern is always spelled layer by layer, except for Megatron, which has no such field.
 
     Args:
-        path: an IndexCache checkpoint of the family `deepseek_v32` or `glm_moe_dsa`.
+        path: an IndexCache checkpoint of the family `deepseek_v32`, `glm_moe_dsa` or `axk2`.
         output: the folder to write; absent or empty, or what a killed export left. An export that fails leaves
             nothing in it.
         to: `vllm`, `sglang`, `trtllm`, `transformers` or `megatron`.
@@ -196,7 +197,10 @@ def export_pattern(
         raise ConversionError(f"{path} holds no pattern of F and S: give what `indexcache search` wrote")
     pattern = read_pattern_file(path, len(spelled[0]), keep)
     source = content.get("source")
-    fields = engine.spell(str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    try:
+        fields = engine.spell(str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from None
     if not fields:
         raise ConversionError(f"{path} does not say which family it is for: convert the checkpoint and export that")
     if output.exists():
@@ -215,7 +219,7 @@ def _native_fields(fields: dict[str, Any], location: str) -> dict[str, Any]:
     check_router(fields, location)
     config = load_config(fields, location)
     defaults = {entry.name: entry.default for entry in dataclasses.fields(IndexCacheConfig)}
-    built_in = {name: defaults[name] for name in _BUILT_IN}
+    built_in = {name: defaults[name] for name in _BUILT_IN} | family.switches
     built_in["indexer_rope_interleave"] = family.indexer_rope_interleave
     for name, value in built_in.items():
         if getattr(config, name) != value:

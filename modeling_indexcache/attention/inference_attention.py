@@ -33,6 +33,7 @@ from ..selection import EVERY_KEY, Selection
 from .absorbed_weights import absorbed_weights
 from .dense_attention import absorbed_is_cheaper, attend_densely
 from .key_visibility import listed_width
+from .output_gate import gated, query_inputs, split_gate
 from .query_chunks import chunks
 
 # Largest temporary of the sparse kernels' absorbed queries on a GPU, where longer chunks waste less at their ends.
@@ -55,20 +56,23 @@ def attend_streamed(
     if norm is not None and (indexer is not None or config.q_lora_rank is None):
         normed, norm = norm(hidden_states), None
     if config.q_lora_rank is None:
-        queries_from, q_proj = normed, module.q_proj
+        queries_from = q_resid = normed
+        q_proj = module.q_proj
         kv = module.kv_a_proj_with_mqa(normed)
     else:
         projections = module.q_a_proj, module.kv_a_proj_with_mqa
-        queries_from, kv = linears(normed, projections, allow_triton, norm=norm)
-        q_proj, q_norm = module.q_b_proj, module.q_a_layernorm
-        if indexer is not None or why_noticed(q_norm):
-            queries_from, q_norm = q_norm(queries_from), None
+        q_a, kv = linears(normed, projections, allow_triton, norm=norm)
+        q_resid, q_proj, q_norm = q_a, module.q_b_proj, module.q_a_layernorm
+        if indexer is not None or config.attention_output_gate or why_noticed(q_norm):
+            q_resid, q_norm = q_norm(q_a), None
+        queries_from = query_inputs(config, q_resid, q_a)
+        del q_a
     slot = latent_slot(plan.cache, module.layer_idx)
     latents = _latents(module, kv, plan, slot)
     del kv
     choose = None
     if indexer is not None and (plan.lists_selection or not plan.may_fuse(indexer, normed.device)):
-        selection = Selection(indexer(normed, queries_from, plan))
+        selection = Selection(indexer(normed, q_resid, plan))
     elif indexer is not None:
         index_keys = indexer.append_keys(normed, plan)
         selection = EVERY_KEY
@@ -78,8 +82,8 @@ def attend_streamed(
                 sizes = config.num_attention_heads, rank + module.rope_dim, rank, normed.shape[1]
                 group = merging_group(normed, *sizes, config.index_topk, index_keys.shape[1])
             weights = indexer.head_weights(normed)
-            choose = partial(indexer.choose, queries_from, weights, index_keys, plan, group)
-    del normed
+            choose = partial(indexer.choose, q_resid, weights, index_keys, plan, group)
+    del normed, q_resid
     if slot is None:
         latents = append_latents(plan.cache, latents, module.layer_idx)
     if choose is not None:
@@ -124,11 +128,13 @@ def _attend_to_all(
     if plan.allow_triton and _lists_every_key(module, latents, num_queries):
         listed = Selection(plan.visibility.every_listed_index(num_queries, num_keys, batch))
         return _attend_to_selected(module, queries, latents, listed, plan)
-    q = queries.projected(0, num_queries).view(batch, num_queries, -1, module.head_dim)
+    q, gate = split_gate(
+        module.config, queries.projected(0, num_queries).view(batch, num_queries, -1, module.query_dim)
+    )
     q_rope = q[..., module.nope_dim :]
     rotate_into(q_rope, q_rope, *plan.angles, module.config.rope_interleave, plan.allow_triton)
     attended, _ = attend_densely(module, (q[..., : module.nope_dim], q_rope), latents, selection, plan)
-    out = module.o_proj(attended.flatten(2))
+    out = module.o_proj(gated(attended, gate).flatten(2))
     if (residual := queries.residual) is None:
         return out
     return residual.add_(out) if plan.overwrites(module.layer_idx) else residual + out
@@ -153,10 +159,10 @@ def _attend_to_selected(
     heads, rank = to_latent.shape[0], module.kv_lora_rank
     if allow_triton and takes_absorbed_vector(queries.x, to_latent, to_value):
         (q,) = linears(queries.x, (queries.proj,), allow_triton, norm=queries.norm)
-        q = q.view(batch, num_queries, heads, module.head_dim)
+        q, gate = split_gate(module.config, q.view(batch, num_queries, heads, module.query_dim))
         absorbed = absorb_queries(q, to_latent, *plan.angles, module.config.rope_interleave)
         few_out, _ = sparse_mla(absorbed, latents, listed, scale=module.scaling, value_dim=rank)
-        values = expand_values(few_out, to_value).flatten(2)
+        values = gated(expand_values(few_out, to_value), gate).flatten(2)
         return linears(values, (module.o_proj,), allow_triton, base=queries.residual)[0]
     out = queries.residual
     if out is None:
@@ -165,7 +171,7 @@ def _attend_to_selected(
         out = out.clone()
     for first, last in _sparse_chunks(heads, num_queries, latents, listed, allow_triton):
         rows = batch * (last - first)
-        q = queries.projected(first, last).view(rows, heads, module.head_dim)
+        q, gate = split_gate(module.config, queries.projected(first, last).view(rows, heads, module.query_dim))
         absorbed = q.new_empty(rows, heads, rank + module.rope_dim)
         torch.bmm(q[..., : module.nope_dim].transpose(0, 1), to_latent, out=absorbed[..., :rank].transpose(0, 1))
         absorbed = absorbed.view(batch, last - first, heads, -1)
@@ -179,6 +185,7 @@ def _attend_to_selected(
         values = latent_out.new_empty(rows, heads, module.v_head_dim)
         latent_out = latent_out.view(rows, heads, rank).transpose(0, 1)
         torch.bmm(latent_out, to_value.transpose(1, 2), out=values.transpose(0, 1))
+        values = gated(values, gate)
         _project(module.o_proj, values.view(batch, last - first, -1), out[:, first:last], queries.residual is not None)
     return out
 

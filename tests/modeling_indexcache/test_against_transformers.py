@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from testing.tiny_models import deepseek_oracle, glm_oracle, ours_like
+from testing.tiny_models import axk2_oracle, deepseek_oracle, glm_oracle, ours_like, own_name
 from transformers import DynamicCache, StaticCache
 
 from indexcache.kernels.lightning_indexer.lightning_indexer_reference import indexer_scores
@@ -49,7 +49,7 @@ def shapes(draw):
     return dict(
         sizes=sizes,
         pattern="F" + "".join(draw(st.lists(st.sampled_from("FS"), min_size=layers - 1, max_size=layers - 1))),
-        family=draw(st.sampled_from(["glm", "deepseek"])),
+        family=draw(st.sampled_from(["glm", "deepseek", "axk2"])),
         backend=draw(st.sampled_from(["sdpa", "eager"])),
         batch=draw(st.integers(1, 3)),
         length=draw(st.integers(1, 48)),
@@ -64,7 +64,7 @@ def shapes(draw):
 @given(shapes())
 def test_logits_equal_transformers(case):
     torch.manual_seed(case["seed"])
-    make_oracle = glm_oracle if case["family"] == "glm" else deepseek_oracle
+    make_oracle = {"glm": glm_oracle, "deepseek": deepseek_oracle, "axk2": axk2_oracle}[case["family"]]
     oracle = make_oracle(case["pattern"], **case["sizes"])
     model = ours_like(oracle, case["pattern"], case["backend"])
     ids = torch.randint(2, 97, (case["batch"], case["length"]))
@@ -78,14 +78,44 @@ def test_logits_equal_transformers(case):
         torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("make_oracle", [glm_oracle, axk2_oracle], ids=["glm", "axk2"])
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_fixed_shape_with_every_feature(backend):
+def test_fixed_shape_with_every_feature(backend, make_oracle):
     torch.manual_seed(1)
-    oracle = glm_oracle("FSSFS", attention_bias=True, rope_parameters=YARN, n_group=4, topk_group=2)
+    oracle = make_oracle("FSSFS", attention_bias=True, rope_parameters=YARN, n_group=4, topk_group=2)
     model = ours_like(oracle, "FSSFS", backend)
     ids = torch.randint(2, 97, (2, 64))
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, oracle(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_equal_those_of_axk2():
+    torch.manual_seed(2)
+    oracle = axk2_oracle("FSFS").double().train()
+    model = ours_like(oracle, "FSFS", "sdpa").double().train()
+    ids = torch.randint(2, 97, (2, 24))
+    for each in (oracle, model):
+        each.set_experts_implementation("eager")  # the other ones have no fp64
+        each(ids, labels=ids, use_cache=False).loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    wanted = {name: weight.grad for name, weight in oracle.named_parameters() if weight.grad is not None}
+    wanted = {own_name(name): gradient for name, gradient in wanted.items()}
+    assert found.keys() == wanted.keys() and any("W_down" in name for name in found)
+    for name, gradient in found.items():
+        # Norms of transformers' class are fp32 in any model.
+        error = (gradient - wanted[name]).abs().max() / wanted[name].abs().max()
+        assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("n_group", [None, 2])
+def test_axk2_steps_equal_transformers(n_group):
+    torch.manual_seed(3)
+    oracle = axk2_oracle("FFSF", n_group=n_group, topk_group=n_group and 1)
+    model, ids = ours_like(oracle, "FFSF", "sdpa"), torch.randint(2, 97, (2, 30))
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    found, wanted = (each.generate(ids, attention_mask=torch.ones_like(ids), **options) for each in (model, oracle))
+    assert found.sequences.equal(wanted.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits), atol=1e-4, rtol=1e-4)
 
 
 def _mask(case):
@@ -121,13 +151,10 @@ def _selection_is_a_tie(model, ids, mask, tolerance=1e-5):
     def watch(module, args, kwargs, output):
         if output is None:
             return
-        hidden, q_resid, rotary, visibility = args[:4]
-        batch, length = hidden.shape[:2]
-        q = module._turn(module.wq_b(q_resid).view(batch, length, module.n_heads, -1), rotary)
-        k = module._turn(module.k_norm(module.wk(hidden)), rotary)
-        weights = module.weights_proj(hidden) * module.n_heads**-0.5
-        scores = indexer_scores(q, k, weights, module.head_dim**-0.5)
-        scores = scores.masked_fill(~visibility.for_keys(length).rows(0, length, length), float("-inf"))
+        hidden, q_resid, plan = args
+        length = hidden.shape[1]
+        scores = indexer_scores(*module.project(hidden, q_resid, plan.angles), module.head_dim**-0.5)
+        scores = scores.masked_fill(~plan.visibility.for_keys(length).rows(0, length, length), float("-inf"))
         best = scores.topk(min(module.index_topk + 1, length)).values
         if best.shape[-1] > module.index_topk:
             gap = best[..., -2] - best[..., -1]
@@ -138,8 +165,7 @@ def _selection_is_a_tie(model, ids, mask, tolerance=1e-5):
         for layer in model.model.layers
         if layer.self_attn.indexer is not None
     ]
-    with torch.no_grad():
-        model(ids, attention_mask=mask, use_cache=False)
+    model(ids, attention_mask=mask, use_cache=False)  # with gradient: streamed, an indexer is not called whole
     for hook in hooks:
         hook.remove()
     return any(seen)

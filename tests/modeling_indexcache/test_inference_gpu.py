@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from testing.tiny_models import tiny_model
+from testing.tiny_models import GATES, tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.generation import CompileConfig
 
@@ -20,10 +20,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 PATTERN = "FSFS"
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[{"n_group": 1}, {"n_group": 2}, {"n_group": 1, **GATES}])
 def model(request):
-    """One group of experts is routed by the kernel, two by PyTorch."""
-    model = tiny_model(index_share_pattern=PATTERN, n_group=request.param, index_n_heads=16).to("cuda", torch.bfloat16)
+    model = tiny_model(index_share_pattern=PATTERN, index_n_heads=16, **request.param).to("cuda", torch.bfloat16)
     model.set_attn_implementation("triton")
     return model
 

@@ -48,7 +48,7 @@ def compare(folder, pattern=None):
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_tiny_models(tmp_path, family, fp8):
     planned, model = compare(build(tmp_path, family=family, fp8=fp8, mtp=1))
     assert any(tensor.narrow for tensor in planned) == fp8

@@ -9,12 +9,27 @@ from safetensors.torch import save_file
 
 BLOCK = (16, 16)
 INDEXER = ("wq_b.weight", "wk.weight", "weights_proj.weight", "k_norm.weight", "k_norm.bias")
-_KEPT_WIDE = ("norm", "gate.weight", "e_score_correction_bias", "weights_proj", "embed", "lm_head", "head.weight")
+_ARCHITECTURES = {
+    "deepseek_v32": "DeepseekV32ForCausalLM",
+    "glm_moe_dsa": "GlmMoeDsaForCausalLM",
+    "axk2": "AXK2ForCausalLM",
+}
+_KEPT_WIDE = (
+    "W_down",
+    "W_up",
+    "norm",
+    "gate.weight",
+    "e_score_correction_bias",
+    "weights_proj",
+    "embed",
+    "lm_head",
+    "head.weight",
+)
 
 
 def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
     config = {
-        "architectures": ["DeepseekV32ForCausalLM" if family == "deepseek_v32" else "GlmMoeDsaForCausalLM"],
+        "architectures": [_ARCHITECTURES[family]],
         "model_type": family,
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
         "hidden_size": 48,
@@ -45,6 +60,7 @@ def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
         "routed_scaling_factor": 2.5,
         "ep_size": 1,
         "torch_dtype": "bfloat16",
+        **({"gated_norm_rank": 4} if family == "axk2" else {}),
         **fields,
     }
     if fp8:
@@ -54,6 +70,8 @@ def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
             "activation_scheme": "dynamic",
             "weight_block_size": list(BLOCK),
         }
+        if family == "axk2":
+            config["quantization_config"]["modules_to_not_convert"] = ["W_down", "W_up"]
     return config
 
 
@@ -76,10 +94,18 @@ def stored_shapes(config, *, mtp=0, lacking=()):
     for layer in range(layers + mtp):
         p = f"model.layers.{layer}."
         a = f"{p}self_attn."
-        shapes[f"{p}input_layernorm.weight"] = shapes[f"{p}post_attention_layernorm.weight"] = (hidden,)
+        rank = c.get("gated_norm_rank")
+        for norm, gated in (("input", rank), ("post_attention", rank and layer >= c["first_k_dense_replace"])):
+            shapes[f"{p}{norm}_layernorm.{'norm.' if gated else ''}weight"] = (hidden,)
+            if gated:
+                shapes[f"{p}{norm}_layernorm.W_down.weight"] = (rank, hidden)
+                shapes[f"{p}{norm}_layernorm.W_up.weight"] = (hidden, rank)
         shapes[f"{a}q_a_proj.weight"] = (c["q_lora_rank"], hidden)
         shapes[f"{a}q_a_layernorm.weight"] = (c["q_lora_rank"],)
-        shapes[f"{a}q_b_proj.weight"] = (heads * (c["qk_nope_head_dim"] + rope), c["q_lora_rank"])
+        query, inputs = c["qk_nope_head_dim"] + rope, c["q_lora_rank"]
+        if rank:
+            query, inputs = query + c["v_head_dim"], 2 * inputs
+        shapes[f"{a}q_b_proj.weight"] = (heads * query, inputs)
         shapes[f"{a}kv_a_proj_with_mqa.weight"] = (latent + rope, hidden)
         shapes[f"{a}kv_a_layernorm.weight"] = (latent,)
         shapes[f"{a}kv_b_proj.weight"] = (heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), latent)

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, GlmMoeDsaConfig, GlmMoeDsaForCausalLM
+from transformers import (
+    AXK2Config,
+    AXK2ForCausalLM,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaConfig,
+    GlmMoeDsaForCausalLM,
+)
 
 from indexcache import IndexCacheConfig, IndexCacheForCausalLM, SharePattern
 
@@ -40,6 +47,15 @@ SIZES: dict[str, Any] = dict(
     pad_token_id=1,
 )
 
+# What A.X-K2 has and the others have not.
+GATES: dict[str, Any] = dict(gated_norm_rank=4, attention_output_gate=True, masked_group_score=0.0)
+# Its weights as transformers' class names them, and as they are on disk and here.
+_AXK2_NAMES = {
+    ".q_gate_proj.": ".q_b_proj.",
+    "layernorm.mlp.fc1.": "layernorm.W_down.",
+    "layernorm.mlp.fc2.": "layernorm.W_up.",
+}
+
 
 def tiny_config(**changes: Any) -> IndexCacheConfig:
     return IndexCacheConfig(**{**SIZES, **changes})
@@ -61,7 +77,16 @@ def glm_oracle(pattern: str, **changes: Any) -> GlmMoeDsaForCausalLM:
 def deepseek_oracle(pattern: str, **changes: Any) -> DeepseekV32ForCausalLM:
     """DeepSeek-V3.2, which never shares in transformers: here shared layers are handed the last full selection."""
     config = DeepseekV32Config(**{**SIZES, "num_hidden_layers": len(pattern), **changes})
-    model = _oracle(DeepseekV32ForCausalLM, config)
+    return _sharing(_oracle(DeepseekV32ForCausalLM, config), pattern)
+
+
+def axk2_oracle(pattern: str, **changes: Any) -> AXK2ForCausalLM:
+    """A.X-K2, which never shares in transformers either."""
+    fields = {**SIZES, "gated_norm_rank": GATES["gated_norm_rank"], "num_hidden_layers": len(pattern), **changes}
+    return _sharing(_oracle(AXK2ForCausalLM, AXK2Config(**fields)), pattern)
+
+
+def _sharing(model: Any, pattern: str) -> Any:
     memory: dict[str, torch.Tensor] = {}
     for letter, layer in zip(pattern, model.model.layers):
         layer.self_attn.indexer = (
@@ -76,13 +101,22 @@ def ours_like(oracle: nn.Module, pattern: str, backend: str) -> IndexCacheForCau
     for name in ("model_type", "architectures", "layer_types", "indexer_types", "transformers_version"):
         fields.pop(name, None)
     interleaved = isinstance(oracle, GlmMoeDsaForCausalLM)
+    if isinstance(oracle, AXK2ForCausalLM):
+        fields |= {name: value for name, value in GATES.items() if name not in fields}
     config = IndexCacheConfig(**{**fields, "index_share_pattern": pattern, "indexer_rope_interleave": interleaved})
     model = IndexCacheForCausalLM._from_config(config, attn_implementation=backend)
-    weights = {name.replace(".indexer.inner.", ".indexer."): tensor for name, tensor in oracle.state_dict().items()}
+    weights = {own_name(name): tensor for name, tensor in oracle.state_dict().items()}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not missing, missing
     assert not unexpected, unexpected
     return model.eval()
+
+
+def own_name(name: str) -> str:
+    """What a weight of an oracle is called in our model."""
+    for theirs, own in _AXK2_NAMES.items():
+        name = name.replace(theirs, own)
+    return name.replace(".indexer.inner.", ".indexer.")
 
 
 def _oracle(model_class: type, config: Any) -> Any:

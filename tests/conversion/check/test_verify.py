@@ -144,7 +144,7 @@ def test_a_truncated_conversion_is_refused(tmp_path):
 
 @pytest.mark.parametrize("pattern", ["FFFF", "FSSS"])
 @pytest.mark.parametrize("family, native", [
-    ("deepseek_v32", "DeepseekV32ForCausalLM"), ("glm_moe_dsa", "GlmMoeDsaForCausalLM"),
+    ("deepseek_v32", "DeepseekV32ForCausalLM"), ("glm_moe_dsa", "GlmMoeDsaForCausalLM"), ("axk2", "AXK2ForCausalLM"),
 ])  # fmt: skip
 def test_logits_agree_with_transformers_own_model_whatever_the_pattern(tmp_path, family, native, pattern):
     source = build(tmp_path / "s", family=family, mtp=1, index_n_heads=32)  # so that few scores tie at zero
@@ -172,10 +172,13 @@ def test_glm_with_its_own_sharing_agrees_with_transformers(tmp_path):
     assert result.ok and result.logits["max_abs_difference"] < 1e-4
 
 
-def test_a_block_fp8_checkpoint_runs_on_a_cpu(tmp_path):
-    source = build(tmp_path / "s", fp8=True, mtp=1, index_n_heads=32)
+@pytest.mark.parametrize("family, native", [
+    ("deepseek_v32", "DeepseekV32ForCausalLM"), ("axk2", "AXK2ForCausalLM"),
+])  # fmt: skip
+def test_a_block_fp8_checkpoint_runs_on_a_cpu(tmp_path, family, native):
+    source = build(tmp_path / "s", family=family, fp8=True, mtp=1, index_n_heads=32)
     found = check(source, converted(source, tmp_path / "o", "FSSF"), logits=True)
-    assert found.ok and found.logits["reference"] == "DeepseekV32ForCausalLM" and found.verdict == "verified"
+    assert found.ok and found.logits["reference"] == native and found.verdict == "verified"
 
 
 def test_an_indexcache_source_is_run_by_our_own_class_and_that_is_said(tmp_path):

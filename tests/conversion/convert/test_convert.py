@@ -26,7 +26,7 @@ def run(source, output, pattern="FSFS", **options):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_every_kept_tensor_is_byte_identical(tmp_path, family, fp8):
     source = build(tmp_path / "s", family=family, fp8=fp8, mtp=1)
     before = hashes(source)

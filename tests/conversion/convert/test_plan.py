@@ -135,15 +135,15 @@ def test_config_keeps_every_field_and_replaces_the_pattern(tmp_path):
     assert cast["dtype"] == "float16" and not {"torch_dtype", "quantization_config"} & set(cast)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "axk2"])
 def test_defaults_of_the_family_hold_where_the_source_is_silent(family):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    native = CONFIG_MAPPING[family]()
+    native = CONFIG_MAPPING[family](num_hidden_layers=5)
     source = {"model_type": family, "num_hidden_layers": 5}
     ours = load_config(convert_config(source, None, None, {}, "here"), "here")
     for name in ("rms_norm_eps", "n_group", "topk_group", "v_head_dim", "vocab_size", "index_n_heads", "q_lora_rank",
-                 "first_k_dense_replace", "rope_parameters", "hidden_size", "max_position_embeddings"):  # fmt: skip
+                 "mlp_layer_types", "rope_parameters", "hidden_size", "max_position_embeddings"):  # fmt: skip
         assert getattr(ours, name) == getattr(native, name), name
     assert ours.indexer_rope_interleave is (family == "glm_moe_dsa")
 

@@ -283,14 +283,14 @@ def test_no_weights_or_too_many(tmp_path):
     ("llama", "it is not known"),
     ("glm4_moe_lite", "it has no lightning indexers to share: .* distilled into it first"),
     ("deepseek_v4", "another method"),
-    ("axk2", "attention that IndexCacheForCausalLM does not have"),
+    ("hy_v4", "attention that IndexCacheForCausalLM does not have"),
     (None, "it is not known"),
 ])  # fmt: skip
 def test_unknown_family(tmp_path, model_type, reason):
     folder = build(tmp_path / "s")
     edit_json(folder / "config.json", model_type=model_type)
     message = refused(folder)
-    assert re.search(reason, message) and "(accepted: deepseek_v32, glm_moe_dsa, indexcache)" in message
+    assert re.search(reason, message) and "(accepted: deepseek_v32, glm_moe_dsa, axk2, indexcache)" in message
 
 
 def test_a_dense_checkpoint_under_a_dsa_name(tmp_path):

@@ -6,8 +6,14 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from testing.tiny_models import tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
+from testing.tiny_models import GATES, tiny_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AXK2ForCausalLM,
+    DeepseekV32ForCausalLM,
+    GlmMoeDsaForCausalLM,
+)
 
 from indexcache import IndexCacheForCausalLM, SharePattern
 from indexcache.conversion.io.sources import ConversionError
@@ -400,3 +406,25 @@ def test_a_pattern_file_without_patterns_is_named(tmp_path, content):
     with pytest.raises(ConversionError, match=r"patterns\.json"):
         export_pattern(tmp_path / "patterns.json", tmp_path / "fields.json", "vllm")
     assert not (tmp_path / "fields.json").exists()
+
+
+@pytest.mark.parametrize("family, engine", [("axk2", "vllm"), ("axk2", "megatron"), ("deepseek_v32", "megatron")])
+def test_a_pattern_file_whose_family_an_engine_cannot_share_is_named(tmp_path, family, engine):
+    path = tmp_path / "patterns.json"
+    path.write_text(json.dumps({"patterns": {"2": "FSFS"}, "source": {"model_type": family}}))
+    with pytest.raises(ConversionError, match=rf"patterns\.json: .*{family}"):
+        export_pattern(path, tmp_path / "out.json", engine)
+    path.write_text(json.dumps({"patterns": {"2": "FSFS"}}))
+    assert export_pattern(path, tmp_path / "out.json", engine)
+
+
+def test_axk2_is_exported_for_transformers_alone_and_without_sharing(checkpoint, tmp_path):
+    switches = {"source_model_type": "axk2", "index_n_heads": 32, **GATES}
+    source = checkpoint("FFFF", **switches)
+    native = AXK2ForCausalLM.from_pretrained(export(source, tmp_path / "out", "transformers"))
+    assert torch.allclose(logits(native), logits(IndexCacheForCausalLM.from_pretrained(source)), atol=1e-4)
+    with pytest.raises(ConversionError, match="serving engines read of axk2's config has not been checked"):
+        export(source, tmp_path / "refused", "vllm")
+    with pytest.raises(ConversionError, match="axk2 runs an indexer in every layer and cannot share"):
+        export(checkpoint("FSFF", **switches), tmp_path / "refused", "transformers")
+    assert not (tmp_path / "refused").exists()

@@ -7,7 +7,7 @@ slices, linear layers and absorbed products of one token. The indexer and sparse
 import pytest
 import torch
 from testing.grouped_mm_loop import grouped_mm
-from testing.tiny_models import tiny_model
+from testing.tiny_models import GATES, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from indexcache.kernels.experts import expert_topk, routed_experts
@@ -70,10 +70,17 @@ def new_cache(model, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "interleaved"), [("dynamic", True), ("static", False), ("static, no longer than the selection", True)]
+    ("kind", "interleaved", "switches"),
+    [
+        ("dynamic", True, {}),
+        ("static", False, {}),
+        ("static, no longer than the selection", True, {}),
+        ("dynamic", False, GATES),
+    ],
 )
-def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
-    model = tiny_model(index_share_pattern="FS", num_hidden_layers=2, n_group=1, indexer_rope_interleave=interleaved)
+def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved, switches):
+    sizes = dict(index_share_pattern="FS", num_hidden_layers=2, n_group=1, indexer_rope_interleave=interleaved)
+    model = tiny_model(**sizes, **switches)
     tokens = 8 if kind.endswith("selection") else 16
     ids = torch.randint(2, 96, (1, tokens), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -95,7 +102,7 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved):
         "index keys",
         "rotate",
         "route",
-        "route normed",
+        *([] if switches else ["route normed"]),  # a gated norm is not one with its router
         "experts of few",
         "experts of many",
         "linears",

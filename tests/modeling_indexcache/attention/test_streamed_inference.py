@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from testing.tiny_models import tiny_model
+from testing.tiny_models import GATES, tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
@@ -21,9 +21,11 @@ from indexcache.modeling_indexcache.selection import Selection
 PATTERN = "FSFS"
 
 
-@pytest.fixture(scope="module", params=[{}, {"q_lora_rank": None, "index_topk": None}], ids=["sparse", "dense"])
+@pytest.fixture(
+    scope="module", params=[{}, {"q_lora_rank": None, "index_topk": None}, GATES], ids=["sparse", "dense", "gates"]
+)
 def any_model(request):
-    pattern = PATTERN if not request.param else None
+    pattern = None if "index_topk" in request.param else PATTERN
     return tiny_model(index_share_pattern=pattern, **request.param)
 
 
