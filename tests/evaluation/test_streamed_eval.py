@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from testing.checkpoints import build
 
+from indexcache.evaluation.measure_overlap import measure_overlap
 from indexcache.evaluation.run import EvaluationOptions, run_evaluation
 from indexcache.runs.errors import RunError
 from indexcache.runs.loading import Placement
@@ -59,3 +60,9 @@ def test_every_number_is_the_resident_one(checkpoint, tmp_path):
 def test_retrieval_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"retrieval.*--task perplexity"):
         run_evaluation([str(DEMO)], EvaluationOptions(), tmp_path, stream=True)
+
+
+def test_overlap_alone_is_the_resident_one(checkpoint):
+    source, data, _, seqlen = checkpoint
+    found = [measure_overlap(str(source), data, seqlen, 3, None, stream=stream) for stream in (False, True)]
+    assert found[0] == found[1]
