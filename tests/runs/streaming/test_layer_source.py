@@ -19,6 +19,7 @@ DEMO = Path(__file__).parents[3] / "demo" / "dsa_demo"
 LAYOUTS = {
     "bf16": {},
     "glm": {"family": "glm_moe_dsa"},
+    "axk2": {"family": "axk2", "fp8": True},
     "fp8": {"fp8": True, "mtp": 1, "qk_rope_head_dim": 16, "moe_intermediate_size": 32},
     "ragged": {"fp8": True},
 }
