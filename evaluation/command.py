@@ -99,8 +99,8 @@ def evaluate(
         placement=Placement(dtype, device, device_map, False, revision, token),
         resume=resume,
         overwrite=overwrite,
-        monitor=Monitor() if as_json else TerminalMonitor(),
         stream=stream,
+        monitor=Monitor() if as_json else TerminalMonitor(),
     )
     from .report import draw_tables, write_report
 

@@ -15,7 +15,6 @@ from ..runs.fingerprint import model_sha256
 from ..runs.journal import ScoreJournal
 from ..runs.monitor import Monitor
 from ..runs.processes import Processes
-from ..runs.streaming.layer_source import LayerSource
 from ..runs.windows.windows import Windows
 from .algorithms.floating import refine
 from .algorithms.greedy import Step, greedy
@@ -23,7 +22,9 @@ from .algorithms.lazy_greedy import lazy_greedy
 from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .measure.prefix_cache import PrefixCache
 from .measure.similarity import output_similarity, similarity_patterns
-from .measure.streamed_engine import StreamedEngine
+from .measure.streamed_evaluator import StreamedEvaluator
+from .retrieval_guard import DEFAULT_LEAST_RECALL, RetrievalGuard
+from .streaming import Streaming, check_streamed
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 # Batches of held-out windows that all patterns are checked on before the next ones.
@@ -37,6 +38,7 @@ class SearchOptions:
     Attributes:
         keep: numbers of full layers that matter most (counts or shares): they are refined and checked.
         tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
+        least_recall: what `tolerance` chooses must recall, see `RetrievalGuard`; 0 looks at the loss alone.
         algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
         objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
         teacher: whose predictions `kl` measures the distance to: `dense`, `source` or `auto`, see `Evaluator`.
@@ -51,6 +53,7 @@ class SearchOptions:
 
     keep: tuple[str, ...] = DEFAULT_KEEP
     tolerance: float | None = None
+    least_recall: float = DEFAULT_LEAST_RECALL
     algorithm: Literal["lazy", "greedy"] = "lazy"
     objective: str | None = None
     teacher: str = "auto"
@@ -106,6 +109,7 @@ class SearchOutcome:
         held_out: evaluations on the held-out windows, by pattern.
         teacher: whose predictions KL was measured to, `dense` or `source`; None without KL.
         chosen: the number of full layers that `tolerance` chose, or None.
+        retrieval: what `RetrievalGuard` found, or None where it was not asked.
         cost: layer-forwards and evaluations by part, and seconds of this run.
     """
 
@@ -118,6 +122,7 @@ class SearchOutcome:
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     teacher: str | None = None
     chosen: int | None = None
+    retrieval: dict[str, Any] | None = None
     cost: dict[str, Any] = field(default_factory=dict)
 
 
@@ -127,12 +132,13 @@ def search(
     held_out: Windows,
     options: SearchOptions = SearchOptions(),
     *,
+    retrieval: Windows | None = None,
     journal: ScoreJournal | None = None,
     processes: Processes | None = None,
     monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
     cache_device: torch.device | None = None,
-    source: LayerSource | None = None,
+    streaming: Streaming | None = None,
 ) -> SearchOutcome:
     """Search a model's share patterns without training.
 
@@ -141,32 +147,44 @@ def search(
         calibration: windows that decide.
         held_out: windows that check, and that `tolerance` is judged on.
         options: how.
+        retrieval: windows whose marked tokens `tolerance` is judged on, too; None for the held-out ones, if marked.
         journal: evaluations done before, and where new ones go; `search_identity` says what it must belong to.
         processes: who shares the work.
         monitor: shows progress.
         cache_bytes: memory for states between layers, and as much again at most for the reference's predictions.
         cache_device: where the states are kept; None leaves them on their layers' devices.
-        source: of the model's layers, where the model is not in memory; the outcome and the journal are the same.
+        streaming: where the layers come from, if `model` does not hold them; `model` is its source's.
 
     Raises:
-        RunError: numbers of full layers that the model cannot have; what cannot be streamed.
+        RunError: numbers of full layers that the model cannot have.
     """
     start = model.config.share_pattern
+    if streaming is not None:
+        check_streamed(options.scored_by, options.baselines)
     journal = journal or ScoreJournal(None, {})
     monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
     _check_blocks(options, start)
-    if source is not None:
-        check_streamable(options)
     begun = time.monotonic()
-    engines: list[StreamedEngine] = []
-
-    def streamed(batches: list[torch.Tensor], cache: PrefixCache, together: int | None) -> StreamedEngine:
-        assert source is not None
-        engines.append(StreamedEngine(source, batches, cache, together, cache_bytes, cache_device))
-        return engines[-1]
 
     def evaluator(name: str, windows: Windows, objective: str, round_size: int | None = None) -> Evaluator:
+        if streaming is not None:
+            return StreamedEvaluator(
+                name,
+                streaming.source,
+                windows,
+                ahead=streaming.ahead,
+                cache_bytes=cache_bytes,
+                cache_device=cache_device,
+                on_sweep=streaming.on_sweep,
+                objective=objective,
+                teacher=options.teacher,
+                batch_size=options.batch_size,
+                round_size=round_size,
+                journal=journal,
+                reference_bytes=cache_bytes,
+                on_evaluation=monitor.advance,
+            )
         return Evaluator(
             name,
             model,
@@ -180,7 +198,6 @@ def search(
             reference_bytes=cache_bytes,
             processes=processes,
             on_evaluation=monitor.advance,
-            make_engine=None if source is None else streamed,
         )
 
     calibrating = evaluator("calibration", calibration, options.scored_by)
@@ -194,9 +211,17 @@ def search(
     if "uniform" in options.baselines:
         outcome.baselines["uniform"] = _uniform(start)
     checking = evaluator("held_out", held_out, "lm", CHECKED_TOGETHER)
+    recalling = checking
     _check(checking, options, outcome, monitor)
     if options.tolerance is not None:
-        _choose(calibrating, checking, options, outcome, monitor)
+        if retrieval is not None:
+            recalling = evaluator(f"retrieval/{retrieval.sha256()[:16]}", retrieval, "lm", CHECKED_TOGETHER)
+        guard = _guard(recalling, options, outcome)
+        _choose(calibrating, checking, guard, options, outcome, monitor)
+        if guard is not None:
+            outcome.retrieval = guard.record(retrieval or held_out)
+        if recalling is not checking:
+            outcome.cost["retrieval_layer_forwards"] = recalling.layer_forwards
     outcome.cost |= {
         "search_layer_forwards": calibrating.layer_forwards,
         "calibration_windows": len(calibrating.windows),
@@ -206,21 +231,9 @@ def search(
         "evaluations_resumed": journal.resumed,
         "seconds": round(time.monotonic() - begun, 2),
     }
-    if source is not None:
-        outcome.cost["streaming"] = source.record() | {"layer_forwards": sum(one.layers_run for one in engines)}
+    if streaming is not None:
+        outcome.cost |= streaming.cost(dict.fromkeys((calibrating, checking, recalling)))
     return outcome
-
-
-def check_streamable(options: SearchOptions) -> None:
-    """Refuse what would take a sweep over the layers for every little thing.
-
-    Raises:
-        RunError: naming the option, and what to take instead.
-    """
-    if options.scored_by == "far-kl":
-        raise RunError("--objective far-kl cannot be streamed: take kl or lm, or run without --stream")
-    if "similarity" in options.baselines:
-        raise RunError("--baseline similarity cannot be streamed: leave it out, or run without --stream")
 
 
 def search_identity(
@@ -232,7 +245,7 @@ def search_identity(
 ) -> dict[str, Any]:
     """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores.
 
-    `sha256` is the model's hash, where it is known.
+    `sha256` is that of the model where `model` does not hold its layers.
     """
     return {
         "model_sha256": sha256 or model_sha256(model),
@@ -288,7 +301,6 @@ def _find_path(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutc
 def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor) -> None:
     """Refine the patterns asked for, and score them on all calibration windows."""
     monitor.begin("refinement" if options.refines else "calibration loss", len(outcome.counts))
-    evaluator.expect([outcome.patterns[count] for count in outcome.counts])
     for count in outcome.counts:
         pattern = outcome.patterns[count]
         found = _refined(evaluator, pattern, options) if count < outcome.start.count(FULL) else None
@@ -297,7 +309,6 @@ def _refine(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome
         outcome.calibration[found.pattern] = found
         monitor.step(f"{count} full: {found.pattern} loss {found.loss:.4f}")
     if options.algorithm == "greedy":
-        evaluator.expect(outcome.patterns.values())
         for pattern in outcome.patterns.values():
             outcome.calibration[pattern] = evaluator.evaluate(pattern)
 
@@ -335,8 +346,24 @@ def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome,
     outcome.held_out |= {evaluation.pattern: evaluation for evaluation in found}
 
 
+def _guard(recalling: Evaluator, options: SearchOptions, outcome: SearchOutcome) -> RetrievalGuard | None:
+    if not options.least_recall or not recalling.windows.recall_tokens:
+        return None
+
+    def recall(pattern: str) -> float:
+        found = outcome.held_out.get(pattern) if recalling.name == "held_out" else None
+        return (found or recalling.evaluate(pattern)).recall or 0.0
+
+    return RetrievalGuard(recall, outcome.start, options.least_recall)
+
+
 def _choose(
-    calibrating: Evaluator, checking: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor
+    calibrating: Evaluator,
+    checking: Evaluator,
+    guard: RetrievalGuard | None,
+    options: SearchOptions,
+    outcome: SearchOutcome,
+    monitor: Monitor,
 ) -> None:
     """The fewest full layers within the tolerance; patterns around that number, not refined so far, are refined."""
 
@@ -346,14 +373,18 @@ def _choose(
         return outcome.held_out[pattern].loss
 
     limit = loss(outcome.start) * (1 + options.tolerance)  # type: ignore[operator]
-    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if loss(outcome.patterns[n]) <= limit)
+
+    def is_within(pattern: str) -> bool:
+        return loss(pattern) <= limit and (guard is None or guard.allows(pattern, loss(pattern)))
+
+    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if is_within(outcome.patterns[n]))
     monitor.begin("tolerance", 1)
     while count >= max(1, options.blocks) and count < outcome.start.count(FULL):
         refined = None if count in outcome.counts else _refined(calibrating, outcome.patterns[count], options)
-        if refined is not None and loss(refined.pattern) <= limit:
+        if refined is not None and is_within(refined.pattern):
             outcome.patterns[count] = refined.pattern
             outcome.calibration[refined.pattern] = refined
-        if loss(outcome.patterns[count]) > limit:
+        if not is_within(outcome.patterns[count]):
             break
         outcome.chosen = count
         count -= 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,33 +22,19 @@ def model_sha256(model: IndexCacheForCausalLM) -> str:
 
     Weights that a device map has put on disk enter by name and shape only.
     """
-    digest = _of_config(model)
-    for name, tensor in sorted(model.state_dict().items()):
-        for part in tensor_print(name, tensor):
-            digest.update(part)
-    return digest.hexdigest()
+    return state_sha256(model, sorted(model.state_dict().items()))
 
 
-def sha256_of_prints(model: IndexCacheForCausalLM, prints: dict[str, list[bytes]]) -> str:
-    """`model_sha256` of a model that is never whole in memory, from its config and the `tensor_print` of each name."""
-    digest = _of_config(model)
-    for _, parts in sorted(prints.items()):
-        for part in parts:
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def tensor_print(name: str, tensor: torch.Tensor) -> list[bytes]:
-    """What of a tensor enters the hash."""
-    parts = [f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()]
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    if local.device.type == "meta" or local.numel() == 0:
-        return parts
-    flat = local.detach().flatten()
-    sample = flat[:: max(1, -(-flat.numel() // SAMPLED_ELEMENTS))].contiguous().cpu()
-    return [*parts, sample.view(torch.uint8).numpy().tobytes()]
-
-
-def _of_config(model: IndexCacheForCausalLM) -> hashlib._Hash:
+def state_sha256(model: IndexCacheForCausalLM, state: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`model_sha256` of a model whose weights come one after the other, sorted by name."""
     fields: dict[str, Any] = {name: value for name, value in model.config.to_dict().items() if name not in _UNRELATED}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, tensor in state:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if local.device.type == "meta" or local.numel() == 0:
+            continue
+        flat = local.detach().flatten()
+        sample = flat[:: max(1, -(-flat.numel() // SAMPLED_ELEMENTS))].contiguous().cpu()
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

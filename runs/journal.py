@@ -171,9 +171,10 @@ class ScoreJournal(Journal):
         self._used.add((windows, pattern, round_))
         return torch.tensor(record["scores"], dtype=torch.float64)
 
-    def knows(self, windows: str, pattern: str, round_: int) -> bool:
-        """Whether `get` would find scores; asking is no use of them."""
-        return (windows, pattern, round_) in self._records
+    def peek(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
+        """As `get`, without its being a use."""
+        record = self._records.get((windows, pattern, round_))
+        return None if record is None else torch.tensor(record["scores"], dtype=torch.float64)
 
     def was_used(self, windows: str, pattern: str, round_: int) -> bool:
         """Whether this round was asked for or added since the work was begun or gone on with."""

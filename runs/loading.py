@@ -75,6 +75,14 @@ def open_model(
     return open_checkpoint(source, pattern, revision=placement.revision, token=placement.token)
 
 
+def dtype_and_device(placement: Placement) -> tuple[torch.dtype, str]:
+    """What `auto` and no device mean on this machine: the dtype of weights, and where a model on one device goes."""
+    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
+    automatic = torch.bfloat16 if on_cuda else torch.float32
+    dtype: torch.dtype = automatic if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    return dtype, placement.device or (f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu")
+
+
 def load_model(source: str | OpenedCheckpoint, placement: Placement | None = None) -> IndexCacheForCausalLM:
     """A DSA or IndexCache checkpoint as an IndexCache model in evaluation mode.
 
@@ -94,12 +102,3 @@ def load_model(source: str | OpenedCheckpoint, placement: Placement | None = Non
         model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     return model
-
-
-def dtype_and_device(placement: Placement) -> tuple[torch.dtype, str]:
-    """What a model is loaded in, and where it goes when nothing is said of it."""
-    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
-    automatic = torch.bfloat16 if on_cuda else torch.float32
-    local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-    dtype = automatic if placement.dtype == "auto" else getattr(torch, placement.dtype)
-    return dtype, placement.device or local

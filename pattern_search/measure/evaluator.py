@@ -8,13 +8,12 @@ each, so that little has to be kept between layers. Rounds and batches are the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from ...configuration.share_pattern import SHARED, SharePattern
+from ...configuration.share_pattern import SharePattern
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ...runs.journal import ScoreJournal
 from ...runs.processes import Processes
@@ -26,7 +25,6 @@ from .prefix_cache import PrefixCache
 
 OBJECTIVES = ("kl", "far-kl", "lm")
 TEACHERS = ("auto", "dense", "source")
-MakeEngine = Callable[[list[torch.Tensor], PrefixCache, int | None], LayerEngine]
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,6 @@ class Evaluator:
         journal: where scores are kept.
         processes: who shares the work.
         on_evaluation: called after every round that was run, with its layer-forwards.
-        make_engine: of the batches, the cache, and the batches run together; a `LayerEngine` when None.
     """
 
     def __init__(
@@ -123,7 +120,6 @@ class Evaluator:
         journal: ScoreJournal | None = None,
         processes: Processes | None = None,
         on_evaluation: Callable[[int], None] = lambda layer_forwards: None,
-        make_engine: MakeEngine | None = None,
     ) -> None:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} (got {objective!r})")
@@ -134,16 +130,17 @@ class Evaluator:
         self.batches = [windows.select(slice(i, i + batch_size)) for i in range(0, len(windows), batch_size)]
         self.journal = journal or ScoreJournal(None, {})
         self.processes = processes or Processes()
-        make_engine = make_engine or partial(LayerEngine, model)
-        states = PrefixCache(2**30) if cache is None else cache
-        self.engine = make_engine([batch.ids[:, :-1] for batch in self.batches], states, round_size)
+        self.engine = LayerEngine(
+            model,
+            [batch.ids[:, :-1] for batch in self.batches],
+            PrefixCache(2**30) if cache is None else cache,
+            together=round_size,
+        )
         self.scorer = TokenScorer(model, self.batches, reference_bytes=reference_bytes)
         self.rounds = _rounds(len(self.batches), round_size)
         # With rounds of a few batches no pattern is the one that the others start like: each is pinned as it runs.
         self._follows = round_size is not None
         self._on_evaluation = on_evaluation
-        # What the engine was told to expect: patterns on batches.
-        self._coming: list[tuple[str, int]] = []
         # Batches that an interrupted run has run the teacher on.
         self._taught_before: set[int] = set()
         dense_is_the_same = windows.seqlen <= (model.config.index_topk or windows.seqlen)
@@ -173,42 +170,14 @@ class Evaluator:
 
     def pin(self, pattern: str) -> None:
         """Say which pattern the next ones will start like."""
-        self.engine.pin(pattern)
+        self.engine.cache.pin(pattern)
 
-    def expect(self, patterns: Iterable[str], rounds: int | None = None, further: bool = False) -> None:
-        """Say which patterns come next, so that they may be run together.
+    def expect(self, patterns: dict[str, int]) -> None:
+        """Say which patterns may be asked for next, each with how many rounds: of use where layers are streamed."""
 
-        What is expected and does not come costs time alone; what comes unexpected is run by itself.
-
-        Args:
-            patterns: their letters.
-            rounds: of windows, at most.
-            further: beside those that were said before, in place of them otherwise.
-        """
-        if self.engine.looks_ahead:
-            self._coming = [*(self._coming if further else []), *self._jobs(list(patterns), rounds)]
-            self.engine.expect(self._coming)
-
-    def _jobs(self, patterns: list[str], rounds: int | None) -> Iterator[tuple[str, int]]:
-        """What the engine will be asked for: the teacher first, then the patterns."""
-        first = self.processes.mine(self.rounds[0])
-        undecided = self._teacher == "auto"
-        own, dense = self.reference.letters, SHARED * self.num_layers
-        if undecided and not self.journal.knows(self._teacher_key, own, 0):
-            yield from ((letters, batch) for batch in first for letters in (dense, own))
-        jobs = [
-            (pattern, batch)
-            for number, batches in enumerate(self.rounds[:rounds])
-            for pattern in patterns
-            if not self.journal.knows(self.name, pattern, number)
-            for batch in self.processes.mine(batches)
-        ]
-        if self.objective != "lm":
-            taught = {"dense": (dense,), "source": (own,), "auto": (dense, own)}[self._teacher]
-            for batch in dict.fromkeys(batch for _, batch in jobs):
-                if not self.scorer.has_reference(batch):
-                    yield from ((letters, batch) for letters in taught)
-        yield from jobs
+    def known(self, pattern: str, rounds: int, by_loss: bool = False) -> tuple[int, Evaluation | None]:
+        """What is known of a pattern without running it, where layers are streamed: how many rounds, and them."""
+        return 0, None
 
     def evaluate(
         self,
@@ -246,7 +215,6 @@ class Evaluator:
             on_round: called after every round with the windows done so far.
         """
         patterns, windows = list(patterns), 0
-        self.expect(patterns)
         for number, batches in enumerate(self.rounds):
             for pattern in patterns:
                 if self._follows:

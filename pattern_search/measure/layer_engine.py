@@ -8,7 +8,7 @@ Legend: B windows, S tokens, E hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -34,9 +34,6 @@ class LayerEngine:
             states there is room for; all when None.
     """
 
-    #: Whether `expect` is of use.
-    looks_ahead = False
-
     def __init__(
         self,
         model: IndexCacheForCausalLM,
@@ -50,13 +47,6 @@ class LayerEngine:
         #: Layers run so far, times the windows they ran over.
         self.layer_forwards = 0
         self._sized = False
-
-    def expect(self, jobs: Iterable[tuple[str, int]]) -> None:
-        """Say what will be asked for next, patterns and batches: nothing to be done with the model in memory."""
-
-    def pin(self, letters: str) -> None:
-        """Say which pattern the next ones will start like."""
-        self.cache.pin(letters)
 
     @torch.inference_mode()
     def last_hidden(self, letters: str, batch: int, counted: bool = True) -> torch.Tensor:

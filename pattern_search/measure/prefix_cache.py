@@ -103,9 +103,9 @@ class PrefixCache:
         if len(prefix) % self.stride or key in self._hidden_bytes or size > self.budget_bytes:
             return
         while self.used_bytes + size > self.budget_bytes:
-            victim = next((known for known in self._hidden_bytes if not self.is_pinned(known[1])), None)
+            victim = next((known for known in self._hidden_bytes if not self._is_pinned(known[1])), None)
             if victim is None:
-                if not self.is_pinned(prefix):
+                if not self._is_pinned(prefix):
                     return
                 victim = next(iter(self._hidden_bytes))
             self._drop(victim)
@@ -131,8 +131,7 @@ class PrefixCache:
             state = LayerState(state.hidden, selection.topk_indices)
         self._states[key] = state
 
-    def is_pinned(self, prefix: str) -> bool:
-        """Whether a prefix is one of the pinned pattern."""
+    def _is_pinned(self, prefix: str) -> bool:
         return self._pinned.startswith(prefix)
 
     def _drop(self, key: tuple[int, str]) -> None:
