@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from indexcache.conversion.io.fp8 import SCALE_SUFFIX
 from indexcache.conversion.io.open_checkpoint import open_checkpoint
 from indexcache.kernels.block_fp8.block_fp8_format import scale_grid
 from indexcache.runs.streaming.layer_source import LayerSource
+from indexcache.runs.streaming.shard_reader import CHUNK_BYTES, READERS
 from indexcache.runs.streaming.sweep import Sweeper
 from indexcache.runs.versions import stamp
 
@@ -156,6 +158,42 @@ def swept(source: LayerSource, work: Any = None) -> dict[str, float]:
     }
 
 
+def bounds(folder: Path, device: str, most: int = 2**33) -> dict[str, float]:
+    """What the machine gives, in gigabytes a second: system's memory to pinned memory, and that to the device, alone.
+
+    The first reads what is in the system's memory already, by as many threads and in reads as large as the source's.
+    """
+    buffers = [torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=device == "cuda") for _ in range(READERS)]
+    places = []
+    for path in sorted(folder.glob("*.safetensors")):
+        places += [(path, first) for first in range(0, path.stat().st_size, CHUNK_BYTES)]
+    places = places[: most // CHUNK_BYTES]
+    opened = {path: os.open(path, os.O_RDONLY) for path, _ in places}
+
+    def read(number: int) -> int:
+        view = memoryview(buffers[number].numpy().data)
+        return sum(os.preadv(opened[path], [view], first) for path, first in places[number::READERS])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        sum(pool.map(read, range(READERS)))  # into the system's memory, as far as it is not there
+        begun = time.perf_counter()
+        count = sum(pool.map(read, range(READERS)))
+        found = {"memory_to_pinned": count / (time.perf_counter() - begun) / 1e9}
+    for descriptor in opened.values():
+        os.close(descriptor)
+    if device == "cuda":
+        targets = [torch.empty_like(buffer, device=device) for buffer in buffers]
+        for times in (1, 32):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for _ in range(times):
+                for target, buffer in zip(targets, buffers):
+                    target.copy_(buffer, non_blocking=True)
+            torch.cuda.synchronize()
+            found["pinned_to_device"] = times * READERS * CHUNK_BYTES / (time.perf_counter() - begun) / 1e9
+    return found
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -179,6 +217,8 @@ def main() -> None:
         for name in ("from_disk", "from_memory", "from_memory_again"):
             found[name] = swept(source)
             print(name, found[name], flush=True)
+        found["bounds"] = bounds(folder, device)
+        print("bounds", found["bounds"], flush=True)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         ids = torch.randint(0, WIDE["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
