@@ -325,10 +325,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--output", type=Path, help="write a JSON here, anew after every case")
+    parser.add_argument("--tune", action="store_true", help="time candidates against each other instead")
+    parser.add_argument("--seconds", type=float, default=150.0, help="with --tune: begin no candidate after so many")
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     ceilings = measure_ceilings()
     print(ceilings, flush=True)
+    if options.tune:
+        from .block_fp8_tuning import tune
+
+        with torch.inference_mode():
+            return tune(options.seconds, options.output, ceilings, options.only)
     records: list[dict[str, Any]] = []
     with no_fallback(), torch.inference_mode():
         for name in options.groups:

@@ -173,7 +173,7 @@ def _by_token(x, experts, weights, gate_up, down, shared, accumulate, block_size
 
 def _by_expert(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
-    _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
+    experts_by_group(x, experts, weights, gate_up, down, shared, accumulate, out)
     return out
 
 
@@ -202,7 +202,7 @@ _EXPERTS = Operation(
 )
 
 
-def _grouped(
+def experts_by_group(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,

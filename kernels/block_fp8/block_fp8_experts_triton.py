@@ -9,6 +9,7 @@ Legend: T tokens, K experts a token, P = T K pairs, E experts, D hidden width, I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def grouped_experts(
     ends: torch.Tensor,
     gate_up: Matrix,
     down: Matrix,
+    tiles_of: Callable[[int, int, bool, bool], tuple[Tiles, Tiles]] = expert_tiles,
 ) -> torch.Tensor:
     """Every pair's expert applied to its token, `[P, D]` in the experts' order.
 
@@ -57,6 +59,7 @@ def grouped_experts(
         ends: int32 `[E]`, where each expert's pairs end.
         gate_up: `[E, 2 I, D]` and its scales, of the gate's blocks above those of up.
         down: `[E, D, I]` and its scales.
+        tiles_of: chooses the tiles, as `expert_tiles` does.
     """
     (tokens, width), k = x.shape, place.shape[1]
     count, _, inner = down[0].shape
@@ -64,7 +67,7 @@ def grouped_experts(
     rows, factors = activations
     quantises, powers = factors is not None, is_ue8m0(down[1])
     gate_up, down = as_kernels_read(*gate_up), as_kernels_read(*down)
-    first_tiles, second_tiles = expert_tiles(pairs, count, quantises, is_roomy(device))
+    first_tiles, second_tiles = tiles_of(pairs, count, quantises, is_roomy(device))
     routed = torch.empty(pairs, width, dtype=x.dtype, device=device)
     if pairs == 0:
         return routed

@@ -1,7 +1,8 @@
 """Linear layers with block fp8 weights, without gradient: many rows, or one or two as decoding has them.
 
-Many rows on a GPU with fp8 units are quantised by token and 128 columns. Few, and any without such units, meet weights
-that are widened as they are read; PyTorch dequantises slab by slab. Weights are never whole in another dtype.
+Many rows on a GPU with fp8 units are quantised by token and 128 columns, and on Hopper multiplied by cuBLASLt. Few,
+and any without such units, meet weights that are widened as they are read; PyTorch dequantises slab by slab. Weights
+are never whole in another dtype.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from ..norm_rope_linear.rms_norm import rms_norm
 from .block_fp8_format import E4M3, check_weight, scale_grid
+from .block_fp8_linear_cublas import block_fp8_linear_cublas, why_not_cublas
 from .block_fp8_linear_triton import block_fp8_linear_triton
 from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import MAX_WEIGHTS, block_fp8_vector_linear_triton
@@ -168,6 +170,16 @@ def _why_not_vector(x, weight, scales, block_size, base, out) -> str | None:
     return None
 
 
+def _why_not_cublas(x, weight, scales, block_size, base, out) -> str | None:
+    if x.shape[0] <= WIDENED_TOKENS:
+        return f"it is for more than {WIDENED_TOKENS} tokens"
+    return why_no_kernels(x, block_size, weight) or why_not_cublas(x, weight, scales)
+
+
+def _by_cublas(x, weight, scales, block_size, base, out) -> torch.Tensor:
+    return block_fp8_linear_cublas(x, weight, scales, base, out)
+
+
 def _as_vector(x, weight, scales, block_size, base, out) -> torch.Tensor:
     return block_fp8_vector_linear_triton(x, [weight], [scales], base=base)
 
@@ -190,6 +202,7 @@ def _example_weight(new, rows: int, columns: int) -> tuple[torch.Tensor, torch.T
 _LINEAR = Operation(
     "block_fp8_linear",
     Backend("Triton, token by token", _why_not_vector, _as_vector, optional=True),
+    Backend("cuBLASLt", _why_not_cublas, _by_cublas, optional=True),
     Backend("Triton", _why_not_triton, _in_triton),
     Backend("PyTorch", takes_all, _in_pytorch),
     prefill=lambda new: (new(8192, 7168), *_example_weight(new, 1536, 7168), KERNEL_BLOCK, None, None),

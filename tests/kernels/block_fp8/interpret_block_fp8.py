@@ -203,9 +203,9 @@ def test_experts(tokens, count, k, ue8m0, monkeypatch):
         # Blocks of some tokens, the last one shorter, where all are widened anyway.
         if tokens == 9:
             monkeypatch.setattr(experts_module, "BLOCK_BYTES", 4 * 2 * k * (width + inner))
-        experts_module._grouped(x, experts, weights, gate_up, down, shared, got, got)
+        experts_module.experts_by_group(x, experts, weights, gate_up, down, shared, got, got)
         alone = torch.empty_like(x)
-        experts_module._grouped(x, experts, weights, gate_up, down, None, None, alone)
+        experts_module.experts_by_group(x, experts, weights, gate_up, down, None, None, alone)
     assert_as_exact_as(got, plain, exact)
     given = (*given[:5], None, torch.zeros_like(base), *narrow)
     exact, plain = experts_meaning(*given, torch.float64), experts_meaning(*given, DTYPE)
