@@ -19,10 +19,11 @@ import torch.nn.functional as F
 
 from ...kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
 from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts_reference, experts_by_group
+from ...kernels.block_fp8.block_fp8_experts_pieces_triton import experts_in_pieces
 from ...kernels.block_fp8.block_fp8_experts_triton import Tiles, grouped_experts
 from ...kernels.block_fp8.block_fp8_linear_cublas import block_fp8_linear_cublas, multiply_by_cublas, why_not_cublas
 from ...kernels.block_fp8.block_fp8_linear_triton import block_fp8_linear_triton
-from ...kernels.block_fp8.block_fp8_pieces_triton import experts_in_pieces, linear_in_pieces
+from ...kernels.block_fp8.block_fp8_pieces_triton import linear_in_pieces
 from ...kernels.block_fp8.block_fp8_reference import linear_reference, quantised_linear_reference
 from ...kernels.block_fp8.block_fp8_vector_triton import block_fp8_experts_vector, block_fp8_vector_linear_triton
 from ...kernels.experts.routed_experts import group_by_expert
@@ -174,8 +175,7 @@ def tune_vectors(tuning: Tuning) -> None:
                 return [lambda: [call(*layer) for layer in turn][-1]]
 
             def pieces(splits: int, stages: int, tile: int, weight, scales, x=x) -> torch.Tensor:
-                out = x.new_empty(x.shape[0], weight.shape[0])
-                return linear_in_pieces(x, weight, scales, None, out, splits, tile, 4, stages)
+                return linear_in_pieces(x, [weight], [scales], splits=splits, rows=tile, stages=stages)
 
             def vector(weight, scales, x=x) -> torch.Tensor:
                 return block_fp8_vector_linear_triton(x, [weight], [scales])

@@ -16,10 +16,12 @@ from ..common.custom_op import custom_op
 from ..common.dispatch import Backend, Operation, takes_all
 from ..experts.routed_experts import MAX_COUNTED, VECTOR_TOKENS, group_by_expert
 from ..experts.routed_experts_triton import combine, gated
+from .block_fp8_experts_pieces_triton import experts_in_pieces
 from .block_fp8_experts_triton import grouped_experts
 from .block_fp8_format import E4M3, check_weight, scale_grid
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
 from .block_fp8_linear_triton import activations_of, multiply
+from .block_fp8_pieces_triton import why_not_in_pieces
 from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import block_fp8_experts_vector
 
@@ -167,6 +169,17 @@ def _why_not_vector(x, *arguments) -> str | None:
     return _why_not_triton(x, *arguments)
 
 
+def _why_not_pieces(x, experts, weights, gate_up, down, shared, *rest) -> str | None:
+    if shared is not None and shared[0][0].stride(0) != shared[1][0].stride(0):
+        return "gate and up of the shared expert have rows of different lengths"
+    reason = why_not_in_pieces(x, VECTOR_TOKENS)
+    return reason or _why_not_triton(x, experts, weights, gate_up, down, shared, *rest)
+
+
+def _in_pieces(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
+    return experts_in_pieces(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+
+
 def _by_token(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
     return block_fp8_experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
 
@@ -194,6 +207,7 @@ def _example(new, tokens: int) -> tuple:
 
 _EXPERTS = Operation(
     "block_fp8_experts",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_pieces, _in_pieces, optional=True),
     Backend("Triton, token by token", _why_not_vector, _by_token, optional=True),
     Backend("Triton", _why_not_triton, _by_expert),
     Backend("PyTorch", takes_all, _in_pytorch),

@@ -20,6 +20,7 @@ from ..norm_rope_linear.rms_norm import rms_norm
 from .block_fp8_format import E4M3, check_weight, scale_grid
 from .block_fp8_linear_cublas import block_fp8_linear_cublas, why_not_cublas
 from .block_fp8_linear_triton import block_fp8_linear_triton
+from .block_fp8_pieces_triton import linear_in_pieces, why_not_in_pieces
 from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import MAX_WEIGHTS, block_fp8_vector_linear_triton
 
@@ -180,6 +181,16 @@ def _by_cublas(x, weight, scales, block_size, base, out) -> torch.Tensor:
     return block_fp8_linear_cublas(x, weight, scales, base, out)
 
 
+def _why_not_pieces(x, weight, scales, block_size, base, out) -> str | None:
+    if out is not None:
+        return "it makes its output itself"
+    return why_no_kernels(x, block_size, weight) or why_not_in_pieces(x)
+
+
+def _in_pieces(x, weight, scales, block_size, base, out) -> torch.Tensor:
+    return linear_in_pieces(x, [weight], [scales], base=base)
+
+
 def _as_vector(x, weight, scales, block_size, base, out) -> torch.Tensor:
     return block_fp8_vector_linear_triton(x, [weight], [scales], base=base)
 
@@ -201,6 +212,7 @@ def _example_weight(new, rows: int, columns: int) -> tuple[torch.Tensor, torch.T
 
 _LINEAR = Operation(
     "block_fp8_linear",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_pieces, _in_pieces, optional=True),
     Backend("Triton, token by token", _why_not_vector, _as_vector, optional=True),
     Backend("cuBLASLt", _why_not_cublas, _by_cublas, optional=True),
     Backend("Triton", _why_not_triton, _in_triton),
@@ -230,6 +242,10 @@ def _why_not_vectors(x, weights, scales, norm, eps, base) -> str | None:
     return why_no_kernels(x, KERNEL_BLOCK, *weights)
 
 
+def _why_not_vectors_in_pieces(x, weights, scales, norm, eps, base) -> str | None:
+    return _why_not_vectors(x, weights, scales, norm, eps, base) or why_not_in_pieces(x)
+
+
 def _vectors_in_pytorch(x, weights, scales, norm, eps, base) -> torch.Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps, allow_triton=False)
@@ -244,6 +260,7 @@ def _example_vectors(new) -> tuple:
 
 _VECTOR = Operation(
     "block_fp8_vector_linear",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_vectors_in_pieces, linear_in_pieces, optional=True),
     Backend("Triton", _why_not_vectors, block_fp8_vector_linear_triton),
     Backend("PyTorch", takes_all, _vectors_in_pytorch),
     token=_example_vectors,

@@ -1,7 +1,7 @@
 """Products of many rows with block fp8 weights by cuBLASLt, on Hopper: `torch._scaled_mm` with blocks for scales.
 
 Activations have a scale for each token and 128 columns, made by our kernel where cuBLASLt reads it, and weights one
-for each 128 x 128. From both sides it takes whole blocks alone, and rows by fours.
+for each 128 x 128. It takes whole blocks alone, of columns by fours, and tokens by fours.
 
 Source: cuBLAS documentation, "1D and 2D block scaling with 128 elements"; on other devices there is none in fp32.
 """
@@ -12,7 +12,6 @@ import re
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from ..common.device_target import device_target
 from .block_fp8_activations_triton import quantise_activations_triton
@@ -21,8 +20,8 @@ from .block_fp8_reference import GROUP
 
 # The first torch whose `_scaled_mm` takes such scales, and the first CUDA whose cuBLASLt does.
 LEAST_TORCH, LEAST_CUDA = (2, 9), (12, 9)
-# Tokens that share 16 bytes of scales.
-ALIGNED_TOKENS = 4
+# Tokens, and groups of columns, whose scales are 16 bytes.
+ALIGNED_TOKENS = ALIGNED_SCALES = 4
 
 
 def why_not_cublas(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> str | None:
@@ -39,8 +38,11 @@ def why_not_cublas(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) 
         return "it takes scales in fp32, and these are ue8m0"
     if x.dtype != torch.bfloat16:
         return f"it makes bf16, not {x.dtype}"
-    if weight.shape[0] % GROUP or weight.shape[1] % GROUP:
-        return f"it takes rows and columns by {GROUP}, and the weight has {weight.shape[0]} x {weight.shape[1]}"
+    rows, columns = weight.shape
+    if rows % GROUP or columns % (ALIGNED_SCALES * GROUP):
+        return (
+            f"it takes rows by {GROUP} and columns by {ALIGNED_SCALES * GROUP}, and the weight has {rows} x {columns}"
+        )
     if not weight.is_contiguous() or weight.data_ptr() % 16 or not scales.is_contiguous() or scales.data_ptr() % 16:
         return "weight and scales must be contiguous, at multiples of 16 bytes"
     return None
@@ -52,9 +54,7 @@ def why_no_block_scaling() -> str | None:
     if version_of(torch.__version__) < LEAST_TORCH:
         return f"it needs torch {'.'.join(map(str, LEAST_TORCH))} or newer, this is {torch.__version__}"
     if version_of(torch.version.cuda or "0") < LEAST_CUDA:
-        return (
-            f"it needs a torch of CUDA {'.'.join(map(str, LEAST_CUDA))} or newer, this one's is {torch.version.cuda}"
-        )
+        return f"it needs CUDA {'.'.join(map(str, LEAST_CUDA))} or newer, and this torch has {torch.version.cuda}"
     return None
 
 
@@ -86,10 +86,7 @@ def multiply_by_cublas(
     tokens: int,
 ) -> torch.Tensor:
     """`base + x W^T` of rows that `quantise_activations_triton` made, of which `tokens` count: bf16 `[tokens, N]`."""
-    # Scales of a row of blocks begin at multiples of 16 bytes.
-    padding = -scales.shape[1] % 4
-    across = scales if padding == 0 else F.pad(scales, (0, padding))[:, : scales.shape[1]]
-    made = torch._scaled_mm(values, weight.t(), factors, across.t(), out_dtype=torch.bfloat16)[:tokens]
+    made = torch._scaled_mm(values, weight.t(), factors, scales.t(), out_dtype=torch.bfloat16)[:tokens]
     if base is None:
         return made if out is None else out.copy_(made)
     return made.add_(base) if out is None else torch.add(made, base, out=out)

@@ -6,8 +6,10 @@ from testing.compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
 
 from indexcache.kernels.block_fp8 import (
     block_fp8_activations_triton,
+    block_fp8_experts_pieces_triton,
     block_fp8_experts_triton,
     block_fp8_linear_triton,
+    block_fp8_pieces_triton,
     block_fp8_vector_triton,
 )
 
@@ -134,6 +136,54 @@ def test_an_early_kernel_writes_nothing_before_it_has_waited(name):
     ptx = compile_vector(name, 90, early=1).asm["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
     assert "griddepcontrol" not in compile_vector(name, 90).asm["ptx"]
+
+
+PIECES = {
+    "linear": dict(D=HIDDEN, N0=1536, N1=576, N2=0, N3=0, HAS_NORM=True, HAS_BASE=False, SPLIT=True, ROWS=64),
+    "wide linear": dict(D=16384, N0=HIDDEN, N1=0, N2=0, N3=0, HAS_NORM=False, HAS_BASE=True, SPLIT=False, ROWS=128),
+    "up": dict(D=HIDDEN, INNER=INNER, SHARED=INNER, K=8),
+    "down": dict(D=HIDDEN, INNER=INNER, SHARED=INNER, K=8),
+}
+
+
+def compile_pieces(name, early=0):
+    expert = {"up": block_fp8_experts_pieces_triton.UP, "down": block_fp8_experts_pieces_triton.DOWN}
+    constants = dict(PIECES[name], TOKENS=16, GROUP=128, POWERS=name == "down", EARLY=early)
+    if name in expert:
+        rows, warps, stages = expert[name]
+        kernel = getattr(block_fp8_experts_pieces_triton, f"block_fp8_experts_{name}_pieces_kernel")
+        constants["ROWS"] = rows
+    else:
+        kernel, warps, stages = block_fp8_pieces_triton.block_fp8_pieces_kernel, 4, 4
+    named = {**types(90, powers=name == "down"), "out": "*fp32" if name == "linear" else "*bf16", "parts": "*fp32"}
+    extra = {"launch_pdl": True} if early else {}
+    return compile_kernel(kernel, 90, constants, named, num_warps=warps, num_stages=stages, **extra)
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_weights_in_pieces_go_to_the_matrix_units_as_they_are(name):
+    compiled = check(compile_pieces(name), 90)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in ptx
+    # From memory to shared memory by 16 bytes, past the registers, several programs on a processor.
+    assert "cp.async.cg.shared.global" in ptx
+    # A scale's byte, and no weight's.
+    assert ptx.count("ld.global.b8") <= 2
+    assert compiled.metadata.shared <= 110 * 1024
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_write_nothing_before_they_have_waited(name):
+    ptx = compile_pieces(name, early=1).asm["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+
+
+def test_sums_of_pieces_compile():
+    named = {**types(90), "parts": "*fp32"}
+    linear = dict(D=HIDDEN, SPLITS=16, BLOCK=512, HAS_NORM=True, HAS_BASE=True)
+    check(compile_kernel(block_fp8_pieces_triton.sum_pieces_kernel, 90, linear, named, num_warps=4), 90)
+    expert = dict(D=HIDDEN, K=8, HAS_SHARED=True, HAS_BASE=True, BLOCK=512)
+    check(compile_kernel(block_fp8_experts_pieces_triton.sum_expert_parts_kernel, 90, expert, named, num_warps=4), 90)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -1,4 +1,4 @@
-"""Routing within groups of experts in Triton's interpreter, and on a GPU: as transformers', the first of equal ones."""
+"""Routing within groups of experts in Triton's interpreter, and on a GPU: as in transformers, the first of equals."""
 
 import sys
 
