@@ -279,7 +279,8 @@ def check_experts(weights: ExpertWeights, wide: bool, inputs: tuple) -> str | No
 
     def expert(row: torch.Tensor, gate: Matrix, up: Matrix, last: Matrix, quantised: bool) -> torch.Tensor:
         row = as_quantised(row, quantised)
-        hidden = (F.silu(linear_reference(row, *gate)) * linear_reference(row, *up)).bfloat16()
+        # Rounded where the kernels do: e4m3 makes a step of what a rounding moves, 1.4 to 1.7 % of the result.
+        hidden = F.silu(linear_reference(row, *gate).bfloat16()) * linear_reference(row, *up).bfloat16()
         return linear_reference(as_quantised(hidden, quantised), *last)
 
     expected = expert(x[some], *shared, shared_narrow)

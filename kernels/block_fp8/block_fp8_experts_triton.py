@@ -23,6 +23,9 @@ from .block_fp8_reference import GROUP
 
 # Tiles that one program finds the experts of.
 TILES = 32
+# Row tiles that go through the columns together: those of one expert read its weights at about the same time, and
+# memory is read once.
+BAND = 8
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
 
@@ -78,7 +81,7 @@ def grouped_experts(
     groups = triton.cdiv(inner, GROUP)
     hidden_factors = torch.empty(groups, pairs, dtype=torch.float32, device=device) if quantises else None
     tiles, most = tile_map(ends, pairs, first_tiles.rows)
-    common: dict[str, Any] = {"E": count, "GROUP": GROUP, "QUANTISED": quantises, "POWERS": powers}
+    common: dict[str, Any] = {"E": count, "GROUP": GROUP, "BAND": BAND, "QUANTISED": quantises, "POWERS": powers}
     launcher(block_fp8_experts_up_kernel, (triton.cdiv(inner, first_tiles.columns) * most,), x)(
         rows,
         rows if factors is None else factors,
@@ -168,6 +171,15 @@ if triton is not None:
         tl.store(tiles + most + tile, first_row, mask=inside)
         tl.store(tiles + 2 * most + tile, tl.sum(tl.where(chosen, end[None, :], 0), 1), mask=inside)
 
+    @triton.jit
+    def place_in_band(column_tiles, BAND: tl.constexpr):
+        """A program's tile of rows and of columns, and how many tiles of rows there may be."""
+        most = tl.num_programs(0) // column_tiles
+        first = tl.program_id(0) // (BAND * column_tiles) * BAND
+        inside = tl.program_id(0) - first * column_tiles
+        together = tl.minimum(most - first, BAND)
+        return first + inside % together, inside // together, most
+
     @triton.jit(do_not_specialize=["P"])
     def block_fp8_experts_up_kernel(
         x,
@@ -187,6 +199,7 @@ if triton is not None:
         row_stride,
         hidden_stride,
         E: tl.constexpr,
+        BAND: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         GROUP: tl.constexpr,
@@ -196,9 +209,7 @@ if triton is not None:
         ROUND: tl.constexpr,
     ):
         """`silu(gate x) * (up x)` of ROWS pairs of one expert, COLUMNS of inner; quantised by GROUP of them."""
-        column_tiles = tl.cdiv(inner, COLUMNS)
-        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-        most = tl.num_programs(0) // column_tiles
+        tile, column_tile, most = place_in_band(tl.cdiv(inner, COLUMNS), BAND)
         expert = tl.load(tiles + tile)
         if expert >= E:
             return
@@ -265,6 +276,7 @@ if triton is not None:
         hidden_stride,
         routed_stride,
         E: tl.constexpr,
+        BAND: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         GROUP: tl.constexpr,
@@ -273,9 +285,7 @@ if triton is not None:
         WHOLE: tl.constexpr,
     ):
         """Rows of `hidden [P, inner]` times their expert's `down`, COLUMNS of D."""
-        column_tiles = tl.cdiv(D, COLUMNS)
-        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-        most = tl.num_programs(0) // column_tiles
+        tile, column_tile, most = place_in_band(tl.cdiv(D, COLUMNS), BAND)
         expert = tl.load(tiles + tile)
         if expert >= E:
             return

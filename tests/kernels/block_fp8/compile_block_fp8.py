@@ -88,7 +88,7 @@ def test_grouped_products_fit(arch, pairs, quantised):
     narrow = dict(zip(("up", "down"), block_fp8_experts_triton.expert_tiles(pairs, EXPERTS, quantised, arch in ROOMY)))
     for name, tiles in narrow.items():
         kernel = getattr(block_fp8_experts_triton, f"block_fp8_experts_{name}_kernel")
-        constants = dict(ROWS=tiles.rows, COLUMNS=tiles.columns, E=EXPERTS, **common(quantised))
+        constants = dict(ROWS=tiles.rows, COLUMNS=tiles.columns, E=EXPERTS, BAND=8, **common(quantised))
         if name == "up":
             constants["ROUND"] = tl.bfloat16
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
