@@ -19,13 +19,14 @@ import torch.nn.functional as F
 
 from ...kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
 from ...kernels.block_fp8.block_fp8_experts import block_fp8_experts_reference, experts_by_group
-from ...kernels.block_fp8.block_fp8_experts_pieces_triton import experts_in_pieces
+from ...kernels.block_fp8.block_fp8_experts_pieces_triton import DOWN, UP, experts_in_pieces
 from ...kernels.block_fp8.block_fp8_experts_triton import Tiles, grouped_experts
 from ...kernels.block_fp8.block_fp8_linear_cublas import block_fp8_linear_cublas, multiply_by_cublas, why_not_cublas
 from ...kernels.block_fp8.block_fp8_linear_triton import block_fp8_linear_triton
 from ...kernels.block_fp8.block_fp8_pieces_triton import linear_in_pieces
 from ...kernels.block_fp8.block_fp8_reference import linear_reference, quantised_linear_reference
 from ...kernels.block_fp8.block_fp8_vector_triton import block_fp8_experts_vector, block_fp8_vector_linear_triton
+from ...kernels.common.early_launch import early_launches
 from ...kernels.experts.routed_experts import group_by_expert
 from .block_fp8 import (
     ACTIVE,
@@ -162,10 +163,10 @@ def tune_products(tuning: Tuning) -> None:
 
 def tune_vectors(tuning: Tuning) -> None:
     """Linear layers of one, two and four rows."""
-    for name in ("q_a_proj", "q_b_proj", "o_proj", "gate_proj (dense)"):
+    for name in ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj (dense)"):
         width, outputs = PROJECTIONS[name]
         layers = [matrix(outputs, width) for _ in range(max(2, -(-BEYOND_L2 // (width * outputs))))]
-        for tokens in (1, 2, 4):
+        for tokens in (1, 16):
             x = rows(tokens, width)
             exact = linear_reference(x.double(), *layers[0])
             # What is checked is the first layer, which comes last.
@@ -174,8 +175,12 @@ def tune_vectors(tuning: Tuning) -> None:
             def in_turn(call: Callable[..., torch.Tensor], turn: list = turn) -> list[Callable[[], torch.Tensor]]:
                 return [lambda: [call(*layer) for layer in turn][-1]]
 
-            def pieces(splits: int, stages: int, tile: int, weight, scales, x=x) -> torch.Tensor:
+            def pieces(splits: int | None, stages: int, tile: int | None, weight, scales, x=x) -> torch.Tensor:
                 return linear_in_pieces(x, [weight], [scales], splits=splits, rows=tile, stages=stages)
+
+            def early_pieces(ahead: int, weight, scales, x=x) -> torch.Tensor:
+                with early_launches(x.device):
+                    return linear_in_pieces(x, [weight], [scales], ahead=ahead)
 
             def vector(weight, scales, x=x) -> torch.Tensor:
                 return block_fp8_vector_linear_triton(x, [weight], [scales])
@@ -183,11 +188,14 @@ def tune_vectors(tuning: Tuning) -> None:
             def tiles(weight, scales, x=x) -> torch.Tensor:
                 return block_fp8_linear_triton(x, weight, scales, None, None, False)
 
-            calls: dict[str, Callable[..., torch.Tensor]] = {"vector": vector, "tiles": tiles}
-            for tile, stages in ((64, 4), (64, 6), (64, 8), (128, 4)):
+            calls: dict[str, Callable[..., torch.Tensor]] = {"vector": vector} if tokens <= 4 else {"tiles": tiles}
+            calls["pieces as chosen"] = partial(pieces, None, 4, None)
+            for ahead in (0, 2, 4, 8):
+                calls[f"pieces early, {ahead} ahead"] = partial(early_pieces, ahead)
+            for tile, stages in ((64, 3), (64, 4), (128, 3), (128, 4)):
                 for splits in (1, 2, 4, 8, 16):
                     programs = splits * outputs // tile
-                    if splits == 1 or (programs <= 12 * PROCESSORS and width // 128 // splits >= 2):
+                    if splits == 1 or (programs <= 6 * PROCESSORS and width // 128 // splits >= 3):
                         calls[f"pieces {tile} stages {stages} splits {splits}"] = partial(pieces, splits, stages, tile)
             tuning.best(
                 f"{name}, {tokens} rows",
@@ -213,6 +221,10 @@ def tune_expert_vectors(tuning: Tuning, weights: ExpertWeights) -> None:
         def pieces(up: tuple[int, int, int], last: tuple[int, int, int], x, chosen, mix) -> torch.Tensor:
             return experts_in_pieces(x, chosen, mix, gate_up, down, shared, None, None, up, last)
 
+        def early(x, chosen, mix) -> torch.Tensor:
+            with early_launches(x.device):
+                return experts_in_pieces(x, chosen, mix, gate_up, down, shared, None)
+
         def grouped(x, chosen, mix) -> torch.Tensor:
             out = torch.empty_like(x)
             experts_by_group(x, chosen, mix, gate_up, down, shared, None, out)
@@ -229,15 +241,14 @@ def tune_expert_vectors(tuning: Tuning, weights: ExpertWeights) -> None:
             unit="tbs",
             graph=True,
         )
-        usual = (64, 4, 4)
-        ups = {f"pieces up {up}": up for up in (usual, (64, 4, 3), (64, 4, 5), (128, 4, 3), (128, 8, 3))}
+        ups = {f"pieces up {up}": up for up in (UP, (64, 4, 2), (128, 4, 2), (128, 8, 2))}
         found = run(
             f"experts, {tokens} tokens: up",
-            [("vector", partial(each, vector)), ("grouped", partial(each, grouped))]
-            + [(name, partial(each, partial(pieces, up, usual))) for name, up in ups.items()],
+            [("vector", partial(each, vector)), ("grouped", partial(each, grouped)), ("early", partial(each, early))]
+            + [(name, partial(each, partial(pieces, up, DOWN))) for name, up in ups.items()],
         )
-        up = ups.get(found or "", usual)
-        lasts = {f"pieces down {last}": last for last in (usual, (64, 4, 6), (64, 4, 8), (128, 4, 4), (128, 8, 4))}
+        up = ups.get(found or "", UP)
+        lasts = {f"pieces down {last}": last for last in (DOWN, (64, 4, 3), (128, 4, 3), (128, 8, 3))}
         run(
             f"experts, {tokens} tokens: down",
             [(name, partial(each, partial(pieces, up, last))) for name, last in lasts.items()],
@@ -254,7 +265,7 @@ def exact_experts(x, chosen, mix, gate_up, down, shared) -> torch.Tensor:
 def tune_grouped(tuning: Tuning, weights: ExpertWeights) -> None:
     """Routed experts of many tokens, quantised, without the shared one and the sum over experts."""
     gate_up, down, _ = weights.fp8()
-    for tokens in (4096, 16384, 512):
+    for tokens in (1280, 4096, 16384):
         x, chosen, _ = make_tokens(tokens)
         place, ends = group_by_expert(chosen, EXPERTS, tokens)
         quantised = quantise_activations_triton(x)
@@ -264,11 +275,13 @@ def tune_grouped(tuning: Tuning, weights: ExpertWeights) -> None:
         print(f"rounding what stands between both products moves the result by {apart:.5f}", flush=True)
         first = place[:4].reshape(-1)
 
-        def run(first_tiles: Tiles, second_tiles: Tiles, x=x, quantised=quantised, place=place, ends=ends):
+        def run(
+            first_tiles: Tiles, second_tiles: Tiles, hopper: bool, x=x, quantised=quantised, place=place, ends=ends
+        ):
             def tiles_of(*_: Any) -> tuple[Tiles, Tiles]:
                 return first_tiles, second_tiles
 
-            return grouped_experts(x, quantised, place, ends[0], gate_up, down, tiles_of)
+            return grouped_experts(x, quantised, place, ends[0], gate_up, down, tiles_of, hopper)
 
         def error(got: torch.Tensor, exact=exact, first=first) -> float:
             return relative(exact, slice(None), got[first])
@@ -281,26 +294,13 @@ def tune_grouped(tuning: Tuning, weights: ExpertWeights) -> None:
             unit="tflops",
             graph=False,
         )
-        usual = {64: Tiles(64, 128, 4, 4), 128: Tiles(128, 128, 8, 4)}
-        firsts = [
-            Tiles(64, 128, 8, 4),
-            Tiles(64, 128, 4, 4),
-            Tiles(64, 128, 4, 3),
-            Tiles(128, 128, 8, 3),
-            Tiles(128, 128, 16, 3),
-        ]
-        named = {f"up {tuple(tiles)}": tiles for tiles in firsts}
-        found = best(
-            f"experts, {tokens} tokens: up",
-            [(name, partial(listed, run, tiles, usual[tiles.rows])) for name, tiles in named.items()],
-        )
-        up = named[found or next(iter(named))]
-        lasts = [Tiles(up.rows, 128, warps, stages) for warps in (4, 8) for stages in (3, 4)]
-        down_named = {f"down {tuple(tiles)}": tiles for tiles in lasts}
-        best(
-            f"experts, {tokens} tokens: down",
-            [(name, partial(listed, run, up, tiles)) for name, tiles in down_named.items()],
-        )
+        small, large = Tiles(64, 128, 8, 4), Tiles(128, 128, 8, 3)
+        candidates = {
+            "Gluon": partial(run, small, small, True),
+            "Triton, 64 rows": partial(run, small, small, False),
+            "Triton, 128 rows": partial(run, Tiles(128, 128, 16, 3), large, False),
+        }
+        best(f"experts, {tokens} tokens", [(name, partial(listed, call)) for name, call in candidates.items()])
 
 
 def exact_pairs(x, chosen, gate_up, down, dtype: torch.dtype) -> torch.Tensor:

@@ -225,8 +225,12 @@ def experts_by_group(
     shared: Shared | None,
     base: torch.Tensor | None,
     out: torch.Tensor,
+    hopper: bool = False,
 ) -> None:
-    """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
+    """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device.
+
+    `hopper`: as `grouped_experts`.
+    """
     (tokens, k), (count, _, inner) = experts.shape, down[0].shape
     # Rows by expert in between and as they come out.
     step = max(1, BLOCK_BYTES // (x.element_size() * k * (x.shape[1] + inner)))
@@ -238,7 +242,7 @@ def experts_by_group(
         part = x[first:last]
         narrow = units and (last - first) * k > WIDENED_TOKENS * count
         activations = activations_of(part, narrow)
-        routed = grouped_experts(part, activations, place[first:last], ends[block], gate_up, down)
+        routed = grouped_experts(part, activations, place[first:last], ends[block], gate_up, down, hopper=hopper)
         always = None
         if shared is not None:
             if units and not narrow and last - first > WIDENED_TOKENS:

@@ -17,6 +17,7 @@ import torch
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
+from .block_fp8_experts_hopper_gluon import TILE_ROWS, grouped_product_hopper
 from .block_fp8_format import E4M3, is_ue8m0
 from .block_fp8_linear_triton import Tiles, is_roomy
 from .block_fp8_reference import GROUP
@@ -51,6 +52,7 @@ def grouped_experts(
     gate_up: Matrix,
     down: Matrix,
     tiles_of: Callable[[int, int, bool, bool], tuple[Tiles, Tiles]] = expert_tiles,
+    hopper: bool = False,
 ) -> torch.Tensor:
     """Every pair's expert applied to its token, `[P, D]` in the experts' order.
 
@@ -63,6 +65,7 @@ def grouped_experts(
         gate_up: `[E, 2 I, D]` and its scales, of the gate's blocks above those of up.
         down: `[E, D, I]` and its scales.
         tiles_of: chooses the tiles, as `expert_tiles` does.
+        hopper: let quantised activations go through `block_fp8_experts_hopper_gluon`, which must take the widths.
     """
     (tokens, width), k = x.shape, place.shape[1]
     count, _, inner = down[0].shape
@@ -80,6 +83,12 @@ def grouped_experts(
     hidden = torch.empty(pairs, inner, dtype=E4M3 if quantises else x.dtype, device=device)
     groups = triton.cdiv(inner, GROUP)
     hidden_factors = torch.empty(groups, pairs, dtype=torch.float32, device=device) if quantises else None
+    if hopper and factors is not None and hidden_factors is not None:
+        tiles, _ = tile_map(ends, pairs, TILE_ROWS)
+        options = {"powers": powers, "rounded": dtype_of(x), "band": BAND}
+        grouped_product_hopper(rows, factors, source, tiles, *gate_up, hidden, hidden_factors, **options)
+        grouped_product_hopper(hidden, hidden_factors.t(), None, tiles, *down, routed, None, **options)
+        return routed
     tiles, most = tile_map(ends, pairs, first_tiles.rows)
     common: dict[str, Any] = {"E": count, "GROUP": GROUP, "BAND": BAND, "QUANTISED": quantises, "POWERS": powers}
     launcher(block_fp8_experts_up_kernel, (triton.cdiv(inner, first_tiles.columns) * most,), x)(

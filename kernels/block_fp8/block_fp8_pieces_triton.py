@@ -29,6 +29,8 @@ FEW_ROWS, MANY_ROWS = 64, 128
 LONG_GROUPS, MANY_OUTPUTS = 32, 4096
 # What a program takes beside its groups of columns, in their time.
 BEGINNING = 6
+# Groups of columns of the weights that are on their way to L2 before a kernel that begins early waits.
+AHEAD = 4
 # Outputs of a program that adds up parts.
 SUMMED = 512
 
@@ -73,6 +75,7 @@ def linear_in_pieces(
     splits: int | None = None,
     rows: int | None = None,
     stages: int = 4,
+    ahead: int = AHEAD,
 ) -> torch.Tensor:
     """As `block_fp8_linear.block_fp8_vector_linear`, for bf16 `x [T, D]`, T at most `TOKENS`, and one kind of scales.
 
@@ -117,6 +120,7 @@ def linear_in_pieces(
         ROWS=rows,
         TOKENS=TOKENS,
         GROUP=GROUP,
+        AHEAD=ahead,
         SPLIT=splits > 1,
         POWERS=powers,
         **plain,
@@ -165,6 +169,20 @@ if triton is not None:
         """`[ROWS, TOKENS]` sums of an e4m3 tile `[ROWS, GROUP]` with both pieces `[TOKENS, GROUP]`."""
         return tl.dot(tile, tl.trans(second), acc=tl.dot(tile, tl.trans(first)))
 
+    @triton.jit
+    def ask_for_rows(rows, groups, GROUP: tl.constexpr, AHEAD: tl.constexpr):
+        """Let the first AHEAD groups of bytes of these rows come to L2."""
+        for group in tl.static_range(AHEAD):
+            if group < groups:
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+                    "=r,l",
+                    [(rows + group * GROUP).to(tl.int64)],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+
     @triton.jit(do_not_specialize=["T"])
     def block_fp8_pieces_kernel(
         x,
@@ -195,6 +213,7 @@ if triton is not None:
         ROWS: tl.constexpr,
         TOKENS: tl.constexpr,
         GROUP: tl.constexpr,
+        AHEAD: tl.constexpr,
         SPLIT: tl.constexpr,
         POWERS: tl.constexpr,
         HAS_NORM: tl.constexpr,
@@ -202,7 +221,6 @@ if triton is not None:
         EARLY: tl.constexpr = False,
     ):
         """ROWS outputs of all tokens; with SPLIT one part of their sums, as fp32 `[parts, T, N]`."""
-        wait_for_kernels_ahead(EARLY)
         tile = tl.program_id(0)
         END0: tl.constexpr = (N0 + ROWS - 1) // ROWS
         END1: tl.constexpr = END0 + (N1 + ROWS - 1) // ROWS
@@ -233,11 +251,15 @@ if triton is not None:
         row = first_row + tl.arange(0, ROWS)
         token = tl.arange(0, TOKENS)
         depth = tl.arange(0, GROUP)
-        weights += tl.minimum(row, size - 1).to(tl.int64)[:, None] * stride + depth[None, :]
-        rows = x + token[:, None] * x_stride + depth[None, :]
-        grid += first_row // GROUP * GROUPS
+        of_row = tl.minimum(row, size - 1).to(tl.int64) * stride
         splits = tl.num_programs(1)
         begin, end = tl.program_id(1) * GROUPS // splits, (tl.program_id(1) + 1) * GROUPS // splits
+        if EARLY:
+            ask_for_rows(weights + of_row + begin * GROUP, end - begin, GROUP, AHEAD)
+        wait_for_kernels_ahead(EARLY)
+        weights += of_row[:, None] + depth[None, :]
+        rows = x + token[:, None] * x_stride + depth[None, :]
+        grid += first_row // GROUP * GROUPS
         real = (token < T)[:, None]
         acc = tl.zeros([ROWS, TOKENS], tl.float32)
         squares = tl.zeros([TOKENS], tl.float32)

@@ -155,6 +155,7 @@ def compile_pieces(name, early=0):
         constants["ROWS"] = rows
     else:
         kernel, warps, stages = block_fp8_pieces_triton.block_fp8_pieces_kernel, 4, 4
+        constants["AHEAD"] = block_fp8_pieces_triton.AHEAD
     named = {**types(90, powers=name == "down"), "out": "*fp32" if name == "linear" else "*bf16", "parts": "*fp32"}
     extra = {"launch_pdl": True} if early else {}
     return compile_kernel(kernel, 90, constants, named, num_warps=warps, num_stages=stages, **extra)
@@ -176,6 +177,9 @@ def test_weights_in_pieces_go_to_the_matrix_units_as_they_are(name):
 def test_pieces_write_nothing_before_they_have_waited(name):
     ptx = compile_pieces(name, early=1).asm["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+    if "linear" in name:
+        assert ptx.count("prefetch.global.L2", 0, ptx.index("griddepcontrol.wait")) >= block_fp8_pieces_triton.AHEAD
+    assert "prefetch" not in compile_pieces(name).asm["ptx"]
 
 
 def test_sums_of_pieces_compile():
