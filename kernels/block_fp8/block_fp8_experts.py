@@ -20,6 +20,7 @@ from .block_fp8_experts_pieces_triton import experts_in_pieces
 from .block_fp8_experts_triton import grouped_experts
 from .block_fp8_format import E4M3, check_weight, scale_grid
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
+from .block_fp8_linear_cublas import ALIGNED_TOKENS, multiply_by_cublas, why_not_cublas
 from .block_fp8_linear_triton import activations_of, multiply
 from .block_fp8_pieces_triton import why_not_in_pieces
 from .block_fp8_reference import linear_reference
@@ -257,9 +258,13 @@ def _shared_expert(
     x: torch.Tensor, activations: tuple[torch.Tensor, torch.Tensor | None], shared: Shared
 ) -> torch.Tensor:
     """The shared expert of `x [T, D]`, which is multiplied as `activations` have it."""
-    tokens, quantised = x.shape[0], activations[1] is not None
-    gate, up = (
-        multiply(*activations, *matrix, None, x.new_empty(tokens, matrix[0].shape[0])) for matrix in shared[:2]
-    )
-    hidden = activations_of(gated(gate, up), quantised)
-    return multiply(*hidden, *shared[2], None, torch.empty_like(x, memory_format=torch.contiguous_format))
+    gate, up = (_product(x, activations, matrix) for matrix in shared[:2])
+    return _product(x, activations_of(gated(gate, up), activations[1] is not None), shared[2])
+
+
+def _product(x: torch.Tensor, activations: tuple[torch.Tensor, torch.Tensor | None], matrix: Matrix) -> torch.Tensor:
+    """Rows, as `activations` have them, times one weight, in the dtype and number of `x`."""
+    tokens, (rows, factors) = x.shape[0], activations
+    if factors is not None and tokens % ALIGNED_TOKENS == 0 and why_not_cublas(x, *matrix) is None:
+        return multiply_by_cublas(rows, factors, *matrix, None, None, tokens)
+    return multiply(rows, factors, *matrix, None, x.new_empty(tokens, matrix[0].shape[0]))

@@ -18,8 +18,8 @@ from .block_fp8_activations_triton import quantise_activations_triton
 from .block_fp8_format import is_ue8m0
 from .block_fp8_reference import GROUP
 
-# The first torch whose `_scaled_mm` takes such scales, and the first CUDA whose cuBLASLt does.
-LEAST_TORCH, LEAST_CUDA = (2, 9), (12, 9)
+# The first torch whose `_scaled_mm` was seen to take such scales, and the first CUDA whose cuBLASLt does.
+LEAST_TORCH, LEAST_CUDA = (2, 11), (12, 9)
 # Tokens, and groups of columns, whose scales are 16 bytes.
 ALIGNED_TOKENS = ALIGNED_SCALES = 4
 

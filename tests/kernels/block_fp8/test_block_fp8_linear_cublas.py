@@ -56,7 +56,7 @@ def test_every_reason_is_told(reason, changes):
 @pytest.mark.parametrize(
     ("torch_version", "cuda_version", "reason"),
     [
-        ("2.8.0+cu129", "12.9", "it needs torch 2.9 or newer, this is 2.8.0+cu129"),
+        ("2.9.1+cu129", "12.9", "it needs torch 2.11 or newer, this is 2.9.1+cu129"),
         ("2.11.0+cu128", "12.8", "it needs CUDA 12.9 or newer, and this torch has 12.8"),
         ("2.11.0+cpu", None, "it needs CUDA 12.9 or newer, and this torch has None"),
         ("2.11.0+cu130", "13.0", None),
