@@ -166,7 +166,7 @@ def tune_vectors(tuning: Tuning) -> None:
     for name in ("q_a_proj", "q_b_proj", "kv_b_proj", "o_proj", "gate_proj (dense)"):
         width, outputs = PROJECTIONS[name]
         layers = [matrix(outputs, width) for _ in range(max(2, -(-BEYOND_L2 // (width * outputs))))]
-        for tokens in (1, 16):
+        for tokens in (1, 32):
             x = rows(tokens, width)
             exact = linear_reference(x.double(), *layers[0])
             # What is checked is the first layer, which comes last.

@@ -6,6 +6,7 @@ blocks whose temporaries are bounded. PyTorch takes one expert at a time, dequan
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 
 from ..common.argument_checks import check_experts, check_floats, check_shape, check_tensors
 from ..common.custom_op import custom_op
+from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..experts.routed_experts import MAX_COUNTED, VECTOR_TOKENS, group_by_expert
 from ..experts.routed_experts_triton import combine, gated
+from .block_fp8_experts_hopper_gluon import hopper_takes
 from .block_fp8_experts_pieces_triton import experts_in_pieces
 from .block_fp8_experts_triton import grouped_experts
 from .block_fp8_format import E4M3, check_weight, scale_grid
@@ -23,7 +26,7 @@ from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why
 from .block_fp8_linear_cublas import ALIGNED_TOKENS, multiply_by_cublas, why_not_cublas
 from .block_fp8_linear_triton import activations_of, multiply
 from .block_fp8_pieces_triton import why_not_in_pieces
-from .block_fp8_reference import linear_reference
+from .block_fp8_reference import GROUP, linear_reference
 from .block_fp8_vector_triton import block_fp8_experts_vector
 
 # Temporaries of a block of tokens, in bytes: large ones, every product has a tail an expert.
@@ -181,13 +184,26 @@ def _in_pieces(x, experts, weights, gate_up, down, shared, accumulate, block_siz
     return experts_in_pieces(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
 
 
+def _why_not_hopper(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> str | None:
+    target, (count, width, inner) = device_target(x.device), down[0].shape
+    if target.backend != "cuda" or target.arch != 90:
+        return "it is for compute capability 9.0"
+    if experts.numel() <= WIDENED_TOKENS * count:
+        return f"there are at most {WIDENED_TOKENS} tokens an expert"
+    if not hopper_takes(width, inner, gate_up[0], down[0]):
+        return f"it needs Gluon, widths by {GROUP} and contiguous weights"
+    return _why_not_triton(x, experts, weights, gate_up, down, shared, accumulate, block_size)
+
+
 def _by_token(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
     return block_fp8_experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
 
 
-def _by_expert(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
+def _by_expert(
+    x, experts, weights, gate_up, down, shared, accumulate, block_size, hopper: bool = False
+) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
-    experts_by_group(x, experts, weights, gate_up, down, shared, accumulate, out)
+    experts_by_group(x, experts, weights, gate_up, down, shared, accumulate, out, hopper)
     return out
 
 
@@ -210,6 +226,7 @@ _EXPERTS = Operation(
     "block_fp8_experts",
     Backend("Triton, tokens in two e4m3 pieces", _why_not_pieces, _in_pieces, optional=True),
     Backend("Triton, token by token", _why_not_vector, _by_token, optional=True),
+    Backend("Gluon for Hopper", _why_not_hopper, partial(_by_expert, hopper=True), optional=True),
     Backend("Triton", _why_not_triton, _by_expert),
     Backend("PyTorch", takes_all, _in_pytorch),
     prefill=lambda new: _example(new, 8192),

@@ -22,8 +22,8 @@ from .block_fp8_format import is_ue8m0
 from .block_fp8_reference import GROUP
 from .block_fp8_vector_triton import MAX_WEIGHTS
 
-# Columns of a tile of products, of which tokens fill some: the least that matrix units take.
-TOKENS = 16
+# Columns of a tile of products, of which tokens fill some: few, or as many as there may be.
+TOKENS, MANY_TOKENS = 16, 32
 # Rows of weights in a tile: many where each is long and there are many of them.
 FEW_ROWS, MANY_ROWS = 64, 128
 LONG_GROUPS, MANY_OUTPUTS = 32, 4096
@@ -35,7 +35,7 @@ AHEAD = 4
 SUMMED = 512
 
 
-def why_not_in_pieces(x: torch.Tensor, tokens: int = TOKENS) -> str | None:
+def why_not_in_pieces(x: torch.Tensor, tokens: int = MANY_TOKENS) -> str | None:
     """Why these kernels are not for `x [T, D]` of at most `tokens`, or None when they are."""
     if x.shape[0] > tokens:
         return f"it is for at most {tokens} tokens"
@@ -77,7 +77,8 @@ def linear_in_pieces(
     stages: int = 4,
     ahead: int = AHEAD,
 ) -> torch.Tensor:
-    """As `block_fp8_linear.block_fp8_vector_linear`, for bf16 `x [T, D]`, T at most `TOKENS`, and one kind of scales.
+    """As `block_fp8_linear.block_fp8_vector_linear`, for bf16 `x [T, D]`, T at most `MANY_TOKENS`, and one kind of
+    scales.
 
     `splits` programs share the columns of `rows` rows of weights; None chooses.
     """
@@ -118,7 +119,7 @@ def linear_in_pieces(
         N2=sizes[2],
         N3=sizes[3],
         ROWS=rows,
-        TOKENS=TOKENS,
+        TOKENS=TOKENS if tokens <= TOKENS else MANY_TOKENS,
         GROUP=GROUP,
         AHEAD=ahead,
         SPLIT=splits > 1,

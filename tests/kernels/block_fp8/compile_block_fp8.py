@@ -3,9 +3,11 @@
 import pytest
 import triton.language as tl
 from testing.compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from indexcache.kernels.block_fp8 import (
     block_fp8_activations_triton,
+    block_fp8_experts_hopper_gluon,
     block_fp8_experts_pieces_triton,
     block_fp8_experts_triton,
     block_fp8_linear_triton,
@@ -146,9 +148,9 @@ PIECES = {
 }
 
 
-def compile_pieces(name, early=0):
+def compile_pieces(name, early=0, tokens=16):
     expert = {"up": block_fp8_experts_pieces_triton.UP, "down": block_fp8_experts_pieces_triton.DOWN}
-    constants = dict(PIECES[name], TOKENS=16, GROUP=128, POWERS=name == "down", EARLY=early)
+    constants = dict(PIECES[name], TOKENS=tokens, GROUP=128, POWERS=name == "down", EARLY=early)
     if name in expert:
         rows, warps, stages = expert[name]
         kernel = getattr(block_fp8_experts_pieces_triton, f"block_fp8_experts_{name}_pieces_kernel")
@@ -161,11 +163,11 @@ def compile_pieces(name, early=0):
     return compile_kernel(kernel, 90, constants, named, num_warps=warps, num_stages=stages, **extra)
 
 
-@pytest.mark.parametrize("name", PIECES)
-def test_weights_in_pieces_go_to_the_matrix_units_as_they_are(name):
-    compiled = check(compile_pieces(name), 90)
+@pytest.mark.parametrize(("name", "tokens"), [*((name, 16) for name in PIECES), ("linear", 32), ("wide linear", 32)])
+def test_weights_in_pieces_go_to_the_matrix_units_as_they_are(name, tokens):
+    compiled = check(compile_pieces(name, tokens=tokens), 90)
     ptx = compiled.asm["ptx"]
-    assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in ptx
+    assert f"wgmma.mma_async.sync.aligned.m64n{tokens}k32.f32.e4m3.e4m3" in ptx
     # From memory to shared memory by 16 bytes, past the registers, several programs on a processor.
     assert "cp.async.cg.shared.global" in ptx
     # A scale's byte, and no weight's.
@@ -180,6 +182,21 @@ def test_pieces_write_nothing_before_they_have_waited(name):
     if "linear" in name:
         assert ptx.count("prefetch.global.L2", 0, ptx.index("griddepcontrol.wait")) >= block_fp8_pieces_triton.AHEAD
     assert "prefetch" not in compile_pieces(name).asm["ptx"]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_products_for_hopper(gated):
+    """Both groups of warps keep their sums in registers."""
+    named = {"rows": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*fp8e4nv" if gated else "*bf16", "scales": "*fp32"}
+    named |= {"source": "*i32", "tiles": "*i32", "factors": "*fp32", "out_factors": "*fp32"}
+    constants = dict(E=EXPERTS, BAND=8, GATED=gated, HAS_SOURCE=gated, POWERS=False)
+    constants["ROUND"] = tl.bfloat16 if gated else tl.float32
+    kernel = block_fp8_experts_hopper_gluon._grouped_product_kernel
+    compiled = check(compile_kernel(kernel, 90, constants, named, source=GluonASTSource, num_warps=4), 90, stack=16)
+    ptx = compiled.asm["ptx"]
+    # Four steps of 32 columns, two blocks, two groups of warps.
+    assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 16
+    assert "cp.async.cg.shared.global" in ptx and "ld.global.b8" not in ptx
 
 
 def test_sums_of_pieces_compile():

@@ -129,7 +129,7 @@ def as_bf16(x):
 
 @pytest.mark.parametrize("splits", [1, 2, 3, None])
 @pytest.mark.parametrize(("widths", "norm"), [((130, 70), True), ((576,), False), ((8, 3, 200, 129), True)])
-@pytest.mark.parametrize(("tokens", "width"), [(1, 200), (3, 1300), (16, 512)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 200), (3, 1300), (16, 512), (32, 256)])
 def test_vectors_in_pieces(tokens, width, widths, norm, splits):
     x = as_bf16(rows_of(tokens, width))
     matrices = [weight_of(rows, width, tokens == 3) for rows in widths]
