@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo demo-checkpoint test lint types hostile test-newest test-oldest test-transformers-main test-gpu test-gpus bench clean
+.PHONY: venv demo demo-checkpoint test lint types hostile test-newest test-oldest test-transformers-main test-ecosystem test-gpu test-gpus bench clean
 
 # One environment for everything; a stamp so that it is made once and again when a requirement changes.
 venv: $(VENV)/.installed
@@ -23,7 +23,7 @@ demo-checkpoint: venv
 	$(BIN)/python demo/train_checkpoint.py $(TEXT) $(WINDOWS) $(OUT) $(ARGS)
 
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not gpus and not ecosystem"
 
 # mypy reads the package under its own name, whatever this folder is called.
 $(VENV)/types/indexcache: venv
@@ -53,6 +53,24 @@ test-newest test-oldest test-transformers-main: test-%:
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 -m "not gpu and not gpus" $(ACROSS)
 	rm -rf .venv-$*
 
+# Other projects' tools on a model, by the installed package and by remote code, in an environment of its own; writes the
+# table of docs/ecosystem.md. ECOSYSTEM=python is an environment that has them.
+ECOSYSTEM ?= .venv-ecosystem/bin/python
+ROWS := build/ecosystem.json
+.venv-ecosystem/bin/python: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-ecosystem
+	$@ -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$@ -m pip install --quiet --constraint constraints.txt --editable '.[test,ecosystem]'
+	touch $@
+
+test-ecosystem: $(ECOSYSTEM)
+	rm -f $(ROWS)
+	for way in installed remote; do \
+	OMP_NUM_THREADS=1 INDEXCACHE_ECOSYSTEM_WAY=$$way INDEXCACHE_ECOSYSTEM_RESULTS=$(ROWS) \
+	$(ECOSYSTEM) -m pytest tests/ecosystem -rs || touch $(ROWS).failed; done
+	$(ECOSYSTEM) tests/ecosystem/write_table.py $(ROWS) docs/ecosystem.md
+	@! rm $(ROWS).failed 2>/dev/null
+
 # Hostile inputs and kills until SECONDS are over, on two processes; ONLY=kind or ONLY=kind:number repeats. See
 # docs/reliability.md.
 SECONDS ?= 3600
@@ -72,4 +90,4 @@ bench: venv
 	$(BIN)/python -m indexcache.cli bench
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest build dist *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-ecosystem build dist *.egg-info

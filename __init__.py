@@ -9,7 +9,12 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .configuration.configuration_indexcache import IndexCacheConfig
+    from .configuration.share_pattern import SharePattern
+    from .modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM, IndexCacheModel
 
 __version__ = "0.2.0"
 
@@ -19,7 +24,14 @@ _EXPORTS = {
     "IndexCacheModel": "modeling_indexcache.modeling_indexcache",
     "IndexCacheForCausalLM": "modeling_indexcache.modeling_indexcache",
 }
-__all__ = ["__version__", "register_auto_classes", *_EXPORTS]
+__all__ = [
+    "IndexCacheConfig",
+    "IndexCacheForCausalLM",
+    "IndexCacheModel",
+    "SharePattern",
+    "__version__",
+    "register_auto_classes",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,15 +41,21 @@ def __getattr__(name: str) -> Any:
 
 
 def register_auto_classes() -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `indexcache` checkpoints. Safe to call twice."""
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know `indexcache` checkpoints, and `transformers serve` too.
+
+    Safe to call twice.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from .configuration.architecture_attribute import offer_architecture
     from .configuration.configuration_indexcache import IndexCacheConfig
     from .modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM, IndexCacheModel
 
     AutoConfig.register(IndexCacheConfig.model_type, IndexCacheConfig, exist_ok=True)
     AutoModel.register(IndexCacheConfig, IndexCacheModel, exist_ok=True)
     AutoModelForCausalLM.register(IndexCacheConfig, IndexCacheForCausalLM, exist_ok=True)
+    # Once more, now that transformers is imported in whole.
+    offer_architecture()
 
 
 def _is_the_command_line() -> bool:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,7 +29,7 @@ from .evaluation.command import evaluate
 from .pattern_search.command import search
 from .planning.command import plan
 from .runs.arguments import LARGEST_SEED, AsJson, Revision, Token, finite, takes_old_names
-from .runs.command_line import fail, print_json, show
+from .runs.command_line import fail, print_json, settings_of, show
 
 
 class _Verbs(TyperGroup):
@@ -52,7 +53,6 @@ app = typer.Typer(
     cls=_Verbs,
     help="IndexCache for Transformers: share the lightning indexer of DeepSeek Sparse Attention models across layers.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -121,6 +121,10 @@ def _errors_as_messages() -> Iterator[None]:
 
 @app.callback(invoke_without_command=True)
 def _about(
+    ctx: typer.Context,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with a table per verb: its options' values, where not given here.")
+    ] = None,
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
@@ -128,6 +132,9 @@ def _about(
 
         tell(metadata.version("indexcache"))
         raise typer.Exit
+    if config is not None:
+        group: Any = ctx.command
+        ctx.default_map = dict(settings_of(config, group.commands))
 
 
 def generate(

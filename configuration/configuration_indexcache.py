@@ -16,9 +16,14 @@ from typing import Any, ClassVar  # noqa: E402
 from huggingface_hub.dataclasses import strict  # noqa: E402
 from transformers.configuration_utils import PreTrainedConfig  # noqa: E402
 
+from .architecture_attribute import offer_architecture  # noqa: E402
 from .hub_code import AUTO_MAP, code_version, write_hub_code  # noqa: E402
 from .share_pattern import SharePattern  # noqa: E402
 
+# Here, because the server of transformers has read a checkpoint's config when it looks, and not yet its model's code.
+offer_architecture()
+
+LARGEST_FP32 = 3.4028234663852886e38
 # Every way a config may spell its pattern, besides the canonical first one.
 PATTERN_FIELDS = (
     "index_share_pattern",
@@ -228,6 +233,19 @@ class IndexCacheConfig(PreTrainedConfig):
                 f"index_head_dim ({self.index_head_dim}) must be at least qk_rope_head_dim ({self.qk_rope_head_dim}): "
                 "RoPE turns that many of its entries"
             )
+
+    def validate_numbers(self) -> None:
+        """Numbers that arithmetic in fp32 can hold."""
+        for name in (
+            "routed_scaling_factor",
+            "rms_norm_eps",
+            "mla_norm_eps",
+            "index_k_norm_eps",
+            "masked_group_score",
+        ):
+            value = getattr(self, name)
+            if value is not None and not abs(value) <= LARGEST_FP32:
+                raise ValueError(f"{name} must be a finite number of fp32 (got {value})")
 
     def validate_gates(self) -> None:
         """Gates have a rank, and a query latent to be made of."""

@@ -1,10 +1,11 @@
 """The code that travels with a saved checkpoint, so that it loads with `trust_remote_code=True` and nothing installed.
 
-transformers' loader takes single files that import only their siblings. The package keeps its shipped code in three
-folders (`configuration`, `kernels`, `modeling_indexcache`) and folders in them, so saving flattens it: every file that
-the model imports, side by side, with each relative import turned into an import of a sibling. A copy that was
-loaded from a checkpoint is flat already and writes itself out again, byte for byte, so a model loaded from the Hub
-saves and pushes as one from the installed package does.
+transformers' loader takes single files that import only their siblings, two requests for each. The package keeps its
+shipped code in three folders (`configuration`, `kernels`, `modeling_indexcache`) and folders in them, so saving
+flattens it: what the config needs, and what is imported by its name from elsewhere, stays a file (`_FILES`), with each
+relative import turned into an import of a sibling; all other modules that the model imports become sections of one
+file a folder, see `module_sections.py`. A copy that was loaded from a checkpoint is flat already and writes itself out
+again, byte for byte, so a model loaded from the Hub saves and pushes as one from the installed package does.
 
 Contract for the shipped classes: `IndexCacheConfig.save_pretrained` sets `auto_map = dict(AUTO_MAP)` and calls
 `write_hub_code(save_directory)` before its parent. transformers saves the config in the middle of saving a model,
@@ -19,14 +20,18 @@ Rules for shipped files: unique file names; relative imports only among themselv
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 from transformers.utils import logging
+
+from .section_names import SECTION, name_of
 
 AUTO_MAP = {
     "AutoConfig": "configuration_indexcache.IndexCacheConfig",
@@ -37,9 +42,14 @@ SHIPPED_FOLDERS = ("configuration", "kernels", "modeling_indexcache")
 # Where the walk over imports starts. transformers caches a local checkpoint's config apart from its model, so a copy
 # of this file beside the config alone knows only the config's own files; the model's are saved by the model's copy.
 ENTRY_MODULES = ("modeling_indexcache", "configuration_indexcache")
+# What stays a file of its own: the entries and all that the config imports; what side processes start with; and what
+# makes modules of sections.
+_CONFIG, _LOADER = "configuration_indexcache", "module_sections"
+_FILES = (*ENTRY_MODULES, "compile_process", _LOADER)
 
 _LICENCE = "SPDX-License-Identifier: Apache-2.0"
 _HEADER = re.compile(rf"# IndexCache for Transformers (\S+)\. {re.escape(_LICENCE)}")
+_NO_SECTIONS = re.compile(r"^(SECTION_FILES: tuple\[str, \.\.\.\] = )\(\)$", re.MULTILINE)
 _RELATIVE_IMPORT = re.compile(r"^([ \t]*from[ \t]+)(\.+)([\w.]*)([ \t]+import\b)", re.MULTILINE)
 
 
@@ -76,21 +86,65 @@ def hub_code() -> dict[str, str]:
     here = Path(__file__).resolve().parent
     in_package = _is_in_package()
     folders = _shipped_folders(here.parent) if in_package else [here]
-    header = f"# IndexCache for Transformers {code_version()}. {_LICENCE}\n" if in_package else ""
-
     sources = _sources_by_module(folders)
-    queue = [module for module in ENTRY_MODULES if module in sources]
-    shipped: dict[str, str] = {}
+    needed = _imported_from((*ENTRY_MODULES, _LOADER), sources, folders)
+    if not in_package:
+        return {f"{module}.py": text for module, text in sorted(needed.items())}
+    header = f"# IndexCache for Transformers {code_version()}. {_LICENCE}\n"
+    files = frozenset({*_FILES, *_imported_from((_CONFIG,), sources, folders)})
+    sections: dict[str, list[str]] = {}
+    for module in sorted(needed.keys() - files, key=lambda module: sources[module]):
+        top = sources[module].relative_to(here.parent).parts[0]
+        sections.setdefault(f"{top}_sections.py", []).append(module)
+    code = {f"{module}.py": header + _flat(needed[module], files) for module in needed.keys() & files}
+    for file, modules in sections.items():
+        parts = [f"{SECTION.format(module)}\n{_flat(needed[module], files)}" for module in modules]
+        code[file] = (
+            header + "# Modules that module_sections.py loads, each as it is in the package.\n" + "".join(parts)
+        )
+    if sections:
+        code[f"{_LOADER}.py"] = _knowing(code[f"{_LOADER}.py"], sorted(sections))
+    return dict(sorted(code.items()))
+
+
+def _imported_from(entries: tuple[str, ...], sources: dict[str, Path], folders: list[Path]) -> dict[str, str]:
+    """The source of these modules and of all that they import, by name; entries that are not there are left out."""
+    queue = [module for module in entries if module in sources]
+    found: dict[str, str] = {}
     while queue:
         module = queue.pop()
-        if module in shipped:
+        if module not in found:
+            found[module] = text = sources[module].read_text(encoding="utf-8")
+            queue += [_imported_module(sources[module], match, folders) for match in _RELATIVE_IMPORT.finditer(text)]
+    return found
+
+
+@cache
+def _flat(text: str, files: frozenset[str]) -> str:
+    """A module's source with its relative imports as they are in a checkpoint: from siblings, or from sections."""
+    lines = text.splitlines(keepends=True)
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and node.level]
+    for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):
+        module = str(node.module).rpartition(".")[2]
+        if module in files:
+            lines[node.lineno - 1] = _RELATIVE_IMPORT.sub(_import_of_sibling, lines[node.lineno - 1])
             continue
-        source = sources[module]
-        text = source.read_text(encoding="utf-8")
-        needed = [_imported_module(source, match, folders) for match in _RELATIVE_IMPORT.finditer(text)]
-        shipped[module] = header + _RELATIVE_IMPORT.sub(_import_of_sibling, text)
-        queue += needed
-    return {f"{module}.py": shipped[module] for module in sorted(shipped)}
+        names = [f"{name_of(module, alias.name)} as {alias.asname or alias.name}" for alias in node.names]
+        # As many lines as there were, so that all that follow keep their numbers.
+        more = (node.end_lineno or node.lineno) - node.lineno
+        begin = f"{lines[node.lineno - 1][: node.col_offset]}from .{_LOADER} import "
+        inside = f"(\n    {', '.join(names)}{(more - 1) * chr(10)})" if more else ", ".join(names)
+        lines[node.lineno - 1 : node.end_lineno] = [f"{begin}{inside}\n"]
+    return "".join(lines)
+
+
+def _knowing(loader: str, files: list[str]) -> str:
+    """The source of `module_sections.py` with the files that have sections, in a way that transformers follows."""
+    known, count = _NO_SECTIONS.subn(f"\\g<1>{tuple(files)!r}", loader)
+    if count != 1:
+        raise ValueError(f"{_LOADER}.py must say SECTION_FILES once: it is how a checkpoint's code finds its sections")
+    followed = "".join(f"    from .{file.removesuffix('.py')} import *  # noqa: F403\n" for file in files)
+    return f"{known}\nif False:  # Never run: transformers copies the files that it sees imported.\n{followed}"
 
 
 def code_version() -> str | None:

@@ -128,6 +128,7 @@ def write_checkpoint(
             repo_id=run.repo_id,
             topk=source.config.index_topk,
             measured=_measured(scores) or None,
+            scores=_own_scores(scores),
             trained=_what_was_trained(document),
         )
     names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
@@ -159,6 +160,13 @@ def _measured(scores: dict[str, Any]) -> list[dict[str, str]]:
         recall = found.get("recall_accuracy")
         rows.append(row if recall is None else {**row, "recall": f"{recall:.3f}"})
     return rows
+
+
+def _own_scores(scores: dict[str, Any]) -> dict[str, float]:
+    """What this checkpoint scores, by metric."""
+    found = scores.get("after", {})
+    named = {"loss": found.get("loss"), "recall": found.get("recall_accuracy")}
+    return {metric: float(value) for metric, value in named.items() if value is not None}
 
 
 def _what_was_trained(document: dict[str, Any]) -> str:

@@ -147,7 +147,7 @@ def check_loss(loss: float, about: str, model: torch.nn.Module) -> None:
     if not loss < LARGEST_LOSS:
         raise ConversionError(
             f"{about}: its loss is {loss:.4g}, no loss of a sound model ({largest_weight(model)}): are its weights "
-            "damaged? Fetch them again"
+            "damaged, or a number in config.json? Fetch both again"
         )
 
 

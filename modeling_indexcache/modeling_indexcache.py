@@ -53,12 +53,13 @@ from .layers.few_token_linears import linears
 from .layers.indexer import IndexCacheIndexer, refuse_missing_indexers
 from .layers.normalization import IndexCacheRMSNorm, layer_norm_of
 from .layers.rotary_embedding import IndexCacheRotaryEmbedding, yarn_softmax_factor
+from .layers.stacked_experts import with_stacked_experts
 from .model_outputs import IndexCacheCausalLMOutput, IndexCacheModelOutput
 from .parallel.layer_placement import onloaded
 from .selection import Selection
 from .training.causal_lm_loss import causal_lm_loss
 from .training.indexer_training import compare_attention, trace_indexer, training_outputs
-from .transformers_compat import CACHE_NAME, ROUTER_IN_FP32, one_cache
+from .transformers_compat import CACHE_NAME, ROUTER_IN_FP32, one_cache, refuse_continuous_batching
 
 # On disk there is one tensor an expert, in the module one for all: the same merge as transformers' GLM-5.
 register_checkpoint_conversion_mapping(
@@ -161,6 +162,9 @@ class IndexCacheExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(with_stacked_experts(state_dict, prefix, self.num_experts), prefix, *rest)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -415,6 +419,7 @@ class IndexCacheForCausalLM(IndexCachePreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    init_continuous_batching = refuse_continuous_batching
 
     def __init__(self, config: IndexCacheConfig) -> None:
         super().__init__(config)

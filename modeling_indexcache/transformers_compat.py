@@ -7,7 +7,7 @@ answer to both, whichever release is installed.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, NoReturn
 
 import transformers
 from packaging.version import Version
@@ -43,6 +43,18 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument, and were given different caches")
     return past_key_values if cache is None else cache
+
+
+def refuse_continuous_batching(model: Any, *_: Any, **__: Any) -> NoReturn:
+    """What `generate_batch` and `transformers serve --continuous-batching` begin with.
+
+    Raises:
+        NotImplementedError: always, before anything is allocated.
+    """
+    raise NotImplementedError(
+        f"{type(model).__name__} has no continuous batching: transformers' pages hold keys and values by head, not "
+        "latents and index keys. Use `generate`, or `indexcache export` and serve the weights with vLLM or SGLang"
+    )
 
 
 class CacheUnderBothNames:

@@ -42,6 +42,13 @@ def search(
         str | None,
         typer.Option(help="Choose the fewest full layers whose held-out loss rises by no more than, e.g., 0.5%."),
     ] = None,
+    least_recall: Annotated[
+        str,
+        typer.Option(
+            help="What --tolerance chooses must recall of facts far back, or this share of what the source does; "
+            "0 looks at the loss alone."
+        ),
+    ] = "90%",
     algorithm: Annotated[
         Literal["lazy", "greedy"], _how(help="lazy: lazy greedy with refinement. greedy: the paper's Algorithm 1.")
     ] = "lazy",
@@ -113,7 +120,8 @@ def search(
 
     options = SearchOptions(
         keep=tuple(keep or DEFAULT_KEEP),
-        tolerance=_share(tolerance),
+        tolerance=_share(tolerance, "--tolerance"),
+        least_recall=_share(least_recall, "--least-recall") or 0.0,
         algorithm=algorithm,
         objective=objective,
         teacher=teacher,
@@ -153,7 +161,7 @@ def search(
     show_result(draw_summary(document), output, PATTERNS_FILE, following)
 
 
-def _share(text: str | None) -> float | None:
+def _share(text: str | None, option: str) -> float | None:
     """`0.5%` or `0.005` as 0.005."""
     from ..runs.errors import RunError
 
@@ -162,9 +170,9 @@ def _share(text: str | None) -> float | None:
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as error:
-        raise RunError(f"--tolerance {text!r} is no share: write 0.5% or 0.005") from error
+        raise RunError(f"{option} {text!r} is no share: write 0.5% or 0.005") from error
     if not 0 <= value < 1:
-        raise RunError(f"--tolerance must lie in 0% .. 100% (got {text})")
+        raise RunError(f"{option} must lie in 0% .. 100% (got {text})")
     return value
 
 

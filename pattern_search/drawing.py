@@ -55,6 +55,7 @@ def draw_result(document: dict[str, Any]) -> RenderableType:
         f"{document['recipe']['objective']}{taught}, {document['cost']['search_layer_forwards']:,} layer-forwards",
         f"calibration {_data(data['calibration'])}; held out {_data(data['held_out'])}; {document['date']}",
     ]
+    lines += _refused(document)
     return Group(table, *map(Text, lines))
 
 
@@ -84,7 +85,17 @@ def draw_summary(document: dict[str, Any]) -> RenderableType:
     ]
     if "keep" in document:
         lines.insert(0, f"chosen: {document['keep']} full layers, {document['index_share_pattern']}")
+    lines += _refused(document)
     return Group(table, *map(Text, lines))
+
+
+def _refused(document: dict[str, Any]) -> list[str]:
+    found = document.get("retrieval", {})
+    return [
+        f"not chosen: {entry['pattern']}, within the tolerance by its loss of {entry['loss']:.4f}, recalls "
+        f"{entry['recall']:.1%} where {found['needed']:.1%} is needed"
+        for entry in found.get("refused", [])
+    ]
 
 
 def _cells(pattern: str) -> Text:

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..configuration.share_pattern import FULL
 from ..runs.pages.figures import draw_overlap
 from ..runs.pages.page import facts, picture, table, write_page
 from .figures import draw_curve, draw_order
@@ -34,6 +35,7 @@ def write_report(document: dict[str, Any], folder: Path) -> Path:
         _chosen(document),
         "<h2>Patterns</h2>",
         _table(document),
+        *_retrieval(document),
         *(picture(title, folder / name) for title, name in pictures),
         "<h2>Recipe</h2>",
         _recipe(document),
@@ -47,7 +49,35 @@ def _chosen(document: dict[str, Any]) -> str:
         return ""
     tolerance = document["recipe"]["tolerance"]
     why = "" if tolerance is None else f", the fewest within {tolerance:.2%} of the start's held-out loss"
+    needed = document.get("retrieval", {}).get("needed")
+    if why and needed is not None:
+        why += f" that recall at least {needed:.1%} of what is marked"
     return f"<p>Chosen: {document['keep']} full layers{why}: <code>{document['index_share_pattern']}</code></p>"
+
+
+def _retrieval(document: dict[str, Any]) -> list[str]:
+    """Which patterns the tolerance would have chosen by loss, and why it did not."""
+    found = document.get("retrieval")
+    if found is None:
+        return []
+    about = f"{found['windows']} windows of {found['seqlen']:,} tokens, {found['origin']}"
+    if found.get("needed") is None:
+        judged = f"The source recalls {found['source']:.1%} of what is marked, too little to hold patterns to."
+        return ["<h2>Retrieval</h2>", f"<p>{escape(judged)} ({escape(about)})</p>"]
+    rows: list[list[object]] = [
+        [pattern.count(FULL), pattern, f"{recall:.1%}", "yes" if recall >= found["needed"] else "no"]
+        for pattern, recall in sorted(found["patterns"].items(), key=lambda item: -item[0].count(FULL))
+    ]
+    refused = [
+        f"<p class=warning><code>{entry['pattern']}</code>: its held-out loss of {entry['loss']:.4f} is within the "
+        f"tolerance, and it recalls {entry['recall']:.1%} where {found['needed']:.1%} is needed: not chosen.</p>"
+        for entry in found["refused"]
+    ]
+    needs = (
+        f"<p>Needed: {found['needed']:.1%} of the marked tokens; the source recalls {found['source']:.1%} "
+        f"({escape(about)}).</p>"
+    )
+    return ["<h2>Retrieval</h2>", needs, table(["full layers", "pattern", "recall", "enough"], rows, []), *refused]
 
 
 def _table(document: dict[str, Any]) -> str:

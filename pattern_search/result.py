@@ -32,6 +32,14 @@ _SHAPE = {
     "data": {"calibration": _WINDOWS, "held_out": _WINDOWS},
     "date": str,
     "cost": {"search_layer_forwards": int, "held_out_layer_forwards": int},
+    "retrieval?": {
+        "origin": str,
+        "windows": int,
+        "seqlen": int,
+        "source": float,
+        "patterns": {str: float},
+        "refused": [{"pattern": str, "loss": float, "recall": float}],
+    },
 }
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
 
@@ -61,7 +69,7 @@ def result_document(
         `patterns` by number of full layers, and `index_share_pattern` where one was chosen (by tolerance, or because
         one number was asked for): what `convert --pattern-file` reads. `curve`: scores a number of full layers,
         searched and baselines. `order`: layers in the order in which they fell. `steps`, `recipe`, `source`, `data`,
-        `versions`, `cost`.
+        `versions`, `cost`, and `retrieval` where a tolerance was judged on it.
     """
     versions = stamp()
     document: dict[str, Any] = {
@@ -88,6 +96,7 @@ def result_document(
         ],
         "recipe": recipe(options),
         "teacher": outcome.teacher,
+        **({} if outcome.retrieval is None else {"retrieval": outcome.retrieval}),
         "source": {
             "name": source,
             "model_type": model_type,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..conversion.io.sources import ConversionError
 from ..evaluation.overlap import Overlap, selection_overlap
 from ..evaluation.perplexity import check_loss, evaluate_windows
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
@@ -21,9 +22,10 @@ from ..runs.output import prepare_output
 from ..runs.processes import Processes
 from ..runs.run_options import RunOptions
 from ..runs.windows.calibration import load_windows, short_window_warning
-from ..runs.windows.tokenizer import load_tokenizer
+from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.windows import Windows
 from .result import JOURNAL_FILE, result_document, write_result
+from .retrieval_guard import lost_retrieval, retrieval_windows
 from .search import SearchOptions, search, search_identity
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -63,6 +65,7 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     warning = short_window_warning(calibration.seqlen, config.index_topk)
     if warning:
         quiet.warn(warning)
+    retrieval = _retrieval(tokenizer, held_out, options, quiet)
     journal_path, cache_bytes = run.output / JOURNAL_FILE, _bytes(run.cache_memory)
     if processes.is_first:
         prepare_output(run.output, journal_path, run.resume, run.overwrite, "search")
@@ -89,6 +92,7 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
                 calibration,
                 held_out,
                 options,
+                retrieval=retrieval,
                 journal=journal,
                 processes=processes,
                 monitor=quiet,
@@ -110,12 +114,31 @@ def run_search(source: str, run: SearchRun, options: SearchOptions, monitor: Mon
     )
     if overlap is not None:
         document["overlap"] = {"layers": overlap.layers, "matrix": overlap.matrix.tolist()}
-    if warnings := [text for text in (warning, journal.damage) if text]:
+    asked = {count: outcome.patterns[count] for count in outcome.counts}
+    losing = lost_retrieval(document["curve"], asked, outcome.start, options.least_recall)
+    for text in losing:
+        quiet.warn(text)
+    if warnings := [text for text in (warning, journal.damage, *losing) if text]:
         document["warnings"] = warnings
     if processes.is_first:
         write_result(document, run.output)
     processes.wait()
     return document
+
+
+def _retrieval(
+    tokenizer: Tokenizer | None, held_out: Windows, options: SearchOptions, monitor: Monitor
+) -> Windows | None:
+    """Prompts that a tolerance is judged on, where tokens of the held-out windows are not marked."""
+    if options.tolerance is None or not options.least_recall or held_out.recall_tokens:
+        return None
+    try:
+        if tokenizer is None:
+            raise RunError("the checkpoint has no tokenizer to make prompts with")
+        return retrieval_windows(tokenizer, held_out)
+    except (RunError, ConversionError) as error:
+        monitor.warn(f"the tolerance is judged by loss alone, which hardly notices lost retrieval: {error}")
+        return None
 
 
 def _overlap(model: IndexCacheForCausalLM, windows: Windows) -> Overlap | None:

@@ -22,6 +22,7 @@ from .algorithms.lazy_greedy import lazy_greedy
 from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .measure.prefix_cache import PrefixCache
 from .measure.similarity import output_similarity, similarity_patterns
+from .retrieval_guard import DEFAULT_LEAST_RECALL, RetrievalGuard
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 # Batches of held-out windows that all patterns are checked on before the next ones.
@@ -35,6 +36,7 @@ class SearchOptions:
     Attributes:
         keep: numbers of full layers that matter most (counts or shares): they are refined and checked.
         tolerance: choose the smallest number of full layers whose held-out loss is within this share of the start's.
+        least_recall: what `tolerance` chooses must recall, see `RetrievalGuard`; 0 looks at the loss alone.
         algorithm: `lazy` or `greedy` (the paper's: every candidate on every window).
         objective: `kl`, `far-kl` or `lm`; None for `kl` with `lazy` and `lm` with `greedy`.
         teacher: whose predictions `kl` measures the distance to: `dense`, `source` or `auto`, see `Evaluator`.
@@ -49,6 +51,7 @@ class SearchOptions:
 
     keep: tuple[str, ...] = DEFAULT_KEEP
     tolerance: float | None = None
+    least_recall: float = DEFAULT_LEAST_RECALL
     algorithm: Literal["lazy", "greedy"] = "lazy"
     objective: str | None = None
     teacher: str = "auto"
@@ -104,6 +107,7 @@ class SearchOutcome:
         held_out: evaluations on the held-out windows, by pattern.
         teacher: whose predictions KL was measured to, `dense` or `source`; None without KL.
         chosen: the number of full layers that `tolerance` chose, or None.
+        retrieval: what `RetrievalGuard` found, or None where it was not asked.
         cost: layer-forwards and evaluations by part, and seconds of this run.
     """
 
@@ -116,6 +120,7 @@ class SearchOutcome:
     held_out: dict[str, Evaluation] = field(default_factory=dict)
     teacher: str | None = None
     chosen: int | None = None
+    retrieval: dict[str, Any] | None = None
     cost: dict[str, Any] = field(default_factory=dict)
 
 
@@ -125,6 +130,7 @@ def search(
     held_out: Windows,
     options: SearchOptions = SearchOptions(),
     *,
+    retrieval: Windows | None = None,
     journal: ScoreJournal | None = None,
     processes: Processes | None = None,
     monitor: Monitor | None = None,
@@ -138,6 +144,7 @@ def search(
         calibration: windows that decide.
         held_out: windows that check, and that `tolerance` is judged on.
         options: how.
+        retrieval: windows whose marked tokens `tolerance` is judged on, too; None for the held-out ones, if marked.
         journal: evaluations done before, and where new ones go; `search_identity` says what it must belong to.
         processes: who shares the work.
         monitor: shows progress.
@@ -183,7 +190,15 @@ def search(
     checking = evaluator("held_out", held_out, "lm", CHECKED_TOGETHER)
     _check(checking, options, outcome, monitor)
     if options.tolerance is not None:
-        _choose(calibrating, checking, options, outcome, monitor)
+        recalling = checking
+        if retrieval is not None:
+            recalling = evaluator(f"retrieval/{retrieval.sha256()[:16]}", retrieval, "lm", CHECKED_TOGETHER)
+        guard = _guard(recalling, options, outcome)
+        _choose(calibrating, checking, guard, options, outcome, monitor)
+        if guard is not None:
+            outcome.retrieval = guard.record(retrieval or held_out)
+        if recalling is not checking:
+            outcome.cost["retrieval_layer_forwards"] = recalling.layer_forwards
     outcome.cost |= {
         "search_layer_forwards": calibrating.layer_forwards,
         "calibration_windows": len(calibrating.windows),
@@ -299,8 +314,24 @@ def _check(evaluator: Evaluator, options: SearchOptions, outcome: SearchOutcome,
     outcome.held_out |= {evaluation.pattern: evaluation for evaluation in found}
 
 
+def _guard(recalling: Evaluator, options: SearchOptions, outcome: SearchOutcome) -> RetrievalGuard | None:
+    if not options.least_recall or not recalling.windows.recall_tokens:
+        return None
+
+    def recall(pattern: str) -> float:
+        found = outcome.held_out.get(pattern) if recalling.name == "held_out" else None
+        return (found or recalling.evaluate(pattern)).recall or 0.0
+
+    return RetrievalGuard(recall, outcome.start, options.least_recall)
+
+
 def _choose(
-    calibrating: Evaluator, checking: Evaluator, options: SearchOptions, outcome: SearchOutcome, monitor: Monitor
+    calibrating: Evaluator,
+    checking: Evaluator,
+    guard: RetrievalGuard | None,
+    options: SearchOptions,
+    outcome: SearchOutcome,
+    monitor: Monitor,
 ) -> None:
     """The fewest full layers within the tolerance; patterns around that number, not refined so far, are refined."""
 
@@ -310,14 +341,18 @@ def _choose(
         return outcome.held_out[pattern].loss
 
     limit = loss(outcome.start) * (1 + options.tolerance)  # type: ignore[operator]
-    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if loss(outcome.patterns[n]) <= limit)
+
+    def is_within(pattern: str) -> bool:
+        return loss(pattern) <= limit and (guard is None or guard.allows(pattern, loss(pattern)))
+
+    outcome.chosen = count = next(n for n in sorted(outcome.patterns) if is_within(outcome.patterns[n]))
     monitor.begin("tolerance", 1)
     while count >= max(1, options.blocks) and count < outcome.start.count(FULL):
         refined = None if count in outcome.counts else _refined(calibrating, outcome.patterns[count], options)
-        if refined is not None and loss(refined.pattern) <= limit:
+        if refined is not None and is_within(refined.pattern):
             outcome.patterns[count] = refined.pattern
             outcome.calibration[refined.pattern] = refined
-        if loss(outcome.patterns[count]) > limit:
+        if not is_within(outcome.patterns[count]):
             break
         outcome.chosen = count
         count -= 1

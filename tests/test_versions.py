@@ -19,7 +19,7 @@ def setup_cfg():
 def extras():
     """Requirements by extra, those for developers aside."""
     found = {name: lines.split("\n")[1:] for name, lines in setup_cfg()["options.extras_require"].items()}
-    return {name: lines for name, lines in found.items() if name not in ("test", "dev")}
+    return {name: lines for name, lines in found.items() if name not in ("test", "dev", "ecosystem")}
 
 
 def floors():
@@ -68,3 +68,11 @@ def test_every_extra_is_installed_for_the_tests_and_used_by_one(extra):
         assert requirement in tested
         assert importlib.util.find_spec(package) is not None
         assert any(re.search(rf"\b{package}\b", text) for text in texts), f"no test names {package}"
+
+
+def test_every_tool_of_the_ecosystem_has_a_row():
+    rows = "".join(path.read_text() for path in (ROOT / "tests" / "ecosystem").glob("test_*.py"))
+    listed = setup_cfg()["options.extras_require"]["ecosystem"].split("\n")[1:]
+    for requirement in listed:
+        package = re.match(r"[\w-]+", requirement)[0]
+        assert re.search(rf'package=[^)]*"{package}"', rows), f"no row runs {package}"

@@ -7,11 +7,11 @@ from typing import Any
 
 from ..convert.families import INDEXCACHE, ROUTER, Family
 from ..io.terminal_text import shown
+from ..publish.export_engines import ENGINES
 from .doctor_findings import ERROR, NOTE, Finding
 
-# Engines that rotate indexer halves as the config says (half-split when it says nothing), and those that route so.
-_READ_INDEXER_LAYOUT = ("vllm", "sglang", "trtllm")
-_READ_ROUTER = ("vllm", "sglang")
+# Engines that rotate indexer halves as half-split where the config says nothing.
+_HALF_SPLIT_BY_DEFAULT = ("vllm", "sglang", "trtllm", INDEXCACHE)
 _LAYOUTS = {True: "interleaved", False: "half-split"}
 _ROPE_NAMES = ("rope_parameters", "rope_scaling")
 
@@ -36,6 +36,11 @@ def config_findings(
     ]
 
 
+def _readers(engines: Sequence[str], *fields: str) -> tuple[str, ...]:
+    """Those of `engines` that read all of these fields, exports' targets only."""
+    return tuple(name for name in engines if name in ENGINES and ENGINES[name].reads.issuperset(fields))
+
+
 # ---- RoPE layouts ---------------------------------------------------------------------------------------------------
 
 
@@ -43,8 +48,9 @@ def _layouts(config: dict[str, Any], family: Family, engines: Sequence[str], ask
     found = []
     value, due = config.get("indexer_rope_interleave"), family.indexer_rope_interleave
     is_ours = config["model_type"] == INDEXCACHE
-    readers = tuple(engine for engine in engines if engine in _READ_INDEXER_LAYOUT or engine == INDEXCACHE)
     name = "indexer_rope_interleave"
+    served = _readers(engines, name)
+    readers = tuple(engine for engine in engines if engine in served or engine == INDEXCACHE)
     effect = (
         "query and key halves of the indexers are rotated in the wrong pairs: selections beyond top-k tokens are "
         "wrong, and shorter prompts look sound"
@@ -59,7 +65,8 @@ def _layouts(config: dict[str, Any], family: Family, engines: Sequence[str], ask
         )  # fmt: skip
     elif value is None and due:
         # A native GLM checkpoint is read with its family's layout by transformers and by IndexCache.
-        left = readers if is_ours else tuple(engine for engine in readers if engine != INDEXCACHE)
+        left = tuple(engine for engine in readers if engine in _HALF_SPLIT_BY_DEFAULT)
+        left = left if is_ours else tuple(engine for engine in left if engine != INDEXCACHE)
         if left:
             found.append(
                 Finding(
@@ -87,7 +94,7 @@ def _layouts(config: dict[str, Any], family: Family, engines: Sequence[str], ask
 
 
 def _router(config: dict[str, Any], engines: Sequence[str], asked: bool) -> list[Finding]:
-    found, readers = [], tuple(engine for engine in engines if engine in _READ_ROUTER)
+    found, readers = [], _readers(engines, *ROUTER)
     wrong = {name: config[name] for name, due in ROUTER.items() if config.get(name) not in (None, due)}
     if wrong:
         spelled = " and ".join(f"{name}={shown(value)}" for name, value in wrong.items())

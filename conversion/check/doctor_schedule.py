@@ -14,7 +14,7 @@ from typing import Any
 from ..convert.families import CONFIG_FAULTS, INDEXCACHE, source_pattern
 from ..io.sources import ConversionError
 from ..io.terminal_text import shown
-from ..publish.export_engines import READ_FAMILIES
+from ..publish.export_engines import UNREAD_FAMILIES
 from .doctor_findings import ERROR, NOTE, Finding, Reading, layers_text
 
 _LETTERS = {"F": "F", "S": "S", "full": "F", "shared": "S"}
@@ -236,7 +236,7 @@ def read_schedule(engine: str, config: dict[str, Any], layers: int) -> Reading:
     if config["model_type"] == INDEXCACHE and engine != INDEXCACHE:
         problem = f"{engine} does not know model_type {INDEXCACHE!r}"
         return Reading(engine, None, None, problem, knows_family=False)
-    if config["model_type"] not in (INDEXCACHE, *READ_FAMILIES) and engine not in (INDEXCACHE, "transformers"):
+    if config["model_type"] in UNREAD_FAMILIES and engine not in (INDEXCACHE, "transformers"):
         problem = f"what {engine} reads of {config['model_type']} has not been checked"
         return Reading(engine, None, None, problem, knows_family=False)
     return READERS[engine](engine, config, layers)

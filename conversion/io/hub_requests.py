@@ -28,6 +28,8 @@ _SHORTEST_TOKEN = 16
 
 BUSY = (408, 429, 500, 502, 503, 504)
 _ATTEMPTS = 6
+# An error whose body is no text has a status that huggingface_hub does not say: it may be one of those, or final.
+_ATTEMPTS_OF_NO_TEXT = 3
 _LONGEST_WAIT = 8
 # A server that asks for more patience than these seconds is not waited for.
 _LONGEST_PATIENCE = 300
@@ -102,6 +104,10 @@ def _repeated(work: Callable[[], Result], also_unreachable: bool) -> Result:
             if (seconds := _seconds_to_wait(response, attempt)) > _LONGEST_PATIENCE:
                 raise
             time.sleep(seconds)
+        except UnicodeDecodeError:
+            if attempt + 1 >= _ATTEMPTS_OF_NO_TEXT:
+                raise
+            time.sleep(_seconds_to_wait(None, attempt))
     return work()
 
 

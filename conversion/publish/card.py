@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ...configuration.share_pattern import SharePattern
 from ..io.hub_integrity import is_commit_id
@@ -118,6 +118,7 @@ def write_card(
     bytes_saved: int | None = None,
     measured: Sequence[Mapping[str, Any]] | None = None,
     trained: str | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> Path:
     """Write `README.md` into an IndexCache checkpoint's folder.
 
@@ -135,6 +136,8 @@ def write_card(
         measured: rows of a table of measurements, each column name -> value; rows share their columns.
         trained: how the weights were trained for the pattern, to follow "All weights were trained for this pattern";
             `None` when they are the base model's.
+        scores: of this checkpoint on its held-out windows, metric -> value, for the card's `model-index`: `loss`, in
+            nats a token, and `recall`, a share.
 
     Returns:
         The card's path.
@@ -147,6 +150,9 @@ def write_card(
     """
     inherited = _metadata(source_card)
     data = _card_data(inherited, source_id)
+    if scores:
+        data.model_name = repo_id or f"{source_id or 'DSA model'} with IndexCache"
+        data.eval_results = [_result(metric, value) for metric, value in scores.items()]
     licence_note = ""
     if "license" not in inherited:
         licence_note = (
@@ -257,6 +263,16 @@ def _card_data(inherited: Mapping[str, Any], source_id: str | None) -> ModelCard
             "base_model": source_id or inherited.get("base_model"),
             "tags": list(dict.fromkeys([*tags, *TAGS])),
         }
+    )
+
+
+def _result(metric: str, value: float) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="held-out-windows",
+        dataset_name="held-out windows, named in the recipe",
+        metric_type=metric,
+        metric_value=round(value, 4),
     )
 
 

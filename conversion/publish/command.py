@@ -22,6 +22,9 @@ def push(
     private: Annotated[bool | None, typer.Option("--private/--public", help="For a new repository.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; made when absent.")] = None,
     commit_message: Annotated[str | None, typer.Option(help="Title of the commit.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Propose it as a pull request to a repository that exists.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would be sent, send nothing.")] = False,
     token: Token = None,
     as_json: AsJson = False,
@@ -32,6 +35,8 @@ def push(
     """
     from .hub import check_contents, push_folder
 
+    if create_pr and private is not None:
+        fail("--create-pr proposes to a repository that exists: --private and --public are for a new one", 2)
     shown: list[HubContents] = []
     announce, url = announcer(as_json, shown), None
     if dry_run:
@@ -44,13 +49,15 @@ def push(
             revision=revision,
             token=token,
             commit_message=commit_message,
+            create_pr=create_pr,
             announce=announce,
         )
     if as_json:
         print_json({"url": url, "files": shown[0].files, "left": shown[0].left})
     else:
-        tell(f"pushed: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
-        if url:
+        done = "proposed" if create_pr else "pushed"
+        tell(f"{done}: {url}" if url else f"nothing sent to {repo_id}: --dry-run")
+        if url and not create_pr:
             commit = url.rpartition("/")[2]
             tell(f'pinned: from_pretrained("{repo_id}", revision="{commit}", trust_remote_code=True)')
 

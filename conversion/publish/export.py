@@ -197,7 +197,10 @@ def export_pattern(
         raise ConversionError(f"{path} holds no pattern of F and S: give what `indexcache search` wrote")
     pattern = read_pattern_file(path, len(spelled[0]), keep)
     source = content.get("source")
-    fields = engine.spell(str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    try:
+        fields = engine.spell(str(source.get("model_type")) if isinstance(source, dict) else "", pattern)
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from None
     if not fields:
         raise ConversionError(f"{path} does not say which family it is for: convert the checkpoint and export that")
     if output.exists():

@@ -17,8 +17,8 @@ from ..convert.families import ROUTER, indexer_layer, layer_of
 from ..io.checkpoint import Checkpoint
 from ..io.sources import ConversionError
 
-# Families whose reading by vLLM, SGLang and TensorRT-LLM was followed in their sources.
-READ_FAMILIES = ("deepseek_v32", "glm_moe_dsa")
+# Families whose reading by vLLM, SGLang, TensorRT-LLM and Megatron-Bridge was not followed in their sources.
+UNREAD_FAMILIES = ("axk2",)
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -186,7 +186,7 @@ def _expert_schedule(config: IndexCacheConfig) -> tuple[int, int] | None:
 
 def _spell_for_serving(model_type: str, pattern: SharePattern) -> dict[str, Any]:
     """The whole list twice: vLLM and TensorRT-LLM read `index_topk_pattern`, SGLang `indexer_types` before it."""
-    if model_type not in READ_FAMILIES:
+    if model_type in UNREAD_FAMILIES:
         raise ConversionError(
             f"what serving engines read of {model_type}'s config has not been checked, so no export is made for them: "
             "load the IndexCache checkpoint itself with trust_remote_code=True"
@@ -195,7 +195,7 @@ def _spell_for_serving(model_type: str, pattern: SharePattern) -> dict[str, Any]
 
 
 def _spell_for_transformers(model_type: str, pattern: SharePattern) -> dict[str, Any]:
-    if model_type != "glm_moe_dsa" and pattern.shared_layers:
+    if model_type in ("deepseek_v32", *UNREAD_FAMILIES) and pattern.shared_layers:
         raise ConversionError(
             f"transformers' own {model_type} runs an indexer in every layer and cannot share (pattern {pattern}): "
             "load the IndexCache checkpoint itself with trust_remote_code=True, or export an all-F one"
@@ -208,7 +208,7 @@ def _spell_for_megatron(model_type: str, pattern: SharePattern) -> dict[str, Any
 
     For an offset of at least 1 that is the schedule of `SharePattern.from_frequency`.
     """
-    if model_type != "glm_moe_dsa":
+    if model_type in ("deepseek_v32", *UNREAD_FAMILIES):
         raise ConversionError(
             f"Megatron-Bridge has no bridge for {model_type} in its release (0.6.2), and those that its repository "
             "has held read no field of sharing: export it for another engine"

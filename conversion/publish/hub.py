@@ -29,6 +29,7 @@ def push_folder(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str | None = None,
+    create_pr: bool = False,
     announce: Callable[[HubContents], None] | None = None,
 ) -> str:
     """Upload a checkpoint as a model repository, after checking that it is whole.
@@ -44,10 +45,12 @@ def push_folder(
         revision: branch to push to, made when absent; `main` when `None`.
         token: Hub token; `HF_TOKEN` or the saved login when `None`.
         commit_message: the commit's title.
+        create_pr: propose the commit as a pull request against `revision` and change no branch; for a repository
+            that exists, of others too.
         announce: called with what will be sent and what stays, before the Hub is spoken to.
 
     Returns:
-        The commit's address.
+        The commit's address, or the pull request's.
 
     Raises:
         ConversionError: an unfinished or damaged checkpoint, a token among its files, no token, no permission, a card
@@ -59,23 +62,25 @@ def push_folder(
     require_token(repo_id, token)
     api = HfApi(token=token, library_name="indexcache")
     with hub_errors(repo_id, token, Path(folder) / "README.md"):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if not create_pr:
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ConversionError(
                 f"{repo_id} exists and is public: make it private in its settings, push to another id, or drop "
                 "--private"
             )
-        if revision is not None:
+        if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=Path(folder),
             revision=revision,
             commit_message=commit_message or "Upload IndexCache checkpoint",
+            create_pr=create_pr,
             # Patterns, not names, are what it takes.
             allow_patterns=[glob.escape(name) for name in contents.files],
         )
-    return str(commit.commit_url)
+    return str(commit.pr_url if create_pr else commit.commit_url)
 
 
 def require_token(repo_id: str, token: str | None) -> None:

@@ -169,8 +169,8 @@ def check_query_start(operation: str, query_start: Any, batch: int) -> None:
         )
 
 
-def check_angles(operation: str, x: torch.Tensor, cos: Any, sin: Any, turned: int | None = None) -> None:
-    """`cos` and `sin` are `[B or 1, S, R]` for `x [B, S, ..., D]`; R is even and `turned`, or D if that is None.
+def check_angles(operation: str, x: torch.Tensor, cos: Any, sin: Any, rotated: int | None = None) -> None:
+    """`cos` and `sin` are `[B or 1, S, R]` for `x [B, S, ..., D]`; R is even and `rotated`, or D if that is None.
 
     Raises:
         TypeError: for what is no tensor.
@@ -180,10 +180,10 @@ def check_angles(operation: str, x: torch.Tensor, cos: Any, sin: Any, turned: in
     check_floats(operation, x=x, cos=cos, sin=sin)
     if x.dim() < 3:
         raise ValueError(f"{operation}: what is turned must be [B, S, ..., R], got {tuple(x.shape)}")
-    turned = x.shape[-1] if turned is None else turned
-    wanted = ((1, x.shape[1], turned), (x.shape[0], x.shape[1], turned))
+    rotated = x.shape[-1] if rotated is None else rotated
+    wanted = ((1, x.shape[1], rotated), (x.shape[0], x.shape[1], rotated))
     for name, angle in (("cos", cos), ("sin", sin)):
-        if tuple(angle.shape) not in wanted or turned % 2:
+        if tuple(angle.shape) not in wanted or rotated % 2:
             raise ValueError(
                 f"{operation}: {name} must be [B or 1, S, R] = {wanted[1]}, R even, got {tuple(angle.shape)}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
     why_not: dict[str, str]
 
 
-def operations() -> Iterator[tuple[str, Operation]]:
+def operations() -> Iterator[tuple[str, Operation[Any]]]:
     """Every operation of the folders beside this one, with its folder: found in the files, in no list."""
     package = __package__.rpartition(".")[0]
     for path in sorted(Path(__file__).parents[1].glob("*/*.py")):
@@ -59,7 +59,7 @@ def choices(device: torch.device, target: DeviceTarget | None = None) -> list[Ch
         return [choice for folder, operation in found for choice in _choices(folder, operation, device)]
 
 
-def _choices(folder: str, operation: Operation, device: torch.device) -> Iterator[Choice]:
+def _choices(folder: str, operation: Operation[Any], device: torch.device) -> Iterator[Choice]:
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device=device if device.type == "cuda" else "meta")
 

@@ -1,4 +1,4 @@
-"""What is known of a device when a kernel and its tiles are chosen: asked once, or pretended while nothing runs."""
+"""What is known of a device when a kernel and its tiles are chosen: asked once, or simulated while nothing runs."""
 
 from __future__ import annotations
 

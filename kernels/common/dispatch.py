@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -47,6 +47,9 @@ _forbidden = os.environ.get(NO_FALLBACK, "") not in ("", "0")
 _ran: list[tuple[str, str]] | None = None
 
 
+_Result = TypeVar("_Result")
+
+
 class FallbackError(RuntimeError):
     """A slower backend would run, and `no_fallback` forbids it."""
 
@@ -56,7 +59,7 @@ def takes_all(*_: Any) -> None:
     return
 
 
-class Backend(NamedTuple):
+class Backend(NamedTuple, Generic[_Result]):
     """One way to run an operation.
 
     Attributes:
@@ -68,11 +71,11 @@ class Backend(NamedTuple):
 
     name: str
     why_not: Callable[..., str | None]
-    run: Callable[..., Any]
+    run: Callable[..., _Result]
     optional: bool = False
 
 
-class Operation:
+class Operation(Generic[_Result]):
     """What is computed, with its backends, the fastest first; the last takes all arguments and needs no kernels.
 
     Attributes:
@@ -82,11 +85,16 @@ class Operation:
         examples: arguments of typical shapes by name, made by a function like `torch.empty` with bf16 for its dtype.
     """
 
-    def __init__(self, name: str, *backends: Backend, **examples: Callable[[Callable[..., torch.Tensor]], tuple]):
+    def __init__(
+        self,
+        name: str,
+        *backends: Backend[_Result],
+        **examples: Callable[[Callable[..., torch.Tensor]], tuple[Any, ...]],
+    ) -> None:
         self.name, self.backends, self.examples = name, backends, examples
         self.defined_in = sys._getframe(1).f_globals["__name__"].rpartition(".")[2]
 
-    def __call__(self, device: torch.device, *arguments: Any, allow_triton: bool = True) -> Any:
+    def __call__(self, device: torch.device, *arguments: Any, allow_triton: bool = True) -> _Result:
         """Run the first backend that takes `arguments`, or without `allow_triton` the last.
 
         Raises:
@@ -113,7 +121,7 @@ class Operation:
                 reason = f"it does not compile here ({type(error).__name__}: {_first_line(error)})"
                 _set_aside[self.name, backend.name, device] = reason
 
-    def choose(self, device: torch.device, *arguments: Any) -> Backend:
+    def choose(self, device: torch.device, *arguments: Any) -> Backend[_Result]:
         """The backend that runs `arguments`, without running it; says what a slower one is chosen for.
 
         Raises:

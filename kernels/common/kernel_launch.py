@@ -18,11 +18,11 @@ from .kernel_keys import settle_key
 
 class _ThisThread(local):
     # A default in the class: to look for what a `local` lacks takes two microseconds.
-    record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None] | None = None
+    record: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None] | None = None
 
 
 _thread = _ThisThread()
-_waits: tuple[Callable[[Any, tuple, dict[str, Any]], None], ...] = ()
+_waits: tuple[Callable[[Any, tuple[Any, ...], dict[str, Any]], None], ...] = ()
 
 
 def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable[..., Any]:
@@ -37,7 +37,8 @@ def launcher(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -> Callable
         index = like.get_device()
         # -1: a CPU's tensors, in Triton's interpreter.
         if index < 0 or index == torch.cuda.current_device():
-            return kernel[grid]
+            launch: Callable[..., Any] = kernel[grid]
+            return launch
     return _launcher_of_a_few(kernel, grid, like)
 
 
@@ -60,7 +61,7 @@ def _launcher_of_a_few(kernel: Any, grid: tuple[int, ...], like: torch.Tensor) -
 class WaitBeforeLaunches:
     """Call `wait(kernel, arguments, options)` before every launch of this process, until `stop`."""
 
-    def __init__(self, wait: Callable[[Any, tuple, dict[str, Any]], None]) -> None:
+    def __init__(self, wait: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
         global _waits
         self._wait = wait
         _waits = (*_waits, wait)
@@ -72,7 +73,9 @@ class WaitBeforeLaunches:
 
 
 @contextmanager
-def recorded_launches(record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]) -> Iterator[None]:
+def recorded_launches(
+    record: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None],
+) -> Iterator[None]:
     """Hand this thread's launches to `record(kernel, grid, arguments, options)`, and run nothing.
 
     With tensors that have no memory (`pretended_tensors.py`), what a model would launch is known before it runs.
@@ -93,6 +96,11 @@ def are_recorded() -> bool:
 def tile_options(tile: Any) -> dict[str, int]:
     """A named tuple of a kernel's launch shape as its options: `BLOCK_M` for `block_m`, `num_warps` as it is."""
     return {name if name.startswith("num_") else name.upper(): value for name, value in tile._asdict().items()}
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the entries of a row next to each other, as kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def is_capturing(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Tensors without memory that say they are on a GPU: a model runs on them, and what it would launch is recorded.
 
 No GPU is needed, nor a PyTorch that was built for one. PyTorch sees tensors of its `meta` device, which have shapes,
-strides and dtypes; this package's code sees CUDA tensors of the target that is pretended. Tensors have no values:
+strides and dtypes; this package's code sees CUDA tensors of the simulated target. Tensors have no values:
 whether all of a mask is True is answered with False.
 """
 
@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 
 def _without_memory(value: Any) -> Any:
-    """What PyTorch gave, its `meta` tensors as pretended ones."""
+    """What PyTorch gave, its `meta` tensors as simulated CUDA tensors."""
     return value.as_subclass(PretendedTensor) if type(value) is torch.Tensor and value.is_meta else value
 
 
@@ -73,7 +73,7 @@ def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 class _Pretending(TorchFunctionMode):
-    """PyTorch's functions on pretended tensors; this package's custom operations run as they are written."""
+    """PyTorch's functions on simulated tensors; this package's custom operations run as they are written."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called in place of every function of PyTorch."""
@@ -89,12 +89,12 @@ class _Pretending(TorchFunctionMode):
 
 @contextmanager
 def pretended_launches(
-    target: DeviceTarget, record: Callable[[Any, tuple[int, ...], tuple, dict[str, Any]], None]
+    target: DeviceTarget, record: Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 ) -> Iterator[None]:
     """Let CUDA tensors that are made in this thread have no memory, and its launches only be recorded.
 
     Args:
-        target: of the device that is pretended.
+        target: of the simulated device.
         record: called with kernel, grid, arguments and options of every launch.
     """
     with _Pretending(), pretended_target(target), recorded_launches(record), torch.no_grad():

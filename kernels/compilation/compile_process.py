@@ -183,7 +183,7 @@ class CompileProcess:
         if self._ready or self._gone:
             call()
 
-    def compile(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> str:
+    def compile(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
         """Let it compile a variant into Triton's cache, and wait for that.
 
         Returns:

@@ -1,7 +1,7 @@
 """The variants of kernels that launches ask for, and their compilation before they are needed.
 
 Triton compiles a kernel anew for other dtypes and constants, and for integers that are 1, a multiple of 16 or neither,
-unless told not to look. A variant is one such case.
+unless it is to ignore them. A variant is one such case.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Variant(NamedTuple):
 
     Attributes:
         kernel: the kernel.
-        key: what Triton tells apart, by argument.
+        key: what Triton distinguishes, by argument.
         grid: of the launch.
         arguments: of the launch, in the kernel's order.
         options: of the launch: constants and compiler options by name.
@@ -35,13 +35,13 @@ class Variant(NamedTuple):
     kernel: Any
     key: Key
     grid: tuple[int, ...]
-    arguments: tuple
+    arguments: tuple[Any, ...]
     options: dict[str, Any]
 
     @property
     def name(self) -> str:
         """The kernel's name."""
-        return self.kernel.fn.__name__
+        return str(self.kernel.fn.__name__)
 
     def compile(self) -> Any:
         """Compile for the current device and put the result in Triton's cache, on disk and in this process.
@@ -70,7 +70,7 @@ class VariantList:
     def __init__(self) -> None:
         self._found: dict[Key, Variant] = {}
 
-    def record(self, kernel: Any, grid: tuple[int, ...], arguments: tuple, options: dict[str, Any]) -> None:
+    def record(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Note a launch."""
         key = variant_key(kernel, arguments, options)
         self._found.setdefault(key, Variant(kernel, key, grid, arguments, options))
@@ -81,8 +81,8 @@ class VariantList:
         return list(self._found.values())
 
 
-def variant_key(kernel: Any, arguments: tuple, options: dict[str, Any]) -> Key:
-    """What Triton tells apart of a launch: the kernel, and the case of each argument and option by name."""
+def variant_key(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Key:
+    """What Triton distinguishes of a launch: the kernel, and the case of each argument and option by name."""
     known = {parameter.name: parameter for parameter in kernel.params}
     given = dict(zip(known, arguments)) | options
     cases = (f"{kernel.fn.__module__}.{kernel.fn.__qualname__}",)
@@ -204,7 +204,7 @@ class Compilations:
         with torch.cuda.device(self._device):
             return variant.load()
 
-    def _wait(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
+    def _wait(self, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         future = self._pending.get(variant_key(kernel, arguments, options))
         # Not begun, it is the launch's own to compile.
         if future is not None and not future.cancel():

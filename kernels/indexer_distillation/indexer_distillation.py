@@ -151,7 +151,7 @@ def attention_lse(
 ) -> torch.Tensor:
     """`log sum exp(scale * q . kv)` of every query and head over all the keys that the query sees.
 
-    What `dense_indexer_kl` computes for itself when no `attn_lse` is given, and what turns `selected_attention` into
+    What `dense_indexer_kl` computes for itself when no `attn_lse` is given, and what makes of `selected_attention`
     the recall of the attention mass. Arguments as for `dense_indexer_kl`; no gradient flows.
 
     Returns:
@@ -243,7 +243,7 @@ def dense_indexer_kl(
     return _run(DENSE_KL, allow_triton, *arguments)
 
 
-def _run(operation: Operation, allow_triton: bool, *arguments: Any) -> torch.Tensor:
+def _run(operation: Operation[torch.Tensor], allow_triton: bool, *arguments: Any) -> torch.Tensor:
     """Run an operation; inside `torch.compile`, which keeps no record of failures, the first backend that takes."""
     device, (kernels, reference) = arguments[0].device, operation.backends
     if torch.compiler.is_compiling() and allow_triton and device.type == "cuda":
@@ -253,7 +253,8 @@ def _run(operation: Operation, allow_triton: bool, *arguments: Any) -> torch.Ten
 
 def _index_scale(operation: str, q: torch.Tensor, scale: float | None) -> float:
     if scale is None:
-        return q.shape[-1] ** -0.5
+        default: float = q.shape[-1] ** -0.5
+        return default
     check_scale(operation, scale, positive=True)
     return scale
 

@@ -15,8 +15,8 @@ from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS
 from ..common.kernel_launch import launcher, tile_options
 from ..common.triton_support import tl, triton
-from .indexer_distillation_teacher_triton import DenseTile, teacher_targets, visibility_arguments
-from .indexer_distillation_triton import GRADIENT_SCALE
+from .indexer_distillation_teacher_triton import DenseTile, Visibility, teacher_targets
+from .indexer_distillation_triton import GRADIENT_SCALE, index_blocks
 
 
 def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
@@ -29,7 +29,17 @@ def index_tile(target: DeviceTarget, heads: int) -> DenseTile:
 
 
 def dense_kl_triton(
-    q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    q_attn: list[torch.Tensor],
+    kv: list[torch.Tensor],
+    attn_lse: list[torch.Tensor],
+    scale: float,
+    attn_scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """KL `[B, S]` and the lse of the index scores that its gradient needs, both fp32."""
     B, S, H, D = q.shape
@@ -38,18 +48,19 @@ def dense_kl_triton(
     lse = torch.zeros_like(kl)
     if B * S * H * k.shape[1] == 0:
         return kl, lse
-    tile = index_tile(device_target(q.device), H)
+    tile, visible = index_tile(device_target(q.device), H), Visibility(query_start, key_start, key_mask)
+    constants = index_blocks(H, D) | tile_options(tile)
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        tensors = (q, k, weights, target, kl, lse, *visibility_arguments(visible))
-        sizes = (scale, first, last, S, k.shape[1])
+        tensors = (q, k, weights, target, kl, lse, *visible.for_kernels())
+        sizes = (scale, first, last, S, k.shape[1], target.stride(0))
         launcher(_dense_kl_forward_kernel, (triton.cdiv(last - first, tile.block_q), B), q)(
-            *tensors, *sizes, target.stride(0), **_index_blocks(H, D, tile)
+            *tensors, *sizes, **constants
         )
     return kl, lse
 
 
 def dense_kl_backward_triton(
-    grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible
+    grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, *visible
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and weights, in their dtypes."""
     B, S, H, D = q.shape
@@ -61,42 +72,28 @@ def dense_kl_backward_triton(
         return grad_q, grad_k.to(k.dtype), grad_weights
     # Upstream gradients enter 16-bit operands relative to the largest.
     largest = grad.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).reshape(1)
-    tile = index_tile(device_target(q.device), H)
-    visibility = visibility_arguments(visible)
+    tile, visible = index_tile(device_target(q.device), H), Visibility(*visible)
+    constants = index_blocks(H, D) | tile_options(tile) | {"GRADIENT_SCALE": GRADIENT_SCALE}
+    seen = visible.for_kernels()
     for first, last, target in teacher_targets(q_attn, kv, attn_lse, attn_scale, visible, S):
-        tensors = (grad, q, k, weights, target, lse, grad_q, grad_weights, *visibility)
-        sizes = (scale, first, last, S, T)
+        inputs, sizes = (q, k, weights, target, lse), (scale, first, last, S, T, target.stride(0))
         launcher(_dense_kl_grad_q_kernel, (triton.cdiv(last - first, tile.block_q), B), grad)(
-            *tensors, *sizes, target.stride(0), GRADIENT_SCALE=GRADIENT_SCALE, **_index_blocks(H, D, tile)
+            grad, *inputs, grad_q, grad_weights, *seen, *sizes, **constants
         )
-        tensors = (grad, largest, q, k, weights, target, lse, grad_k, *visibility)
         launcher(_dense_kl_grad_k_kernel, (triton.cdiv(T, tile.block_n), B), grad)(
-            *tensors,
-            *sizes,
-            target.stride(0),
-            GRADIENT_SCALE=GRADIENT_SCALE,
-            **_index_blocks(H, D, tile),
+            grad, largest, *inputs, grad_k, *seen, *sizes, **constants
         )
     return grad_q, grad_k.to(k.dtype), grad_weights
 
 
-def _index_blocks(H: int, D: int, tile: DenseTile) -> dict[str, int]:
-    return {
-        "H": H,
-        "D": D,
-        "BLOCK_H": max(16, triton.next_power_of_2(H)),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        **tile_options(tile),
-    }
-
-
 if triton is not None:
-    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys
+    from .indexer_distillation_teacher_triton import last_and_first_slot, seen_keys, slots_of_queries
 
     @triton.jit
     def _index_rows(
         q,
         weights,
+        scale,
         batch,
         query,
         last_query,
@@ -106,7 +103,10 @@ if triton is not None:
         BLOCK_H: tl.constexpr,
         BLOCK_D: tl.constexpr,
     ):
-        """Index queries `[BQ * BH, BD]` and weights `[BQ * BH]` of some queries, zero where there is no such head."""
+        """Index queries `[BQ * BH, BD]` and weights times scale `[BQ * BH]`, zero where there is no such head.
+
+        Of some queries; with the rows of both, and which of them there are.
+        """
         BLOCK_Q: tl.constexpr = query.shape[0]
         offs_h = tl.arange(0, BLOCK_H)
         row = (batch * S + query)[:, None] * H + offs_h[None, :]
@@ -115,7 +115,7 @@ if triton is not None:
         mask = tl.reshape(mask, [BLOCK_Q * BLOCK_H])
         offs_d = tl.arange(0, BLOCK_D)
         tile = tl.load(q + row[:, None] * D + offs_d[None, :], mask=mask[:, None] & (offs_d < D)[None, :], other=0.0)
-        weight = tl.load(weights + row, mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(weights + row, mask=mask, other=0.0).to(tl.float32) * scale
         return tile, weight, row, mask
 
     @triton.jit
@@ -158,11 +158,8 @@ if triton is not None:
         block = tl.num_programs(0) - 1 - tl.program_id(0)
         query = (first_query + block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         real = query < last_query
-        q_tile, weight, _, _ = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-        weight *= scale
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        q_tile, weight, _, _ = _index_rows(q, weights, scale, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
+        last_slot, first_slot, begin, end = slots_of_queries(query_start, key_start, batch, query, real, S, T, BLOCK_N)
 
         # Kept by lane of the tile and reduced over keys once, at the end.
         top = tl.full([BLOCK_N, BLOCK_Q], float("-inf"), tl.float32)
@@ -247,11 +244,8 @@ if triton is not None:
         block = tl.num_programs(0) - 1 - tl.program_id(0)
         query = (first_query + block * BLOCK_Q + tl.arange(0, BLOCK_Q)).to(tl.int64)
         real = query < last_query
-        q_tile, weight, row, mask = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-        weight *= scale
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        q_tile, weight, row, mask = _index_rows(q, weights, scale, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
+        last_slot, first_slot, begin, end = slots_of_queries(query_start, key_start, batch, query, real, S, T, BLOCK_N)
 
         # With u[h] = sum_n dI[n] [dots > 0] k[n]: dq[h] = w[h] u[h] and dw[h] = q[h] . u[h], both times the scale.
         u_t = tl.zeros([BLOCK_D, BLOCK_Q * BLOCK_H], tl.float32)
@@ -316,8 +310,7 @@ if triton is not None:
         for start in range(begin, last_query, BLOCK_Q):
             query = (start + tl.arange(0, BLOCK_Q)).to(tl.int64)
             real = query < last_query
-            q_tile, weight, _, _ = _index_rows(q, weights, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
-            weight *= scale
+            q_tile, weight, _, _ = _index_rows(q, weights, scale, batch, query, last_query, S, H, D, BLOCK_H, BLOCK_D)
             last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
             dots = tl.dot(k_tile, tl.trans(q_tile))
             score = _tile_scores(dots, weight, BLOCK_N, BLOCK_Q, BLOCK_H)

@@ -22,7 +22,7 @@ from .indexer_distillation_reference import (
     selected_attention_reference,
     selected_index_scores_reference,
 )
-from .indexer_distillation_teacher_triton import Visibility, attention_lse_triton
+from .indexer_distillation_teacher_triton import attention_lse_triton
 from .indexer_distillation_triton import (
     index_backward_triton,
     indexer_kl_triton,
@@ -40,26 +40,6 @@ def _fp32(like: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _gradient_shapes(grad, q, k, weights, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, weights))
-
-
-@custom_op(lambda q, k, weights, indices, scale: _fp32(q, *indices.shape))
-def _selected_index_scores(
-    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return selected_scores_triton(q, k, weights, indices, scale)
-
-
-@custom_op(lambda q, *_: (_fp32(q, *q.shape[:2]), _fp32(q, 2, *q.shape[:2])))
-def _indexer_kl(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    indices: torch.Tensor,
-    target: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The KL `[B, S]` and what its gradient needs, `[2, B, S]`."""
-    return indexer_kl_triton(q, k, weights, indices, target, scale)
 
 
 @custom_op(_gradient_shapes)
@@ -115,48 +95,6 @@ def _differentiate_kl(ctx, grad, _):
     return *_index_backward(grad, *ctx.saved_tensors, ctx.scale), None, None, None
 
 
-_selected_index_scores.register_autograd(_differentiate_scores, setup_context=_keep_for_scores)
-_indexer_kl.register_autograd(_differentiate_kl, setup_context=_keep_for_kl)
-
-
-@custom_op(lambda q, kv, lse, indices, scale: _fp32(q, *indices.shape))
-def _selected_attention(
-    q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
-) -> torch.Tensor:
-    return selected_attention_triton(q, kv, lse, indices, scale)
-
-
-@custom_op(lambda q, *_: _fp32(q, *q.shape[:3]))
-def _attention_lse(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    scale: float,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> torch.Tensor:
-    return attention_lse_triton(q, kv, scale, Visibility(query_start, key_start, key_mask))
-
-
-@custom_op(lambda q, *_: (_fp32(q, *q.shape[:2]), _fp32(q, *q.shape[:2])))
-def _dense_indexer_kl(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    weights: torch.Tensor,
-    q_attn: list[torch.Tensor],
-    kv: list[torch.Tensor],
-    attn_lse: list[torch.Tensor],
-    scale: float,
-    attn_scale: float,
-    query_start: torch.Tensor,
-    key_start: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The KL `[B, S]` and the lse of the index scores `[B, S]`."""
-    visible = Visibility(query_start, key_start, key_mask)
-    return dense_kl_triton(q, k, weights, q_attn, kv, attn_lse, scale, attn_scale, visible)
-
-
 @custom_op(_gradient_shapes)
 def _dense_indexer_kl_backward(
     grad: torch.Tensor,
@@ -173,13 +111,13 @@ def _dense_indexer_kl_backward(
     key_start: torch.Tensor | None,
     key_mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    visible = Visibility(query_start, key_start, key_mask)
-    return _DENSE_GRADIENT(q.device, grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible)
+    visible = (query_start, key_start, key_mask)
+    return _DENSE_GRADIENT(q.device, grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, *visible)
 
 
-def _dense_backward_in_pytorch(grad, q, k, weights, q_attn, kv, attn_lse, lse, scale, attn_scale, visible):
+def _dense_backward_in_pytorch(grad, q, k, weights, q_attn, kv, attn_lse, lse, *rest):
     def run(*inputs):
-        return dense_indexer_kl_reference(*inputs, q_attn, kv, attn_lse, scale, attn_scale, *visible)
+        return dense_indexer_kl_reference(*inputs, q_attn, kv, attn_lse, *rest)
 
     return _gradients_in_pytorch(run, grad, q, k, weights)
 
@@ -199,7 +137,19 @@ def _differentiate_dense_kl(ctx, grad, _):
     return *gradients, *([None] * n for _ in range(3)), None, None, None, None, None
 
 
-_dense_indexer_kl.register_autograd(_differentiate_dense_kl, setup_context=_keep_for_dense_kl)
+def _per_entry(q, keys, third, indices, *_):
+    return _fp32(q, *indices.shape)
+
+
+_selected_index_scores = custom_op(_per_entry, _differentiate_scores, _keep_for_scores)(selected_scores_triton)
+_indexer_kl = custom_op(
+    lambda q, *_: (_fp32(q, *q.shape[:2]), _fp32(q, 2, *q.shape[:2])), _differentiate_kl, _keep_for_kl
+)(indexer_kl_triton)
+_selected_attention = custom_op(_per_entry)(selected_attention_triton)
+_attention_lse = custom_op(lambda q, *_: _fp32(q, *q.shape[:3]))(attention_lse_triton)
+_dense_indexer_kl = custom_op(
+    lambda q, *_: (_fp32(q, *q.shape[:2]), _fp32(q, *q.shape[:2])), _differentiate_dense_kl, _keep_for_dense_kl
+)(dense_kl_triton)
 
 
 def _why_not(q: torch.Tensor, keys: torch.Tensor, max_width: int, topk: int = 0) -> str | None:
@@ -241,6 +191,11 @@ def _dense(new: Callable[..., torch.Tensor], *lse: Any) -> tuple:
     return *_index(new)[:3], [q], [kv], [new(1, 2048, 20)], *lse, 1.0, 1.0, start, None, None
 
 
+def _index_gradient(new: Callable[..., torch.Tensor]) -> tuple:
+    stats = new(2, 1, 2048, dtype=torch.float32)
+    return new(1, 2048), *_index(new), new(1, 2048, 2048), stats, 1.0, False
+
+
 SCORES = Operation(
     "selected_index_scores",
     Backend("Triton", _why_not_index, _selected_index_scores),
@@ -257,7 +212,7 @@ _INDEX_GRADIENT = Operation(
     "indexer_kl's gradient",
     Backend("Triton", takes_all, index_backward_triton),
     Backend("PyTorch", takes_all, _index_backward_in_pytorch),
-    training=lambda new: (new(1, 2048), *_index(new), None, None, 1.0, False),
+    training=_index_gradient,
 )
 ATTENTION = Operation(
     "selected_attention",
@@ -281,5 +236,5 @@ _DENSE_GRADIENT = Operation(
     "dense_indexer_kl's gradient",
     Backend("Triton", takes_all, dense_kl_backward_triton),
     Backend("PyTorch", takes_all, _dense_backward_in_pytorch),
-    training=lambda new: (new(1, 2048), *_dense(new, new(1, 2048))),
+    training=lambda new: (new(1, 2048), *_dense(new, new(1, 2048, dtype=torch.float32))),
 )

@@ -15,8 +15,9 @@ import torch
 
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LN_2, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
+from .indexer_distillation_triton import latent_blocks
 
 # Teacher probabilities of a chunk of queries, fp32.
 TARGET_SCRATCH_BYTES = 256 * 2**20
@@ -38,18 +39,15 @@ class Visibility(NamedTuple):
     key_start: torch.Tensor | None
     key_mask: torch.Tensor | None
 
-
-def lse_tile(target: DeviceTarget, width: int) -> DenseTile:
-    """Default tile of the attention's lse."""
-    return _latent_tile(target, width)
-
-
-def target_tile(target: DeviceTarget, width: int) -> DenseTile:
-    """Default tile of the teacher's probabilities."""
-    return _latent_tile(target, width)
+    def for_kernels(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The same as the kernels take it: contiguous, a slot as int64, a mask as bytes."""
+        key_start = None if self.key_start is None else self.key_start.contiguous()
+        key_mask = None if self.key_mask is None else self.key_mask.contiguous().view(torch.uint8)
+        return self.query_start.to(torch.int64).contiguous(), key_start, key_mask
 
 
-def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+def latent_tile(target: DeviceTarget, width: int) -> DenseTile:
+    """Default tile of the attention's lse and probabilities, for latents `width` entries wide."""
     backend, arch, _ = target
     if width <= WIDE_LATENT:
         return DenseTile(64, 32, 4, 1) if backend == "hip" else DenseTile(64, 64, 4, 1)
@@ -60,24 +58,25 @@ def _latent_tile(target: DeviceTarget, width: int) -> DenseTile:
     return DenseTile(64, 32, 4, 1) if arch == 80 else DenseTile(32, 32, 4, 1)
 
 
-def attention_lse_triton(q: torch.Tensor, kv: torch.Tensor, scale: float, visible: Visibility) -> torch.Tensor:
+def attention_lse_triton(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    scale: float,
+    query_start: torch.Tensor,
+    key_start: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+) -> torch.Tensor:
     """Arguments and result as `attention_lse`; bf16 or fp16."""
     B, S, H, D = q.shape
-    q, kv = _rows_contiguous(q), _rows_contiguous(kv)
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     lse = torch.full((B, S, H), float("-inf"), dtype=torch.float32, device=q.device)
     if lse.numel() == 0 or kv.shape[1] == 0:
         return lse
-    tile = lse_tile(device_target(q.device), D)
-    tensors = (q, kv, lse, *visibility_arguments(visible))
-    sizes = (scale * LOG2_E, S, kv.shape[1])
+    tile = latent_tile(device_target(q.device), D)
+    tensors = (q, kv, lse, *Visibility(query_start, key_start, key_mask).for_kernels())
+    sizes = (scale * LOG2_E, S, kv.shape[1], *q.stride()[:3], *kv.stride()[:2])
     launcher(_attention_lse_kernel, (triton.cdiv(S, tile.block_q) * H, B), q)(
-        *tensors,
-        *sizes,
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        H=H,
-        **_latent_blocks(D),
-        **tile_options(tile),
+        *tensors, *sizes, **latent_blocks(H, D), **tile_options(tile)
     )
     return lse
 
@@ -95,44 +94,21 @@ def teacher_targets(
     step = max(16, TARGET_SCRATCH_BYTES // (B * T * 4))
     buffer = torch.empty(B, min(step, queries), T, dtype=torch.float32, device=kv[0].device)
     layers = [
-        (_rows_contiguous(x), _rows_contiguous(y), z.float().contiguous()) for x, y, z in zip(q_attn, kv, attn_lse)
+        (rows_contiguous(x), rows_contiguous(y), z.float().contiguous()) for x, y, z in zip(q_attn, kv, attn_lse)
     ]
     for first in range(0, queries, step):
         last = min(first + step, queries)
         for number, (one_q, one_kv, one_lse) in enumerate(layers):
             H, D = one_q.shape[2:]
-            tile = target_tile(device_target(one_q.device), D)
-            tensors = (one_q, one_kv, one_lse, buffer, *visibility_arguments(visible))
+            tile = latent_tile(device_target(one_q.device), D)
+            tensors = (one_q, one_kv, one_lse, buffer, *visible.for_kernels())
             sizes = (attn_scale * LOG2_E, 1.0 / (H * len(layers)), first, last, queries, T)
             strides = (*one_q.stride()[:3], *one_kv.stride()[:2], buffer.stride(0))
-            launcher(
-                _head_mean_kernel, (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B), one_q
-            )(
-                *tensors,
-                *sizes,
-                *strides,
-                H=H,
-                ADD=number > 0,
-                **_latent_blocks(D),
-                **tile_options(tile),
+            grid = (triton.cdiv(T, tile.block_n) * triton.cdiv(last - first, tile.block_q), B)
+            launcher(_head_mean_kernel, grid, one_q)(
+                *tensors, *sizes, *strides, ADD=number > 0, **latent_blocks(H, D), **tile_options(tile)
             )
         yield first, last, buffer
-
-
-def visibility_arguments(visible: Visibility) -> tuple:
-    """`query_start`, `key_start` and `key_mask` as the kernels take them."""
-    key_start = None if visible.key_start is None else visible.key_start.contiguous()
-    key_mask = None if visible.key_mask is None else visible.key_mask.contiguous().view(torch.uint8)
-    return visible.query_start.to(torch.int64).contiguous(), key_start, key_mask
-
-
-def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _latent_blocks(D: int) -> dict[str, int]:
-    main = 1 << (D.bit_length() - 1)
-    return {"MAIN": main, "REST": D - main, "BLOCK_REST": max(16, triton.next_power_of_2(max(1, D - main)))}
 
 
 if triton is not None:
@@ -146,6 +122,14 @@ if triton is not None:
         if key_start is not None:
             first = tl.load(key_start + batch * S + query, mask=real, other=0).to(tl.int64)
         return last, first
+
+    @triton.jit
+    def slots_of_queries(query_start, key_start, batch, query, real, S, T, BLOCK_N: tl.constexpr):
+        """Last and first slot of each query, and the keys that they see between them: from a block's first on."""
+        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
+        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
+        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        return last_slot, first_slot, begin, end
 
     @triton.jit
     def seen_keys(key, key_mask, batch, T):
@@ -191,9 +175,7 @@ if triton is not None:
         if REST > 0:
             r_mask = (offs_r < REST)[None, :]
             q_rest = tl.load(q_rows + MAIN + offs_r[None, :], mask=real[:, None] & r_mask, other=0.0)
-        last_slot, first_slot = last_and_first_slot(query_start, key_start, batch, query, real, S)
-        end = tl.minimum(tl.max(last_slot, 0) + 1, T)
-        begin = tl.min(tl.where(real, first_slot, T), 0) // BLOCK_N * BLOCK_N
+        last_slot, first_slot, begin, end = slots_of_queries(query_start, key_start, batch, query, real, S, T, BLOCK_N)
 
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)

@@ -17,7 +17,7 @@ import torch
 
 from ..common.device_target import DeviceTarget, device_target
 from ..common.kernel_constants import ASYNCHRONOUS_PRODUCTS, LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from ..sparse_mla.sparse_mla_backward_triton import DETERMINISTIC_SCRATCH_BYTES, add_rows_by_slot
 from ..sparse_mla.sparse_mla_union_triton import count_keys
@@ -56,14 +56,23 @@ def attention_tile(target: DeviceTarget, width: int) -> SelectedTile:
     return SelectedTile(64, 4, 2)
 
 
-def selected_scores_triton(q, k, weights, indices, scale: float) -> torch.Tensor:
+def selected_scores_triton(
+    q: torch.Tensor, k: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Arguments and result as `selected_index_scores`; bf16 or fp16, no gradient."""
     scores = torch.full(indices.shape, float("-inf"), dtype=torch.float32, device=q.device)
     _index_forward(q, k, weights, indices, None, scale, scores, None)
     return scores
 
 
-def indexer_kl_triton(q, k, weights, indices, target, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def indexer_kl_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: torch.Tensor,
+    indices: torch.Tensor,
+    target: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """KL `[B, S]`, and what its gradient needs: lse of the scores and `1 / sum(target)`, `[2, B, S]`, both fp32."""
     kl = torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
     stats = torch.zeros(2, *q.shape[:2], dtype=torch.float32, device=q.device)
@@ -84,10 +93,9 @@ def index_backward_triton(
     if B * S * H * T * K == 0:
         return grad_q, grad_k.to(k.dtype), grad_weights
     target = None if target is None else target.contiguous()
+    inputs, results = (grad, q, k, weights, indices, target, stats), (grad_q, grad_weights)
     if not deterministic:
-        _launch_backward(
-            grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, slice(0, B * S), False
-        )
+        _launch_backward(inputs, results, grad_k, scale, slice(0, B * S), per_entry=False)
         return grad_q, grad_k.to(k.dtype), grad_weights
     step = min(S, max(1, DETERMINISTIC_SCRATCH_BYTES // (K * D * 4)))
     buffer = torch.empty(step, 1, K, D, dtype=torch.float32, device=k.device)
@@ -96,43 +104,28 @@ def index_backward_triton(
             last = min(first + step, S)
             rows = slice(batch * S + first, batch * S + last)
             scratch = buffer[: last - first]
-            _launch_backward(
-                grad, q, k, weights, indices, target, stats, grad_q, scratch, grad_weights, scale, rows, True
-            )
+            _launch_backward(inputs, results, scratch, scale, rows, per_entry=True)
             add_rows_by_slot(scratch, indices[batch, first:last], grad_k[batch])
     return grad_q, grad_k.to(k.dtype), grad_weights
 
 
-def selected_attention_triton(q, kv, lse, indices, scale: float) -> torch.Tensor:
+def selected_attention_triton(
+    q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, indices: torch.Tensor, scale: float
+) -> torch.Tensor:
     """Arguments and result as `selected_attention`; bf16 or fp16."""
     B, S, H, D = q.shape
     K = indices.shape[-1]
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     indices, lse = indices.contiguous(), lse.float().contiguous()
     probabilities = torch.zeros(B, S, K, dtype=torch.float32, device=q.device)
     if probabilities.numel() == 0 or kv.shape[1] == 0:
         return probabilities
     heads = min(ATTENTION_HEADS, max(16, triton.next_power_of_2(H)))
-    main = 1 << (D.bit_length() - 1)
+    constants = latent_blocks(H, D) | {"BLOCK_H": heads, "BLOCK_K": triton.next_power_of_2(K)}
     tile = attention_tile(device_target(q.device), D)
     tensors = (q, kv, lse, indices, probabilities)
-    sizes = (scale * LOG2_E, 1.0 / H, S, kv.shape[1], K)
-    launcher(_selected_attention_kernel, (B * S,), q)(
-        *tensors,
-        *sizes,
-        *q.stride()[:3],
-        *kv.stride()[:2],
-        H=H,
-        MAIN=main,
-        REST=D - main,
-        BLOCK_H=heads,
-        BLOCK_REST=max(16, triton.next_power_of_2(max(1, D - main))),
-        BLOCK_K=triton.next_power_of_2(K),
-        **tile_options(tile),
-    )
+    sizes = (scale * LOG2_E, 1.0 / H, S, kv.shape[1], K, *q.stride()[:3], *kv.stride()[:2])
+    launcher(_selected_attention_kernel, (B * S,), q)(*tensors, *sizes, **constants, **tile_options(tile))
     return probabilities
 
 
@@ -145,41 +138,56 @@ def _index_forward(q, k, weights, indices, target, scale, result, stats) -> None
     tile = index_tile(device_target(q.device), backward=False)
     tensors = (q, k, weights, indices, target, result, stats)
     sizes = (scale, B * S, S, T, K)
-    launcher(_index_forward_kernel, (B * S,), q)(
-        *tensors, *sizes, KL=target is not None, **_index_blocks(H, D, K, tile)
-    )
+    constants = index_blocks(H, D) | {"BLOCK_K": triton.next_power_of_2(K), "KL": target is not None}
+    launcher(_index_forward_kernel, (B * S,), q)(*tensors, *sizes, **constants, **tile_options(tile))
 
 
-def _launch_backward(
-    grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights, scale, rows, per_entry
-) -> None:
+def _launch_backward(inputs, results, grad_k, scale: float, rows: slice, per_entry: bool) -> None:
+    """Gradients of some queries: add to `grad_k`, or if `per_entry` write a row for every list entry there."""
+    grad, q, k, _, indices, target, _ = inputs
+    grad_q, grad_weights = results
     B, S, H, D = q.shape
+    K = indices.shape[-1]
     tile = index_tile(device_target(q.device), backward=True)
-    tensors = (grad, q, k, weights, indices, target, stats, grad_q, grad_k, grad_weights)
-    sizes = (scale, rows.start, B * S, S, k.shape[1], indices.shape[-1])
+    sizes = (scale, rows.start, B * S, S, k.shape[1], K)
+    constants = index_blocks(H, D) | {"BLOCK_K": triton.next_power_of_2(K), "KL": target is not None}
     launcher(_index_backward_kernel, (rows.stop - rows.start,), grad)(
-        *tensors,
+        *inputs,
+        grad_q,
+        grad_k,
+        grad_weights,
         *sizes,
-        KL=target is not None,
         PER_ENTRY=per_entry,
         GRADIENT_SCALE=GRADIENT_SCALE,
-        **_index_blocks(H, D, indices.shape[-1], tile),
+        **constants,
+        **tile_options(tile),
     )
 
 
-def _index_blocks(H: int, D: int, K: int, tile: SelectedTile) -> dict[str, int]:
-    return {
-        "H": H,
-        "D": D,
-        "BLOCK_H": max(16, triton.next_power_of_2(H)),
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
-        "BLOCK_K": triton.next_power_of_2(K),
-        **tile_options(tile),
-    }
+def index_blocks(H: int, D: int) -> dict[str, int]:
+    """Constants of the kernels that score with H index heads `D` entries wide, by name."""
+    blocks = {"BLOCK_H": max(16, triton.next_power_of_2(H)), "BLOCK_D": max(16, triton.next_power_of_2(D))}
+    return {"H": H, "D": D, **blocks}
+
+
+def latent_blocks(H: int, D: int) -> dict[str, int]:
+    """Constants of the kernels that read H heads' queries and latents `D` entries wide, by name."""
+    main = 1 << (D.bit_length() - 1)
+    return {"H": H, "MAIN": main, "REST": D - main, "BLOCK_REST": max(16, triton.next_power_of_2(max(1, D - main)))}
 
 
 if triton is not None:
     _LOG2_E = tl.constexpr(LOG2_E)
+
+    @triton.jit
+    def _listed_keys(k_batch, key, listed, D: tl.constexpr, BLOCK_D: tl.constexpr):
+        """The listed ones of some keys `[BN, BD]`, zeros for the others."""
+        offs_d = tl.arange(0, BLOCK_D)
+        k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
+        mask = listed[:, None]
+        if BLOCK_D != D:
+            mask = mask & (offs_d < D)[None, :]
+        return tl.load(k_ptr, mask=mask, other=0.0)
 
     @triton.jit
     def _index_forward_kernel(
@@ -227,11 +235,7 @@ if triton is not None:
             offs_next = first + BLOCK_N + offs_n
             next_key = tl.load(keys_row + offs_next, mask=offs_next < count, other=-1)
             listed = (key >= 0) & (key < T)
-            k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
-            if BLOCK_D == D:
-                k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
-            else:
-                k_tile = tl.load(k_ptr, mask=listed[:, None] & (offs_d < D)[None, :], other=0.0)
+            k_tile = _listed_keys(k_batch, key, listed, D, BLOCK_D)
             dots = tl.dot(k_tile, tl.trans(q_tile))  # [BN, BH]
             score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1)  # [BN]
             score = tl.where(listed, score, float("-inf"))
@@ -317,11 +321,7 @@ if triton is not None:
             offs_k = first + offs_n
             next_key = tl.load(keys_row + offs_k + BLOCK_N, mask=offs_k + BLOCK_N < count, other=-1)
             listed = (key >= 0) & (key < T)
-            k_ptr = k_batch + key.to(tl.int64)[:, None] * D + offs_d[None, :]
-            if BLOCK_D == D:
-                k_tile = tl.load(k_ptr, mask=listed[:, None], other=0.0)
-            else:
-                k_tile = tl.load(k_ptr, mask=listed[:, None] & (offs_d < D)[None, :], other=0.0)
+            k_tile = _listed_keys(k_batch, key, listed, D, BLOCK_D)
             dots = tl.dot(k_tile, tl.trans(q_tile))  # [BN, BH]
             if KL:
                 score = tl.sum(tl.maximum(dots, 0.0) * weight[None, :], 1)

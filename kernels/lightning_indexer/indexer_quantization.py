@@ -1,6 +1,6 @@
 """Queries and keys of the lightning indexer in e4m3, as DeepSeek-V3.2's inference code scores them.
 
-Both are turned by the same Hadamard matrix first, which changes no dot product and spreads outliers over the width,
+Both are rotated by the same Hadamard matrix first, which changes no dot product and spreads outliers over the width,
 then scaled by token (queries by token and head) so that the largest entry fits. Scales are powers of two (ue8m0), so
 that values times scale are exact in bf16: kernels without fp8 give the same scores, and keys can be cached as such
 rows, from which values and scales come back without a change.

@@ -41,7 +41,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["N"])
     def quantize_rows_kernel(x, values, scale, N, norm, D: tl.constexpr, ROWS: tl.constexpr):
-        """ROWS of the N rows `[N, D]`: turned by Sylvester's matrix times `norm`, and scaled by powers of two."""
+        """ROWS of the N rows `[N, D]`: rotated by Sylvester's matrix times `norm`, and scaled by powers of two."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         dim = tl.arange(0, D)
         place = row[:, None] * D + dim[None, :]
@@ -53,15 +53,15 @@ if triton is not None:
         parity ^= parity >> 2
         parity ^= parity >> 1
         sign = (1 - 2 * (parity & 1)).to(tile.dtype)
-        turned = tl.dot(tile, sign).to(tile.dtype).to(tl.float32)
-        turned = (turned * norm).to(tile.dtype).to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(turned), 1), 1e-10)  # [ROWS]
+        rotated = tl.dot(tile, sign).to(tile.dtype).to(tl.float32)
+        rotated = (rotated * norm).to(tile.dtype).to(tl.float32)
+        largest = tl.maximum(tl.max(tl.abs(rotated), 1), 1e-10)  # [ROWS]
         # The power of two from largest / 448 up: its exponent, one more unless the fraction is zero.
         bits = (largest * (1.0 / _E4M3_MAX)).to(tl.int32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.int32)
         inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         # A NaN stays one: as a bound it would be a key like others.
-        above = tl.maximum(turned * inverse[:, None], -_E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
+        above = tl.maximum(rotated * inverse[:, None], -_E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
         scaled = tl.minimum(above, _E4M3_MAX, propagate_nan=tl.PropagateNan.ALL)
         tl.store(values + place, scaled.to(tl.float8e4nv), mask=inside)
         tl.store(scale + row, (exponent << 23).to(tl.float32, bitcast=True), mask=row < N)

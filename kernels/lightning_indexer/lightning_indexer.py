@@ -5,6 +5,9 @@ Meaning: `lightning_indexer_reference.py`. Source: DeepSeek-V3.2 inference code 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..common.argument_checks import (
@@ -102,15 +105,16 @@ def _lightning_indexer(
     return _INDEXER(q.device, *arguments, allow_triton=allow_triton)
 
 
-def _why_not_triton(q, k, weights, topk, scale, query_start, key_mask, key_start) -> str | None:
+def _why_not_triton(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> str | None:
+    _, topk, _, _, key_mask, _ = rest
     return unsupported_reason(q, k, topk, key_mask)
 
 
-def _in_pytorch(q, k, *rest) -> torch.Tensor:
+def _in_pytorch(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> torch.Tensor:
     return lightning_indexer_reference(q if q.dtype in FLOATS else q.to(k.dtype), k, *rest)
 
 
-def _example(new, queries: int, keys: int) -> tuple:
+def _example(new: Callable[..., torch.Tensor], queries: int, keys: int) -> tuple[Any, ...]:
     start = new(1, dtype=torch.int64)
     return new(1, queries, 32, 128), new(1, keys, 128), new(1, queries, 32), 2048, 1.0, start, None, None
 
@@ -124,7 +128,9 @@ _INDEXER = Operation(
 )
 
 
-def _check_arguments(q, k, weights, topk, scale, query_start, key_mask, key_start) -> None:
+def _check_arguments(
+    q: Any, k: Any, weights: Any, topk: Any, scale: Any, query_start: Any, key_mask: Any, key_start: Any
+) -> None:
     name = "lightning_indexer"
     check_heads_and_keys(name, q, k, ("q", "k"))
     check_tensors(name, q=q, weights=weights, key_mask=key_mask, key_start=key_start)

@@ -1,6 +1,6 @@
 """Which queries and keys a program of the Hopper lightning indexer works on, and their copies to shared memory.
 
-Legend: as `lightning_indexer_hopper_gluon.py`; OWN stages of either score group.
+Legend: as `lightning_indexer_hopper_gluon.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,47 @@ from ..common.kernel_constants import GREATEST_INT
 
 # Keys of a tile: rows of a matrix product, 64 a warp group.
 TILE_KEYS = 64
+
+
+class Form(NamedTuple):
+    """Constants of the kernel, which it makes of its own.
+
+    Attributes:
+        H: heads.
+        BQ: queries of a block.
+        CAPACITY: entries of a list.
+        STRIDE: of the sample of keys, 1 for all of them.
+        SAMPLING: bounds are guessed from a sample, instead of keys selected.
+        STAGES: tiles of keys in shared memory.
+        SLOTS: pairs of tiles of scores in shared memory.
+        CHECK: tiles between two looks at the lists' lengths.
+        KEEP_WEIGHTS: they keep the weights of their columns in registers.
+        HAS_FIRST: the first slot that each query may see is given.
+        HAS_MASK: a mask of keys is given.
+        HAS_SCALE: keys have scales.
+        HAS_GUESS: bounds have been guessed.
+    """
+
+    H: int
+    BQ: int
+    CAPACITY: int
+    STRIDE: int
+    SAMPLING: bool
+    STAGES: int
+    SLOTS: int
+    CHECK: int
+    KEEP_WEIGHTS: bool
+    HAS_FIRST: bool
+    HAS_MASK: bool
+    HAS_SCALE: bool
+    HAS_GUESS: bool
+
+
+class Rows(NamedTuple):
+    """What queries see: the slot of each batch row's first query, and the first slot that each query sees or None."""
+
+    starts: Any
+    first_keys: Any
 
 
 class Sizes(NamedTuple):
@@ -77,12 +118,13 @@ if gluon is not None:
         return slot // STRIDE + (slot % STRIDE > 0).to(gl.int32)
 
     @gluon.jit
-    def block_of(turn, starts, first_keys, sizes, BQ: gl.constexpr, STRIDE: gl.constexpr, HAS_FIRST: gl.constexpr):
+    def block_of(turn, rows, sizes, form: gl.constexpr):
         """Batch, first query (negative: no block), first key and even number of tiles of a program's block at a turn.
 
         Longest rows first, back and forth, so that programs end together.
         """
         turns, first_turn, B, S, T, last_slot = sizes
+        BQ: gl.constexpr = form.BQ
         block = block_number(first_turn + turn)
         groups = (S + BQ - 1) // BQ
         b = block % B
@@ -90,91 +132,64 @@ if gluon is not None:
         tiles = gl.full((), 0, gl.int32)
         begin = gl.full((), 0, gl.int32)
         if first_query >= 0:
-            start = gl.load(starts + b).to(gl.int32)
-            end = gl.minimum(start + gl.minimum(first_query + BQ, S) - 1, last_slot) // STRIDE + 1
-            if HAS_FIRST:
+            start = gl.load(rows.starts + b).to(gl.int32)
+            end = gl.minimum(start + gl.minimum(first_query + BQ, S) - 1, last_slot) // form.STRIDE + 1
+            if form.HAS_FIRST:
                 begin = gl.full((), _GREATEST, gl.int32)
                 for i in gl.static_range(BQ):
                     query = gl.minimum(first_query + i, S - 1)
-                    begin = gl.minimum(begin, gl.load(first_keys + b.to(gl.int64) * S + query))
-                begin = first_in_sample(begin, STRIDE)
+                    begin = gl.minimum(begin, gl.load(rows.first_keys + b.to(gl.int64) * S + query))
+                begin = first_in_sample(begin, form.STRIDE)
             # At least a pair of tiles, so that nobody is a whole block ahead of the others.
             begin = gl.minimum(begin, gl.maximum(end - 1, 0))
             tiles = gl.maximum(end - begin + PAIR - 1, PAIR) // PAIR * 2
         return b, first_query, begin, tiles
 
     @gluon.jit
-    def load_queries(q_desc, weights, buffers, bars, turn, b, first_query, S, H: gl.constexpr, BQ: gl.constexpr):
+    def load_queries(q_desc, weights, buffers, bars, turn, b, first_query, S, form: gl.constexpr):
         """Start to copy a block's queries, heads outermost, and write its weights, into the buffers of the parity."""
         # 0, which the compiler does not know: else it keeps these numbers over the loops around, and spills them.
         zero = turn >> 24
-        column = gl.arange(0, H * BQ, layout=gl.BlockedLayout([2], [32], [4], [0])) + zero
+        column = gl.arange(0, form.H * form.BQ, layout=gl.BlockedLayout([2], [32], [4], [0])) + zero
         if first_query >= 0:
             parity = turn & 1
             first_row = b * S + first_query
             mbarrier.expect(bars.q_full.index(parity), q_desc.block_type.nbytes)
             load_tile(q_desc, [0, first_row, 0], bars.q_full.index(parity), buffers.queries.index(parity))
-            query = column % BQ
-            place = (first_row + query).to(gl.int64) * H + column // BQ
+            query = column % form.BQ
+            place = (first_row + query).to(gl.int64) * form.H + column // form.BQ
             w = gl.load(weights + place, mask=first_query + query < S, other=0.0)
             buffers.weights.index(parity).store(w * 0.5)
             barrier()
             mbarrier.arrive(bars.q_full.index(parity), count=1)
 
     @gluon.jit
-    def begin_block(
-        turn,
-        q_desc,
-        weights,
-        starts,
-        first_keys,
-        buffers,
-        bars,
-        sizes,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-    ):
+    def begin_block(turn, q_desc, weights, rows, buffers, bars, sizes, form: gl.constexpr):
         """As `block_of`; the queries of the block after it are on their way, as of the first block when that begins.
 
         Their buffer is free: all tiles of the block before are scored.
         """
-        b, first_query, begin, tiles = block_of(turn + 1, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-        load_queries(q_desc, weights, buffers, bars, turn + 1, b, first_query, sizes.S, H, BQ)
-        return block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        b, first_query, begin, tiles = block_of(turn + 1, rows, sizes, form)
+        load_queries(q_desc, weights, buffers, bars, turn + 1, b, first_query, sizes.S, form)
+        return block_of(turn, rows, sizes, form)
 
     @gluon.jit
-    def is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST: gl.constexpr, HAS_MASK: gl.constexpr):
+    def is_kept(score, bound, key, slot, first_slot, mask, b, T, form: gl.constexpr):
         """Which scores `[BQ, 32]` of keys [32] are above their row's bound and visible."""
         keep = (score > bound[:, None]) & (key[None, :] <= slot[:, None])
-        if HAS_FIRST:
+        if form.HAS_FIRST:
             keep = keep & (key[None, :] >= first_slot[:, None])
-        if HAS_MASK:
+        if form.HAS_MASK:
             allowed = gl.load(mask + b.to(gl.int64) * T + key, mask=key < T, other=0)
             keep = keep & (allowed != 0)[None, :]
         return keep
 
     @gluon.jit
-    def load_keys(
-        k_desc,
-        starts,
-        first_keys,
-        buffers,
-        bars,
-        sizes,
-        number,
-        group: gl.constexpr,
-        place,
-        BQ: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        OWN: gl.constexpr,
-    ):
+    def load_keys(k_desc, rows, buffers, bars, sizes, number, group: gl.constexpr, place, form: gl.constexpr):
         """Start to copy a score group's tile of this number, sought from a block on; returns the block it is in.
 
-        Either group has every other tile, and OWN stages for them. Such a `place` is the block's turn, the tiles
-        before it, its first row of keys and its number of tiles.
+        Either group has every other tile, and half of the stages for them. Such a `place` is the block's turn, the
+        tiles before it, its first row of keys and its number of tiles.
         """
         turns, first_turn, B, S, T, last_slot = sizes
         turn, done, row, tiles = place
@@ -182,10 +197,10 @@ if gluon is not None:
         while (tile - done >= tiles) & (turn < turns):
             done += tiles
             turn += 1
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn, rows, sizes, form)
             row = b * T + begin
         if turn < turns:
-            stage = number % OWN * 2 + group
+            stage = number % (form.STAGES // 2) * 2 + group
             mbarrier.expect(bars.k_full.index(stage), k_desc.block_type.nbytes)
             load_tile(k_desc, [row + (tile - done) * TILE, 0], bars.k_full.index(stage), buffers.keys.index(stage))
         return turn, done, row, tiles

@@ -15,8 +15,8 @@ score of a rank that should leave a little more than `topk` of all keys above it
 that ends with `topk` entries or more holds the exact selection (`lightning_indexer_select_triton.py`), and the rows of
 the others are marked in `redo` for the portable kernel.
 
-Legend: B batch, S queries, T keys, H heads, D width; BQ queries of a block; STRIDE of a sample; a list has CAPACITY
-entries; see `Sizes`, `Buffers` and `Bars` for what travels together.
+Legend: B batch, S queries, T keys, H heads, D width; see `Form` for the constants, and `Rows`, `Sizes`, `Buffers` and
+`Bars` for what travels together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from ..common.gluon_support import TensorDescriptor, barrier, gl, gluon, mbarrier
 from ..common.kernel_launch import launcher
 from ..common.triton_support import triton
-from .lightning_indexer_blocks_gluon import TILE, TILE_KEYS, Bars, Buffers, Sizes
+from .lightning_indexer_blocks_gluon import TILE, TILE_KEYS, Bars, Buffers, Form, Rows, Sizes
 from .lightning_indexer_sample_gluon import sample_group
 from .lightning_indexer_scores_gluon import SLOT_LAYOUT, WEIGHTS_LAYOUT, score_group
 from .lightning_indexer_select_gluon import LIST_EXTRA, finish_rows_kernel, select_group
@@ -197,40 +197,11 @@ def _launch(
 if gluon is not None:
 
     @gluon.jit
-    def _third_group(
-        q_desc,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        out,
-        lists,
-        buffers,
-        bars,
-        sizes,
-        topk,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        HAS_GUESS: gl.constexpr,
-        SAMPLING: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-    ):
-        if SAMPLING:
-            sample_group(
-                *(q_desc, weights, starts, first_keys, mask, guesses, lists, buffers, bars, sizes, topk),
-                *(H, BQ, CAPACITY, STRIDE, HAS_FIRST, HAS_MASK, SLOTS, CHECK),
-            )
+    def _third_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form: gl.constexpr):
+        if form.SAMPLING:
+            sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, topk, form)
         else:
-            select_group(
-                *(q_desc, weights, starts, first_keys, mask, guesses, out, lists, buffers, bars, sizes, topk),
-                *(H, BQ, CAPACITY, HAS_FIRST, HAS_MASK, HAS_GUESS, SLOTS, CHECK),
-            )
+            select_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form)
 
     @gluon.jit(do_not_specialize=["B", "S", "T", "last_slot", "topk", "turns", "first_turn"])
     def lightning_indexer_hopper_kernel(
@@ -266,11 +237,15 @@ if gluon is not None:
         REGISTERS: gl.constexpr,
         KEEP_WEIGHTS: gl.constexpr,
     ):
-        """Lists of whole query blocks, or with SAMPLING their guesses, as the head of this file tells.
+        """Lists of whole query blocks, or with SAMPLING their guesses, as described above.
 
         Of every program those of `turns` turns from `first_turn` on.
         """
         D: gl.constexpr = k_desc.block_type.shape[1]
+        form: gl.constexpr = Form(
+            *(H, BQ, CAPACITY, STRIDE, SAMPLING, STAGES, SLOTS, CHECK, KEEP_WEIGHTS),
+            *(HAS_FIRST, HAS_MASK, HAS_SCALE, HAS_GUESS),
+        )
         q_tiles = gl.allocate_shared_memory(q_desc.dtype, [2, H, BQ, D], q_desc.layout)
         k_tiles = gl.allocate_shared_memory(k_desc.dtype, [STAGES, TILE, D], k_desc.layout)
         w_tiles = gl.allocate_shared_memory(gl.float32, [2, BQ * H], WEIGHTS_LAYOUT)
@@ -297,77 +272,15 @@ if gluon is not None:
         sizes = Sizes(turns, first_turn, B, S, T, last_slot)
         buffers = Buffers(q_tiles, w_tiles, k_tiles, slots)
         bars = Bars(q_full, k_full, slot_full, slot_empty, (first_turns, second_turns))
+        rows = Rows(starts, first_keys)
         gl.warp_specialize(
             [
                 (
                     _third_group,
-                    (
-                        q_desc,
-                        weights,
-                        starts,
-                        first_keys,
-                        mask,
-                        guesses,
-                        out,
-                        lists,
-                        buffers,
-                        bars,
-                        sizes,
-                        topk,
-                        H,
-                        BQ,
-                        CAPACITY,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_MASK,
-                        HAS_GUESS,
-                        SAMPLING,
-                        SLOTS,
-                        CHECK,
-                    ),
+                    (q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form),
                 ),
-                (
-                    score_group,
-                    (
-                        0,
-                        k_desc,
-                        k_scale,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_SCALE,
-                        STAGES,
-                        SLOTS,
-                        KEEP_WEIGHTS,
-                    ),
-                ),
-                (
-                    score_group,
-                    (
-                        1,
-                        k_desc,
-                        k_scale,
-                        starts,
-                        first_keys,
-                        buffers,
-                        bars,
-                        sizes,
-                        H,
-                        BQ,
-                        STRIDE,
-                        HAS_FIRST,
-                        HAS_SCALE,
-                        STAGES,
-                        SLOTS,
-                        KEEP_WEIGHTS,
-                    ),
-                ),
+                (score_group, (0, k_desc, k_scale, rows, buffers, bars, sizes, form)),
+                (score_group, (1, k_desc, k_scale, rows, buffers, bars, sizes, form)),
             ],
             [4, 4],  # warps
             [REGISTERS, REGISTERS],

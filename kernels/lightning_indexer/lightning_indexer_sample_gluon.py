@@ -9,7 +9,7 @@ Legend: as `lightning_indexer_hopper_gluon.py`.
 
 from __future__ import annotations
 
-from ..common.gluon_support import barrier, gl, gluon, mbarrier
+from ..common.gluon_support import barrier, gl, gluon
 from ..common.kernel_constants import GREATEST_INT, LEAST_INT
 from .lightning_indexer_blocks_gluon import (
     TILE,
@@ -99,72 +99,47 @@ if gluon is not None:
         return gl.where(count > rank, float_of_ordered(least), float("-inf")), kept
 
     @gluon.jit
-    def sample_group(
-        q_desc,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        lists,
-        buffers,
-        bars,
-        sizes,
-        rank,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-    ):
+    def sample_group(q_desc, weights, rows, mask, guesses, lists, buffers, bars, sizes, rank, form: gl.constexpr):
         """The third warp group of a sampling pass, as the head of this file tells."""
         turns, first_turn, B, S, T, last_slot = sizes
+        BQ: gl.constexpr = form.BQ
+        CAPACITY: gl.constexpr = form.CAPACITY
+        ROOM: gl.constexpr = CAPACITY - form.CHECK * TILE
         # A warp's lanes are 32 neighbouring keys of one query, or entries of its list.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        rows: gl.constexpr = gl.SliceLayout(1, tile)
-        row = gl.arange(0, BQ, layout=rows)
+        by_row: gl.constexpr = gl.SliceLayout(1, tile)
+        row = gl.arange(0, BQ, layout=by_row)
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
         row_lists = lists + gl.program_id(0).to(gl.int64) * (BQ * CAPACITY) + row * CAPACITY  # [BQ]
         done = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
-        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, H, BQ)
+        b, first_query, begin, tiles = block_of(0, rows, sizes, form)
+        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, form)
         for turn in range(turns):
-            b, first_query, begin, tiles = begin_block(
-                turn, q_desc, weights, starts, first_keys, buffers, bars, sizes, H, BQ, STRIDE, HAS_FIRST
-            )
+            b, first_query, begin, tiles = begin_block(turn, q_desc, weights, rows, buffers, bars, sizes, form)
             first_row = b.to(gl.int64) * S + first_query
             real = (first_query + row < S) & (first_query >= 0)
-            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot) // STRIDE
+            slot = gl.minimum(gl.load(rows.starts + b).to(gl.int32) + first_query + row, last_slot) // form.STRIDE
             slot = gl.where(real, slot, -1)  # [BQ]
-            first_slot = gl.zeros([BQ], gl.int32, rows)
-            if HAS_FIRST:
-                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
-                first_slot = first_in_sample(first_slot, STRIDE)
-            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
+            first_slot = gl.zeros([BQ], gl.int32, by_row)
+            if form.HAS_FIRST:
+                first_slot = gl.load(rows.first_keys + first_row + row, mask=real, other=0)
+                first_slot = first_in_sample(first_slot, form.STRIDE)
+            bound = gl.full([BQ], float("-inf"), gl.float32, by_row)
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
-                at = pair % SLOTS
-                mbarrier.wait(bars.slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(buffers.scores, at, tile)
-                barrier()
-                mbarrier.arrive(bars.slot_empty.index(at), count=1)
+                scores = load_scores(buffers, bars, pair, tile, form)
                 for side in gl.static_range(4):
                     score = scores[side]
                     key = begin + t * TILE + side * 32 + lane  # [32]
-                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST, HAS_MASK)
+                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, form)
                     left, number = rank_in_warp(keep)
                     gl.store(row_lists[:, None] + (count + left), score.to(gl.int32, bitcast=True), mask=keep)
                     count += number
-                if t % CHECK == CHECK - 2:  # noqa: SIM102
-                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * TILE:
+                if t % form.CHECK == form.CHECK - 2:  # noqa: SIM102
+                    if gl.max(gl.max(count, 1), 0) > ROOM:
                         barrier()
-                        bound, kept = _cut_lists(
-                            row_lists, gl.max(count, 1), rank, CAPACITY, CAPACITY - CHECK * TILE, tile
-                        )
+                        bound, kept = _cut_lists(row_lists, gl.max(count, 1), rank, CAPACITY, ROOM, tile)
                         count = kept[:, None] + gl.zeros([BQ, 32], gl.int32, tile)
             done += tiles
             barrier()

@@ -37,49 +37,32 @@ if gluon is not None:
         return score
 
     @gluon.jit
-    def score_group(
-        group: gl.constexpr,
-        k_desc,
-        k_scale,
-        starts,
-        first_keys,
-        buffers,
-        bars,
-        sizes,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        STRIDE: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_SCALE: gl.constexpr,
-        STAGES: gl.constexpr,
-        SLOTS: gl.constexpr,
-        KEEP_WEIGHTS: gl.constexpr,
-    ):
+    def score_group(group: gl.constexpr, k_desc, k_scale, rows, buffers, bars, sizes, form: gl.constexpr):
         """A score group: every other tile of every block of the program, from the load of its keys to its scores."""
         D: gl.constexpr = k_desc.block_type.shape[1]
+        H: gl.constexpr = form.H
+        BQ: gl.constexpr = form.BQ
+        SLOTS: gl.constexpr = form.SLOTS
         depth: gl.constexpr = 256 // k_desc.dtype.primitive_bitwidth
         acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H * BQ, depth])
         key = gl.arange(0, TILE, layout=gl.SliceLayout(1, acc_layout))
         turns, first_turn, B, S, T, last_slot = sizes
         # Stages of this group, and by its count the next of its tiles to load, with the block that is in.
-        OWN: gl.constexpr = STAGES // 2
+        OWN: gl.constexpr = form.STAGES // 2
         ahead = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+        b, first_query, begin, tiles = block_of(0, rows, sizes, form)
         place = (gl.full((), 0, gl.int32), gl.full((), 0, gl.int32), b * T + begin, tiles)
         for _ in gl.static_range(OWN - 1):
-            place = load_keys(
-                *(k_desc, starts, first_keys, buffers, bars, sizes, ahead, group, place),
-                *(BQ, STRIDE, HAS_FIRST, OWN),
-            )
+            place = load_keys(k_desc, rows, buffers, bars, sizes, ahead, group, place, form)
             ahead += 1
         done = gl.full((), 0, gl.int32)
         mine = gl.full((), 0, gl.int32)
         for turn in range(turns):
-            b, first_query, begin, tiles = block_of(turn, starts, first_keys, sizes, BQ, STRIDE, HAS_FIRST)
+            b, first_query, begin, tiles = block_of(turn, rows, sizes, form)
             if first_query >= 0:
                 parity = turn & 1
                 mbarrier.wait(bars.q_full.index(parity), (turn >> 1) & 1)
-                if KEEP_WEIGHTS:
+                if form.KEEP_WEIGHTS:
                     w = buffers.weights.index(parity).load(gl.SliceLayout(0, acc_layout))
                 # Not from done on: Triton 3.6 takes `done` for 0 where it is in a loop's bounds only.
                 for t in range(group, tiles, 2):
@@ -98,22 +81,19 @@ if gluon is not None:
                     barrier()
                     mbarrier.arrive(bars.turns[1 - group], count=1)
                     mine += 1
-                    if HAS_SCALE:
+                    if form.HAS_SCALE:
                         at = b * T + begin + t * TILE + key
                         scale = gl.load(k_scale + at, mask=at < B * T, other=0.0)
                     # The stage of this group's tile before is free: its next but one is loaded under the product.
-                    place = load_keys(
-                        *(k_desc, starts, first_keys, buffers, bars, sizes, ahead, group, place),
-                        *(BQ, STRIDE, HAS_FIRST, OWN),
-                    )
+                    place = load_keys(k_desc, rows, buffers, bars, sizes, ahead, group, place, form)
                     ahead += 1
                     acc = warpgroup_mma_wait(0, deps=[acc])
                     # x + |x| is twice relu(x), exactly, and runs where the sums do; the weights are halved.
-                    if not KEEP_WEIGHTS:
+                    if not form.KEEP_WEIGHTS:
                         w = buffers.weights.index(parity).load(gl.SliceLayout(0, acc_layout))
                     terms = (acc + gl.abs(acc)) * w[None, :]
                     score = sum_over_heads(terms, BQ, H)  # [64, BQ]
-                    if HAS_SCALE:
+                    if form.HAS_SCALE:
                         score *= gl.convert_layout(scale, gl.SliceLayout(1, score.type.layout))[:, None]
                     mbarrier.wait(bars.slot_empty.index(slot), ((pair // SLOTS) & 1) ^ 1)
                     buffers.scores.index(tile % (2 * SLOTS)).permute((1, 0)).store(score)

@@ -181,14 +181,19 @@ if gluon is not None:
         return inside, room
 
     @gluon.jit
-    def load_scores(slots, at, layout: gl.constexpr):
-        """The scores of a pair of tiles, as four `[BQ, 32]`."""
-        return (
+    def load_scores(buffers, bars, pair, layout: gl.constexpr, form: gl.constexpr):
+        """The scores of a pair of tiles, as four `[BQ, 32]`, once they are there; their slot is free then."""
+        slots, at = buffers.scores, pair % form.SLOTS
+        mbarrier.wait(bars.slot_full.index(at), (pair // form.SLOTS) & 1)
+        scores = (
             slots.index(2 * at).slice(0, 32, dim=1).load(layout),
             slots.index(2 * at).slice(32, 32, dim=1).load(layout),
             slots.index(2 * at + 1).slice(0, 32, dim=1).load(layout),
             slots.index(2 * at + 1).slice(32, 32, dim=1).load(layout),
         )
+        barrier()
+        mbarrier.arrive(bars.slot_empty.index(at), count=1)
+        return scores
 
     @gluon.jit
     def rank_in_warp(keep):
@@ -328,56 +333,35 @@ if gluon is not None:
             write_row(list_i, kth, room, topk, width, redo, out, row, HAS_GUESS, CAPACITY, line)
 
     @gluon.jit
-    def select_group(
-        q_desc,
-        weights,
-        starts,
-        first_keys,
-        mask,
-        guesses,
-        out,
-        lists,
-        buffers,
-        bars,
-        sizes,
-        topk,
-        H: gl.constexpr,
-        BQ: gl.constexpr,
-        CAPACITY: gl.constexpr,
-        HAS_FIRST: gl.constexpr,
-        HAS_MASK: gl.constexpr,
-        HAS_GUESS: gl.constexpr,
-        SLOTS: gl.constexpr,
-        CHECK: gl.constexpr,
-    ):
+    def select_group(q_desc, weights, rows, mask, guesses, out, lists, buffers, bars, sizes, topk, form: gl.constexpr):
         """The third warp group: appends what passes to the rows' lists, and cuts a list that is full."""
         turns, first_turn, B, S, T, last_slot = sizes
+        BQ: gl.constexpr = form.BQ
+        CAPACITY: gl.constexpr = form.CAPACITY
         # A warp's lanes are 32 neighbouring keys of one query.
         tile: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-        rows: gl.constexpr = gl.SliceLayout(1, tile)
+        by_row: gl.constexpr = gl.SliceLayout(1, tile)
         line: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-        row = gl.arange(0, BQ, layout=rows)
+        row = gl.arange(0, BQ, layout=by_row)
         lane = gl.arange(0, 32, layout=gl.SliceLayout(0, tile))
         ROW: gl.constexpr = 2 * CAPACITY + _LIST_EXTRA
         done = gl.full((), 0, gl.int32)
-        b, first_query, begin, tiles = block_of(0, starts, first_keys, sizes, BQ, 1, HAS_FIRST)
-        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, H, BQ)
+        b, first_query, begin, tiles = block_of(0, rows, sizes, form)
+        load_queries(q_desc, weights, buffers, bars, 0, b, first_query, S, form)
         for turn in range(turns):
-            b, first_query, begin, tiles = begin_block(
-                turn, q_desc, weights, starts, first_keys, buffers, bars, sizes, H, BQ, 1, HAS_FIRST
-            )
+            b, first_query, begin, tiles = begin_block(turn, q_desc, weights, rows, buffers, bars, sizes, form)
             first_row = b.to(gl.int64) * S + first_query
             place = block_number(first_turn + turn) - first_turn * gl.num_programs(0)
             block_lists = lists + place.to(gl.int64) * (BQ * ROW)
             real = (first_query + row < S) & (first_query >= 0)
-            slot = gl.minimum(gl.load(starts + b).to(gl.int32) + first_query + row, last_slot)
+            slot = gl.minimum(gl.load(rows.starts + b).to(gl.int32) + first_query + row, last_slot)
             slot = gl.where(real, slot, -1)  # [BQ]
-            first_slot = gl.zeros([BQ], gl.int32, rows)
-            if HAS_FIRST:
-                first_slot = gl.load(first_keys + first_row + row, mask=real, other=0)
+            first_slot = gl.zeros([BQ], gl.int32, by_row)
+            if form.HAS_FIRST:
+                first_slot = gl.load(rows.first_keys + first_row + row, mask=real, other=0)
                 first_slot = gl.maximum(first_slot, 0)
-            bound = gl.full([BQ], float("-inf"), gl.float32, rows)
-            if HAS_GUESS:
+            bound = gl.full([BQ], float("-inf"), gl.float32, by_row)
+            if form.HAS_GUESS:
                 guess = gl.load(guesses + first_row + row, mask=real, other=float("-inf"))
                 bound = gl.where(slot - first_slot >= CAPACITY, guess, bound)
             row_lists = block_lists + row * ROW  # [BQ]
@@ -385,22 +369,18 @@ if gluon is not None:
             count = gl.zeros([BQ, 32], gl.int32, tile)
             for t in range(0, tiles, 2):
                 pair = (done + t) // 2
-                at = pair % SLOTS
-                mbarrier.wait(bars.slot_full.index(at), (pair // SLOTS) & 1)
-                scores = load_scores(buffers.scores, at, tile)
-                barrier()
-                mbarrier.arrive(bars.slot_empty.index(at), count=1)
+                scores = load_scores(buffers, bars, pair, tile, form)
                 for side in gl.static_range(4):
                     score = scores[side]
                     key = begin + t * TILE + side * 32 + lane  # [32]
-                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, HAS_FIRST, HAS_MASK)
+                    keep = is_kept(score, bound, key, slot, first_slot, mask, b, T, form)
                     rank, number = rank_in_warp(keep)
                     entry = row_lists[:, None] + (count + rank)
                     gl.store(entry, score.to(gl.int32, bitcast=True), mask=keep)
                     gl.store(entry + CAPACITY, key[None, :] + gl.zeros_like(rank), mask=keep)
                     count += number
-                if t % CHECK == CHECK - 2:  # noqa: SIM102
-                    if gl.max(gl.max(count, 1), 0) > CAPACITY - CHECK * TILE:
+                if t % form.CHECK == form.CHECK - 2:  # noqa: SIM102
+                    if gl.max(gl.max(count, 1), 0) > CAPACITY - form.CHECK * TILE:
                         barrier()
                         counts = gl.max(count, 1)
                         for i in range(BQ):

@@ -20,7 +20,7 @@ import torch
 from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_constants import GREATEST_INT
-from ..common.kernel_launch import launcher
+from ..common.kernel_launch import launcher, rows_contiguous
 from ..common.triton_support import tl, triton
 from .indexer_quantization import e4m3_of_rows
 from .lightning_indexer_decode_triton import (
@@ -70,7 +70,7 @@ def lightning_indexer_triton(q, k, weights, topk, scale, query_start, key_mask, 
     out = torch.empty(B, S, min(topk, T), dtype=torch.int32, device=q.device)
     if out.numel() == 0:
         return out
-    q, k, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, weights))
+    q, k, weights = rows_contiguous(q), rows_contiguous(k), rows_contiguous(weights)
     starts = query_start.to(device=q.device).expand(B).contiguous()
     mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
     first_keys = None if key_start is None else key_start.contiguous()
@@ -323,7 +323,7 @@ if triton is not None:
         STAGES: tl.constexpr,
         PARTS: tl.constexpr,
     ):
-        """Scores and selection of whole query blocks, as the head of this file tells; `TOPK` is the width of `out`."""
+        """Scores and selection of whole query blocks, as described above; `TOPK` is the width of `out`."""
         program = tl.program_id(0)
         programs = tl.num_programs(0)
         blocks = tl.cdiv(S, BQ) * B

@@ -89,7 +89,7 @@ if triton is not None:
         INTERLEAVED: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """ENTRIES latent entries of one head; the program behind the last of them turns the head's RoPE part."""
+        """ENTRIES latent entries of one head; the program behind the last of them rotates the head's RoPE part."""
         pair = tl.program_id(0).to(tl.int64)
         head, token = pair % H, pair // H
         q += pair * (N + R)

@@ -1,8 +1,9 @@
-"""Where new tokens' rows go in a cache of fixed length, told on the device: a recorded step writes anywhere."""
+"""Where new tokens' rows go in a cache of fixed length, read on the device: a recorded step writes anywhere."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +35,17 @@ class CacheSlot(NamedTuple):
         """Write `new [B, S, D]` in PyTorch; `rows`."""
         places = self.position + torch.arange(new.shape[1], device=new.device)
         return self.rows.index_copy_(1, places, new)
+
+
+def write_to_slot(kernel: Callable[..., torch.Tensor], new: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """`kernel(new, *arguments)`, whose last argument is a slot or None, where the kernel can write to the slot.
+
+    Elsewhere it is run without one, and PyTorch writes the rows.
+    """
+    slot: CacheSlot | None = arguments[-1]
+    if slot is None or slot.takes(new):
+        return kernel(new, *arguments)
+    return slot.write(kernel(new, *arguments[:-1]))
 
 
 def check_slot(operation: str, slot: CacheSlot | None, new: torch.Tensor) -> None:

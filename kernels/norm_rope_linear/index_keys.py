@@ -5,13 +5,15 @@ Source: the indexer's key path in DeepSeek-V3.2's inference code (LayerNorm, the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ..common.argument_checks import check_floats, check_shape, check_tensors
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import why_not_fused
-from .cache_slot import CacheSlot, check_slot
+from .cache_slot import CacheSlot, check_slot, write_to_slot
 from .index_keys_triton import index_key_rows_triton
 from .rotary import check_leading_angles, rotate_leading, why_not_rotated
 
@@ -56,17 +58,25 @@ def index_key_rows(
     return _ROWS(k.device, k, weight, bias, eps, cos, sin, interleaved, slot, allow_triton=allow_triton)
 
 
-def _why_not_triton(k, weight, bias, eps, cos, sin, *_) -> str | None:
+def _why_not_triton(k: torch.Tensor, *arguments: Any) -> str | None:
+    weight, bias, _, cos, sin, *_ = arguments
     return why_not_rotated(cos.shape[-1]) or why_not_fused(k, weight, bias, cos, sin)
 
 
-def _in_triton(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
-    if slot is None or slot.takes(k):
-        return index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot)
-    return slot.write(index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved))
+def _in_triton(k: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return write_to_slot(index_key_rows_triton, k, *arguments)
 
 
-def _in_pytorch(k, weight, bias, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+def _in_pytorch(
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    slot: CacheSlot | None,
+) -> torch.Tensor:
     normed = F.layer_norm(k, k.shape[-1:], weight, bias, eps)
     rows = rotate_leading(normed, cos, sin, interleaved)
     return rows if slot is None else slot.write(rows)

@@ -1,6 +1,6 @@
 """LayerNorm and RoPE of index keys in Triton. One program makes a few whole rows.
 
-Legend: D width of a key, R turned entries at its front.
+Legend: D width of a key, R rotated entries at its front.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ import torch
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
+from .rms_norm_triton import rows_of_program
 
 # Entries that a program holds: rows times their width.
 TILE = 2048
 
 
 def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None) -> torch.Tensor:
-    """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of turned entries."""
-    width, turned = k.shape[-1], cos.shape[-1]
+    """As `kernels.index_keys.index_key_rows`, for one dtype and a power of two of rotated entries."""
+    width, rotated = k.shape[-1], cos.shape[-1]
     rows = k.reshape(-1, width)
     out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if slot is None else slot.rows
     if rows.numel() == 0:
@@ -36,7 +37,7 @@ def index_key_rows_triton(k, weight, bias, eps, cos, sin, interleaved, slot=None
         out.stride(0),
         0 if slot is None else out.shape[1],
         D=width,
-        R=turned,
+        R=rotated,
         ROWS=rows_each,
         BLOCK=block,
         INTERLEAVED=interleaved,
@@ -74,16 +75,12 @@ if triton is not None:
         HAS_SLOT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """ROWS rows: D entries normed, then the first R turned."""
+        """ROWS rows: D entries normed, then the first R rotated."""
         wait_for_kernels_ahead(EARLY)
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = (row < num_rows)[:, None]
-        if HAS_SLOT:
-            place = tl.load(position) + row % tokens
-            real &= (place < capacity)[:, None]
-            out_rows = (out + row // tokens * out_stride_b + place * D)[:, None]
-        else:
-            out_rows = (out + row * D)[:, None]
+        row, real, out_rows = rows_of_program(
+            out, num_rows, tokens, position, out_stride_b, capacity, D, ROWS, HAS_SLOT
+        )
+        out_rows = out_rows[:, None]
         column = tl.arange(0, BLOCK)
         inside = real & (column < D)[None, :]
         x_rows = (x + row * x_stride_row)[:, None]  # [ROWS, 1]

@@ -5,12 +5,14 @@ Source: RMSNorm (Zhang and Sennrich 2019); the cached row of Multi-head Latent A
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..common.argument_checks import check_angles, check_floats, check_shape, check_tensors
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import why_not_fused
-from .cache_slot import CacheSlot, check_slot
+from .cache_slot import CacheSlot, check_slot, write_to_slot
 from .rms_norm_triton import latent_rows_triton, rms_norm_triton
 from .rotary import rotate, why_not_rotated
 
@@ -91,17 +93,25 @@ def latent_rows(
     return _ROWS(kv.device, kv, weight, eps, cos, sin, interleaved, slot, allow_triton=allow_triton)
 
 
-def _why_not_rows(kv, weight, eps, cos, sin, *_) -> str | None:
+def _why_not_rows(
+    kv: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor, *_: Any
+) -> str | None:
     return why_not_rotated(cos.shape[-1]) or why_not_fused(kv, weight, cos, sin)
 
 
-def _rows_in_triton(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
-    if slot is None or slot.takes(kv):
-        return latent_rows_triton(kv, weight, eps, cos, sin, interleaved, slot)
-    return slot.write(latent_rows_triton(kv, weight, eps, cos, sin, interleaved))
+def _rows_in_triton(kv: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    return write_to_slot(latent_rows_triton, kv, *arguments)
 
 
-def _rows_in_pytorch(kv, weight, eps, cos, sin, interleaved, slot: CacheSlot | None) -> torch.Tensor:
+def _rows_in_pytorch(
+    kv: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    interleaved: bool,
+    slot: CacheSlot | None,
+) -> torch.Tensor:
     latent, k = kv.split([weight.shape[0], kv.shape[-1] - weight.shape[0]], dim=-1)
     k = rotate(k, cos, sin, interleaved)
     rows = torch.cat((_norm_in_pytorch(latent, weight, eps).to(k.dtype), k), dim=-1)

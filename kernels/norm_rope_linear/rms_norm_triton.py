@@ -1,6 +1,6 @@
 """RMSNorm in Triton, alone and together with RoPE of the columns behind it. One program makes a few whole rows.
 
-Legend: N normed entries, R turned ones behind them.
+Legend: N normed entries, R rotated ones behind them.
 """
 
 from __future__ import annotations
@@ -63,6 +63,29 @@ def _launch(rows, out, weight, eps, cos, sin, tokens, angle_stride_b, rotated, i
 
 if triton is not None:
 
+    @triton.jit
+    def rows_of_program(
+        out,
+        num_rows,
+        tokens,
+        position,
+        out_stride_b,
+        capacity,
+        WIDTH: tl.constexpr,
+        ROWS: tl.constexpr,
+        HAS_SLOT: tl.constexpr,
+    ):
+        """Rows of this program, which of them there are `[ROWS, 1]`, and where in `out` or its slot each begins."""
+        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        real = (row < num_rows)[:, None]
+        if HAS_SLOT:
+            place = tl.load(position) + row % tokens
+            real &= (place < capacity)[:, None]
+            out_rows = out + row // tokens * out_stride_b + place * WIDTH
+        else:
+            out_rows = out + row * WIDTH
+        return row, real, out_rows
+
     @triton.jit(do_not_specialize=["num_rows", "tokens", "capacity"])
     def rms_norm_rope_kernel(
         x,
@@ -87,16 +110,11 @@ if triton is not None:
         HAS_SLOT: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """ROWS rows: N entries normed, the R behind them turned."""
+        """ROWS rows: N entries normed, the R behind them rotated."""
         wait_for_kernels_ahead(EARLY)
-        row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        real = (row < num_rows)[:, None]
-        if HAS_SLOT:
-            place = tl.load(position) + row % tokens
-            real &= (place < capacity)[:, None]
-            out_rows = out + row // tokens * out_stride_b + place * (N + R)
-        else:
-            out_rows = out + row * (N + R)
+        row, real, out_rows = rows_of_program(
+            out, num_rows, tokens, position, out_stride_b, capacity, N + R, ROWS, HAS_SLOT
+        )
         column = tl.arange(0, BLOCK)
         inside = real & (column < N)[None, :]
         x_rows = x + row * x_stride_row  # [ROWS]
@@ -123,3 +141,6 @@ if triton is not None:
             low = out_rows[:, None] + N + half[None, :]
             tl.store(low, (first * c - second * s).to(dtype), mask=real)
             tl.store(low + R // 2, (second * c + first * s).to(dtype), mask=real)
+
+else:  # Without Triton the kernels that call it do not exist either; importing its name must work.
+    rows_of_program = None

@@ -5,6 +5,8 @@ Source: RoFormer (Su et al. 2021), in the two layouts that DSA models use.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..common.argument_checks import check_angles, check_floats, check_shape, check_tensors
@@ -14,7 +16,7 @@ from .rotary_triton import rotate_into_triton
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Turn pairs of entries of `x` by the angles of their positions.
+    """Rotate pairs of entries of `x` by the angles of their positions.
 
     Args:
         x: `[B, S, ..., R]`.
@@ -39,7 +41,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def rotate_leading(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """`x [B, S, ..., D]` with its first R entries turned, and the rest as they are; arguments as `rotate`.
+    """`x [B, S, ..., D]` with its first R entries rotated, and the rest as they are; arguments as `rotate`.
 
     Raises:
         TypeError: what is no tensor.
@@ -51,7 +53,7 @@ def rotate_leading(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interl
 
 
 def check_leading_angles(operation: str, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """`cos` and `sin` turn the first entries of `x [B, S, ..., D]`.
+    """`cos` and `sin` rotate the first entries of `x [B, S, ..., D]`.
 
     Raises:
         TypeError: what is no tensor.
@@ -97,16 +99,16 @@ def rotate_into(
 
 
 def why_not_rotated(width: int) -> str | None:
-    """Why the kernels do not turn rows of `width` entries, or None."""
+    """Why the kernels do not rotate rows of `width` entries, or None."""
     return "it turns a power of two of entries" if width & (width - 1) else None
 
 
-def _why_not_triton(out, x, cos, sin, interleaved) -> str | None:
+def _why_not_triton(out: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> str | None:
     return why_not_rotated(x.shape[-1]) or why_not_fused(x, out, cos, sin)
 
 
-def _in_pytorch(out, x, cos, sin, interleaved) -> None:
-    out.copy_(rotate(x, cos, sin, interleaved))
+def _in_pytorch(out: torch.Tensor, *arguments: Any) -> None:
+    out.copy_(rotate(*arguments))
 
 
 _INTO = Operation(

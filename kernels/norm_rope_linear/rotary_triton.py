@@ -1,6 +1,6 @@
-"""Rotary position embedding in Triton: one program turns the rows of a few (token, head) pairs.
+"""Rotary position embedding in Triton: one program rotates the rows of a few (token, head) pairs.
 
-Legend: H heads, R turned entries.
+Legend: H heads, R rotated entries.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ if triton is not None:
         INTERLEAVED: tl.constexpr,
         EARLY: tl.constexpr = False,
     ):
-        """The R entries of PAIRS (token, head) pairs turned."""
+        """The R entries of PAIRS (token, head) pairs rotated."""
         wait_for_kernels_ahead(EARLY)
         batch = tl.program_id(1).to(tl.int64)
         pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)

@@ -6,6 +6,7 @@ Several layers of the same input run in one launch, the RMSNorm before them and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,11 +134,13 @@ def _vector_linear(
     return _LINEARS(x.device, x, weights, norm, eps, base)
 
 
-def _why_not_triton(x, weights, norm, eps, base) -> str | None:
+def _why_not_triton(x: torch.Tensor, weights: list[torch.Tensor], *_: Any) -> str | None:
     return f"it takes at most {MAX_WEIGHTS} weights" if len(weights) > MAX_WEIGHTS else None
 
 
-def _in_triton(x, weights, norm, eps, base) -> torch.Tensor:
+def _in_triton(
+    x: torch.Tensor, weights: list[torch.Tensor], norm: torch.Tensor | None, eps: float, base: torch.Tensor | None
+) -> torch.Tensor:
     if norm is not None and x.shape[1] > MAX_NORMED:
         x, norm = rms_norm(x, norm, eps), None
     return vector_linear_triton(x, weights, norm, eps, base)
@@ -149,7 +152,7 @@ _LINEARS = Operation(
     Backend("PyTorch", takes_all, vector_linear_reference),
     token=lambda new: (new(1, 2048), [new(768, 2048), new(576, 2048)], new(2048), 1e-6, None),
 )
-_WIDE = Operation(
+_WIDE: Operation[torch.Tensor] = Operation(
     "wide_vector_linear",
     Backend("Triton", takes_all, lambda x, weight, scale: vector_linear_triton(x, [weight], scale=scale)),
     Backend("PyTorch", takes_all, lambda x, weight, scale: F.linear(x.to(weight.dtype), weight).float() * scale),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
-from ..common.kernel_launch import launcher
+from ..common.kernel_launch import launcher, rows_contiguous
 from ..common.triton_support import tl, triton
 
 MAX_WEIGHTS = 4
@@ -34,7 +34,7 @@ def vector_linear_triton(x, weights, norm=None, eps=0.0, base=None, scale=None) 
     padded = [*weights, *[weights[0]] * (MAX_WEIGHTS - len(weights))]
     sizes += [0] * (MAX_WEIGHTS - len(weights))
     tiles = sum(triton.cdiv(size, rows) for size in sizes)
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = rows_contiguous(x)
     launcher(vector_linear_kernel, (tokens, tiles), x)(
         x,
         *padded,

@@ -7,6 +7,9 @@ computes the probabilities again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from ..common.argument_checks import check_heads_and_keys, check_indices, check_integer, check_scale, check_tensors
@@ -45,7 +48,7 @@ def sparse_mla(
 
     Args:
         q: absorbed queries of shape `[B, S, H, D]`: `[q_nope W_UK | rope(q_rope)]`; bf16, fp16, fp32 or fp64.
-        kv: latents of shape `[B, T, D]`: `[c | rope(k_rope)]`, one row a token, shared by all heads.
+        kv: latents of shape `[B, T, D]`: `[c | rope(k_rope)]`, one row per token, shared by all heads.
         indices: int32 of shape `[B, S, K]`: slots in `kv`, -1 where a query has fewer keys (anywhere in the row).
             Causality and padding are the caller's business: whatever is listed is read. A slot that `kv` does not
             have is refused on a CPU and taken for -1 on a GPU, where looking would wait for the device. Or a
@@ -127,7 +130,9 @@ def _attend_by_merged(
     return sparse_mla_merged(q, kv, keys, counts, group, scale, value_dim)
 
 
-def _why_not_triton(q, kv, indices, scale, value_dim) -> str | None:
+def _why_not_triton(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int
+) -> str | None:
     _, _, heads, width = q.shape
     if q.dtype not in HALF_PRECISION or kv.dtype != q.dtype:
         return f"the kernels take bfloat16 or float16 for both q and kv, not {q.dtype} and {kv.dtype}"
@@ -139,12 +144,12 @@ def _why_not_triton(q, kv, indices, scale, value_dim) -> str | None:
     return why_too_old(q.device)
 
 
-def _in_pytorch(q, kv, indices, scale, value_dim) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = sparse_mla_reference(q, kv, indices, scale, value_dim)
+def _in_pytorch(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = sparse_mla_reference(*arguments)
     return out.contiguous(), lse.contiguous()
 
 
-def _example(new, queries: int) -> tuple:
+def _example(new: Callable[..., torch.Tensor], queries: int) -> tuple[Any, ...]:
     return new(1, queries, 20, 576), new(1, 8192, 576), new(1, queries, 2048, dtype=torch.int32), 1.0, 512
 
 
@@ -157,32 +162,17 @@ _ATTEND = Operation(
 )
 
 
-def _shapes(q, kv, indices, scale, value_dim, allow_triton=True):
-    lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
+def _backward_in_pytorch(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *inputs, _ = arguments  # it is deterministic
+    return sparse_mla_reference_backward(*inputs)
 
 
-@custom_op(_shapes)
-def _sparse_mla(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    scale: float,
-    value_dim: int,
-    allow_triton: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _ATTEND(q.device, q, kv, indices, scale, value_dim, allow_triton=allow_triton)
-
-
-def _backward_in_pytorch(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic):
-    return sparse_mla_reference_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale)
-
-
-def _why_not_backward(grad_out, grad_lse, q, kv, indices, out, lse, scale, deterministic) -> str | None:
+def _why_not_backward(*arguments: Any) -> str | None:
+    _, _, q, kv, indices, out, _, scale, _ = arguments
     return _why_not_triton(q, kv, indices, scale, out.shape[-1])
 
 
-def _backward_example(new) -> tuple:
+def _backward_example(new: Callable[..., torch.Tensor]) -> tuple[Any, ...]:
     out, lse = new(1, 8192, 20, 512), new(1, 8192, 20, dtype=torch.float32)
     return out, lse, *_example(new, 8192)[:3], out, lse, 1.0, False
 
@@ -212,15 +202,31 @@ def _sparse_mla_backward(
     return _GRADIENT(q.device, *arguments, allow_triton=allow_triton)
 
 
-def _keep_for_backward(ctx, inputs, output):
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     q, kv, indices, ctx.scale, _, ctx.allow_triton = inputs
     ctx.save_for_backward(q, kv, indices, *output)
 
 
-def _differentiate(ctx, grad_out, grad_lse):
+def _differentiate(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     q, kv, indices, out, lse = ctx.saved_tensors
     gradients = _sparse_mla_backward(grad_out, grad_lse, q, kv, indices, out, lse, ctx.scale, ctx.allow_triton)
     return *gradients, None, None, None, None
 
 
-_sparse_mla.register_autograd(_differentiate, setup_context=_keep_for_backward)
+def _shapes(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, scale: float, value_dim: int, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(*q.shape[:3], value_dim), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+@custom_op(_shapes, _differentiate, _keep_for_backward)
+def _sparse_mla(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    scale: float,
+    value_dim: int,
+    allow_triton: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _ATTEND(q.device, q, kv, indices, scale, value_dim, allow_triton=allow_triton)

@@ -28,6 +28,7 @@ from ..common.kernel_launch import launcher
 from ..common.triton_support import triton
 from .sparse_mla_hopper_gluon import ROPE_DIM, VALUE_DIM, hopper_supports
 from .sparse_mla_lists_gluon import (
+    ListForm,
     count_listed,
     is_listed,
     is_visible,
@@ -36,6 +37,7 @@ from .sparse_mla_lists_gluon import (
     row_of,
     slot_of,
 )
+from .sparse_mla_union_triton import list_constants
 
 # Rows of a program, and keys of a block.
 ROWS, BLOCK_KEYS = 64, 64
@@ -69,22 +71,17 @@ def hopper_backward_supports(q: torch.Tensor, kv: torch.Tensor, grad_out: torch.
 
 
 def sparse_mla_backward_hopper(
-    q, kv, keys, counts, grad_out, lse, delta, scale, scale_log2, grad_q, grad_kv, per_entry: bool, group, owner_shift
+    q, kv, keys, counts, grad_out, lse, delta, scale, scale_log2, grad_q, grad_kv, per_entry: bool, group: int
 ) -> None:
     """Fill `grad_q`; add to `grad_kv` [B, T, 576], or if `per_entry` write a row for every list entry there."""
     B, S, H, _ = q.shape
-    lists = triton.cdiv(S, group)
-    head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
-    launcher(_sparse_mla_backward_hopper_kernel, (B * lists * head_blocks,), q)(
+    lists, constants = triton.cdiv(S, group), list_constants(H, group, ROWS, keys.shape[-1])
+    launcher(_sparse_mla_backward_hopper_kernel, (B * lists * constants["HEAD_BLOCKS"],), q)(
         *(q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, scale_log2),
         *(S, lists, keys.shape[-1], kv.shape[1]),
         *(*q.stride()[:3], *kv.stride()[:2], *keys.stride()[:2], *grad_out.stride()[:3], *lse.stride()[:2]),
         *(*grad_q.stride()[:3], grad_kv.stride(0)),
-        H=H,
-        GROUP=group,
-        OWNER_SHIFT=owner_shift,
-        HEAD_BLOCKS=head_blocks,
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
+        **constants,
         PER_ENTRY=per_entry,
         num_warps=8,
     )
@@ -137,9 +134,10 @@ if gluon is not None:
         PER_ENTRY: gl.constexpr,
     ):
         dtype: gl.constexpr = q.dtype.element_ty
+        form: gl.constexpr = ListForm(H, GROUP, OWNER_SHIFT, BLOCK_K)
         list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
         keys += batch * keys_stride_b + list_id.to(gl.int64) * keys_stride_s
-        count = count_listed(keys, counts, batch, list_id, lists, K, GROUP, BLOCK_K, 8)
+        count = count_listed(keys, counts, batch, list_id, lists, K, form, 8)
 
         tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
         q_v = gl.allocate_shared_memory(dtype, [4, M, PIECE], tile)
@@ -163,19 +161,19 @@ if gluon is not None:
         cols_r = gl.arange(0, ROPE, layout=gl.SliceLayout(0, copy_r))
 
         rows = head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, copy))
-        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, form)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         do_rows = grad_out + batch * do_stride_b + query.to(gl.int64) * do_stride_s + head.to(gl.int64) * do_stride_h
         for c in gl.static_range(4):
             async_load(q_v.index(c), q_rows[:, None] + (c * PIECE + cols)[None, :], mask=row_mask[:, None])
             async_load(do_v.index(c), do_rows[:, None] + (c * PIECE + cols)[None, :], mask=row_mask[:, None])
         rows = head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, copy_r))
-        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, form)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         async_load(q_r.index(0), q_rows[:, None] + (ROPE_AT + cols_r)[None, :], mask=row_mask[:, None])
 
         rows = head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, narrow))
-        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, form)
         lse_rows = batch * lse_stride_b + query.to(gl.int64) * lse_stride_s + head
         # Rows that do not exist, and queries without keys, get probabilities of zero.
         row_lse = gl.load(lse + lse_rows, mask=row_mask, other=float("inf"))
@@ -204,7 +202,7 @@ if gluon is not None:
         dq_r = gl.zeros([M, ROPE], gl.float32, narrow)
         entries = Entries(kv, kv_stride_t, T, keys, count)
         threads = Threads(offs_copy, offs_copy_r, cols, cols_r)
-        _gather(kv_v, kv_r, entries, 0, threads, GROUP, OWNER_SHIFT)
+        _gather(kv_v, kv_r, entries, 0, threads, form)
         for block in range((count + N - 1) // N):
             zero = opaque_zero(block)
             first = block * N
@@ -219,7 +217,7 @@ if gluon is not None:
                 dp = warpgroup_mma(do_v.index(c + zero), keys_t, dp, use_acc=c > 0, is_async=True)
             s = warpgroup_mma(q_r.index(zero), kv_r.index(zero).permute((1, 0)), s, is_async=True)
             key = gl.load(keys + first + offs_s, mask=first + offs_s < count, other=-1)
-            visible = is_visible(key, T, member, GROUP, OWNER_SHIFT)
+            visible = is_visible(key, T, member, form)
             s, dp = warpgroup_mma_wait(0, deps=[s, dp])
             p = gl.where(visible, gl.exp2(s * scale_log2 - row_lse[:, None]), 0.0)
             ds = p * (dp - row_delta[:, None]) * scale
@@ -240,14 +238,14 @@ if gluon is not None:
             dq_0, dq_1, dq_2, dq_3, dq_r = warpgroup_mma_wait(1, deps=[dq_0, dq_1, dq_2, dq_3, dq_r])
             barrier()
             # The block has been read for the last time: the next one arrives behind the rest of the work.
-            _gather(kv_v, kv_r, entries, first + N, threads, GROUP, OWNER_SHIFT)
+            _gather(kv_v, kv_r, entries, first + N, threads, form)
             even = _grad_piece(ds_sm, p_sm, q_v, do_v, 0, zero, wide)
             dkv_r = warpgroup_mma_wait(2, deps=[dkv_r])
-            row_ptr, listed = _grad_rows(grad_kv, entries, first, offs_narrow, GROUP, OWNER_SHIFT, PER_ENTRY)
+            row_ptr, listed = _grad_rows(grad_kv, entries, first, offs_narrow, form, PER_ENTRY)
             _add_or_store(row_ptr[:, None] + (ROPE_AT + cols_narrow)[None, :], dkv_r, listed[:, None], PER_ENTRY)
             odd = _grad_piece(ds_sm, p_sm, q_v, do_v, 1, zero, wide)
             even = warpgroup_mma_wait(2, deps=[even])
-            row_ptr, listed = _grad_rows(grad_kv, entries, first, offs_wide, GROUP, OWNER_SHIFT, PER_ENTRY)
+            row_ptr, listed = _grad_rows(grad_kv, entries, first, offs_wide, form, PER_ENTRY)
             pointers, listed = row_ptr[:, None] + cols_wide[None, :], listed[:, None]
             _add_or_store(pointers, even, listed, PER_ENTRY)
             even = _grad_piece(ds_sm, p_sm, q_v, do_v, 2, zero, wide)
@@ -261,42 +259,40 @@ if gluon is not None:
         async_copy.wait_group(0)
 
         rows = head_block * M + offs_wide
-        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, form)
         row_ptr = grad_q + batch * dq_stride_b + query.to(gl.int64) * dq_stride_s + head * dq_stride_h
         gl.store(row_ptr[:, None] + cols_wide[None, :], dq_0.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (PIECE + cols_wide)[None, :], dq_1.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (2 * PIECE + cols_wide)[None, :], dq_2.to(dtype), mask=row_mask[:, None])
         gl.store(row_ptr[:, None] + (3 * PIECE + cols_wide)[None, :], dq_3.to(dtype), mask=row_mask[:, None])
-        query, head, row_mask = row_of(head_block * M + offs_narrow, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(head_block * M + offs_narrow, list_id, S, form)
         row_ptr = grad_q + batch * dq_stride_b + query.to(gl.int64) * dq_stride_s + head * dq_stride_h
         gl.store(row_ptr[:, None] + (ROPE_AT + cols_narrow)[None, :], dq_r.to(dtype), mask=row_mask[:, None])
 
     @gluon.jit
-    def _gather(kv_v, kv_r, entries, first, threads, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
+    def _gather(kv_v, kv_r, entries, first, threads, form: gl.constexpr):
         """Start to copy the latents of the block at `first`, zeros for entries that are not listed."""
         kv, kv_stride_t, T, keys, count = entries
         key = gl.load(keys + first + threads.keys, mask=first + threads.keys < count, other=-1)
         key_r = gl.load(keys + first + threads.keys_rope, mask=first + threads.keys_rope < count, other=-1)
-        slot, slot_r = slot_of(key, GROUP, OWNER_SHIFT), slot_of(key_r, GROUP, OWNER_SHIFT)
+        slot, slot_r = slot_of(key, form), slot_of(key_r, form)
         kv_rows = (kv + slot.to(gl.int64) * kv_stride_t)[:, None]
         for c in gl.static_range(4):
             columns = (c * PIECE + threads.columns)[None, :]
-            async_load(kv_v[c].index(0), kv_rows + columns, mask=is_listed(key, T, GROUP)[:, None])
+            async_load(kv_v[c].index(0), kv_rows + columns, mask=is_listed(key, T, form)[:, None])
         kv_rows = (kv + slot_r.to(gl.int64) * kv_stride_t)[:, None]
         columns = (ROPE_AT + threads.columns_rope)[None, :]
-        async_load(kv_r.index(0), kv_rows + columns, mask=is_listed(key_r, T, GROUP)[:, None])
+        async_load(kv_r.index(0), kv_rows + columns, mask=is_listed(key_r, T, form)[:, None])
         async_copy.commit_group()
 
     @gluon.jit
-    def _grad_rows(
-        grad_kv, entries, first, offs, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr, PER_ENTRY: gl.constexpr
-    ):
+    def _grad_rows(grad_kv, entries, first, offs, form: gl.constexpr, PER_ENTRY: gl.constexpr):
         """Where the gradients of a block's latents go, and which of them are listed."""
         key = gl.load(entries.keys + first + offs, mask=first + offs < entries.count, other=-1)
-        slot = slot_of(key, GROUP, OWNER_SHIFT)
+        slot = slot_of(key, form)
         if PER_ENTRY:
             slot = first + offs
-        return grad_kv + slot.to(gl.int64) * WIDTH, is_listed(key, entries.T, GROUP)
+        return grad_kv + slot.to(gl.int64) * WIDTH, is_listed(key, entries.T, form)
 
     @gluon.jit
     def _grad_piece(ds_sm, p_sm, q_v, do_v, c: gl.constexpr, zero, layout: gl.constexpr):

@@ -20,14 +20,14 @@ import torch
 from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from .sparse_mla_backward_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_backward_hopper_gluon import hopper_backward_supports, sparse_mla_backward_hopper
-from .sparse_mla_triton import GROUPING_ARCHITECTURES, QUERIES_PER_LAUNCH, Tile
+from .sparse_mla_triton import QUERIES_PER_LAUNCH, Tile, selection_group
 from .sparse_mla_union_triton import (
     count_keys,
-    group_size,
+    list_constants,
     merge_key_lists,
     owner_shift,
     program_place,
@@ -54,10 +54,7 @@ def sparse_mla_backward_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of `q` and `kv`, in their dtypes, of `sparse_mla` whose results were `out` and `lse`."""
     B, S, H, D = q.shape
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
+    q, kv = rows_contiguous(q), rows_contiguous(kv)
     grad_out, indices, lse = grad_out.contiguous(), indices.contiguous(), lse.contiguous()
     grad_q = torch.empty(B, S, H, D, dtype=q.dtype, device=q.device)
     grad_kv = torch.zeros(kv.shape, dtype=torch.float32, device=kv.device)
@@ -75,10 +72,8 @@ def sparse_mla_backward_triton(
 
 def _backward(q, kv, indices, grad_out, lse, delta, grad_q, grad_kv, scale, deterministic: bool) -> None:
     """One launch's worth of queries."""
-    group, keys, counts = 1, indices, None
-    backend, arch, _ = device_target(q.device)
-    if backend == "cuda" and arch in GROUPING_ARCHITECTURES:
-        group = group_size(q.shape[2], HOPPER_ROWS, q.shape[1], indices.shape[-1], kv.shape[1])
+    group = selection_group(q.device, q.shape[2], q.shape[1], indices.shape[-1], kv.shape[1])
+    keys, counts = indices, None
     if group > 1:
         keys, counts = merge_key_lists(indices, group, kv.shape[1])
     arguments = (q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, group)
@@ -103,9 +98,10 @@ def _in_triton(deterministic, q, *arguments) -> None:
 
 
 def _example(new) -> tuple:
-    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20)
+    keys, rows = new(1, 8192, 2048, dtype=torch.int32), new(1, 8192, 20, dtype=torch.float32)
     q, kv, grad_out = new(1, 8192, 20, 576), new(1, 8192, 576), new(1, 8192, 20, 512)
-    return False, q, kv, keys, None, grad_out, rows, rows, q, kv, 1.0, 1
+    grad_q, grad_kv = new(1, 8192, 20, 576), new(1, 8192, 576, dtype=torch.float32)
+    return False, q, kv, keys, None, grad_out, rows, rows, grad_q, grad_kv, 1.0, 1
 
 
 _KERNELS = Operation(
@@ -177,10 +173,11 @@ def _launch(q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, g
     written = grad_kv if per_entry is None else per_entry
     if tile is None:
         arguments = (q, kv, keys, counts, grad_out, lse, delta, scale, scale * LOG2_E, grad_q, written)
-        sparse_mla_backward_hopper(*arguments, per_entry is not None, group, owner_shift(group))
+        sparse_mla_backward_hopper(*arguments, per_entry is not None, group)
         return
-    head_blocks = triton.cdiv(group * H, tile.block_m)
-    lists = triton.cdiv(S, group)
+    lists, constants = triton.cdiv(S, group), list_constants(H, group, tile.block_m, keys.shape[-1])
+    # A program takes fewer rows than the heads of a group.
+    constants["HEAD_BLOCKS"] = triton.cdiv(group * H, tile.block_m)
     half = max(16, triton.next_power_of_2(triton.cdiv(V, 2)))
     tensors = (q, kv, keys, counts, grad_out, lse, delta, grad_q, written)
     sizes = (scale, scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
@@ -193,20 +190,16 @@ def _launch(q, kv, keys, counts, grad_out, lse, delta, grad_q, grad_kv, scale, g
         *grad_q.stride()[:3],
         grad_kv.stride(0),
     )
-    launcher(_sparse_mla_bwd_kernel, (B * lists * head_blocks,), q)(
+    launcher(_sparse_mla_bwd_kernel, (B * lists * constants["HEAD_BLOCKS"],), q)(
         *tensors,
         *sizes,
         *strides,
-        H=H,
         V=V,
         R=D - V,
         HALF_V=half,
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
-        GROUP=group,
-        OWNER_SHIFT=owner_shift(group),
-        HEAD_BLOCKS=head_blocks,
         PER_ENTRY=per_entry is not None,
+        **constants,
         **tile_options(tile),
     )
 

@@ -30,6 +30,7 @@ from ..common.kernel_constants import LN_2
 from ..common.kernel_launch import launcher
 from ..common.triton_support import triton
 from .sparse_mla_lists_gluon import (
+    ListForm,
     count_listed,
     is_listed,
     is_visible,
@@ -38,6 +39,7 @@ from .sparse_mla_lists_gluon import (
     row_of,
     slot_of,
 )
+from .sparse_mla_union_triton import list_constants
 
 # Rows (heads, or heads of a group of queries) of a program: what one warp group multiplies at once.
 ROWS = 64
@@ -60,7 +62,7 @@ class Tiles(NamedTuple):
         q_rope: their rotary columns, `[1, M, 64]`.
         lo: latents likewise, `[2, N, 256]`.
         hi: their upper half.
-        rope: their rotary part `[2, N, 64]`, and in its place, once the scores are known, probabilities `[2, M, N]`.
+        rope: their rotary part `[2, N, 64]`, overwritten, once the scores are known, by probabilities `[2, M, N]`.
         stats: `[4, M]` maxima after the left and the right block, sums of the left and the right group.
     """
 
@@ -119,23 +121,14 @@ def hopper_supports(q: torch.Tensor, kv: torch.Tensor, value_dim: int) -> bool:
     )
 
 
-def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int, owner_shift: int) -> None:
+def sparse_mla_hopper(q, kv, keys, counts, scale_log2, out, lse, group: int) -> None:
     """Fill `out` and `lse` from `keys` (a query's selection, or with `counts` the merged list of `group` queries)."""
     B, S, H, _ = q.shape
-    lists = triton.cdiv(S, group)
-    head_blocks = 1 if group > 1 else triton.cdiv(H, ROWS)
+    lists, constants = triton.cdiv(S, group), list_constants(H, group, ROWS, keys.shape[-1])
     sizes = (S, lists, keys.shape[-1], kv.shape[1])
     strides = (*q.stride()[:3], *kv.stride()[:2], *keys.stride()[:2], *out.stride()[:3], *lse.stride()[:2])
-    launcher(_sparse_mla_hopper_kernel, (B * lists * head_blocks,), q)(
-        *(q, kv, keys, counts, out, lse, scale_log2),
-        *sizes,
-        *strides,
-        H=H,
-        GROUP=group,
-        OWNER_SHIFT=owner_shift,
-        HEAD_BLOCKS=head_blocks,
-        BLOCK_K=triton.next_power_of_2(keys.shape[-1]),
-        num_warps=4,
+    launcher(_sparse_mla_hopper_kernel, (B * lists * constants["HEAD_BLOCKS"],), q)(
+        *(q, kv, keys, counts, out, lse, scale_log2), *sizes, *strides, **constants, num_warps=4
     )
 
 
@@ -147,6 +140,12 @@ if gluon is not None:
     GROUP_THREADS = gl.constexpr(128)
     RIGHT, GATHER = gl.constexpr(RIGHT_REGISTERS), gl.constexpr(GATHER_REGISTERS)
     _LN_2 = gl.constexpr(LN_2)
+    # Of the scores [M, N], of the sums [M, 256], of the rows of both, and of probabilities that are multiplied.
+    S_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_KEYS, 16]))
+    ACC_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF_VALUE, 16]))
+    S_ROWS = gl.constexpr(gl.SliceLayout(1, S_LAYOUT.value))
+    ACC_ROWS = gl.constexpr(gl.SliceLayout(1, ACC_LAYOUT.value))
+    P_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, ACC_LAYOUT.value, 2))
 
     @gluon.jit(do_not_specialize=["S", "lists", "T", "lse_stride_b", "lse_stride_s"])
     def _sparse_mla_hopper_kernel(
@@ -180,9 +179,10 @@ if gluon is not None:
         BLOCK_K: gl.constexpr,
     ):
         dtype: gl.constexpr = q.dtype.element_ty
+        form: gl.constexpr = ListForm(H, GROUP, OWNER_SHIFT, BLOCK_K)
         list_id, head_block, batch = program_place(lists, HEAD_BLOCKS)
         keys += batch * keys_stride_b + list_id.to(gl.int64) * keys_stride_s
-        count = count_listed(keys, counts, batch, list_id, lists, K, GROUP, BLOCK_K, 4)
+        count = count_listed(keys, counts, batch, list_id, lists, K, form, 4)
         pairs = (count + PAIR - 1) // PAIR
 
         tile: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -203,7 +203,7 @@ if gluon is not None:
 
         copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         rows = head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, copy))
-        query, head, row_mask = row_of(rows, list_id, S, H, GROUP)
+        query, head, row_mask = row_of(rows, list_id, S, form)
         q_rows = q + batch * q_stride_b + query.to(gl.int64) * q_stride_s + head.to(gl.int64) * q_stride_h
         half = gl.arange(0, HALF, layout=gl.SliceLayout(0, copy))
         tail = gl.arange(0, ROPE, layout=gl.SliceLayout(0, copy))
@@ -224,33 +224,18 @@ if gluon is not None:
         place = Place(list_id, head_block, S, out_stride_s, out_stride_h)
         gl.warp_specialize(
             [
-                (_left_group, (tiles, bars, listed, scale_log2, out, lse, place, lse_stride_s, H, GROUP, OWNER_SHIFT)),
-                (_right_group, (tiles, bars, listed, scale_log2, out, place, H, GROUP, OWNER_SHIFT)),
-                (
-                    _gather_group,
-                    (lo, hi, rope, full, empty, keys, count, pairs, kv, kv_stride_t, T, GROUP, OWNER_SHIFT),
-                ),
+                (_left_group, (tiles, bars, listed, scale_log2, out, lse, place, lse_stride_s, form)),
+                (_right_group, (tiles, bars, listed, scale_log2, out, place, form)),
+                (_gather_group, (tiles, bars, listed, kv, kv_stride_t, form)),
             ],
             [4, 4],  # warps
             [RIGHT, GATHER],
         )
 
     @gluon.jit
-    def _gather_group(
-        lo,
-        hi,
-        rope,
-        full,
-        empty,
-        keys,
-        count,
-        pairs,
-        kv,
-        kv_stride_t,
-        T,
-        GROUP: gl.constexpr,
-        OWNER_SHIFT: gl.constexpr,
-    ):
+    def _gather_group(tiles, bars, listed, kv, kv_stride_t, form: gl.constexpr):
+        lo, hi, rope, full, empty = tiles.lo, tiles.hi, tiles.rope, bars.full, bars.empty
+        keys, count, pairs, T = listed
         copy: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         offs_n = gl.arange(0, N, layout=gl.SliceLayout(1, copy))
         half = gl.arange(0, HALF, layout=gl.SliceLayout(0, copy))
@@ -262,22 +247,22 @@ if gluon is not None:
                 key = next_key
                 offs_k = pair * PAIR + (b + 1) * N + offs_n
                 next_key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-                listed = is_listed(key, T, GROUP)[:, None]
-                slot = slot_of(key, GROUP, OWNER_SHIFT)
+                wanted = is_listed(key, T, form)[:, None]
+                slot = slot_of(key, form)
                 kv_rows = (kv + slot.to(gl.int64) * kv_stride_t)[:, None]
                 # Entries of keys that are not listed are filled with zeros.
                 mbarrier.wait(empty.index(b), free)
-                async_load(lo.index(b), kv_rows + half[None, :], mask=listed)
+                async_load(lo.index(b), kv_rows + half[None, :], mask=wanted)
                 async_copy.mbarrier_arrive(full.index(b), increment_count=False)
                 mbarrier.wait(empty.index(2 + b), free)
-                async_load(hi.index(b), kv_rows + (HALF + half)[None, :], mask=listed)
-                async_load(rope.index(b), kv_rows + (ROPE_AT + tail)[None, :], mask=listed)
+                async_load(hi.index(b), kv_rows + (HALF + half)[None, :], mask=wanted)
+                async_load(rope.index(b), kv_rows + (ROPE_AT + tail)[None, :], mask=wanted)
                 async_copy.mbarrier_arrive(full.index(2 + b), increment_count=False)
 
     @gluon.jit
-    def _scores(tiles, bars, b: gl.constexpr, phase, zero, layout: gl.constexpr):
+    def _scores(tiles, bars, b: gl.constexpr, phase, zero):
         """Scores `[M, N]` of block b of a pair, when its latents have arrived."""
-        s = gl.zeros([M, N], gl.float32, layout)
+        s = gl.zeros([M, N], gl.float32, S_LAYOUT)
         mbarrier.wait(bars.full.index(b), phase)
         fence_async_shared()
         q, latents = tiles.q_lo.index(zero), tiles.lo.index(b + zero).permute((1, 0))
@@ -289,46 +274,29 @@ if gluon is not None:
         return warpgroup_mma_wait(0, deps=[s])
 
     @gluon.jit
-    def _mask(s, key, T, member, scale_log2, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
-        return gl.where(is_visible(key, T, member, GROUP, OWNER_SHIFT), s * scale_log2, float("-inf"))
+    def _mask(s, key, T, member, scale_log2, form: gl.constexpr):
+        return gl.where(is_visible(key, T, member, form), s * scale_log2, float("-inf"))
 
     @gluon.jit
     def _finite(row_max):
         return gl.where(row_max == float("-inf"), 0.0, row_max)
 
     @gluon.jit
-    def _left_group(
-        tiles,
-        bars,
-        listed,
-        scale_log2,
-        out,
-        lse,
-        place,
-        lse_stride_s,
-        H: gl.constexpr,
-        GROUP: gl.constexpr,
-        OWNER_SHIFT: gl.constexpr,
-    ):
+    def _left_group(tiles, bars, listed, scale_log2, out, lse, place, lse_stride_s, form: gl.constexpr):
         lo, rope, stats = tiles.lo, tiles.rope, tiles.stats
         keys, count, pairs, T = listed
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-        acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-        p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
-        member = gl.arange(0, M, layout=s_rows) // H
-        row_max = gl.full([M], float("-inf"), gl.float32, s_rows)
-        row_sum = gl.zeros([M], gl.float32, s_rows)
-        acc = gl.zeros([M, HALF], gl.float32, acc_layout)
+        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, S_LAYOUT))
+        member = gl.arange(0, M, layout=S_ROWS) // form.H
+        row_max = gl.full([M], float("-inf"), gl.float32, S_ROWS)
+        row_sum = gl.zeros([M], gl.float32, S_ROWS)
+        acc = gl.zeros([M, HALF], gl.float32, ACC_LAYOUT)
         for pair in range(pairs):
             phase = pair & 1
             zero = opaque_zero(pair)
             offs_k = pair * PAIR + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-            s = _scores(tiles, bars, 0, phase, zero, s_layout)
-            s = _mask(s, key, T, member, scale_log2, GROUP, OWNER_SHIFT)
+            s = _scores(tiles, bars, 0, phase, zero)
+            s = _mask(s, key, T, member, scale_log2, form)
             left_max = gl.maximum(row_max, gl.max(s, 1))
             reference = _finite(left_max)
             p = gl.exp2(s - reference[:, None])
@@ -340,18 +308,18 @@ if gluon is not None:
             fence_async_shared()
             barrier()
             mbarrier.arrive(bars.ready.index(0), count=1)
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(p16, p_layout), lo.index(0 + zero), acc, is_async=True)
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), lo.index(0 + zero), acc, is_async=True)
 
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(0), count=1)
             mbarrier.wait(bars.ready.index(1), phase)
-            right_max = stats.index(1).load(s_rows)
+            right_max = stats.index(1).load(S_ROWS)
             alpha = gl.exp2(left_max - _finite(right_max))
             row_sum = row_sum * alpha
             row_max = right_max
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
             acc = warpgroup_mma(rope.index(1 + zero), lo.index(1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
@@ -361,51 +329,36 @@ if gluon is not None:
         barrier()
         mbarrier.arrive(bars.ready.index(2), count=1)
         mbarrier.wait(bars.ready.index(3), 0)
-        row_sum = row_sum + stats.index(3).load(s_rows)
-        offs_m = place.head_block * M + gl.arange(0, M, layout=s_rows)
-        query, head, row_mask = row_of(offs_m, place.list_id, place.S, H, GROUP)
+        row_sum = row_sum + stats.index(3).load(S_ROWS)
+        offs_m = place.head_block * M + gl.arange(0, M, layout=S_ROWS)
+        query, head, row_mask = row_of(offs_m, place.list_id, place.S, form)
         row_lse = gl.where(row_sum > 0, (row_max + gl.log2(row_sum)) * _LN_2, float("-inf"))
         gl.store(lse + query.to(gl.int64) * lse_stride_s + head, row_lse, mask=row_mask)
-        _store_half(acc, row_sum, out, place, 0, H, GROUP, acc_layout)
+        _store_half(acc, row_sum, out, place, 0, form)
 
     @gluon.jit
-    def _right_group(
-        tiles,
-        bars,
-        listed,
-        scale_log2,
-        out,
-        place,
-        H: gl.constexpr,
-        GROUP: gl.constexpr,
-        OWNER_SHIFT: gl.constexpr,
-    ):
+    def _right_group(tiles, bars, listed, scale_log2, out, place, form: gl.constexpr):
         hi, rope, stats = tiles.hi, tiles.rope, tiles.stats
         keys, count, pairs, T = listed
-        s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-        acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-        s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
-        acc_rows: gl.constexpr = gl.SliceLayout(1, acc_layout)
-        p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, s_layout))
-        member = gl.arange(0, M, layout=s_rows) // H
-        row_max = gl.full([M], float("-inf"), gl.float32, s_rows)
-        row_sum = gl.zeros([M], gl.float32, s_rows)
-        acc = gl.zeros([M, HALF], gl.float32, acc_layout)
+        offs_n = gl.arange(0, N, layout=gl.SliceLayout(0, S_LAYOUT))
+        member = gl.arange(0, M, layout=S_ROWS) // form.H
+        row_max = gl.full([M], float("-inf"), gl.float32, S_ROWS)
+        row_sum = gl.zeros([M], gl.float32, S_ROWS)
+        acc = gl.zeros([M, HALF], gl.float32, ACC_LAYOUT)
         for pair in range(pairs):
             phase = pair & 1
             zero = opaque_zero(pair)
             offs_k = pair * PAIR + N + offs_n
             key = gl.load(keys + offs_k, mask=offs_k < count, other=-1)
-            s = _scores(tiles, bars, 1, phase, zero, s_layout)
+            s = _scores(tiles, bars, 1, phase, zero)
             mbarrier.wait(bars.ready.index(0), phase)
-            left_max = stats.index(0).load(s_rows)
+            left_max = stats.index(0).load(S_ROWS)
             alpha = gl.exp2(row_max - _finite(left_max))
-            acc = acc * gl.convert_layout(alpha, acc_rows)[:, None]
+            acc = acc * gl.convert_layout(alpha, ACC_ROWS)[:, None]
             acc = warpgroup_mma(rope.index(0 + zero), hi.index(0), acc, is_async=True)
 
             # The softmax of this block runs while the tensor cores work on the left group's.
-            s = _mask(s, key, T, member, scale_log2, GROUP, OWNER_SHIFT)
+            s = _mask(s, key, T, member, scale_log2, form)
             right_max = gl.maximum(left_max, gl.max(s, 1))
             reference = _finite(right_max)
             p = gl.exp2(s - reference[:, None])
@@ -421,8 +374,8 @@ if gluon is not None:
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(2), count=1)
-            acc = acc * gl.convert_layout(beta, acc_rows)[:, None]
-            acc = warpgroup_mma(gl.convert_layout(p16, p_layout), hi.index(1 + zero), acc, is_async=True)
+            acc = acc * gl.convert_layout(beta, ACC_ROWS)[:, None]
+            acc = warpgroup_mma(gl.convert_layout(p16, P_LAYOUT), hi.index(1 + zero), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             barrier()
             mbarrier.arrive(bars.empty.index(3), count=1)
@@ -431,25 +384,16 @@ if gluon is not None:
         barrier()
         mbarrier.arrive(bars.ready.index(3), count=1)
         mbarrier.wait(bars.ready.index(2), 0)
-        row_sum = row_sum + stats.index(2).load(s_rows)
-        _store_half(acc, row_sum, out, place, HALF, H, GROUP, acc_layout)
+        row_sum = row_sum + stats.index(2).load(S_ROWS)
+        _store_half(acc, row_sum, out, place, HALF, form)
 
     @gluon.jit
-    def _store_half(
-        acc,
-        row_sum,
-        out,
-        place,
-        column: gl.constexpr,
-        H: gl.constexpr,
-        GROUP: gl.constexpr,
-        layout: gl.constexpr,
-    ):
+    def _store_half(acc, row_sum, out, place, column: gl.constexpr, form: gl.constexpr):
         """Write the columns from `column` on."""
-        row_sum = gl.convert_layout(row_sum, gl.SliceLayout(1, layout))
+        row_sum = gl.convert_layout(row_sum, ACC_ROWS)
         acc = acc * gl.where(row_sum > 0, 1.0 / row_sum, 0.0)[:, None]
-        offs_m = place.head_block * M + gl.arange(0, M, layout=gl.SliceLayout(1, layout))
-        query, head, row_mask = row_of(offs_m, place.list_id, place.S, H, GROUP)
+        offs_m = place.head_block * M + gl.arange(0, M, layout=ACC_ROWS)
+        query, head, row_mask = row_of(offs_m, place.list_id, place.S, form)
         out_rows = out + query.to(gl.int64) * place.out_stride_s + head * place.out_stride_h
-        offs_v = column + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
+        offs_v = column + gl.arange(0, HALF, layout=gl.SliceLayout(0, ACC_LAYOUT))
         gl.store(out_rows[:, None] + offs_v[None, :], acc.to(out.dtype.element_ty), mask=row_mask[:, None])

@@ -3,12 +3,24 @@
 An entry of a list is a slot, or in merged lists (`sparse_mla_union_triton.py`) a slot with a bit for every query of
 the group that selected it, from OWNER_SHIFT on; -1 is no key.
 
-Legend: as `sparse_mla_hopper_gluon.py`.
+Legend: as `sparse_mla_hopper_gluon.py`; `form` a `ListForm`.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..common.gluon_support import gl, gluon
+
+
+class ListForm(NamedTuple):
+    """Constants of a kernel over key lists, which it makes of its own (`list_constants`)."""
+
+    H: int
+    GROUP: int
+    OWNER_SHIFT: int
+    BLOCK_K: int
+
 
 if gluon is not None:
 
@@ -24,52 +36,50 @@ if gluon is not None:
         return list_id % lists, head_block, batch
 
     @gluon.jit
-    def count_listed(
-        keys, counts, batch, list_id, lists, K, GROUP: gl.constexpr, BLOCK_K: gl.constexpr, WARPS: gl.constexpr
-    ):
+    def count_listed(keys, counts, batch, list_id, lists, K, form: gl.constexpr, WARPS: gl.constexpr):
         """Entries of a list up to its last key."""
-        if GROUP > 1:
+        if form.GROUP > 1:
             count = gl.load(counts + batch * lists + list_id)
         else:
-            offs_all = gl.arange(0, BLOCK_K, layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
+            offs_all = gl.arange(0, form.BLOCK_K, layout=gl.BlockedLayout([4], [32], [WARPS], [0]))
             all_keys = gl.load(keys + offs_all, mask=offs_all < K, other=-1)
             count = gl.max(gl.where(all_keys >= 0, offs_all + 1, 0), 0)
         return count
 
     @gluon.jit
-    def is_listed(key, T, GROUP: gl.constexpr):
+    def is_listed(key, T, form: gl.constexpr):
         """Which entries are one of T keys; merged lists hold no others."""
         listed = key >= 0
-        if GROUP == 1:
+        if form.GROUP == 1:
             listed = listed & (key < T)
         return listed
 
     @gluon.jit
-    def is_visible(key, T, member, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
+    def is_visible(key, T, member, form: gl.constexpr):
         """Which of the keys [N] each row [M], of the group's `member`, attends to."""
-        visible = is_listed(key, T, GROUP)[None, :]
-        if GROUP > 1:
-            owned = (key[None, :] >> (OWNER_SHIFT + member)[:, None]) & 1
+        visible = is_listed(key, T, form)[None, :]
+        if form.GROUP > 1:
+            owned = (key[None, :] >> (form.OWNER_SHIFT + member)[:, None]) & 1
             visible = visible & (owned != 0)
         return visible
 
     @gluon.jit
-    def slot_of(key, GROUP: gl.constexpr, OWNER_SHIFT: gl.constexpr):
+    def slot_of(key, form: gl.constexpr):
         """The slot of an entry, without its owners."""
         slot = key
-        if GROUP > 1:
-            slot = key & ((1 << OWNER_SHIFT) - 1)
+        if form.GROUP > 1:
+            slot = key & ((1 << form.OWNER_SHIFT) - 1)
         return slot
 
     @gluon.jit
-    def row_of(rows, list_id, S, H: gl.constexpr, GROUP: gl.constexpr):
+    def row_of(rows, list_id, S, form: gl.constexpr):
         """Query and head of each row, and which rows exist."""
-        if GROUP > 1:
-            query, head = list_id * GROUP + rows // H, rows % H
-            mask = (rows < GROUP * H) & (query < S)
+        if form.GROUP > 1:
+            query, head = list_id * form.GROUP + rows // form.H, rows % form.H
+            mask = (rows < form.GROUP * form.H) & (query < S)
         else:
             query, head = list_id + rows * 0, rows
-            mask = rows < H
+            mask = rows < form.H
         return query, head, mask
 
     @gluon.jit

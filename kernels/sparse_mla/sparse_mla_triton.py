@@ -17,15 +17,15 @@ from ..common.device_target import DeviceTarget, device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..common.early_launch import early_launch, wait_for_kernels_ahead
 from ..common.kernel_constants import LARGE_SHARED_MEMORY, LN_2, LOG2_E, WIDE_LATENT
-from ..common.kernel_launch import launcher, tile_options
+from ..common.kernel_launch import launcher, rows_contiguous, tile_options
 from ..common.triton_support import tl, triton
 from .sparse_mla_hopper_gluon import ROWS as HOPPER_ROWS
 from .sparse_mla_hopper_gluon import hopper_supports, sparse_mla_hopper
 from .sparse_mla_union_triton import (
     count_keys,
     group_size,
+    list_constants,
     merge_key_lists,
-    owner_shift,
     program_place,
     row_of,
     slot_of,
@@ -73,11 +73,7 @@ def sparse_mla_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments and results as `kernels.sparse_mla.sparse_mla`; bf16 or fp16, no gradient."""
     B, S, H, _ = q.shape
-    if q.stride(-1) != 1:
-        q = q.contiguous()
-    if kv.stride(-1) != 1:
-        kv = kv.contiguous()
-    indices = indices.contiguous()
+    q, kv, indices = rows_contiguous(q), rows_contiguous(kv), indices.contiguous()
     out = q.new_empty(B, S, H, value_dim)
     lse = torch.empty(B, S, H, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
@@ -136,7 +132,7 @@ def _why_not_hopper(q, kv, keys, counts, group, scale, out, lse) -> str | None:
 
 
 def _prefill_in_hopper(q, kv, keys, counts, group, scale, out, lse) -> None:
-    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group, owner_shift(group))
+    sparse_mla_hopper(q, kv, keys, counts, scale * LOG2_E, out, lse, group)
 
 
 def _prefill_in_triton(q, kv, keys, counts, group, scale, out, lse) -> None:
@@ -173,10 +169,9 @@ def _decode(q, kv, indices, scale, out, lse, splits, tile) -> tuple[torch.Tensor
 def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits: int) -> None:
     B, S, H, D = q.shape
     V = out.shape[-1]
-    head_blocks = 1 if group > 1 else triton.cdiv(H, tile.block_m)
-    lists = triton.cdiv(S, group)
-    split_stride = out.stride(0) if splits > 1 else 0
-    split_lse_stride = lse.stride(0) if splits > 1 else 0
+    lists, constants = triton.cdiv(S, group), list_constants(H, group, tile.block_m, keys.shape[-1])
+    constants["BLOCK_K"] = max(LEAST_BLOCK_K, constants["BLOCK_K"])
+    split_stride, split_lse_stride = (out.stride(0), lse.stride(0)) if splits > 1 else (0, 0)
     tensors = (q, kv, keys, counts, out, lse)
     sizes = (scale * LOG2_E, S, lists, keys.shape[-1], kv.shape[1])
     strides = (
@@ -188,20 +183,16 @@ def _launch(q, kv, keys, counts, scale, out, lse, tile: Tile, group: int, splits
         split_lse_stride,
         *lse.stride()[-3:-1],
     )
-    launcher(_sparse_mla_fwd_kernel, (B * lists * head_blocks, splits), q)(
+    launcher(_sparse_mla_fwd_kernel, (B * lists * constants["HEAD_BLOCKS"], splits), q)(
         *tensors,
         *sizes,
         *strides,
-        H=H,
         V=V,
         R=D - V,
         BLOCK_V=max(16, triton.next_power_of_2(V)),
         BLOCK_R=max(16, triton.next_power_of_2(D - V)),
-        BLOCK_K=max(LEAST_BLOCK_K, triton.next_power_of_2(keys.shape[-1])),
-        GROUP=group,
-        OWNER_SHIFT=owner_shift(group),
-        HEAD_BLOCKS=head_blocks,
         SPLIT=splits > 1,
+        **constants,
         **tile_options(tile),
         **early_launch(),
     )

@@ -30,6 +30,24 @@ def group_size(heads: int, rows: int, queries: int, topk: int, slots: int) -> in
     return group if slots <= 1 << owner_shift(group) and group * topk < 1 << 15 else 1
 
 
+def list_constants(heads: int, group: int, rows: int, entries: int) -> dict[str, int]:
+    """Constants of a kernel over key lists of `entries`, by name.
+
+    Args:
+        heads: H.
+        group: GROUP, queries a list; 1: lists are the selection itself.
+        rows: heads, or heads of a group of queries, that a program takes.
+        entries: of a list at most.
+    """
+    return {
+        "H": heads,
+        "GROUP": group,
+        "OWNER_SHIFT": owner_shift(group),
+        "HEAD_BLOCKS": 1 if group > 1 else triton.cdiv(heads, rows),
+        "BLOCK_K": triton.next_power_of_2(entries),
+    }
+
+
 def merge_key_lists(
     indices: torch.Tensor,
     group: int,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from testing import small_run
 from testing.small_run import run, run_processes, write_source
@@ -58,6 +59,8 @@ def test_a_run_writes_a_whole_checkpoint_and_what_it_measured(finished, folder):
     card = (output / "README.md").read_text()
     assert "All weights were trained for this pattern by multi-layer distillation: 4 warm-up steps" in card
     assert f"| this checkpoint | {document['scores']['after']['loss']:.4f} |" in card
+    results = {result.metric_type: result.metric_value for result in ModelCard(card).data.eval_results}
+    assert results["loss"] == pytest.approx(document["scores"]["after"]["loss"], abs=1e-4)
     log = entries(output)
     assert [len(log[stage]) for stage in ("dense", "sparse")] == [4, 6]
     assert {"kl/full_00", "kl/layer_03", "recall/layer_01", "lm_loss"} <= set(log["sparse"][0])

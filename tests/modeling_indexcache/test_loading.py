@@ -43,6 +43,23 @@ def test_round_trip_keeps_every_weight_and_one_tensor_an_expert_on_disk(saved, i
     assert not any(name.startswith("model.layers.2.self_attn.indexer") for name in on_disk)
 
 
+def test_a_state_dict_read_from_the_file_brings_the_experts_too(saved):
+    """`Trainer` resumes so: without this the experts stayed as they were, and a warning was all."""
+    model = tiny_model(seed=1, index_share_pattern="FFSF")
+    found = model.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
+    assert not found.missing_keys and not found.unexpected_keys
+    for name, tensor in tiny_model(index_share_pattern="FFSF").state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_a_state_dict_that_lacks_one_expert_is_not_taken_for_a_whole_one(saved):
+    state = load_file(saved / "model.safetensors")
+    del state["model.layers.1.mlp.experts.7.down_proj.weight"]
+    model = tiny_model(index_share_pattern="FFSF")
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.experts\.gate_up_proj"):
+        model.load_state_dict(state)
+
+
 def test_auto_model_has_no_head(saved, ids):
     with torch.no_grad():
         assert AutoModel.from_pretrained(saved)(ids).last_hidden_state.shape == (1, 40, 48)

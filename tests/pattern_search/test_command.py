@@ -75,8 +75,35 @@ def test_one_document_says_everything(found):
 def test_tolerance_is_kept_on_held_out_windows_by_the_smallest_number(found):
     document, _ = found
     loss = {e["full_layers"]: e["held_out"]["loss"] for e in document["curve"] if e["method"] == "search"}
-    within = [count for count, value in loss.items() if value <= loss[12] * 1.5]
-    assert document["keep"] == min(within)
+    retrieval = document["retrieval"]
+    assert retrieval["windows"] == 8 and retrieval["source"] > 0.9 and retrieval["needed"] == 0.9
+    refused = {entry["pattern"] for entry in retrieval["refused"]}
+    patterns = {int(count): pattern for count, pattern in document["patterns"].items()}
+    within = [n for n, value in loss.items() if value <= loss[12] * 1.5 and patterns[n] not in refused]
+    assert document["keep"] == min(within) and retrieval["patterns"][patterns[min(within)]] >= 0.9
+    assert all(entry["recall"] < 0.9 and entry["loss"] <= loss[12] * 1.5 for entry in retrieval["refused"]) and refused
+    assert document["cost"]["retrieval_layer_forwards"] > 0
+
+
+def test_loss_alone_decides_where_that_is_asked_for(found, text):
+    document, output = found
+    again = search("--data", text, *SMALL, "--output", output.parent / "alone", "--keep", "1/3", "--tolerance", "50%",
+                   "--least-recall", "0", "--json", "--no-pictures")  # fmt: skip
+    assert again.exit_code == 0, again.output
+    alone = json.loads(again.stdout)
+    assert "retrieval" not in alone and alone["keep"] < document["keep"]
+
+
+def test_the_page_says_why_a_pattern_was_not_chosen(found):
+    document, output = found
+    page = (output / "report.html").read_text()
+    entry = document["retrieval"]["refused"][0]
+    assert (
+        "<h2>Retrieval</h2>" in page and f"it recalls {entry['recall']:.1%} where 90.0% is needed: not chosen" in page
+    )
+    assert (
+        f"not chosen: {entry['pattern']}" in CliRunner().invoke(app, ["inspect", str(output / "patterns.json")]).stdout
+    )
 
 
 def test_convert_takes_the_file(found):
@@ -176,6 +203,7 @@ def test_an_indexcache_checkpoint_is_searched_further(text, tmp_path):
         (("--keep", "some"), "keep must be a count such as 4 or a share"),
         (("--tolerance", "much"), "--tolerance 'much' is no share: write 0.5% or 0.005"),
         (("--tolerance", "150%"), "--tolerance must lie in 0% .. 100%"),
+        (("--least-recall", "most"), "--least-recall 'most' is no share: write 0.5% or 0.005"),
         (("--baseline", "best"), "--baseline must be uniform, similarity or none (got best)"),
         (("--blocks", "2"), "--blocks belongs to --algorithm greedy"),
         (("--blocks", "20", "--algorithm", "greedy"), "--blocks must lie in 1 .. 12"),
@@ -200,9 +228,9 @@ def test_a_source_that_is_no_dsa_model(text, tmp_path):
 
 
 def test_shares():
-    assert _share("0.5%") == pytest.approx(0.005) == _share("0.005") and _share(None) is None
+    assert _share("0.5%", "--x") == pytest.approx(0.005) == _share("0.005", "--x") and _share(None, "--x") is None
     with pytest.raises(RunError):
-        _share("-1%")
+        _share("-1%", "--x")
 
 
 def test_inspect_draws_the_overlap(text, tmp_path):

@@ -262,7 +262,7 @@ def test_mtp_layers_that_are_announced_and_absent(tmp_path):
 @pytest.mark.parametrize("family, swapped", [(DEEPSEEK, True), (GLM, False)])
 def test_the_indexers_layout_flag_swapped(tmp_path, family, swapped):
     found = only(check(build(tmp_path, **{**family, "indexer_rope_interleave": swapped})), "indexer_rope_layout")
-    assert set(found.engines) == {"indexcache", *SERVING}
+    assert set(found.engines) == {"indexcache", *SERVING, "megatron"}
 
 
 def test_the_indexers_layout_left_to_a_default(tmp_path):

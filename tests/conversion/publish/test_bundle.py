@@ -116,6 +116,7 @@ class TestFlattening:
             "modeling_indexcache/modeling_indexcache.py": "from ..kernels.op import (\n  f\n)\nfrom .part import h\n",
             "modeling_indexcache/part.py": "def h():\n    from ..configuration.configuration_indexcache import C\n",
             "configuration/configuration_indexcache.py": "C = 1\n",
+            "configuration/module_sections.py": "SECTION_FILES: tuple[str, ...] = ()\n",
             "configuration/unused.py": "",
             "kernels/op.py": "f = 1\n",
         }
@@ -132,12 +133,32 @@ class TestFlattening:
         monkeypatch.setattr(hub_code, "__file__", str(package / "configuration/hub_code.py"))
         return hub_code.hub_code()
 
-    def test_imports_become_siblings_and_unused_files_stay(self, package, monkeypatch):
+    def test_imports_become_siblings_or_sections_and_unused_files_stay(self, package, monkeypatch):
         code = self.flatten(package, monkeypatch)
-        assert list(code) == ["configuration_indexcache.py", "modeling_indexcache.py", "op.py", "part.py"]
+        assert list(code) == [
+            "configuration_indexcache.py",
+            "kernels_sections.py",
+            "modeling_indexcache.py",
+            "modeling_indexcache_sections.py",
+            "module_sections.py",
+        ]
         body = code["modeling_indexcache.py"].partition("\n")[2]
-        assert body == "from .op import (\n  f\n)\nfrom .part import h\n"
-        assert "    from .configuration_indexcache import C\n" in code["part.py"]
+        assert body == (
+            "from .module_sections import (\n    op__f as f\n)\nfrom .module_sections import part__h as h\n"
+        )
+        assert "# ======== module op ========\nf = 1\n" in code["kernels_sections.py"]
+        assert "    from .configuration_indexcache import C\n" in code["modeling_indexcache_sections.py"]
+        assert "('kernels_sections.py', 'modeling_indexcache_sections.py')" in code["module_sections.py"]
+
+    def test_more_modules_are_no_more_files(self, package, monkeypatch):
+        few = list(self.flatten(package, monkeypatch))
+        for number in range(20):
+            folder = package / f"kernels/operation_{number}"
+            folder.mkdir()
+            (folder / f"more_{number}.py").write_text("x = 1\n")
+            with (package / "kernels/op.py").open("a") as file:
+                file.write(f"from .operation_{number}.more_{number} import x\n")
+        assert list(self.flatten(package, monkeypatch)) == few
 
     def test_two_files_of_one_name_are_refused(self, package, monkeypatch):
         (package / "kernels/part.py").write_text("")

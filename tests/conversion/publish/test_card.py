@@ -138,6 +138,14 @@ def test_measurements_stand_in_a_table_only_when_given(tmp_path):
         card_of(tmp_path, measured=[{"a": 1}, {"b": 2}])
 
 
+def test_own_scores_are_what_the_hub_lists_as_results(tmp_path):
+    data = card_of(tmp_path, scores={"loss": 2.49712, "recall": 0.9979}, repo_id="me/small").data
+    assert data.model_name == "me/small"
+    found = {result.metric_type: (result.metric_value, result.dataset_type) for result in data.eval_results}
+    assert found == {"loss": (2.4971, "held-out-windows"), "recall": (0.9979, "held-out-windows")}
+    assert "model-index" not in card_of(tmp_path, scores={}).data.to_dict()
+
+
 def test_ruler_counts_layers():
     ruler, letters = draw_pattern(SharePattern("F" + "S" * 46)).splitlines()
     for layer in (0, 10, 40):

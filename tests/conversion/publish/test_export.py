@@ -408,6 +408,16 @@ def test_a_pattern_file_without_patterns_is_named(tmp_path, content):
     assert not (tmp_path / "fields.json").exists()
 
 
+@pytest.mark.parametrize("family, engine", [("axk2", "vllm"), ("axk2", "megatron"), ("deepseek_v32", "megatron")])
+def test_a_pattern_file_whose_family_an_engine_cannot_share_is_named(tmp_path, family, engine):
+    path = tmp_path / "patterns.json"
+    path.write_text(json.dumps({"patterns": {"2": "FSFS"}, "source": {"model_type": family}}))
+    with pytest.raises(ConversionError, match=rf"patterns\.json: .*{family}"):
+        export_pattern(path, tmp_path / "out.json", engine)
+    path.write_text(json.dumps({"patterns": {"2": "FSFS"}}))
+    assert export_pattern(path, tmp_path / "out.json", engine)
+
+
 def test_axk2_is_exported_for_transformers_alone_and_without_sharing(checkpoint, tmp_path):
     switches = {"source_model_type": "axk2", "index_n_heads": 32, **GATES}
     source = checkpoint("FFFF", **switches)

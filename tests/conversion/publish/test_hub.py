@@ -133,6 +133,22 @@ def test_a_revision_is_a_branch_of_its_own(checkpoint, push, hub, run_python, tm
     run_python(PULL_AND_GENERATE, "tester/small", options, tmp_path / "pulled.safetensors", hub=hub)
 
 
+def test_a_pull_request_changes_no_branch(checkpoint, push, hub):
+    push(checkpoint, "tester/small")
+    before = hub.tree("tester/small")
+    (checkpoint / "LICENSE").write_text("MIT\n")
+    url = push(checkpoint, "tester/small", create_pr=True)
+    assert url == f"{hub.url}/tester/small/discussions/1"
+    assert hub.tree("tester/small") == before
+    assert hub.tree("tester/small", "refs/pr/1")["LICENSE"] == b"MIT\n"
+
+
+def test_a_pull_request_makes_no_repository(checkpoint, push, hub):
+    with pytest.raises(ConversionError, match="tester/absent"):
+        push(checkpoint, "tester/absent", create_pr=True)
+    assert not hub.repos
+
+
 def test_a_failed_upload_is_taken_up_where_it_stopped(checkpoint, push, hub):
     hub.fail("PUT", r"/_lfs/", skip=1)
     with pytest.raises(ConversionError, match="push again; what has arrived is not sent twice"):

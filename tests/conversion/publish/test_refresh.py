@@ -66,6 +66,20 @@ def aged(model, tmp_path_factory):
     return folder
 
 
+def test_a_checkpoint_of_a_file_a_module_gets_the_few(old):
+    """Releases up to 0.2 wrote every module as a file: all of them go, what others put there stays."""
+    header = f"{HEADER.replace(indexcache.__version__, OLD)} {hub_code._LICENCE}\n"
+    modules = ["dispatch.py", "rotary.py", "eligibility.py", "lightning_indexer_triton.py"]
+    for name in modules:
+        (old / name).write_text(header)
+    for name in ("kernels_sections.py", "modeling_indexcache_sections.py", "module_sections.py", "section_names.py"):
+        (old / name).unlink()
+    plan = plan_refresh(FolderSource(old))
+    assert set(modules) <= set(plan.removed) and "kernels_sections.py" in plan.added
+    refresh(FolderSource(old), plan)
+    assert set(code_in(old)) == {*CODE, "handler.py"}
+
+
 def code_in(folder):
     return {path.name: path.read_text() for path in folder.glob("*.py")}
 

@@ -265,6 +265,6 @@ def test_gradients_of_the_dense_loss_where_no_kernel_compiles():
     backward = indexer_distillation_ops._DENSE_GRADIENT.backends[-1].run
     visible = torch.full((2,), 6, dtype=torch.int64), None, None
     plain = [x.detach() for x in inputs]
-    got = backward(grad, *plain, [q_attn], [kv], [lse], None, 0.3, 0.2, visible)
+    got = backward(grad, *plain, [q_attn], [kv], [lse], None, 0.3, 0.2, *visible)
     for one, other in zip(got, want):
         torch.testing.assert_close(one, other)

@@ -39,8 +39,8 @@ def kernels(arch):
     tile = selected.attention_tile(target, 576)
     yield selected._selected_attention_kernel, {**latent, **lists, "BLOCK_H": 32, "BLOCK_N": tile.block_n}, tile
     for function, tile, extra in (
-        (teacher._attention_lse_kernel, teacher.lse_tile(target, 576), {}),
-        (teacher._head_mean_kernel, teacher.target_tile(target, 576), {"ADD": True}),
+        (teacher._attention_lse_kernel, teacher.latent_tile(target, 576), {}),
+        (teacher._head_mean_kernel, teacher.latent_tile(target, 576), {"ADD": True}),
     ):
         yield function, {**latent, **extra, "BLOCK_Q": tile.block_q, "BLOCK_N": tile.block_n}, tile
     tile = dense.index_tile(target, 32)

@@ -158,16 +158,16 @@ def test_dense_kl_and_its_gradients_match_fp64(B, S, T, H, D, layers, packed, mo
     exact_q, exact_kv = [x.double() for x in q_attn], [x.double() for x in kv]
     exact_lse = [attention_lse_reference(x, y, 0.2, *visible) for x, y in zip(exact_q, exact_kv)]
     expected = dense_indexer_kl_reference(*inputs, exact_q, exact_kv, exact_lse, scale, 0.2, *visible)
-    lse = [teacher.attention_lse_triton(x, y, 0.2, visible) for x, y in zip(q_attn, kv)]
+    lse = [teacher.attention_lse_triton(x, y, 0.2, *visible) for x, y in zip(q_attn, kv)]
     for one, right in zip(lse, exact_lse):
         torch.testing.assert_close(one.double(), right, atol=1e-4, rtol=1e-4)
-    kl, score_lse = dense.dense_kl_triton(q, k, weights, q_attn, kv, lse, scale, 0.2, visible)
+    kl, score_lse = dense.dense_kl_triton(q, k, weights, q_attn, kv, lse, scale, 0.2, *visible)
     torch.testing.assert_close(kl.double(), expected.detach(), atol=2e-4, rtol=2e-4)
     if packed:
         assert kl[0, 0] == 0
     grad = 1e-6 * (1 + torch.rand(kl.shape, generator=torch.Generator().manual_seed(1)))
     right = torch.autograd.grad(expected, inputs, grad.double())
-    arguments = (q, k, weights, q_attn, kv, lse, score_lse, scale, 0.2, visible)
+    arguments = (q, k, weights, q_attn, kv, lse, score_lse, scale, 0.2, *visible)
     # As above: compare what fp32 would hold.
     results = dense.dense_kl_backward_triton(grad * 2.0**14, *arguments)
     assert_gradients([x.double() * 2.0**-14 for x in results], right)
@@ -175,11 +175,11 @@ def test_dense_kl_and_its_gradients_match_fp64(B, S, T, H, D, layers, packed, mo
 
 def test_dense_loss_of_nothing():
     (q, k, weights), q_attn, kv, visible = dense_problem(1, 4, 20, 8, 16, 1, False)
-    lse = [teacher.attention_lse_triton(q_attn[0][:, :0], kv[0], 0.2, visible)]
+    lse = [teacher.attention_lse_triton(q_attn[0][:, :0], kv[0], 0.2, *visible)]
     arguments = (q[:, :0], k, weights[:, :0], [q_attn[0][:, :0]], kv, lse)
-    kl, score_lse = dense.dense_kl_triton(*arguments, 1.0, 0.2, visible)
+    kl, score_lse = dense.dense_kl_triton(*arguments, 1.0, 0.2, *visible)
     assert kl.shape == (1, 0)
-    gradients = dense.dense_kl_backward_triton(kl, *arguments, score_lse, 1.0, 0.2, visible)
+    gradients = dense.dense_kl_backward_triton(kl, *arguments, score_lse, 1.0, 0.2, *visible)
     assert all((gradient == 0).all() for gradient in gradients)
 
 
@@ -188,7 +188,7 @@ def op_calls():
     q, k, weights, indices, target = problem(1, 3, 30, 8, 16, 20)
     inputs = [x.nan_to_num().requires_grad_() for x in (q, k, weights)]
     _, q_attn, kv, visible = dense_problem(1, 3, 30, 8, 16, 2, True)
-    lse = [teacher.attention_lse_triton(x, y, 0.4, visible) for x, y in zip(q_attn, kv)]
+    lse = [teacher.attention_lse_triton(x, y, 0.4, *visible) for x, y in zip(q_attn, kv)]
     return {
         "scores": (op._selected_index_scores, (*inputs, indices, 0.4)),
         "kl": (op._indexer_kl, (*inputs, indices, target.nan_to_num(), 0.4)),

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from indexcache.kernels.common.device_target import TARGETS, pretended_target
 from indexcache.kernels.common.dispatch import forget_failures
 from indexcache.kernels.sparse_mla import sparse_mla_backward_triton as kernels
+from indexcache.kernels.sparse_mla import sparse_mla_triton
 from indexcache.kernels.sparse_mla.sparse_mla import _sparse_mla
 from indexcache.kernels.sparse_mla.sparse_mla_reference import sparse_mla_reference
 
@@ -60,7 +61,7 @@ def run(q, kv, indices, grad_out, grad_lse, scale, deterministic=False):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("groups", [(), (80,)])
 def test_slots_that_there_are_not_have_no_gradient(monkeypatch, deterministic, groups):
-    monkeypatch.setattr(kernels, "GROUPING_ARCHITECTURES", groups)
+    monkeypatch.setattr(sparse_mla_triton, "GROUPING_ARCHITECTURES", groups)
     arguments = problem(2, 5, 40, 8, 40, 32, 24, "scattered")
     q, kv, indices, *grads = arguments
     out, lse, expected = exact(*arguments, 0.2)
@@ -82,7 +83,7 @@ def test_gradients_match_fp64(B, S, T, H, D, V, K, order, deterministic):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("heads", [20, 70])
 def test_without_grouping_they_are_the_same(monkeypatch, heads, deterministic):
-    monkeypatch.setattr(kernels, "GROUPING_ARCHITECTURES", ())
+    monkeypatch.setattr(sparse_mla_triton, "GROUPING_ARCHITECTURES", ())
     assert_gradients(*run(*problem(1, 4, 40, heads, 40, 32, 20, "scattered"), 0.2, deterministic))
 
 

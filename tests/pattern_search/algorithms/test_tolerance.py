@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from indexcache.pattern_search import search
+from indexcache.pattern_search.retrieval_guard import RetrievalGuard
 from indexcache.pattern_search.search import SearchOptions, SearchOutcome
 from indexcache.runs.monitor import Monitor
 
@@ -24,7 +25,7 @@ def choose(monkeypatch, tolerance, refined, asked=(), **options):
     losses = {**LOSS, "FSSFS": 1.03, "FSFFS": 1.015, "FFSFS": 1.9}
     checking = SimpleNamespace(evaluate=lambda pattern: SimpleNamespace(loss=losses[pattern]))
     outcome = SearchOutcome("FFFFF", list(asked), patterns=dict(PATH))
-    search._choose(None, checking, SearchOptions(tolerance=tolerance, **options), outcome, Monitor())
+    search._choose(None, checking, None, SearchOptions(tolerance=tolerance, **options), outcome, Monitor())
     return outcome, tried
 
 
@@ -59,3 +60,37 @@ def test_what_was_asked_for_is_refined_already(monkeypatch):
 def test_nothing_within_but_the_start(monkeypatch):
     outcome, tried = choose(monkeypatch, 0.0, {})
     assert outcome.chosen == 5
+
+
+def guarded(monkeypatch, recalls, tolerance=0.25, least=0.9):
+    asked = []
+
+    def recall(pattern):
+        asked.append(pattern)
+        return recalls[pattern]
+
+    monkeypatch.setattr(search, "refine", lambda evaluator, pattern, *_: SimpleNamespace(pattern=pattern))
+    checking = SimpleNamespace(evaluate=lambda pattern: SimpleNamespace(loss=LOSS[pattern]))
+    outcome = SearchOutcome("FFFFF", [], patterns=dict(PATH))
+    guard = RetrievalGuard(recall, "FFFFF", least)
+    search._choose(None, checking, guard, SearchOptions(tolerance=tolerance), outcome, Monitor())
+    return outcome.chosen, guard, asked
+
+
+def test_what_loses_retrieval_is_not_chosen_whatever_its_loss(monkeypatch):
+    recalls = {"FFFFF": 0.99, "FFFFS": 0.98, "FFFSS": 0.91, "FFSSS": 0.6, "FSSSS": 0.1}
+    chosen, guard, asked = guarded(monkeypatch, recalls)
+    assert chosen == 3 and guard.needed == 0.9
+    assert guard.refused == [{"pattern": "FFSSS", "loss": 1.2, "recall": 0.6}]
+    assert sorted(asked) == ["FFFFF", "FFFSS", "FFSSS"], "once each, and only those that their loss speaks for"
+    assert guarded(monkeypatch, recalls, tolerance=1.5)[0] == 3
+    assert guarded(monkeypatch, dict.fromkeys(PATH.values(), 0.95), tolerance=1.5)[0] == 1
+
+
+def test_a_source_that_recalls_less_is_what_patterns_are_held_to(monkeypatch):
+    recalls = {"FFFFF": 0.5, "FFFFS": 0.5, "FFFSS": 0.46, "FFSSS": 0.44, "FSSSS": 0.5}
+    chosen, guard, _ = guarded(monkeypatch, recalls)
+    assert chosen == 3 and guard.needed == pytest.approx(0.45)
+    # Too little to say anything: the loss alone decides, and the record says so.
+    chosen, guard, _ = guarded(monkeypatch, {**recalls, "FFFFF": 0.2})
+    assert chosen == 2 and guard.needed is None and not guard.refused
