@@ -28,7 +28,7 @@ from ...kernels.block_fp8.block_fp8_reference import linear_reference, quantised
 from ...kernels.block_fp8.block_fp8_vector_triton import block_fp8_experts_vector, block_fp8_vector_linear_triton
 from ...kernels.common.early_launch import early_launches
 from ...kernels.experts.routed_experts import group_by_expert
-from .block_fp8 import (
+from .block_fp8_inputs import (
     ACTIVE,
     BEYOND_L2,
     CHECKED_ROWS,
