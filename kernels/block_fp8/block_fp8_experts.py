@@ -21,7 +21,7 @@ from ..experts.routed_experts_triton import combine, gated
 from .block_fp8_experts_hopper_gluon import hopper_takes
 from .block_fp8_experts_pieces_triton import experts_in_pieces
 from .block_fp8_experts_triton import grouped_experts
-from .block_fp8_format import E4M3, check_weight, scale_grid
+from .block_fp8_format import E4M3, check_weight, is_ue8m0, scale_grid
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
 from .block_fp8_linear_cublas import ALIGNED_TOKENS, multiply_by_cublas, why_not_cublas
 from .block_fp8_linear_triton import activations_of, multiply
@@ -31,6 +31,8 @@ from .block_fp8_vector_triton import block_fp8_experts_vector
 
 # Temporaries of a block of tokens, in bytes: large ones, every product has a tail an expert.
 BLOCK_BYTES = 640 * 2**20
+# Up to so many an expert, tiles of 128 rows are half empty.
+HOPPER_TOKENS = 64
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
 Shared = tuple[Matrix, Matrix, Matrix]
@@ -188,8 +190,10 @@ def _why_not_hopper(x, experts, weights, gate_up, down, shared, accumulate, bloc
     target, (count, width, inner) = device_target(x.device), down[0].shape
     if target.backend != "cuda" or target.arch != 90:
         return "it is for compute capability 9.0"
-    if experts.numel() <= WIDENED_TOKENS * count:
-        return f"there are at most {WIDENED_TOKENS} tokens an expert"
+    if experts.numel() <= HOPPER_TOKENS * count:
+        return f"there are at most {HOPPER_TOKENS} tokens an expert"
+    if x.dtype != torch.bfloat16 or is_ue8m0(gate_up[1]) or width % (2 * GROUP):
+        return f"it takes bf16, scales in fp32 and a hidden width by {2 * GROUP}"
     if not hopper_takes(width, inner, gate_up[0], down[0]):
         return f"it needs Gluon, widths by {GROUP} and contiguous weights"
     return _why_not_triton(x, experts, weights, gate_up, down, shared, accumulate, block_size)

@@ -22,20 +22,18 @@ from .block_fp8_format import is_ue8m0
 from .block_fp8_reference import GROUP
 from .block_fp8_vector_triton import MAX_WEIGHTS
 
-# Columns of a tile of products, of which tokens fill some: few, or as many as there may be.
-TOKENS, MANY_TOKENS = 16, 32
+# Columns of a tile of products, of which tokens fill some.
+TOKENS = 16
 # Rows of weights in a tile: many where each is long and there are many of them.
 FEW_ROWS, MANY_ROWS = 64, 128
 LONG_GROUPS, MANY_OUTPUTS = 32, 4096
 # What a program takes beside its groups of columns, in their time.
-BEGINNING = 6
-# Groups of columns of the weights that are on their way to L2 before a kernel that begins early waits.
-AHEAD = 4
+BEGINNING = 3
 # Outputs of a program that adds up parts.
 SUMMED = 512
 
 
-def why_not_in_pieces(x: torch.Tensor, tokens: int = MANY_TOKENS) -> str | None:
+def why_not_in_pieces(x: torch.Tensor, tokens: int = TOKENS) -> str | None:
     """Why these kernels are not for `x [T, D]` of at most `tokens`, or None when they are."""
     if x.shape[0] > tokens:
         return f"it is for at most {tokens} tokens"
@@ -75,10 +73,8 @@ def linear_in_pieces(
     splits: int | None = None,
     rows: int | None = None,
     stages: int = 4,
-    ahead: int = AHEAD,
 ) -> torch.Tensor:
-    """As `block_fp8_linear.block_fp8_vector_linear`, for bf16 `x [T, D]`, T at most `MANY_TOKENS`, and one kind of
-    scales.
+    """As `block_fp8_linear.block_fp8_vector_linear`, for bf16 `x [T, D]`, T at most `TOKENS`, and one kind of scales.
 
     `splits` programs share the columns of `rows` rows of weights; None chooses.
     """
@@ -119,9 +115,8 @@ def linear_in_pieces(
         N2=sizes[2],
         N3=sizes[3],
         ROWS=rows,
-        TOKENS=TOKENS if tokens <= TOKENS else MANY_TOKENS,
+        TOKENS=TOKENS,
         GROUP=GROUP,
-        AHEAD=ahead,
         SPLIT=splits > 1,
         POWERS=powers,
         **plain,
@@ -170,20 +165,6 @@ if triton is not None:
         """`[ROWS, TOKENS]` sums of an e4m3 tile `[ROWS, GROUP]` with both pieces `[TOKENS, GROUP]`."""
         return tl.dot(tile, tl.trans(second), acc=tl.dot(tile, tl.trans(first)))
 
-    @triton.jit
-    def ask_for_rows(rows, groups, GROUP: tl.constexpr, AHEAD: tl.constexpr):
-        """Let the first AHEAD groups of bytes of these rows come to L2."""
-        for group in tl.static_range(AHEAD):
-            if group < groups:
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-                    "=r,l",
-                    [(rows + group * GROUP).to(tl.int64)],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
-
     @triton.jit(do_not_specialize=["T"])
     def block_fp8_pieces_kernel(
         x,
@@ -214,7 +195,6 @@ if triton is not None:
         ROWS: tl.constexpr,
         TOKENS: tl.constexpr,
         GROUP: tl.constexpr,
-        AHEAD: tl.constexpr,
         SPLIT: tl.constexpr,
         POWERS: tl.constexpr,
         HAS_NORM: tl.constexpr,
@@ -252,13 +232,10 @@ if triton is not None:
         row = first_row + tl.arange(0, ROWS)
         token = tl.arange(0, TOKENS)
         depth = tl.arange(0, GROUP)
-        of_row = tl.minimum(row, size - 1).to(tl.int64) * stride
         splits = tl.num_programs(1)
         begin, end = tl.program_id(1) * GROUPS // splits, (tl.program_id(1) + 1) * GROUPS // splits
-        if EARLY:
-            ask_for_rows(weights + of_row + begin * GROUP, end - begin, GROUP, AHEAD)
         wait_for_kernels_ahead(EARLY)
-        weights += of_row[:, None] + depth[None, :]
+        weights += tl.minimum(row, size - 1).to(tl.int64)[:, None] * stride + depth[None, :]
         rows = x + token[:, None] * x_stride + depth[None, :]
         grid += first_row // GROUP * GROUPS
         real = (token < T)[:, None]

@@ -129,7 +129,7 @@ def as_bf16(x):
 
 @pytest.mark.parametrize("splits", [1, 2, 3, None])
 @pytest.mark.parametrize(("widths", "norm"), [((130, 70), True), ((576,), False), ((8, 3, 200, 129), True)])
-@pytest.mark.parametrize(("tokens", "width"), [(1, 200), (3, 1300), (16, 512), (32, 256)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 200), (3, 1300), (16, 512)])
 def test_vectors_in_pieces(tokens, width, widths, norm, splits):
     x = as_bf16(rows_of(tokens, width))
     matrices = [weight_of(rows, width, tokens == 3) for rows in widths]
@@ -164,12 +164,12 @@ def test_pieces_of_all_sizes_of_bf16():
 
 
 def test_programs_share_the_columns_of_few_rows():
-    """H200, DeepSeek-V3.2: q_a_proj and kv_a_proj, o_proj, a dense layer's gate, q_b_proj, kv_b_proj."""
+    """H200, DeepSeek-V3.2: q_a_proj alone and with kv_a_proj, o_proj, a dense layer's gate, q_b_proj, kv_b_proj."""
     chosen = {}
-    for outputs, width in ((2112, 7168), (7168, 16384), (18432, 7168), (24576, 1536), (32768, 512)):
+    for outputs, width in ((1536, 7168), (2112, 7168), (7168, 16384), (18432, 7168), (24576, 1536), (32768, 512)):
         rows = tile_rows(outputs, width)
         chosen[outputs] = rows, split_count(-(-outputs // rows), width // 128, 132)
-    assert chosen == {2112: (64, 8), 7168: (128, 4), 18432: (128, 4), 24576: (64, 1), 32768: (64, 1)}
+    assert chosen == {1536: (64, 16), 2112: (64, 8), 7168: (128, 4), 18432: (128, 4), 24576: (64, 1), 32768: (64, 1)}
 
 
 @pytest.mark.parametrize("tokens", [2, 40])

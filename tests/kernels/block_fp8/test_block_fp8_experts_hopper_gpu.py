@@ -55,7 +55,7 @@ def test_products_are_what_triton_makes(tokens, experts, width, inner, k, dtype,
     assert hopper_takes(width, inner, gate_up[0], down[0])
     x = torch.randn(tokens, width, dtype=dtype)
     # The first expert has most rows, and the last one none where there are several.
-    likely = torch.arange(experts, 0, -1, dtype=torch.float32) - (experts > k)
+    likely = torch.arange(experts, 0, -1, dtype=torch.float32) - float(experts > k)
     chosen = torch.multinomial(likely.expand(tokens, -1) + 1e-9, k)
     place, ends = group_by_expert(chosen, experts, tokens)
     activations = quantise_activations_triton(x)
