@@ -18,6 +18,7 @@ from ..runs.arguments import (
     Pictures,
     Revision,
     Seqlen,
+    Stream,
     TextField,
     Token,
     data_option,
@@ -64,6 +65,7 @@ def evaluate(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Stream = False,
     pictures: Pictures = True,
     revision: Revision = None,
     token: Token = None,
@@ -97,6 +99,7 @@ def evaluate(
         placement=Placement(dtype, device, device_map, False, revision, token),
         resume=resume,
         overwrite=overwrite,
+        stream=stream,
         monitor=Monitor() if as_json else TerminalMonitor(),
     )
     from .report import draw_tables, write_report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from rich.text import Text
 
 from ..runs.errors import RunError
 from ..runs.loading import Placement, load_model, open_model
+from ..runs.streaming.layer_source import stream_model
 from ..runs.windows.tokenizer import load_tokenizer
 from ..runs.windows.window_sources import Sampling, default_seqlen, read_windows
 from .overlap import selection_overlap
+from .streamed import streamed_overlap
 
 # From no overlap to full: dark to bright.
 _SHADES = ("#440154", "#443983", "#31688e", "#21918c", "#35b779", "#90d743", "#fde725")
@@ -27,6 +30,7 @@ def measure_overlap(
     *,
     revision: str | None = None,
     token: str | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Run windows of `data` through `source` and compare what its full layers select.
 
@@ -38,6 +42,7 @@ def measure_overlap(
         picture: where to write the heatmap.
         revision: of a Hub source.
         token: for the Hub.
+        stream: take layers from the checkpoint as they are needed, in one sweep for all windows.
 
     Returns:
         `layers`, `matrix` (rows of |A ∩ B| / k), `adjacent`, `queries`.
@@ -53,7 +58,11 @@ def measure_overlap(
     tokens = seqlen or default_seqlen(config.max_position_embeddings, config.index_topk)
     windows = read_windows(data, load_tokenizer(opened.source), sampling, tokens, nsamples)
     try:
-        found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
+        if stream:
+            with closing(stream_model(opened, placement)) as layers:
+                found = streamed_overlap(layers, windows.ids[:, :-1])
+        else:
+            found = selection_overlap(load_model(opened, placement), windows.ids[:, :-1])
     except ValueError as error:
         raise RunError(str(error)) from error
     matrix = found.matrix.tolist()

@@ -5,7 +5,7 @@ Legend: B windows, S tokens, Q queries looked at, K selected keys, T keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,12 @@ class Overlap:
 
 
 @torch.inference_mode()
-def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = QUERIES) -> Overlap:
+def selection_overlap(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    queries: int = QUERIES,
+    sweep: Callable[[torch.Tensor], None] | None = None,
+) -> Overlap:
     """Run windows of tokens through an IndexCache model and compare what its full layers select.
 
     Only queries that see more than `index_topk` keys count: the others select everything in every layer. Selections
@@ -49,6 +54,7 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
         model: an IndexCache model.
         ids: integer tokens `[N, S]`, run one window at a time.
         queries: how many queries per window, evenly spaced.
+        sweep: runs windows through layers that are streamed, window by window; the model's forward when None.
 
     Raises:
         ValueError: windows not longer than `index_topk`, so that every layer selects everything; or scores that are no
@@ -63,15 +69,7 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
     rows = torch.linspace(topk, num_tokens - 1, min(queries, num_tokens - topk)).long().unique()
     layers = model.config.share_pattern.full_layers
     total = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-    for window in ids:
-        found: dict[int, torch.Tensor] = {}
-        hooks = [_recorder(model, layer, rows, found) for layer in layers]
-        try:
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook()
-        selections = [found[layer].to(found[layers[0]].device).long() for layer in layers]
+    for selections in _selections(model, ids, rows, layers, sweep):
         if lacking := [layer for layer, selection in zip(layers, selections) if bool((selection < 0).any())]:
             raise ValueError(
                 f"the indexer of layer {lacking[0]} selects too few keys: its scores are not finite "
@@ -82,14 +80,38 @@ def selection_overlap(model: PreTrainedModel, ids: torch.Tensor, queries: int = 
     return Overlap(layers, total / (len(ids) * len(rows) * topk), len(ids) * len(rows))
 
 
+def _selections(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    rows: torch.Tensor,
+    layers: list[int],
+    sweep: Callable[[torch.Tensor], None] | None,
+) -> Iterator[list[torch.Tensor]]:
+    """Window by window what each of `layers` selects for the queries `rows`."""
+    for windows in ids.split(1) if sweep is None else (ids,):
+        found: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        hooks = [_recorder(model, layer, rows, found) for layer in layers]
+        try:
+            if sweep is None:
+                model.base_model(input_ids=windows.to(model.device), use_cache=False)
+            else:
+                sweep(windows)
+        finally:
+            for hook in hooks:
+                hook()
+        for window in range(len(windows)):
+            device = found[layers[0]][window].device
+            yield [found[layer][window].to(device).long() for layer in layers]
+
+
 def _recorder(
-    model: PreTrainedModel, layer: int, rows: torch.Tensor, found: dict[int, torch.Tensor]
+    model: PreTrainedModel, layer: int, rows: torch.Tensor, found: dict[int, list[torch.Tensor]]
 ) -> Callable[[], None]:
     """Keep the selection of some queries when the layer's indexer runs; returns what takes the hook away."""
     decoder: Any = model.base_model
 
     def record(module: Any, args: Any, output: torch.Tensor) -> None:
-        found[layer] = output[0, rows.to(output.device)]
+        found[layer].append(output[0, rows.to(output.device)])
 
     remove: Callable[[], None] = decoder.layers[layer].self_attn.indexer.register_forward_hook(record).remove
     return remove

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,17 @@ def evaluate_windows(
 
 @torch.inference_mode()
 def token_scores(
-    model: PreTrainedModel, ids: torch.Tensor, recall_mask: torch.Tensor | None = None, batch_size: int = 1
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    recall_mask: torch.Tensor | None = None,
+    batch_size: int = 1,
+    hidden_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each token's loss and whether it is the model's first choice, batch by batch, on the CPU.
 
-    Args and errors: as `evaluate_windows`. Of tokens that the mask does not mark, the first choice is not looked at.
+    Args and errors: as `evaluate_windows`; `hidden_of` gives the last hidden states `[B, L, E]` of tokens `[B, L]`
+    where layers are streamed, the model's forward where it is None. Of tokens that the mask does not mark, the first
+    choice is not looked at.
 
     Yields:
         Losses in nats, fp64 `[B, L]`, and hits, bool `[B, L]`.
@@ -110,7 +116,10 @@ def token_scores(
     try:
         for start in range(0, len(ids), batch_size):
             window = ids[start : start + batch_size].to(model.device, torch.long)
-            hidden = model.base_model(input_ids=window[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+            if hidden_of is None:
+                hidden = model.base_model(input_ids=window[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
+            else:
+                hidden = hidden_of(window[:, :-1]).flatten(0, 1)
             targets = window[:, 1:].flatten()
             marked = torch.zeros_like(targets, dtype=torch.bool)
             if recall_mask is not None:

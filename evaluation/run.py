@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,12 @@ from ..conversion.io.open_checkpoint import OpenedCheckpoint
 from ..conversion.io.shard_writer import write_json
 from ..modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..runs.errors import RunError
-from ..runs.fingerprint import model_sha256
+from ..runs.fingerprint import model_sha256, state_sha256
 from ..runs.journal import ScoreJournal
 from ..runs.loading import Placement, load_model, open_model
 from ..runs.monitor import Monitor
 from ..runs.output import prepare_output
+from ..runs.streaming.layer_source import LayerSource, stream_model
 from ..runs.versions import stamp
 from ..runs.windows.tokenizer import Tokenizer, load_tokenizer
 from ..runs.windows.window_sources import DEFAULT_SAMPLES, Sampling, default_seqlen, read_windows
@@ -34,6 +37,7 @@ from ..runs.windows.windows import Windows, refuse_foreign_tokens
 from .overlap import selection_overlap
 from .perplexity import check_loss, paired_rise, token_scores
 from .retrieval import KINDS, Prompt, PromptMaker, recalled
+from .streamed import last_hidden_states, streamed_overlap
 
 FORMAT = "indexcache-evaluation/1"
 EVALUATION_FILE, JOURNAL_FILE, REPORT_FILE = "evaluation.json", "journal.jsonl", "report.html"
@@ -112,6 +116,7 @@ def run_evaluation(
     resume: bool = False,
     overwrite: bool = False,
     monitor: Monitor | None = None,
+    stream: bool = False,
 ) -> dict[str, Any]:
     """Run every task on every checkpoint and pattern, write `evaluation.json`; the document.
 
@@ -123,6 +128,7 @@ def run_evaluation(
         resume: go on from the journal in `output`.
         overwrite: forget it.
         monitor: shows progress.
+        stream: take layers from the checkpoints as they are needed, in place of loading the models.
 
     Returns:
         `models` (name, pattern and hash of each column), `perplexity`, `retrieval` and `overlap` (scores by model's
@@ -134,6 +140,8 @@ def run_evaluation(
     """
     monitor, placement = monitor or Monitor(), placement or Placement()
     begun = time.monotonic()
+    if stream and "retrieval" in options.wanted:
+        raise RunError("retrieval generates token by token and is not streamed: give --task perplexity with --stream")
     opened = [open_model(source, placement) for source in sources]
     configs = [one.config for one in opened]
     inputs = [_inputs(source, one, options) for source, one in zip(sources, opened)]
@@ -148,8 +156,10 @@ def run_evaluation(
     try:
         with monitor:
             for source, checkpoint, name, given, patterns in zip(sources, opened, names, inputs, columns):
-                model = load_model(checkpoint, placement)
-                runner = _Runner(model, options, journal, monitor, name)
+                source_of = stream_model(checkpoint, placement) if stream else None
+                model = load_model(checkpoint, placement) if source_of is None else source_of.model
+                runner = _Runner(model, options, journal, monitor, name, source_of)
+                runner.sweep(patterns, given)
                 for pattern in patterns:
                     number = len(document["models"])
                     document["models"].append(_about(source, name, pattern, model, runner.sha256))
@@ -157,7 +167,10 @@ def run_evaluation(
                         scores = getattr(runner, task)(pattern, given)
                         if scores is not None:
                             document[task].append({"model": number, **scores})
-                del runner, model
+                if source_of is not None:
+                    document.setdefault("streamed", []).append({"source": name, **asdict(source_of.reading)})
+                    source_of.close()
+                del runner, model, source_of
     finally:
         journal.close()
     _compare(document)
@@ -255,22 +268,45 @@ class _Runner:
         journal: ScoreJournal,
         monitor: Monitor,
         name: str,
+        source: LayerSource | None = None,
     ) -> None:
+        self.source = source
         self.model, self.options, self.journal, self.monitor, self.name = model, options, journal, monitor, name
-        self.sha256 = model_sha256(model)
+        self.sha256 = model_sha256(model) if source is None else state_sha256(model, source.state_items())
         self._where = f"{self.sha256[:24]}/{model.dtype}/{model.config._attn_implementation}"
+
+    def sweep(self, patterns: list[SharePattern], given: Inputs) -> None:
+        """Where layers are streamed, score all patterns on all windows in one sweep, as far as that is not known."""
+        windows = given.windows
+        if self.source is None or windows is None or "perplexity" not in self.options.wanted:
+            return
+        key, parts = self._batches(windows)
+        missing = [
+            (number, pattern.letters)
+            for pattern in patterns
+            for number in range(len(parts))
+            if self.journal.peek(key, pattern.letters, number) is None
+        ]
+        self.monitor.begin(f"sweep through {self.name}", len(missing))
+        for (number, letters), hidden in last_hidden_states(self.source, parts, missing):
+            table = _window_table(self.model, parts[number], partial(_given, hidden))
+            self.journal.add(key, letters, number, table, 0)
+            self.monitor.step()
+
+    def _batches(self, windows: Windows) -> tuple[str, list[Windows]]:
+        """The journal's name of losses on these windows, and the windows of each forward."""
+        size = self.options.batch_size
+        parts = [windows.select(slice(first, first + size)) for first in range(0, len(windows), size)]
+        return f"perplexity/{windows.sha256()[:24]}/{size}/{self._where}", parts
 
     def perplexity(self, pattern: SharePattern, given: Inputs) -> dict[str, Any]:
         """Losses over the windows, and by their place in a window."""
         windows = given.windows
         assert windows is not None
-        size = self.options.batch_size
-        firsts = range(0, len(windows), size)
-        key = f"perplexity/{windows.sha256()[:24]}/{size}/{self._where}"
+        key, parts = self._batches(windows)
         tables = []
-        self._begin("perplexity", pattern, len(firsts))
-        for number, first in enumerate(firsts):
-            part = windows.select(slice(first, first + size))
+        self._begin("perplexity", pattern, len(parts))
+        for number, part in enumerate(parts):
             tables.append(self._once(key, pattern, number, lambda part=part: _window_table(self.model, part)))
             self.monitor.step(f"loss {float(torch.cat(tables)[:, 0].mean()) / windows.seqlen:.4f}")
         table = torch.cat(tables)
@@ -328,7 +364,7 @@ class _Runner:
         self._begin("overlap", pattern, len(windows))
         tables = []
         for number, row in enumerate(windows.ids):
-            run = lambda row=row: selection_overlap(self.model, row[None, :-1]).matrix
+            run = lambda row=row: self._overlap_of(row[None, :-1])
             tables.append(self._once(key, own, number, run))
             self.monitor.step(f"window {number + 1}")
         matrix = torch.stack(tables).mean(0)
@@ -344,6 +380,11 @@ class _Runner:
             "neighbours": torch.diagonal(matrix, 1).tolist(),
             "shared_layers": sum(served) / len(served) if served else None,
         }
+
+    def _overlap_of(self, ids: torch.Tensor) -> torch.Tensor:
+        return (
+            selection_overlap(self.model, ids) if self.source is None else streamed_overlap(self.source, ids)
+        ).matrix
 
     def _hits(self, prompts: list[Prompt]) -> torch.Tensor:
         answers = recalled(self.model, prompts, self.options.batch_size)
@@ -361,10 +402,17 @@ class _Runner:
         return known
 
 
-def _window_table(model: IndexCacheForCausalLM, windows: Windows) -> torch.Tensor:
+def _given(hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states that a sweep has made of `ids`."""
+    return hidden
+
+
+def _window_table(
+    model: IndexCacheForCausalLM, windows: Windows, hidden_of: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
     """Sums per window, fp64 `[N, 4 + bins]`: loss, loss of text, loss of recalled tokens, hits, loss by position."""
     rows, first = [], 0
-    for losses, hits in token_scores(model, windows.ids, windows.recall, len(windows)):
+    for losses, hits in token_scores(model, windows.ids, windows.recall, len(windows), hidden_of):
         marks = torch.zeros_like(hits)
         if windows.recall is not None:
             marks = windows.recall[first : first + len(losses), 1:].bool().cpu()

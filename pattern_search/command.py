@@ -18,6 +18,7 @@ from ..runs.arguments import (
     Pictures,
     Revision,
     Seqlen,
+    Stream,
     TextField,
     Token,
     data_option,
@@ -100,6 +101,7 @@ def search(
         str | None, run_option(help="Memory for cached hidden states, e.g. 20GB. Default: a quarter of what is free.")
     ] = None,
     cache_on: Annotated[Literal["device", "host"], run_option(help="Where cached hidden states are kept.")] = "device",
+    stream: Stream = False,
     pictures: Pictures = True,
     revision: Revision = None,
     token: Token = None,
@@ -144,6 +146,7 @@ def search(
         parallel,
         cache_memory,
         cache_on,
+        stream,
     )
     document = run_search(source, run, options, Monitor() if as_json else TerminalMonitor())
     if not Processes.from_environment(parallel).is_first:

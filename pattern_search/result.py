@@ -42,6 +42,8 @@ _SHAPE = {
     },
 }
 PATTERNS_FILE, JOURNAL_FILE, REPORT_FILE = "patterns.json", "journal.jsonl", "report.html"
+# Scores that sweeps of streamed layers made before they were asked for.
+SWEEPS_FILE = "sweeps.jsonl"
 
 
 def result_document(

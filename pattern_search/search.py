@@ -22,7 +22,9 @@ from .algorithms.lazy_greedy import lazy_greedy
 from .measure.evaluator import OBJECTIVES, TEACHERS, Evaluation, Evaluator
 from .measure.prefix_cache import PrefixCache
 from .measure.similarity import output_similarity, similarity_patterns
+from .measure.streamed_evaluator import StreamedEvaluator
 from .retrieval_guard import DEFAULT_LEAST_RECALL, RetrievalGuard
+from .streaming import Streaming, check_streamed
 
 DEFAULT_KEEP = ("1/2", "1/4", "1/8")
 # Batches of held-out windows that all patterns are checked on before the next ones.
@@ -136,6 +138,7 @@ def search(
     monitor: Monitor | None = None,
     cache_bytes: int = 2**31,
     cache_device: torch.device | None = None,
+    streaming: Streaming | None = None,
 ) -> SearchOutcome:
     """Search a model's share patterns without training.
 
@@ -150,11 +153,14 @@ def search(
         monitor: shows progress.
         cache_bytes: memory for states between layers, and as much again at most for the reference's predictions.
         cache_device: where the states are kept; None leaves them on their layers' devices.
+        streaming: where the layers come from, if `model` does not hold them; `model` is its source's.
 
     Raises:
         RunError: numbers of full layers that the model cannot have.
     """
     start = model.config.share_pattern
+    if streaming is not None:
+        check_streamed(options.scored_by, options.baselines)
     journal = journal or ScoreJournal(None, {})
     monitor = monitor or Monitor()
     outcome = SearchOutcome(start.letters, options.counts(start))
@@ -162,6 +168,23 @@ def search(
     begun = time.monotonic()
 
     def evaluator(name: str, windows: Windows, objective: str, round_size: int | None = None) -> Evaluator:
+        if streaming is not None:
+            return StreamedEvaluator(
+                name,
+                streaming.source,
+                windows,
+                ahead=streaming.ahead,
+                cache_bytes=cache_bytes,
+                cache_device=cache_device,
+                on_sweep=streaming.on_sweep,
+                objective=objective,
+                teacher=options.teacher,
+                batch_size=options.batch_size,
+                round_size=round_size,
+                journal=journal,
+                reference_bytes=cache_bytes,
+                on_evaluation=monitor.advance,
+            )
         return Evaluator(
             name,
             model,
@@ -188,9 +211,9 @@ def search(
     if "uniform" in options.baselines:
         outcome.baselines["uniform"] = _uniform(start)
     checking = evaluator("held_out", held_out, "lm", CHECKED_TOGETHER)
+    recalling = checking
     _check(checking, options, outcome, monitor)
     if options.tolerance is not None:
-        recalling = checking
         if retrieval is not None:
             recalling = evaluator(f"retrieval/{retrieval.sha256()[:16]}", retrieval, "lm", CHECKED_TOGETHER)
         guard = _guard(recalling, options, outcome)
@@ -208,15 +231,24 @@ def search(
         "evaluations_resumed": journal.resumed,
         "seconds": round(time.monotonic() - begun, 2),
     }
+    if streaming is not None:
+        outcome.cost |= streaming.cost(dict.fromkeys((calibrating, checking, recalling)))
     return outcome
 
 
 def search_identity(
-    model: IndexCacheForCausalLM, calibration: Windows, held_out: Windows, options: SearchOptions
+    model: IndexCacheForCausalLM,
+    calibration: Windows,
+    held_out: Windows,
+    options: SearchOptions,
+    sha256: str | None = None,
 ) -> dict[str, Any]:
-    """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores."""
+    """What a journal must agree on to be gone on with: model, data, and the settings that decide the scores.
+
+    `sha256` is that of the model where `model` does not hold its layers.
+    """
     return {
-        "model_sha256": model_sha256(model),
+        "model_sha256": sha256 or model_sha256(model),
         "calibration_sha256": calibration.sha256(),
         "held_out_sha256": held_out.sha256(),
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -67,6 +67,9 @@ Dtype = Annotated[
 ]
 Device = Annotated[str | None, run_option(help="cuda, cuda:1, cpu, ... Default: the GPU where there is one.")]
 DeviceMap = Annotated[str | None, run_option(help="auto, balanced, ...: spread the model over devices.")]
+Stream = Annotated[
+    bool, run_option("--stream", help="Take layers from the checkpoint one by one: for models larger than memory.")
+]
 Pictures = Annotated[bool, typer.Option(help="Draw PNGs and report.html (needs matplotlib).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub source.")]
 Token = Annotated[str | None, typer.Option(help="Hub token; HF_TOKEN or the saved login when not given.")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ def model_sha256(model: IndexCacheForCausalLM) -> str:
 
     Weights that a device map has put on disk enter by name and shape only.
     """
+    return state_sha256(model, sorted(model.state_dict().items()))
+
+
+def state_sha256(model: IndexCacheForCausalLM, state: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """`model_sha256` of a model whose weights come one after the other, sorted by name."""
     fields: dict[str, Any] = {name: value for name, value in model.config.to_dict().items() if name not in _UNRELATED}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if local.device.type == "meta" or local.numel() == 0:

@@ -171,6 +171,11 @@ class ScoreJournal(Journal):
         self._used.add((windows, pattern, round_))
         return torch.tensor(record["scores"], dtype=torch.float64)
 
+    def peek(self, windows: str, pattern: str, round_: int) -> torch.Tensor | None:
+        """As `get`, without its being a use."""
+        record = self._records.get((windows, pattern, round_))
+        return None if record is None else torch.tensor(record["scores"], dtype=torch.float64)
+
     def was_used(self, windows: str, pattern: str, round_: int) -> bool:
         """Whether this round was asked for or added since the work was begun or gone on with."""
         return (windows, pattern, round_) in self._used

@@ -75,6 +75,14 @@ def open_model(
     return open_checkpoint(source, pattern, revision=placement.revision, token=placement.token)
 
 
+def dtype_and_device(placement: Placement) -> tuple[torch.dtype, str]:
+    """What `auto` and no device mean on this machine: the dtype of weights, and where a model on one device goes."""
+    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
+    automatic = torch.bfloat16 if on_cuda else torch.float32
+    dtype: torch.dtype = automatic if placement.dtype == "auto" else getattr(torch, placement.dtype)
+    return dtype, placement.device or (f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu")
+
+
 def load_model(source: str | OpenedCheckpoint, placement: Placement | None = None) -> IndexCacheForCausalLM:
     """A DSA or IndexCache checkpoint as an IndexCache model in evaluation mode.
 
@@ -83,19 +91,14 @@ def load_model(source: str | OpenedCheckpoint, placement: Placement | None = Non
     """
     placement = placement or Placement()
     opened = open_model(source, placement) if isinstance(source, str) else source
-    on_cuda = torch.cuda.is_available() and not (placement.device or "").startswith("cpu")
-    automatic = torch.bfloat16 if on_cuda else torch.float32
-    arguments: dict[str, Any] = {
-        "dtype": automatic if placement.dtype == "auto" else getattr(torch, placement.dtype),
-        "token": placement.token,
-    }
+    dtype, device = dtype_and_device(placement)
+    arguments: dict[str, Any] = {"dtype": dtype, "token": placement.token}
     if placement.tensor_parallel:
         arguments["tp_plan"] = "auto"
     elif placement.device_map:
         arguments["device_map"] = placement.device_map
     model = load_source(opened, **arguments)
     if not (placement.tensor_parallel or placement.device_map):
-        local = f"cuda:{torch.cuda.current_device()}" if on_cuda else "cpu"
-        model.to(placement.device or local)  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -45,6 +45,9 @@ def inspect(
     overlap_picture: Annotated[Path | None, typer.Option(help="With --overlap: write the heatmap as PNG.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="With --overlap: tokens per window.")] = None,
     nsamples: Annotated[int, typer.Option(min=1, help="With --overlap: number of windows.")] = 4,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="With --overlap: take layers from the checkpoint one by one.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Do config, indexer weights and what each engine reads agree?")
     ] = False,
@@ -85,7 +88,9 @@ def inspect(
     if overlap is not None:
         from ...evaluation.measure_overlap import draw_heatmap, measure_overlap
 
-        found = measure_overlap(path, overlap, seqlen, nsamples, overlap_picture, revision=revision, token=token)
+        found = measure_overlap(
+            path, overlap, seqlen, nsamples, overlap_picture, revision=revision, token=token, stream=stream
+        )
         description["overlap"], heatmap = found, draw_heatmap(found["layers"], found["matrix"])
     print_json(description) if as_json else show(draw_description(description))
     if heatmap is not None and not as_json:

@@ -43,7 +43,9 @@ def refine(
     for _ in range(passes):
         evaluator.pin(best.pattern)
         race = Race(evaluator, len(evaluator.rounds), leader=best, by_loss=by_loss)
-        for candidate in moves(evaluator, best.pattern, by_loss)[:FINALISTS]:
+        finalists = moves(evaluator, best.pattern, by_loss)[:FINALISTS]
+        for place, candidate in enumerate(finalists):
+            race.expect(finalists[place:])
             race.run(candidate)
         if race.leader is None or race.leader.pattern == best.pattern:
             break
@@ -63,6 +65,7 @@ def moves(evaluator: Evaluator, letters: str, by_loss: bool = False) -> list[str
 
     pattern = SharePattern(letters)
     allowed = [layer for layer in pattern.shared_layers if evaluator.reference.is_full(layer)]
+    evaluator.expect({make_full(letters, layer): 1 for layer in allowed})
     gains = {layer: first_round(make_full(letters, layer)) for layer in allowed}
     returning = sorted(gains, key=lambda layer: (gains[layer], layer))[:RETURNING]
     swaps = {share(make_full(letters, back), layer): None for back in returning for layer in removable(letters)}
@@ -70,5 +73,6 @@ def moves(evaluator: Evaluator, letters: str, by_loss: bool = False) -> list[str
         for target in range(layer - SHIFT, layer + SHIFT + 1):
             if target in gains:
                 swaps[share(make_full(letters, target), layer)] = None
+    evaluator.expect(dict.fromkeys(swaps, 1))
     found = {swap: first_round(swap) for swap in swaps}
     return sorted(found, key=lambda swap: found[swap])

@@ -61,6 +61,19 @@ class Race:
             self.leader = found
         return found
 
+    def expect(self, patterns: list[str]) -> None:
+        """Say which patterns may be run next: new ones for a round, others, as far as they have a chance, for two."""
+        wanted: dict[str, int] = {}
+        for pattern in patterns:
+            seen, found = self.evaluator.known(pattern, self.rounds, self.by_loss)
+            if found is None:
+                wanted[pattern] = 1
+            elif self.leader is None or not (
+                found.least_cost > self.leader.least_cost or trails(found.costs, self.leader.costs)
+            ):
+                wanted[pattern] = min(seen + 2, self.rounds)
+        self.evaluator.expect(wanted)
+
 
 def trails(costs: list[float], leader: list[float]) -> bool:
     """Whether a candidate's costs per window are above the leader's on the same windows by more than chance."""
@@ -83,6 +96,7 @@ def lazy_greedy(
     """
     rounds = min(rounds or len(evaluator.rounds), len(evaluator.rounds))
     evaluator.pin(start)
+    evaluator.expect({start: rounds, **{share(start, layer): 1 for layer in removable(start)}})
     current = evaluator.evaluate(start, rounds=rounds)
     stale = {layer: _rise(evaluator.evaluate(share(start, layer), rounds=1), current) for layer in removable(start)}
     suspects: set[int] = set()
@@ -90,10 +104,13 @@ def lazy_greedy(
     while current.pattern.count(FULL) > keep and stale:
         evaluator.pin(current.pattern)
         race = Race(evaluator, rounds)
-        for layer in sorted(stale, key=lambda layer: (stale[layer], layer)):
-            bound = stale[layer] - SLACK * abs(stale[layer])
-            if race.leader is not None and layer not in suspects and bound >= _rise(race.leader, current):
+        order = sorted(stale, key=lambda layer: (stale[layer], layer))
+        for place, layer in enumerate(order):
+            to_beat = stale[order[0]] if race.leader is None else _rise(race.leader, current)
+            chances = [one for one in order[place:] if one in suspects or _bound(stale[one]) < to_beat]
+            if race.leader is not None and layer not in chances:
                 continue
+            race.expect([share(current.pattern, one) for one in chances])
             stale[layer] = _rise(race.run(share(current.pattern, layer)), current)
         assert race.leader is not None
         fallen = next(layer for layer in stale if race.leader.pattern[layer] != current.pattern[layer])
@@ -111,6 +128,11 @@ def neighbours(letters: str, fallen: int) -> set[int]:
     full = SharePattern(letters).full_layers
     place = full.index(fallen)
     return {full[place - 1], *full[place + 1 : place + 2]}
+
+
+def _bound(stale: float) -> float:
+    """What a candidate of this stale cost may cost now, at least."""
+    return stale - SLACK * abs(stale)
 
 
 def _rise(candidate: Evaluation, current: Evaluation) -> float:

@@ -172,6 +172,13 @@ class Evaluator:
         """Say which pattern the next ones will start like."""
         self.engine.cache.pin(pattern)
 
+    def expect(self, patterns: dict[str, int]) -> None:
+        """Say which patterns may be asked for next, each with how many rounds: of use where layers are streamed."""
+
+    def known(self, pattern: str, rounds: int, by_loss: bool = False) -> tuple[int, Evaluation | None]:
+        """What is known of a pattern without running it, where layers are streamed: how many rounds, and them."""
+        return 0, None
+
     def evaluate(
         self,
         pattern: str,

@@ -29,7 +29,7 @@ _KEPT_WIDE = (
 
 def tiny_config(family="deepseek_v32", layers=4, fp8=False, **fields):
     config = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [_ARCHITECTURES.get(family, "GlmMoeDsaForCausalLM")],
         "model_type": family,
         "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
         "hidden_size": 48,

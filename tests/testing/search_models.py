@@ -60,6 +60,12 @@ class TableEvaluator:
     def pin(self, pattern):
         pass
 
+    def expect(self, patterns):
+        pass
+
+    def known(self, pattern, rounds, by_loss=False):
+        return 0, None
+
     def evaluate(self, pattern, *, stop_above=float("inf"), give_up=None, rounds=None, by_loss=False):
         costs = []
         for number, batches in enumerate(self.rounds[:rounds]):
