@@ -276,7 +276,7 @@ class _Runner:
         self._where = f"{self.sha256[:24]}/{model.dtype}/{model.config._attn_implementation}"
 
     def sweep(self, patterns: list[SharePattern], given: Inputs) -> None:
-        """Where layers are streamed, score all patterns on all windows in one sweep, as far as that is not known."""
+        """Where layers are streamed, score all patterns on all windows together, as far as that is not known."""
         windows = given.windows
         if self.source is None or windows is None or "perplexity" not in self.options.wanted:
             return

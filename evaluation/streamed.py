@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,12 +16,40 @@ from .overlap import Overlap, selection_overlap
 def last_hidden_states(
     source: LayerSource, batches: Sequence[Windows], passes: Sequence[Pass]
 ) -> Iterator[tuple[Pass, torch.Tensor]]:
-    """The last hidden states `[B, L, E]` of each of `passes`, a batch's number and a pattern's letters, in one sweep.
+    """The last hidden states `[B, L, E]` of each of `passes`, a batch's number and a pattern's letters.
 
-    States wait for their layer in host memory.
+    In one sweep where their states, which wait for their layer in host memory, fit into half of what of it is free;
+    else in as many as it takes, each with whole batches where it can.
     """
     host = torch.device("cpu") if source.device.type == "cuda" else None
-    return Sweeper(source, [batch.ids[:, :-1] for batch in batches], held_on=host).run(passes)
+    sweeper = Sweeper(source, [batch.ids[:, :-1] for batch in batches], held_on=host)
+    for together in _that_fit(source, batches, passes, free_host_bytes() // 2):
+        yield from sweeper.run(together)
+
+
+def free_host_bytes() -> int:
+    """Host memory that nothing uses."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _that_fit(
+    source: LayerSource, batches: Sequence[Windows], passes: Sequence[Pass], room: int
+) -> Iterator[list[Pass]]:
+    """`passes` in groups whose states fit into `room` bytes, one pass at least."""
+    config = source.model.config
+    # Hidden values and selections, each in a piece of pinned memory that may be twice as large.
+    a_token = 2 * (config.hidden_size * source.dtype.itemsize + 4 * (config.index_topk or 0))
+    together: list[Pass] = []
+    left = room
+    for batch, letters in sorted(passes):
+        size = a_token * batches[batch].ids.numel()
+        if together and size > left:
+            yield together
+            together, left = [], room
+        together.append((batch, letters))
+        left -= size
+    if together:
+        yield together
 
 
 def streamed_overlap(source: LayerSource, windows: torch.Tensor) -> Overlap:

@@ -7,12 +7,11 @@ resident load makes of it: the same modules, weights and dtypes, block fp8 as it
 from __future__ import annotations
 
 import copy
-import os
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,24 +25,15 @@ from ...conversion.io.fp8 import is_fp8
 from ...conversion.io.load_source import where_to_load
 from ...conversion.io.open_checkpoint import OpenedCheckpoint
 from ...conversion.io.sources import ConversionError
-from ...kernels.block_fp8.block_fp8_format import E4M3
 from ...modeling_indexcache.block_fp8_loading import E4M3_NAME, Stored, stored_scales
 from ...modeling_indexcache.layers.block_fp8_modules import put_block_fp8
 from ...modeling_indexcache.layers.expert_router import IndexCacheTopkRouter
 from ...modeling_indexcache.modeling_indexcache import IndexCacheForCausalLM
 from ..errors import RunError
 from ..loading import Placement, dtype_and_device
+from .shard_reader import ShardReader
 
-# Threads that read one layer's tensors.
-READERS = 8
 _LAYERS = "model.layers."
-_DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": E4M3,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 # Stacked experts by the parts that a checkpoint stores of each: gate above up.
 _STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -102,13 +92,12 @@ class LayerSource:
                 "load this checkpoint whole, without --stream"
             )
         self._folder = Path(where_to_load(opened.source))
-        self._files: dict[str, int] = {}
         self.model = _skeleton(opened, dtype, attention)
         self._plan = self.model._get_dtype_plan(dtype)
         self._skeletons = list(self.model.model.layers)
-        self._readers = ThreadPoolExecutor(READERS, "layer-reader")
         self._loader = ThreadPoolExecutor(1, "layer-loader")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._reader = ShardReader(self._folder, self.location, self._stream)
         self._put_the_rest()
 
     @property
@@ -141,11 +130,12 @@ class LayerSource:
                 try:
                     yield layer
                 finally:
+                    if self._stream is not None:
+                        # Memory that is given up is taken at once by the layer on its way, whose copies wait for the
+                        # reader's stream alone: this layer's work must be done before, not only queued.
+                        torch.cuda.current_stream(self.device).synchronize()
                     self.model.model.layers[layer] = self._skeletons[layer]
                     del made
-                    if self._stream is not None:
-                        # Its memory is free for the next but one when its work is done, not when it is queued.
-                        torch.cuda.current_stream(self.device).synchronize()
         finally:
             coming.cancel()
 
@@ -163,9 +153,7 @@ class LayerSource:
     def close(self) -> None:
         """End the readers and close the files."""
         self._loader.shutdown(cancel_futures=True)
-        self._readers.shutdown()
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._reader.close()
 
     # ---- making modules ---------------------------------------------------------------------------------------------
 
@@ -175,50 +163,46 @@ class LayerSource:
             # Of frequencies, which no checkpoint holds.
             model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(self.device)
         for name, module in (("model.embed_tokens", model.model.embed_tokens), ("model.norm", model.model.norm)):
-            self._fill(module, name, self.device)
+            self._fill(module, name)
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.embed_tokens.weight
         else:
-            self._fill(model.lm_head, "lm_head", self.device)
+            self._fill(model.lm_head, "lm_head")
         self.reading = Reading()
 
     def _load(self, layer: int) -> nn.Module:
         begun = time.monotonic()
         made: nn.Module = copy.deepcopy(self._skeletons[layer])
-        if self._stream is None:
-            self._fill(made, f"{_LAYERS}{layer}", self.device)
-        else:
-            with torch.cuda.stream(self._stream):
-                self._fill(made, f"{_LAYERS}{layer}", self.device)
-            self._stream.synchronize()
+        self._fill(made, f"{_LAYERS}{layer}")
         self.reading.layers += 1
         self.reading.seconds_reading += time.monotonic() - begun
         return made
 
-    def _fill(self, module: nn.Module, prefix: str, device: torch.device) -> None:
-        """Give a module on `meta` its weights."""
-        jobs: list[Future[int]] = []
-        made: list[tuple[nn.Module, str, torch.Tensor, torch.Tensor]] = []
-        pinned = device.type == "cuda"
-        for place, part in module.named_modules(prefix=prefix):
-            for name, empty in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-                pieces = self._pieces(place, name)
-                dtype = self._dtype_of(f"{place}.{name}", empty)
-                value = torch.empty(empty.shape, dtype=dtype, pin_memory=pinned)
-                made.append((part, name, empty, value))
-                jobs += self._read_pieces(pieces, value)
-        try:
-            self.reading.nbytes += sum(job.result() for job in jobs)
-        except OSError as error:
-            raise ConversionError(f"{self.location}: {prefix} cannot be read ({error}): fetch it again") from error
-        for part, name, empty, value in made:
-            moved = value.to(device, non_blocking=True)
-            if isinstance(empty, nn.Parameter):
-                part.register_parameter(name, nn.Parameter(moved, requires_grad=empty.requires_grad))
-            else:
-                part.register_buffer(name, moved)
-            if isinstance(part, IndexCacheTopkRouter) and name == "weight":
-                part.store_exactly(self.dtype)
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module on `meta` its weights, in memory of the reader's stream."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            wanted: list[tuple[TensorInfo, torch.Tensor]] = []
+            routers: list[IndexCacheTopkRouter] = []
+            for place, part in module.named_modules(prefix=prefix):
+                for name, empty in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+                    pieces = self._pieces(place, name)
+                    value = torch.empty(
+                        empty.shape, dtype=self._dtype_of(f"{place}.{name}", empty), device=self.device
+                    )
+                    wanted += _targets(pieces, value)
+                    if isinstance(empty, nn.Parameter):
+                        part.register_parameter(name, nn.Parameter(value, requires_grad=empty.requires_grad))
+                    else:
+                        part.register_buffer(name, value)
+                if isinstance(part, IndexCacheTopkRouter):
+                    routers.append(part)
+            # Writing into parameters is no step that a gradient would want to know of.
+            with torch.no_grad():
+                self.reading.nbytes += self._reader.fill(wanted)
+            for router in routers:
+                router.store_exactly(self.dtype)
+            if self._stream is not None:
+                self._stream.synchronize()
 
     def _pieces(self, place: str, name: str) -> list[list[TensorInfo]]:
         """The stored tensors of a parameter: one, or for each expert those that lie one above the other."""
@@ -245,40 +229,18 @@ class LayerSource:
             return torch.float32
         return empty.dtype
 
-    def _read_pieces(self, pieces: list[list[TensorInfo]], value: torch.Tensor) -> list[Future[int]]:
-        if len(pieces) == 1 and tuple(pieces[0][0].shape) == tuple(value.shape):
-            return [self._readers.submit(self._read, pieces[0][0], value)]
-        jobs = []
-        for expert, parts in enumerate(pieces):
-            row = 0
-            for part in parts:
-                target = value[expert, row : row + part.shape[0]]
-                row += part.shape[0]
-                jobs.append(self._readers.submit(self._read, part, target))
-        return jobs
 
-    def _read(self, info: TensorInfo, target: torch.Tensor) -> int:
-        """Read a tensor into `target`, contiguous and of its shape; bytes read."""
-        stored = _DTYPES[info.dtype]
-        place = target if stored == target.dtype else torch.empty(info.shape, dtype=stored)
-        # numpy knows neither bf16 nor fp8.
-        view = place.view(-1).view(torch.uint8).numpy().data
-        begin = 0
-        while begin < len(view):
-            count = os.preadv(self._file(info.file), [view[begin:]], info.begin + begin)
-            if not count:
-                raise OSError(f"{info.file} ends within {info.name}")
-            begin += count
-        if place is not target:
-            target.copy_(place)
-        return info.nbytes
-
-    def _file(self, name: str) -> int:
-        if name not in self._files:
-            opened = os.open(self._folder / name, os.O_RDONLY)
-            if self._files.setdefault(name, opened) != opened:
-                os.close(opened)
-        return self._files[name]
+def _targets(pieces: list[list[TensorInfo]], value: torch.Tensor) -> list[tuple[TensorInfo, torch.Tensor]]:
+    """The part of a parameter that each of its stored tensors is."""
+    if len(pieces) == 1 and tuple(pieces[0][0].shape) == tuple(value.shape):
+        return [(pieces[0][0], value.data)]
+    found = []
+    for expert, parts in enumerate(pieces):
+        row = 0
+        for part in parts:
+            found.append((part, value.data[expert, row : row + part.shape[0]]))
+            row += part.shape[0]
+    return found
 
 
 def stream_model(opened: OpenedCheckpoint, placement: Placement) -> LayerSource:

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import save_file
 from testing.checkpoints import build
 
+from indexcache.conversion.io.open_checkpoint import open_checkpoint
+from indexcache.evaluation import streamed
 from indexcache.evaluation.measure_overlap import measure_overlap
 from indexcache.evaluation.run import EvaluationOptions, run_evaluation
 from indexcache.runs.errors import RunError
@@ -66,3 +68,19 @@ def test_overlap_alone_is_the_resident_one(checkpoint):
     source, data, _, seqlen = checkpoint
     found = [measure_overlap(str(source), data, seqlen, 3, None, stream=stream) for stream in (False, True)]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("room", ["none", "two passes"])
+def test_passes_that_do_not_fit_take_more_sweeps(checkpoint, tmp_path, monkeypatch, room):
+    """Two batches of two windows and one, each with two patterns: four passes."""
+    source, _, _, seqlen = checkpoint
+    expected, _ = evaluated(checkpoint, tmp_path / "resident", False)
+    config = open_checkpoint(str(source)).config
+    of_two_windows = 2 * 2 * (seqlen + 1) * (4 * config.hidden_size + 4 * config.index_topk)
+    # Half of what is free is taken.
+    free = {"none": 0, "two passes": 2 * 2 * of_two_windows}[room]
+    monkeypatch.setattr(streamed, "free_host_bytes", lambda: free)
+    found, document = evaluated(checkpoint, tmp_path / "streamed", True)
+    assert found == expected
+    # Beside the hash and overlap's windows.
+    assert document["streamed"][0]["sweeps"] - 3 == {"none": 4, "two passes": 2}[room]

@@ -114,3 +114,21 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
         shard.write_bytes(shard.read_bytes()[:-20_000])
         with pytest.raises(ConversionError, match=r"cannot be read.*ends within"):
             list(source.layers())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_layer_stays_whole_until_its_queued_work_is_done(folder):
+    """What is queued behind a long wait reads a layer's weights when the next ones are long there."""
+    resident = load_source(folder, dtype=torch.bfloat16).state_dict()
+    with stream_layers(open_checkpoint(folder), torch.bfloat16, "cuda") as source:
+        for sweep in range(2):
+            seen = {}
+            for layer in source.layers():
+                torch.cuda._sleep(50_000_000)
+                for name, value in (
+                    source.model.model.layers[layer].state_dict(prefix=f"model.layers.{layer}.").items()
+                ):
+                    seen[name] = value.clone()
+                wait_for_layers(source, min(sweep * source.num_layers + layer + 2, (sweep + 1) * source.num_layers))
+            for name, value in seen.items():
+                assert as_bytes(value.cpu()) == as_bytes(resident[name]), name
