@@ -170,8 +170,6 @@ def why_not_router_kernel(router: Any, norm: Any) -> str | None:
     """Why a norm and the router behind it may not be one launch."""
     if reason := why_not_triton(router.config):
         return reason
-    if router.config.n_group not in (None, 1):
-        return "experts are in groups"
     placement = placement_of(router)
     if placement is not None and placement.offloads:
         return _ELSEWHERE

@@ -24,17 +24,21 @@ def as_kernels_read(weight: torch.Tensor, scales: torch.Tensor) -> tuple[torch.T
     )
 
 
-def quantise_activations_triton(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `block_fp8_reference.quantise_activations`; scales of a group are contiguous over tokens."""
+def quantise_activations_triton(x: torch.Tensor, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `block_fp8_reference.quantise_activations`, of `rows` where `x` has fewer: the others are zero.
+
+    Scales of a group are contiguous over rows.
+    """
     x = x if x.stride(1) == 1 else x.contiguous()
     tokens, width = x.shape
+    rows = tokens if rows is None else rows
     groups = triton.cdiv(width, GROUP)
-    values = torch.empty(tokens, width, dtype=E4M3, device=x.device)
-    scales = torch.empty(groups, tokens, dtype=torch.float32, device=x.device)
+    values = torch.empty(rows, width, dtype=E4M3, device=x.device)
+    scales = torch.empty(groups, rows, dtype=torch.float32, device=x.device)
     if values.numel():
-        rows = 16
-        launcher(quantise_activations_kernel, (triton.cdiv(tokens, rows), groups), x)(
-            x, values, scales, tokens, width, x.stride(0), ROWS=rows, GROUP=GROUP, num_warps=4
+        block = 16
+        launcher(quantise_activations_kernel, (triton.cdiv(rows, block), groups), x)(
+            x, values, scales, tokens, rows, width, x.stride(0), ROWS=block, GROUP=GROUP, num_warps=4
         )
     return values, scales.t()
 
@@ -74,14 +78,15 @@ if triton is not None:
         above = tl.maximum(scaled, -448.0, propagate_nan=tl.PropagateNan.ALL)
         return tl.minimum(above, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv), scale
 
-    @triton.jit(do_not_specialize=["T"])
-    def quantise_activations_kernel(x, values, scales, T, D, x_stride, ROWS: tl.constexpr, GROUP: tl.constexpr):
-        """ROWS rows of one group of columns."""
+    @triton.jit(do_not_specialize=["T", "ALL"])
+    def quantise_activations_kernel(x, values, scales, T, ALL, D, x_stride, ROWS: tl.constexpr, GROUP: tl.constexpr):
+        """ROWS of ALL rows, of which `x` has T, and one group of columns."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         group = tl.program_id(1)
         column = group * GROUP + tl.arange(0, GROUP)
-        mask = (row < T)[:, None] & (column < D)[None, :]
+        inside = (column < D)[None, :]
+        mask = (row < T)[:, None] & inside
         wide = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
         value, scale = quantised(wide)
-        tl.store(values + row[:, None] * D + column[None, :], value, mask=mask)
-        tl.store(scales + group.to(tl.int64) * T + row, scale, mask=row < T)
+        tl.store(values + row[:, None] * D + column[None, :], value, mask=(row < ALL)[:, None] & inside)
+        tl.store(scales + group.to(tl.int64) * ALL + row, scale, mask=row < ALL)

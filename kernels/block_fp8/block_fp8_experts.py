@@ -6,6 +6,7 @@ blocks whose temporaries are bounded. PyTorch takes one expert at a time, dequan
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,18 +14,25 @@ import torch.nn.functional as F
 
 from ..common.argument_checks import check_experts, check_floats, check_shape, check_tensors
 from ..common.custom_op import custom_op
+from ..common.device_target import device_target
 from ..common.dispatch import Backend, Operation, takes_all
 from ..experts.routed_experts import MAX_COUNTED, VECTOR_TOKENS, group_by_expert
 from ..experts.routed_experts_triton import combine, gated
+from .block_fp8_experts_hopper_gluon import hopper_takes
+from .block_fp8_experts_pieces_triton import experts_in_pieces
 from .block_fp8_experts_triton import grouped_experts
-from .block_fp8_format import E4M3, check_weight, scale_grid
+from .block_fp8_format import E4M3, check_weight, is_ue8m0, scale_grid
 from .block_fp8_linear import KERNEL_BLOCK, WIDENED_TOKENS, multiplies_e4m3, why_no_kernels
+from .block_fp8_linear_cublas import ALIGNED_TOKENS, multiply_by_cublas, why_not_cublas
 from .block_fp8_linear_triton import activations_of, multiply
-from .block_fp8_reference import linear_reference
+from .block_fp8_pieces_triton import why_not_in_pieces
+from .block_fp8_reference import GROUP, linear_reference
 from .block_fp8_vector_triton import block_fp8_experts_vector
 
 # Temporaries of a block of tokens, in bytes: large ones, every product has a tail an expert.
 BLOCK_BYTES = 640 * 2**20
+# Up to so many an expert, tiles of 128 rows are half empty.
+HOPPER_TOKENS = 64
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
 Shared = tuple[Matrix, Matrix, Matrix]
@@ -167,13 +175,39 @@ def _why_not_vector(x, *arguments) -> str | None:
     return _why_not_triton(x, *arguments)
 
 
+def _why_not_pieces(x, experts, weights, gate_up, down, shared, *rest) -> str | None:
+    if shared is not None and shared[0][0].stride(0) != shared[1][0].stride(0):
+        return "gate and up of the shared expert have rows of different lengths"
+    reason = why_not_in_pieces(x, VECTOR_TOKENS)
+    return reason or _why_not_triton(x, experts, weights, gate_up, down, shared, *rest)
+
+
+def _in_pieces(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
+    return experts_in_pieces(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
+
+
+def _why_not_hopper(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> str | None:
+    target, (count, width, inner) = device_target(x.device), down[0].shape
+    if target.backend != "cuda" or target.arch != 90:
+        return "it is for compute capability 9.0"
+    if experts.numel() <= HOPPER_TOKENS * count:
+        return f"there are at most {HOPPER_TOKENS} tokens an expert"
+    if x.dtype != torch.bfloat16 or is_ue8m0(gate_up[1]) or width % (2 * GROUP):
+        return f"it takes bf16, scales in fp32 and a hidden width by {2 * GROUP}"
+    if not hopper_takes(width, inner, gate_up[0], down[0]):
+        return f"it needs Gluon, widths by {GROUP} and contiguous weights"
+    return _why_not_triton(x, experts, weights, gate_up, down, shared, accumulate, block_size)
+
+
 def _by_token(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
     return block_fp8_experts_vector(x, experts, weights, gate_up, down, shared, accumulate, accumulate)
 
 
-def _by_expert(x, experts, weights, gate_up, down, shared, accumulate, block_size) -> torch.Tensor:
+def _by_expert(
+    x, experts, weights, gate_up, down, shared, accumulate, block_size, hopper: bool = False
+) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if accumulate is None else accumulate
-    _grouped(x, experts, weights, gate_up, down, shared, accumulate, out)
+    experts_by_group(x, experts, weights, gate_up, down, shared, accumulate, out, hopper)
     return out
 
 
@@ -194,7 +228,9 @@ def _example(new, tokens: int) -> tuple:
 
 _EXPERTS = Operation(
     "block_fp8_experts",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_pieces, _in_pieces, optional=True),
     Backend("Triton, token by token", _why_not_vector, _by_token, optional=True),
+    Backend("Gluon for Hopper", _why_not_hopper, partial(_by_expert, hopper=True), optional=True),
     Backend("Triton", _why_not_triton, _by_expert),
     Backend("PyTorch", takes_all, _in_pytorch),
     prefill=lambda new: _example(new, 8192),
@@ -202,7 +238,7 @@ _EXPERTS = Operation(
 )
 
 
-def _grouped(
+def experts_by_group(
     x: torch.Tensor,
     experts: torch.Tensor,
     weights: torch.Tensor,
@@ -211,8 +247,12 @@ def _grouped(
     shared: Shared | None,
     base: torch.Tensor | None,
     out: torch.Tensor,
+    hopper: bool = False,
 ) -> None:
-    """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device."""
+    """Write `base + result` to `out`, in equal blocks of at least one token; nothing waits for the device.
+
+    `hopper`: as `grouped_experts`.
+    """
     (tokens, k), (count, _, inner) = experts.shape, down[0].shape
     # Rows by expert in between and as they come out.
     step = max(1, BLOCK_BYTES // (x.element_size() * k * (x.shape[1] + inner)))
@@ -224,7 +264,7 @@ def _grouped(
         part = x[first:last]
         narrow = units and (last - first) * k > WIDENED_TOKENS * count
         activations = activations_of(part, narrow)
-        routed = grouped_experts(part, activations, place[first:last], ends[block], gate_up, down)
+        routed = grouped_experts(part, activations, place[first:last], ends[block], gate_up, down, hopper=hopper)
         always = None
         if shared is not None:
             if units and not narrow and last - first > WIDENED_TOKENS:
@@ -239,9 +279,13 @@ def _shared_expert(
     x: torch.Tensor, activations: tuple[torch.Tensor, torch.Tensor | None], shared: Shared
 ) -> torch.Tensor:
     """The shared expert of `x [T, D]`, which is multiplied as `activations` have it."""
-    tokens, quantised = x.shape[0], activations[1] is not None
-    gate, up = (
-        multiply(*activations, *matrix, None, x.new_empty(tokens, matrix[0].shape[0])) for matrix in shared[:2]
-    )
-    hidden = activations_of(gated(gate, up), quantised)
-    return multiply(*hidden, *shared[2], None, torch.empty_like(x, memory_format=torch.contiguous_format))
+    gate, up = (_product(x, activations, matrix) for matrix in shared[:2])
+    return _product(x, activations_of(gated(gate, up), activations[1] is not None), shared[2])
+
+
+def _product(x: torch.Tensor, activations: tuple[torch.Tensor, torch.Tensor | None], matrix: Matrix) -> torch.Tensor:
+    """Rows, as `activations` have them, times one weight, in the dtype and number of `x`."""
+    tokens, (rows, factors) = x.shape[0], activations
+    if factors is not None and tokens % ALIGNED_TOKENS == 0 and why_not_cublas(x, *matrix) is None:
+        return multiply_by_cublas(rows, factors, *matrix, None, None, tokens)
+    return multiply(rows, factors, *matrix, None, x.new_empty(tokens, matrix[0].shape[0]))

@@ -9,6 +9,7 @@ Legend: T tokens, K experts a token, P = T K pairs, E experts, D hidden width, I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,16 @@ import torch
 from ..common.kernel_launch import launcher
 from ..common.triton_support import tl, triton
 from .block_fp8_activations_triton import as_kernels_read
+from .block_fp8_experts_hopper_gluon import TILE_ROWS, grouped_product_hopper
 from .block_fp8_format import E4M3, is_ue8m0
 from .block_fp8_linear_triton import Tiles, is_roomy
 from .block_fp8_reference import GROUP
 
 # Tiles that one program finds the experts of.
 TILES = 32
+# Row tiles that go through the columns together: those of one expert read its weights at about the same time, and
+# memory is read once.
+BAND = 8
 
 Matrix = tuple[torch.Tensor, torch.Tensor]
 
@@ -46,6 +51,8 @@ def grouped_experts(
     ends: torch.Tensor,
     gate_up: Matrix,
     down: Matrix,
+    tiles_of: Callable[[int, int, bool, bool], tuple[Tiles, Tiles]] = expert_tiles,
+    hopper: bool = False,
 ) -> torch.Tensor:
     """Every pair's expert applied to its token, `[P, D]` in the experts' order.
 
@@ -57,6 +64,8 @@ def grouped_experts(
         ends: int32 `[E]`, where each expert's pairs end.
         gate_up: `[E, 2 I, D]` and its scales, of the gate's blocks above those of up.
         down: `[E, D, I]` and its scales.
+        tiles_of: chooses the tiles, as `expert_tiles` does.
+        hopper: let quantised activations go through `block_fp8_experts_hopper_gluon`, which must take the widths.
     """
     (tokens, width), k = x.shape, place.shape[1]
     count, _, inner = down[0].shape
@@ -64,7 +73,7 @@ def grouped_experts(
     rows, factors = activations
     quantises, powers = factors is not None, is_ue8m0(down[1])
     gate_up, down = as_kernels_read(*gate_up), as_kernels_read(*down)
-    first_tiles, second_tiles = expert_tiles(pairs, count, quantises, is_roomy(device))
+    first_tiles, second_tiles = tiles_of(pairs, count, quantises, is_roomy(device))
     routed = torch.empty(pairs, width, dtype=x.dtype, device=device)
     if pairs == 0:
         return routed
@@ -74,8 +83,14 @@ def grouped_experts(
     hidden = torch.empty(pairs, inner, dtype=E4M3 if quantises else x.dtype, device=device)
     groups = triton.cdiv(inner, GROUP)
     hidden_factors = torch.empty(groups, pairs, dtype=torch.float32, device=device) if quantises else None
+    if hopper and factors is not None and hidden_factors is not None:
+        tiles, _ = tile_map(ends, pairs, TILE_ROWS)
+        options = {"powers": powers, "rounded": dtype_of(x), "band": BAND}
+        grouped_product_hopper(rows, factors, source, tiles, *gate_up, hidden, hidden_factors, **options)
+        grouped_product_hopper(hidden, hidden_factors.t(), None, tiles, *down, routed, None, **options)
+        return routed
     tiles, most = tile_map(ends, pairs, first_tiles.rows)
-    common: dict[str, Any] = {"E": count, "GROUP": GROUP, "QUANTISED": quantises, "POWERS": powers}
+    common: dict[str, Any] = {"E": count, "GROUP": GROUP, "BAND": BAND, "QUANTISED": quantises, "POWERS": powers}
     launcher(block_fp8_experts_up_kernel, (triton.cdiv(inner, first_tiles.columns) * most,), x)(
         rows,
         rows if factors is None else factors,
@@ -165,6 +180,15 @@ if triton is not None:
         tl.store(tiles + most + tile, first_row, mask=inside)
         tl.store(tiles + 2 * most + tile, tl.sum(tl.where(chosen, end[None, :], 0), 1), mask=inside)
 
+    @triton.jit
+    def place_in_band(column_tiles, BAND: tl.constexpr):
+        """A program's tile of rows and of columns, and how many tiles of rows there may be."""
+        most = tl.num_programs(0) // column_tiles
+        first = tl.program_id(0) // (BAND * column_tiles) * BAND
+        inside = tl.program_id(0) - first * column_tiles
+        together = tl.minimum(most - first, BAND)
+        return first + inside % together, inside // together, most
+
     @triton.jit(do_not_specialize=["P"])
     def block_fp8_experts_up_kernel(
         x,
@@ -184,6 +208,7 @@ if triton is not None:
         row_stride,
         hidden_stride,
         E: tl.constexpr,
+        BAND: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         GROUP: tl.constexpr,
@@ -193,9 +218,7 @@ if triton is not None:
         ROUND: tl.constexpr,
     ):
         """`silu(gate x) * (up x)` of ROWS pairs of one expert, COLUMNS of inner; quantised by GROUP of them."""
-        column_tiles = tl.cdiv(inner, COLUMNS)
-        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-        most = tl.num_programs(0) // column_tiles
+        tile, column_tile, most = place_in_band(tl.cdiv(inner, COLUMNS), BAND)
         expert = tl.load(tiles + tile)
         if expert >= E:
             return
@@ -262,6 +285,7 @@ if triton is not None:
         hidden_stride,
         routed_stride,
         E: tl.constexpr,
+        BAND: tl.constexpr,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
         GROUP: tl.constexpr,
@@ -270,9 +294,7 @@ if triton is not None:
         WHOLE: tl.constexpr,
     ):
         """Rows of `hidden [P, inner]` times their expert's `down`, COLUMNS of D."""
-        column_tiles = tl.cdiv(D, COLUMNS)
-        tile, column_tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-        most = tl.num_programs(0) // column_tiles
+        tile, column_tile, most = place_in_band(tl.cdiv(D, COLUMNS), BAND)
         expert = tl.load(tiles + tile)
         if expert >= E:
             return

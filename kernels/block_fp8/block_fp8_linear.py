@@ -1,7 +1,8 @@
 """Linear layers with block fp8 weights, without gradient: many rows, or one or two as decoding has them.
 
-Many rows on a GPU with fp8 units are quantised by token and 128 columns. Few, and any without such units, meet weights
-that are widened as they are read; PyTorch dequantises slab by slab. Weights are never whole in another dtype.
+Many rows on a GPU with fp8 units are quantised by token and 128 columns, and on Hopper multiplied by cuBLASLt. Few,
+and any without such units, meet weights that are widened as they are read; PyTorch dequantises slab by slab. Weights
+are never whole in another dtype.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from ..common.dispatch import Backend, Operation, takes_all
 from ..common.triton_support import HALF_PRECISION, has_kernels, needs_gradient
 from ..norm_rope_linear.rms_norm import rms_norm
 from .block_fp8_format import E4M3, check_weight, scale_grid
+from .block_fp8_linear_cublas import block_fp8_linear_cublas, why_not_cublas
 from .block_fp8_linear_triton import block_fp8_linear_triton
+from .block_fp8_pieces_triton import linear_in_pieces, why_not_in_pieces
 from .block_fp8_reference import linear_reference
 from .block_fp8_vector_triton import MAX_WEIGHTS, block_fp8_vector_linear_triton
 
@@ -168,6 +171,26 @@ def _why_not_vector(x, weight, scales, block_size, base, out) -> str | None:
     return None
 
 
+def _why_not_cublas(x, weight, scales, block_size, base, out) -> str | None:
+    if x.shape[0] <= WIDENED_TOKENS:
+        return f"it is for more than {WIDENED_TOKENS} tokens"
+    return why_no_kernels(x, block_size, weight) or why_not_cublas(x, weight, scales)
+
+
+def _by_cublas(x, weight, scales, block_size, base, out) -> torch.Tensor:
+    return block_fp8_linear_cublas(x, weight, scales, base, out)
+
+
+def _why_not_pieces(x, weight, scales, block_size, base, out) -> str | None:
+    if out is not None:
+        return "it makes its output itself"
+    return why_no_kernels(x, block_size, weight) or why_not_in_pieces(x)
+
+
+def _in_pieces(x, weight, scales, block_size, base, out) -> torch.Tensor:
+    return linear_in_pieces(x, [weight], [scales], base=base)
+
+
 def _as_vector(x, weight, scales, block_size, base, out) -> torch.Tensor:
     return block_fp8_vector_linear_triton(x, [weight], [scales], base=base)
 
@@ -189,7 +212,9 @@ def _example_weight(new, rows: int, columns: int) -> tuple[torch.Tensor, torch.T
 
 _LINEAR = Operation(
     "block_fp8_linear",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_pieces, _in_pieces, optional=True),
     Backend("Triton, token by token", _why_not_vector, _as_vector, optional=True),
+    Backend("cuBLASLt", _why_not_cublas, _by_cublas, optional=True),
     Backend("Triton", _why_not_triton, _in_triton),
     Backend("PyTorch", takes_all, _in_pytorch),
     prefill=lambda new: (new(8192, 7168), *_example_weight(new, 1536, 7168), KERNEL_BLOCK, None, None),
@@ -217,6 +242,10 @@ def _why_not_vectors(x, weights, scales, norm, eps, base) -> str | None:
     return why_no_kernels(x, KERNEL_BLOCK, *weights)
 
 
+def _why_not_vectors_in_pieces(x, weights, scales, norm, eps, base) -> str | None:
+    return _why_not_vectors(x, weights, scales, norm, eps, base) or why_not_in_pieces(x)
+
+
 def _vectors_in_pytorch(x, weights, scales, norm, eps, base) -> torch.Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps, allow_triton=False)
@@ -231,6 +260,7 @@ def _example_vectors(new) -> tuple:
 
 _VECTOR = Operation(
     "block_fp8_vector_linear",
+    Backend("Triton, tokens in two e4m3 pieces", _why_not_vectors_in_pieces, linear_in_pieces, optional=True),
     Backend("Triton", _why_not_vectors, block_fp8_vector_linear_triton),
     Backend("PyTorch", takes_all, _vectors_in_pytorch),
     token=_example_vectors,

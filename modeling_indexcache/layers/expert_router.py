@@ -28,7 +28,6 @@ class IndexCacheTopkRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route `[tokens, hidden_size]`: fp32 logits `[tokens, E]`, weights and ids `[tokens, experts per token]`."""
         config = self.config
-        masked = float("-inf") if config.masked_group_score is None else config.masked_group_score
         with _without_autocast(hidden_states):
             return expert_topk(
                 hidden_states,
@@ -37,9 +36,7 @@ class IndexCacheTopkRouter(nn.Module):
                 config.num_experts_per_tok,
                 scaling=config.routed_scaling_factor,
                 normalise=config.norm_topk_prob,
-                groups=config.n_group,
-                topk_groups=config.topk_group or 1,
-                masked_score=masked,
+                **self._grouping(),
                 allow_triton=config._attn_implementation == TRITON_ATTENTION,
             )
 
@@ -55,11 +52,17 @@ class IndexCacheTopkRouter(nn.Module):
     def takes_norm(self, norm: Any, rows: torch.Tensor) -> bool:
         """Whether `normed` serves these few `rows [tokens, hidden_size]`, and nobody watches."""
         return why_not_router_kernel(self, norm) is None and takes_normed_expert_topk(
-            rows, norm.weight, self.weight, self.e_score_correction_bias
+            rows,
+            norm.weight,
+            self.weight,
+            self.e_score_correction_bias,
+            self.config.num_experts_per_tok,
+            self.config.n_group,
+            self.config.topk_group or 1,
         )
 
     def normed(self, norm: Any, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`norm(rows)`, and the weights and ids of `forward` for them, in one launch."""
+        """`norm(rows)`, and the weights and ids of `forward` for them, in a launch or two."""
         return normed_expert_topk(
             rows,
             norm.weight,
@@ -69,7 +72,13 @@ class IndexCacheTopkRouter(nn.Module):
             self.config.num_experts_per_tok,
             scaling=self.config.routed_scaling_factor,
             normalise=self.config.norm_topk_prob,
+            **self._grouping(),
         )
+
+    def _grouping(self) -> dict[str, Any]:
+        config = self.config
+        masked = float("-inf") if config.masked_group_score is None else config.masked_group_score
+        return {"groups": config.n_group, "topk_groups": config.topk_group or 1, "masked_score": masked}
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager:

@@ -294,15 +294,16 @@ def test_prefill_and_steps_run_the_block_fp8_kernels():
         "expert_tiles_kernel",
         "block_fp8_experts_up_kernel",
         "block_fp8_experts_down_kernel",
-        "block_fp8_vector_kernel",
-        "block_fp8_experts_up_vector_kernel",
-        "block_fp8_experts_down_vector_kernel",
+        "block_fp8_pieces_kernel",
+        "block_fp8_experts_up_pieces_kernel",
+        "block_fp8_experts_down_pieces_kernel",
     } <= set(launched)
     assert "experts_up_vector_kernel" not in launched
-    assert launched["block_fp8_vector_kernel"].options.get("EARLY")
+    assert launched["block_fp8_pieces_kernel"].options.get("EARLY")
 
 
 def test_without_fp8_units_weights_are_widened():
     pytest.importorskip("triton")
     launched = pretended("FS", (100,), AMPERE)
     assert "block_fp8_matmul_kernel" in launched and "quantise_activations_kernel" not in launched
+    assert {"block_fp8_vector_kernel", "block_fp8_experts_up_vector_kernel"} <= set(launched)

@@ -3,11 +3,15 @@
 import pytest
 import triton.language as tl
 from testing.compiled_kernels import SHARED_KB, compile_kernel, stack_bytes
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from indexcache.kernels.block_fp8 import (
     block_fp8_activations_triton,
+    block_fp8_experts_hopper_gluon,
+    block_fp8_experts_pieces_triton,
     block_fp8_experts_triton,
     block_fp8_linear_triton,
+    block_fp8_pieces_triton,
     block_fp8_vector_triton,
 )
 
@@ -86,7 +90,7 @@ def test_grouped_products_fit(arch, pairs, quantised):
     narrow = dict(zip(("up", "down"), block_fp8_experts_triton.expert_tiles(pairs, EXPERTS, quantised, arch in ROOMY)))
     for name, tiles in narrow.items():
         kernel = getattr(block_fp8_experts_triton, f"block_fp8_experts_{name}_kernel")
-        constants = dict(ROWS=tiles.rows, COLUMNS=tiles.columns, E=EXPERTS, **common(quantised))
+        constants = dict(ROWS=tiles.rows, COLUMNS=tiles.columns, E=EXPERTS, BAND=8, **common(quantised))
         if name == "up":
             constants["ROUND"] = tl.bfloat16
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
@@ -134,6 +138,69 @@ def test_an_early_kernel_writes_nothing_before_it_has_waited(name):
     ptx = compile_vector(name, 90, early=1).asm["ptx"]
     assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
     assert "griddepcontrol" not in compile_vector(name, 90).asm["ptx"]
+
+
+PIECES = {
+    "linear": dict(D=HIDDEN, N0=1536, N1=576, N2=0, N3=0, HAS_NORM=True, HAS_BASE=False, SPLIT=True, ROWS=64),
+    "wide linear": dict(D=16384, N0=HIDDEN, N1=0, N2=0, N3=0, HAS_NORM=False, HAS_BASE=True, SPLIT=False, ROWS=128),
+    "up": dict(D=HIDDEN, INNER=INNER, SHARED=INNER, K=8),
+    "down": dict(D=HIDDEN, INNER=INNER, SHARED=INNER, K=8),
+}
+
+
+def compile_pieces(name, early=0):
+    expert = {"up": block_fp8_experts_pieces_triton.UP, "down": block_fp8_experts_pieces_triton.DOWN}
+    constants = dict(PIECES[name], TOKENS=16, GROUP=128, POWERS=name == "down", EARLY=early)
+    if name in expert:
+        rows, warps, stages = expert[name]
+        kernel = getattr(block_fp8_experts_pieces_triton, f"block_fp8_experts_{name}_pieces_kernel")
+        constants["ROWS"] = rows
+    else:
+        kernel, warps, stages = block_fp8_pieces_triton.block_fp8_pieces_kernel, 4, 4
+    named = {**types(90, powers=name == "down"), "out": "*fp32" if name == "linear" else "*bf16", "parts": "*fp32"}
+    extra = {"launch_pdl": True} if early else {}
+    return compile_kernel(kernel, 90, constants, named, num_warps=warps, num_stages=stages, **extra)
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_weights_in_pieces_go_to_the_matrix_units_as_they_are(name):
+    compiled = check(compile_pieces(name), 90)
+    ptx = compiled.asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3" in ptx
+    # From memory to shared memory by 16 bytes, past the registers, several programs on a processor.
+    assert "cp.async.cg.shared.global" in ptx
+    # A scale's byte, and no weight's.
+    assert ptx.count("ld.global.b8") <= 2
+    assert compiled.metadata.shared <= 110 * 1024
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_write_nothing_before_they_have_waited(name):
+    ptx = compile_pieces(name, early=1).asm["ptx"]
+    assert 0 < ptx.index("griddepcontrol.wait") < ptx.index("st.global")
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_products_for_hopper(gated):
+    """Both groups of warps keep their sums in registers."""
+    named = {"rows": "*fp8e4nv", "weight": "*fp8e4nv", "out": "*fp8e4nv" if gated else "*bf16", "scales": "*fp32"}
+    named |= {"source": "*i32", "tiles": "*i32", "factors": "*fp32", "out_factors": "*fp32"}
+    constants = dict(E=EXPERTS, BAND=8, GATED=gated, HAS_SOURCE=gated, POWERS=False)
+    constants["ROUND"] = tl.bfloat16 if gated else tl.float32
+    kernel = block_fp8_experts_hopper_gluon._grouped_product_kernel
+    compiled = check(compile_kernel(kernel, 90, constants, named, source=GluonASTSource, num_warps=4), 90, stack=16)
+    ptx = compiled.asm["ptx"]
+    # Four steps of 32 columns, two blocks, two groups of warps.
+    assert ptx.count("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3") == 16
+    assert "cp.async.cg.shared.global" in ptx and "ld.global.b8" not in ptx
+
+
+def test_sums_of_pieces_compile():
+    named = {**types(90), "parts": "*fp32"}
+    linear = dict(D=HIDDEN, SPLITS=16, BLOCK=512, HAS_NORM=True, HAS_BASE=True)
+    check(compile_kernel(block_fp8_pieces_triton.sum_pieces_kernel, 90, linear, named, num_warps=4), 90)
+    expert = dict(D=HIDDEN, K=8, HAS_SHARED=True, HAS_BASE=True, BLOCK=512)
+    check(compile_kernel(block_fp8_experts_pieces_triton.sum_expert_parts_kernel, 90, expert, named, num_warps=4), 90)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -14,9 +14,11 @@ from indexcache.kernels.block_fp8 import block_fp8_activations_triton as activat
 from indexcache.kernels.block_fp8 import block_fp8_experts as experts_module
 from indexcache.kernels.block_fp8 import block_fp8_linear as linear_module
 from indexcache.kernels.block_fp8.block_fp8_activations_triton import quantise_activations_triton
+from indexcache.kernels.block_fp8.block_fp8_experts_pieces_triton import experts_in_pieces
 from indexcache.kernels.block_fp8.block_fp8_experts_triton import tile_map
 from indexcache.kernels.block_fp8.block_fp8_format import dequantise, quantise_weight
 from indexcache.kernels.block_fp8.block_fp8_linear_triton import block_fp8_linear_triton
+from indexcache.kernels.block_fp8.block_fp8_pieces_triton import linear_in_pieces, split_count, tile_rows
 from indexcache.kernels.block_fp8.block_fp8_reference import (
     linear_reference,
     quantise_activations,
@@ -120,6 +122,56 @@ def test_vectors(width, widths, norm, ue8m0):
     assert_as_exact_as(got, plain(DTYPE), plain(torch.float64))
 
 
+def as_bf16(x):
+    """What pieces are exact for, in the dtype of these tests."""
+    return x.bfloat16().to(DTYPE)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, None])
+@pytest.mark.parametrize(("widths", "norm"), [((130, 70), True), ((576,), False), ((8, 3, 200, 129), True)])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 200), (3, 1300), (16, 512)])
+def test_vectors_in_pieces(tokens, width, widths, norm, splits):
+    x = as_bf16(rows_of(tokens, width))
+    matrices = [weight_of(rows, width, tokens == 3) for rows in widths]
+    weights, scales = [weight for weight, _ in matrices], [grid for _, grid in matrices]
+    gain = torch.rand(width, dtype=DTYPE) if norm else None
+    base = torch.randn(tokens, sum(widths), dtype=DTYPE)
+
+    def plain(dtype):
+        rows = x.to(dtype)
+        if gain is not None:
+            rows = rms_norm(rows, gain.to(dtype), 1e-6, allow_triton=False)
+        return base.to(dtype) + torch.cat([linear_reference(rows, *matrix) for matrix in matrices], 1)
+
+    got = linear_in_pieces(x, weights, scales, gain, 1e-6, base, splits=splits)
+    # With a norm's weight the rows have more bits than two pieces.
+    assert_as_exact_as(got, plain(torch.bfloat16 if norm else DTYPE).to(DTYPE), plain(torch.float64))
+
+
+def test_pieces_of_all_sizes_of_bf16():
+    """Entries down to 2^-17 of the largest of their 128 are exact, and what is no number stays none."""
+    exponents = torch.arange(128, dtype=torch.float32) / 10
+    x = as_bf16((-1) ** torch.arange(128) * 2.0**-exponents)[None] * torch.tensor(
+        [[1.0], [2.0**-10], [0.0]], dtype=DTYPE
+    )
+    weight, scales = weight_of(64, 128)
+    got, exact = linear_in_pieces(x, [weight], [scales]), linear_reference(x.double(), weight, scales)
+    assert_as_exact_as(got, linear_reference(x, weight, scales), exact)
+    assert not got[2].any()
+    x[1, 5] = float("nan")
+    got = linear_in_pieces(x, [weight], [scales])
+    assert got[1].isnan().all() and torch.isfinite(got[0]).all()
+
+
+def test_programs_share_the_columns_of_few_rows():
+    """H200, DeepSeek-V3.2: q_a_proj alone and with kv_a_proj, o_proj, a dense layer's gate, q_b_proj, kv_b_proj."""
+    chosen = {}
+    for outputs, width in ((1536, 7168), (2112, 7168), (7168, 16384), (18432, 7168), (24576, 1536), (32768, 512)):
+        rows = tile_rows(outputs, width)
+        chosen[outputs] = rows, split_count(-(-outputs // rows), width // 128, 132)
+    assert chosen == {1536: (64, 16), 2112: (64, 8), 7168: (128, 4), 18432: (128, 4), 24576: (64, 1), 32768: (64, 1)}
+
+
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_bytes_mean_what_e4m3_does(tokens, monkeypatch):
     """What GPUs without such a dtype are given: every code, subnormal numbers and NaN included."""
@@ -203,13 +255,29 @@ def test_experts(tokens, count, k, ue8m0, monkeypatch):
         # Blocks of some tokens, the last one shorter, where all are widened anyway.
         if tokens == 9:
             monkeypatch.setattr(experts_module, "BLOCK_BYTES", 4 * 2 * k * (width + inner))
-        experts_module._grouped(x, experts, weights, gate_up, down, shared, got, got)
+        experts_module.experts_by_group(x, experts, weights, gate_up, down, shared, got, got)
         alone = torch.empty_like(x)
-        experts_module._grouped(x, experts, weights, gate_up, down, None, None, alone)
+        experts_module.experts_by_group(x, experts, weights, gate_up, down, None, None, alone)
     assert_as_exact_as(got, plain, exact)
     given = (*given[:5], None, torch.zeros_like(base), *narrow)
     exact, plain = experts_meaning(*given, torch.float64), experts_meaning(*given, DTYPE)
     assert_as_exact_as(alone, plain, exact)
+
+
+@pytest.mark.parametrize("ue8m0", [False, True])
+@pytest.mark.parametrize(("tokens", "width", "inner"), [(1, 200, 136), (4, 256, 128)])
+def test_experts_in_pieces(tokens, width, inner, ue8m0):
+    gate_up, down = experts_of(5, inner, width, ue8m0)
+    shared = tuple(weight_of(*shape, ue8m0) for shape in ((150, width), (150, width), (width, 150)))
+    x = as_bf16(rows_of(tokens, width))
+    experts = torch.stack([torch.randperm(5)[:2] for _ in range(tokens)])
+    weights, base = torch.rand(tokens, 2), torch.randn(tokens, width, dtype=DTYPE)
+    for always, before in ((shared, base), (None, torch.zeros_like(base))):
+        given = (x, experts, weights, gate_up, down, always, before, False, False)
+        exact, plain = experts_meaning(*given, torch.float64), experts_meaning(*given, torch.bfloat16).to(DTYPE)
+        got = before.clone()
+        assert experts_in_pieces(x, experts, weights, gate_up, down, always, got, got) is got
+        assert_as_exact_as(got, plain, exact)
 
 
 def test_no_rows_launch_nothing():
@@ -221,6 +289,9 @@ def test_no_rows_launch_nothing():
     assert place.shape == (0, 2) and ends.shape[1] == 2
     got = block_fp8_experts_vector(rows_of(0, 128), empty, torch.rand(0, 2), gate_up, down, None, None)
     assert got.shape == (0, 128)
+    got = experts_in_pieces(rows_of(0, 128), empty, torch.rand(0, 2), gate_up, down, None, None)
+    assert got.shape == (0, 128)
+    assert linear_in_pieces(rows_of(0, 128), [weight], [scales]).shape == (0, 64)
 
 
 def test_public_operations_run_the_kernels():

@@ -28,7 +28,7 @@ TYPES = {
     **dict.fromkeys(("bias", "logits", "weights"), "*fp32"),
     **dict.fromkeys(("chosen", "experts", "place", "position"), "*i64"),
     **dict.fromkeys(("counts", "starts", "ends"), "*i32"),
-    **dict.fromkeys(("eps", "scale", "scaling"), "fp32"),
+    **dict.fromkeys(("eps", "scale", "scaling", "masked_score"), "fp32"),
 }
 # The 30B shape, and GLM-5's and DeepSeek-V3.2's numbers of experts.
 WIDTH, INNER = 2048, 1536
@@ -64,6 +64,8 @@ CASES = {
                 BLOCK=16 if few or experts > 128 else 64,
                 BLOCK_D=128 if few and experts <= 128 else 64,
                 NORMALISE=True,
+                G=8 if experts == 256 else 1,
+                KEPT=4 if experts == 256 else 1,
             ),
             4,
             4 if experts <= 128 else 2,
@@ -82,12 +84,26 @@ CASES = {
                 NORMALISE=True,
                 HAS_NORM=True,
                 HAS_LOGITS=False,
+                G=4,
+                KEPT=2,
             ),
             16,
             3,
         )
         for experts in (16, 64)
     },
+    "logits of one token": (
+        expert_topk_triton.expert_logits_kernel,
+        dict(E=256, D=7168, LOGITS=2, COLUMNS=2048, HAS_NORM=True),
+        8,
+        3,
+    ),
+    "choose for one token, 256 experts": (
+        expert_topk_triton.choose_experts_kernel,
+        dict(E=256, EP=256, K=8, NORMALISE=True, G=8, KEPT=4),
+        4,
+        3,
+    ),
     "up": (
         routed_experts_triton.experts_up_vector_kernel,
         dict(D=WIDTH, INNER=INNER, SHARED=INNER, K=4, ROWS=4, COLUMNS=2048),

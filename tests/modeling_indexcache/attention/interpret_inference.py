@@ -37,6 +37,10 @@ def first_spied(calls, name, backends):
     return (first._replace(run=spied(calls, name, first.run)), *others)
 
 
+# Of experts, as DeepSeek-V3.2 has them.
+GROUPS = dict(n_routed_experts=16, n_group=4, topk_group=2)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Let every fused kernel take CPU tensors; the names of those that ran."""
@@ -76,11 +80,12 @@ def new_cache(model, kind):
         ("static", False, {}),
         ("static, no longer than the selection", True, {}),
         ("dynamic", False, GATES),
+        ("dynamic", True, GROUPS),
     ],
 )
 def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved, switches):
     sizes = dict(index_share_pattern="FS", num_hidden_layers=2, n_group=1, indexer_rope_interleave=interleaved)
-    model = tiny_model(**sizes, **switches)
+    model = tiny_model(**sizes | switches)
     tokens = 8 if kind.endswith("selection") else 16
     ids = torch.randint(2, 96, (1, tokens), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -102,7 +107,7 @@ def test_fused_inference_errs_as_pytorch_does(calls, kind, interleaved, switches
         "index keys",
         "rotate",
         "route",
-        *([] if switches else ["route normed"]),  # a gated norm is not one with its router
+        *([] if switches is GATES else ["route normed"]),  # a gated norm is not one with its router
         "experts of few",
         "experts of many",
         "linears",
