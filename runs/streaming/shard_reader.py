@@ -84,6 +84,8 @@ class ShardReader:
         self._stream.synchronize()
         return count
 
+    # The mode is a thread's own, and what is filled may have been made in it.
+    @torch.inference_mode()
     def _fill(self, wanted: Iterable[tuple[TensorInfo, torch.Tensor]]) -> int:
         pieces, casts = [], []
         for info, target in wanted:
@@ -105,6 +107,7 @@ class ShardReader:
             target.copy_(stored)
         return sum(piece.target.numel() for piece in pieces)
 
+    @torch.inference_mode()
     def _read(self, bundle: list[Piece]) -> None:
         if self._stream is None:
             for piece in bundle:

@@ -10,6 +10,8 @@ from indexcache.conversion.io.sources import ConversionError, FolderSource
 from indexcache.runs.streaming import shard_reader
 from indexcache.runs.streaming.shard_reader import ShardReader
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
 
 @pytest.fixture
 def shards(tmp_path):
@@ -33,7 +35,7 @@ def shards(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [1, 100, 4096, 2**24])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 def test_every_byte_is_read_once(shards, chunk, device, monkeypatch):
     folder, infos, values = shards
     if chunk == 1:

@@ -10,13 +10,14 @@ from indexcache.runs.loading import Placement, load_model
 from indexcache.runs.streaming.layer_source import stream_model
 from indexcache.runs.streaming.sweep import Sweeper
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEMO = Path(__file__).parents[3] / "demo" / "dsa_demo"
 PATTERNS = ("F" * 12, "FFFFFFSFFFFF", "FSSSFSSSFSSS", "S" * 12)
 
 
 @pytest.mark.parametrize("keeps_states", [False, True])
 @pytest.mark.parametrize("held_on", [None, "cpu"])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_CUDA])])
 @torch.inference_mode()
 def test_together_as_alone(device, held_on, keeps_states):
     opened, placement = open_checkpoint(DEMO), Placement(device=device)
