@@ -117,6 +117,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_a_layer_stays_whole_until_its_queued_work_is_done(folder):
     """What is queued behind a long wait reads a layer's weights when the next ones are long there."""
     resident = load_source(folder, dtype=torch.bfloat16).state_dict()
