@@ -107,7 +107,7 @@ def _wait_for(url, process, log):
     while time.monotonic() < until:
         assert process.poll() is None, log.read_text()[-4000:]
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with urllib.request.urlopen(url, timeout=PROCESS_SECONDS):
                 return
         except OSError:
             time.sleep(0.5)

@@ -77,7 +77,7 @@ def _old_code(shop: Workshop, box: Path) -> None:
         path.unlink()
         path.write_text(text)
     shutil.copy(folder / "share_pattern.py", folder / "gone_since.py")
-    (folder / "rotary.py").unlink()
+    (folder / "module_sections.py").unlink()
 
 
 SCENARIOS: dict[str, tuple[int, Scenario]] = {
